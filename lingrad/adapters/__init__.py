@@ -1,0 +1,5 @@
+"""How a subspace is attached to a model: one file for each way a coordinate gradient is born."""
+
+from lingrad.adapters.base import Attachment as Attachment
+from lingrad.adapters.linear import LinearAttachment as LinearAttachment
+from lingrad.adapters.weight import WeightAttachment as WeightAttachment

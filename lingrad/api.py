@@ -1,0 +1,110 @@
+"""The two ways in: `wrap` for optimizer mode, `adapt` for adapter mode, with the same arguments."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lingrad.bases import BaseLike
+from lingrad.compat import Compat
+from lingrad.groups import Trainable
+from lingrad.optimizer import SubspaceOptimizer
+from lingrad.rules import Rules
+from lingrad.subspace import Carry
+
+
+def wrap(
+    model: Trainable,
+    spec_or_rules: Rules,
+    base: BaseLike = "adamw",
+    *,
+    weight_decay: float = 0.0,
+    scale: float = 1.0,
+    carry: Carry = "keep",
+    seed: int = 0,
+    compat: Compat | None = None,
+    **base_kwargs: Any,
+) -> SubspaceOptimizer:
+    """Train in subspaces as an optimizer: W <- W + S opt(S^T G) (GaLore's form).
+
+    Args:
+        model: The model; or named parameters, ``model.named_parameters()``; or a list of param groups, dicts with named
+            ``params``, an optional ``spec`` and any hyper-parameter. Linear layers of a model get a projected backward;
+            where only parameters are given, hooks project their gradients.
+        spec_or_rules: A config string such as ``svd(rank=128, every=200)``, for every Linear weight but the output head's;
+            or rules, ``{"*.attn.*": "svd(rank=64)", "*": "none"}``: globs over module names, the first match wins. What no
+            rule matches trains in full through the same base.
+        base: The optimizer of the coordinates: a name (see ``lingrad.bases.names()``), a ``torch.optim.Optimizer`` class,
+            or a factory ``f(params, **base_kwargs)``.
+        weight_decay: Decoupled decay of every parameter, W <- (1 - lr * weight_decay) W, whatever the base.
+        scale: Multiplies the learning rate of the coordinates, not their decay (GaLore's ``scale``).
+        carry: What happens to the base's moments at a refresh: ``keep``, ``reset``, or ``rotate`` into the new basis.
+        seed: Seed of everything random; each weight derives its own from it and its name.
+        compat: ``galore`` follows galore_torch's arithmetic to the last digit.
+        **base_kwargs: Options of the base, such as ``lr``, ``betas``, ``momentum``.
+
+    Returns:
+        The optimizer, in optimizer mode.
+
+    Raises:
+        SpecError: A spec, rule, base or option is wrong.
+        ShapeError: A rank is too large for a weight.
+        DualityError: The base's update reads the parameter, so no adapter could follow it.
+        DependencyError: The base needs a package that is not installed.
+        ModeError: The model is wrapped already.
+    """
+    return SubspaceOptimizer(
+        model,
+        spec_or_rules,
+        base,
+        mode="optimizer",
+        weight_decay=weight_decay,
+        scale=scale,
+        carry=carry,
+        seed=seed,
+        compat=compat,
+        **base_kwargs,
+    )
+
+
+def adapt(
+    model: Trainable,
+    spec_or_rules: Rules,
+    base: BaseLike = "adamw",
+    *,
+    weight_decay: float = 0.0,
+    scale: float = 1.0,
+    carry: Carry = "keep",
+    seed: int = 0,
+    compat: Compat | None = None,
+    **base_kwargs: Any,
+) -> SubspaceOptimizer:
+    """Train in subspaces as one-sided adapters: W = W0 + S z, z trained, merged at each refresh.
+
+    The trajectory of W is that of `wrap` with the same arguments (Torroba-Hennigen et al., ICML 2025, arXiv 2502.13811).
+
+    Args:
+        model: The model; see `wrap`. Bare parameters cannot be adapted: the forward must change.
+        spec_or_rules: See `wrap`.
+        base: See `wrap`.
+        weight_decay: See `wrap`.
+        scale: See `wrap`.
+        carry: See `wrap`.
+        seed: See `wrap`.
+        compat: See `wrap`.
+        **base_kwargs: See `wrap`.
+
+    Returns:
+        The optimizer, in adapter mode. Its errors are those of `wrap`.
+    """
+    return SubspaceOptimizer(
+        model,
+        spec_or_rules,
+        base,
+        mode="adapter",
+        weight_decay=weight_decay,
+        scale=scale,
+        carry=carry,
+        seed=seed,
+        compat=compat,
+        **base_kwargs,
+    )

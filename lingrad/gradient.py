@@ -1,0 +1,263 @@
+"""Gradients of a weight matrix, known by their products.
+
+Layout: a weight is W [m, n] = [out, in], the order of ``torch.nn.Linear``, and its gradient G has the same shape. For a
+linear layer y = x W^T that saw T tokens, G = dY^T X with dY [T, m] and X [T, n]: every product a transform asks for costs
+O(T r (m + n)) from the two factors, and the m x n matrix need not exist.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import final
+
+import torch
+from torch import Tensor
+
+from lingrad._typing import override
+
+
+class Gradient(ABC):
+    """A matrix G [m, n] given by what it does.
+
+    Laws, for any ``left`` [m, p] and ``right`` [n, q]:
+
+    - ``product(left, right) == left.T @ dense() @ right``, a missing factor meaning the identity;
+    - ``T.dense() == dense().T`` and ``norm() == |dense()|_F``;
+    - ``select(rows, columns).dense() == dense()[rows][:, columns]``.
+    """
+
+    @property
+    @abstractmethod
+    def shape(self) -> tuple[int, int]:
+        """(m, n), the shape of the weight matrix."""
+
+    @property
+    @abstractmethod
+    def dtype(self) -> torch.dtype:
+        """The dtype of the products."""
+
+    @property
+    @abstractmethod
+    def device(self) -> torch.device:
+        """Where the factors or the matrix live."""
+
+    @property
+    @abstractmethod
+    def nbytes(self) -> int:
+        """Bytes of the tensors this object keeps alive."""
+
+    @property
+    @abstractmethod
+    def T(self) -> Gradient:  # noqa: N802 - the name torch and numpy give a transpose
+        """The transpose, [n, m]; shares memory."""
+
+    @abstractmethod
+    def product(self, left: Tensor | None, right: Tensor | None) -> Tensor:
+        """Both-sided product ``left.T @ G @ right``.
+
+        Args:
+            left: [m, p], or None for the identity.
+            right: [n, q], or None for the identity.
+
+        Returns:
+            [p, q], in the gradient's dtype.
+        """
+
+    @abstractmethod
+    def select(self, rows: Tensor | None, columns: Tensor | None) -> Gradient:
+        """Restrict G to some rows and columns.
+
+        Args:
+            rows: int64 indices [p] into m, or None for all.
+            columns: int64 indices [q] into n, or None for all.
+
+        Returns:
+            The gradient ``G[rows][:, columns]``, [p, q].
+        """
+
+    @abstractmethod
+    def dense(self) -> Tensor:
+        """The matrix itself, [m, n]; formed when it is not held."""
+
+    @abstractmethod
+    def norm(self) -> Tensor:
+        """The Frobenius norm, a 0-d tensor in at least float32."""
+
+    @abstractmethod
+    def to(self, dtype: torch.dtype) -> Gradient:
+        """The same gradient with its products computed in ``dtype``."""
+
+    def matmul(self, right: Tensor) -> Tensor:
+        """``G @ right``: [n, q] -> [m, q]."""
+        return self.product(None, right)
+
+    def rmatmul(self, left: Tensor) -> Tensor:
+        """``left.T @ G``: [m, p] -> [p, n]."""
+        return self.product(left, None)
+
+
+@final
+class DenseGradient(Gradient):
+    """A gradient held as a matrix.
+
+    Args:
+        matrix: G [m, n].
+    """
+
+    def __init__(self, matrix: Tensor) -> None:
+        self.matrix = matrix
+
+    @property
+    @override
+    def shape(self) -> tuple[int, int]:
+        return self.matrix.shape[0], self.matrix.shape[1]
+
+    @property
+    @override
+    def dtype(self) -> torch.dtype:
+        return self.matrix.dtype
+
+    @property
+    @override
+    def device(self) -> torch.device:
+        return self.matrix.device
+
+    @property
+    @override
+    def nbytes(self) -> int:
+        return self.matrix.numel() * self.matrix.element_size()
+
+    @property
+    @override
+    def T(self) -> DenseGradient:  # noqa: N802
+        return DenseGradient(self.matrix.t())
+
+    @override
+    def product(self, left: Tensor | None, right: Tensor | None) -> Tensor:
+        result = self.matrix
+        if left is not None:
+            result = left.to(self.dtype).t() @ result
+        if right is not None:
+            result = result @ right.to(self.dtype)
+        return result
+
+    @override
+    def select(self, rows: Tensor | None, columns: Tensor | None) -> DenseGradient:
+        matrix = self.matrix if rows is None else self.matrix.index_select(0, rows)
+        return DenseGradient(matrix if columns is None else matrix.index_select(1, columns))
+
+    @override
+    def dense(self) -> Tensor:
+        return self.matrix
+
+    @override
+    def norm(self) -> Tensor:
+        return torch.linalg.vector_norm(self.matrix, dtype=wide(self.dtype))
+
+    @override
+    def to(self, dtype: torch.dtype) -> DenseGradient:
+        return DenseGradient(self.matrix.to(dtype))
+
+
+@final
+class FactoredGradient(Gradient):
+    """A gradient held as G = out_grad^T @ input, as a linear layer's backward finds it.
+
+    Args:
+        out_grad: dY [T, m].
+        input: X [T, n], same dtype.
+    """
+
+    def __init__(self, out_grad: Tensor, input: Tensor) -> None:  # noqa: A002 - torch's own name for a layer's input
+        self.out_grad = out_grad
+        self.input = input
+
+    @property
+    @override
+    def shape(self) -> tuple[int, int]:
+        return self.out_grad.shape[1], self.input.shape[1]
+
+    @property
+    @override
+    def dtype(self) -> torch.dtype:
+        return self.out_grad.dtype
+
+    @property
+    @override
+    def device(self) -> torch.device:
+        return self.out_grad.device
+
+    @property
+    @override
+    def nbytes(self) -> int:
+        return sum(t.numel() * t.element_size() for t in (self.out_grad, self.input))
+
+    @property
+    @override
+    def T(self) -> FactoredGradient:  # noqa: N802
+        return FactoredGradient(self.input, self.out_grad)
+
+    @override
+    def product(self, left: Tensor | None, right: Tensor | None) -> Tensor:
+        out_grad = self.out_grad if left is None else self.out_grad @ left.to(self.dtype)
+        input = self.input if right is None else self.input @ right.to(self.dtype)
+        return out_grad.t() @ input
+
+    @override
+    def select(self, rows: Tensor | None, columns: Tensor | None) -> FactoredGradient:
+        out_grad = self.out_grad if rows is None else self.out_grad.index_select(1, rows)
+        return FactoredGradient(out_grad, self.input if columns is None else self.input.index_select(1, columns))
+
+    @override
+    def dense(self) -> Tensor:
+        return self.product(None, None)
+
+    @override
+    def norm(self) -> Tensor:
+        """|dY^T X|_F, through the T x T Gram matrices when they are smaller than G itself."""
+        if self.smaller_than_dense:
+            out_grad, input = (t.to(wide(self.dtype)) for t in (self.out_grad, self.input))
+            # rounding can leave a tiny negative sum where the gradient vanishes
+            return ((out_grad @ out_grad.t()) * (input @ input.t())).sum().clamp_min(0).sqrt()
+        return DenseGradient(self.dense()).norm()
+
+    @override
+    def to(self, dtype: torch.dtype) -> FactoredGradient:
+        return FactoredGradient(self.out_grad.to(dtype), self.input.to(dtype))
+
+    @property
+    def smaller_than_dense(self) -> bool:
+        """Whether the two factors hold fewer numbers than the matrix would."""
+        m, n = self.shape
+        return self.out_grad.shape[0] * (m + n) < m * n
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype to factorise or sum in: at least float32."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def accumulate(total: Gradient | None, part: Gradient) -> Gradient:
+    """Add the gradient of one more micro-batch, in whichever form takes less memory.
+
+    Args:
+        total: What was accumulated so far; may be written into. None at the first micro-batch.
+        part: The gradient to add, [m, n].
+
+    Returns:
+        The sum: factored while the factors are smaller than the matrix, dense from then on.
+    """
+    if total is None:
+        if isinstance(part, FactoredGradient) and not part.smaller_than_dense:
+            return DenseGradient(part.dense())
+        return part
+    if isinstance(total, FactoredGradient) and isinstance(part, FactoredGradient):
+        joined = FactoredGradient(torch.cat((total.out_grad, part.out_grad)), torch.cat((total.input, part.input)))
+        if joined.smaller_than_dense:
+            return joined
+    matrix = total.dense()
+    if isinstance(part, FactoredGradient):
+        matrix.addmm_(part.out_grad.t(), part.input)
+    else:
+        matrix.add_(part.dense())
+    return DenseGradient(matrix)

@@ -1,0 +1,191 @@
+"""Config strings: ``svd(rank=128, every=200)`` to and from frozen dataclasses.
+
+The grammar is ``name(option=value, ...)``; a value is a number, a bare word, a quoted word, or again a ``name(...)``. Python's
+own parser reads it and a whitelist of nodes is kept; nothing is evaluated. `parse` and `format` are inverses: the string that
+`format` gives is canonical (options in the order of their definition, defaults left out).
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+from typing import Any, NoReturn, Union, get_args, get_origin, get_type_hints
+
+from lingrad import bases
+from lingrad.errors import SpecError, did_you_mean
+from lingrad.transforms import registry
+from lingrad.transforms.base import Transform
+
+_WORDS = {"true": True, "false": False, "none": None}
+
+
+def parse(text: str) -> Transform:
+    """Read a transform from a config string.
+
+    Args:
+        text: For example ``svd(rank=128, every=200)`` or ``kron(left=svd(rank=64), right=random(rank=64))``.
+
+    Returns:
+        The transform, a frozen dataclass.
+
+    Raises:
+        SpecError: The string is malformed, or names an unknown transform, option or value. The message carries the string
+            with a caret under the place, and the nearest valid name.
+    """
+    return _Reader(text).transform()
+
+
+def format(transform: Transform) -> str:  # noqa: A001 - the inverse of parse; read as spec.format
+    """Write a transform as its canonical config string.
+
+    Args:
+        transform: Any registered transform.
+
+    Returns:
+        A string that `parse` reads back to an equal transform.
+    """
+    options = []
+    for option in dataclasses.fields(transform):
+        value = getattr(transform, option.name)
+        if option.default is dataclasses.MISSING and option.default_factory is dataclasses.MISSING:
+            shown = True
+        else:
+            default = option.default if option.default_factory is dataclasses.MISSING else option.default_factory()
+            shown = value != default
+        if shown:
+            options.append(f"{option.name}={_write(value)}")
+    return f"{transform.name}({', '.join(options)})"
+
+
+def _write(value: Any) -> str:
+    if isinstance(value, Transform):
+        return format(value)
+    if isinstance(value, bases.Choice):
+        options = ", ".join(f"{key}={_write(item)}" for key, item in value.options)
+        return f"{value.name}({options})" if options else value.name
+    if value is None or isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, str):
+        return value if value.isidentifier() and value not in _WORDS else repr(value)
+    if isinstance(value, tuple):
+        return f"({', '.join(map(_write, value))}{',' if len(value) == 1 else ''})"
+    return repr(value)
+
+
+class _Reader:
+    """One config string on its way to a transform; knows where in the string everything stands."""
+
+    def __init__(self, text: str) -> None:
+        if not isinstance(text, str):
+            raise SpecError(f"a config string was expected, such as 'svd(rank=128)', not {text!r}")
+        self.text = text.replace("\n", " ").strip()  # one line, so that a column is a place
+
+    def transform(self) -> Transform:
+        try:
+            tree = ast.parse(self.text, mode="eval").body
+        except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+            column = max(getattr(error, "offset", None) or 1, 1) - 1
+            self._fail("this is not a config string", column, 1, "expected name(option=value, ...)")
+        return self._transform(tree)
+
+    def _transform(self, node: ast.expr) -> Transform:
+        if isinstance(node, ast.Name):  # a bare name is a transform with its defaults
+            return self._build(node, node, [])
+        if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Name):
+            self._fail_at(node, "expected a transform, name(option=value, ...)", f"Known: {', '.join(registry.names())}.")
+        if node.args:
+            self._fail_at(node.args[0], "options are written option=value")
+        return self._build(node, node.func, node.keywords)
+
+    def _build(self, whole: ast.expr, name: ast.Name, keywords: list[ast.keyword]) -> Transform:
+        try:
+            cls = registry.find(name.id)
+        except SpecError as error:
+            self._fail_at(name, str(error))
+        options = {option.name: option for option in dataclasses.fields(cls)}
+        hints = get_type_hints(cls)
+        takes = f"{name.id} takes: {', '.join(options) or 'no options'}."
+        values: dict[str, Any] = {}
+        places: dict[str, ast.AST] = {}
+        for keyword in keywords:
+            option = keyword.arg
+            if option is None:
+                self._fail_at(keyword.value, "options are written option=value")
+            if option not in options:
+                near = did_you_mean(option, options)
+                self._fail(f"unknown option '{option}' of {name.id}{near}", self._column(keyword), len(option), takes)
+            if option in values:
+                self._fail(f"option '{option}' is given twice", self._column(keyword), len(option))
+            values[option] = self._value(keyword.value, hints[option], option)
+            places[option] = keyword.value
+        missing = [
+            option.name
+            for option in options.values()
+            if option.default is option.default_factory is dataclasses.MISSING and option.name not in values
+        ]
+        if missing:
+            self._fail_at(whole, f"{name.id} needs {' and '.join(missing)}", takes)
+        try:
+            return cls(**values)
+        except SpecError as error:
+            self._fail_at(places.get(error.option or "", whole), str(error))
+
+    def _value(self, node: ast.expr, hint: Any, option: str) -> Any:
+        kinds = get_args(hint) if get_origin(hint) in (Union, type(int | str)) else (hint,)
+        if any(isinstance(kind, type) and issubclass(kind, Transform) for kind in kinds):
+            return self._transform(node)
+        if bases.Choice in kinds:
+            return self._choice(node)
+        value = self._literal(node)
+        if float in kinds and type(value) is int:
+            return float(value)
+        for kind in kinds:
+            words = get_args(kind)  # Literal["a", "b"]: the class itself says which words are valid
+            if isinstance(value, str) if words else type(value) is kind:
+                return value
+        self._fail_at(node, f"{option} must be {' or '.join(map(_kind_name, kinds))}, not {_write(value)}")
+
+    def _choice(self, node: ast.expr) -> bases.Choice:
+        if isinstance(node, ast.Name):
+            return bases.Choice(node.id)
+        if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Name) or node.args:
+            self._fail_at(node, "expected an optimizer, such as adam or sgd(momentum=0.9)")
+        options = []
+        for keyword in node.keywords:
+            if keyword.arg is None:
+                self._fail_at(keyword.value, "options are written option=value")
+            options.append((keyword.arg, self._literal(keyword.value)))
+        return bases.Choice(node.func.id, tuple(options))
+
+    def _literal(self, node: ast.expr) -> Any:
+        if isinstance(node, ast.Constant) and isinstance(node.value, int | float | str | None):
+            return node.value
+        if isinstance(node, ast.Name):
+            return _WORDS.get(node.id, node.id)
+        if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub | ast.UAdd):
+            value = self._literal(node.operand)
+            if isinstance(value, int | float) and not isinstance(value, bool):
+                return -value if isinstance(node.op, ast.USub) else value
+        if isinstance(node, ast.Tuple):
+            return tuple(self._literal(item) for item in node.elts)
+        self._fail_at(node, "a value is a number, a word, or a nested name(...)")
+
+    def _column(self, node: ast.AST) -> int:
+        # ast counts bytes of the line; config strings are one line
+        return len(self.text.encode()[: getattr(node, "col_offset", 0)].decode(errors="replace"))
+
+    def _fail_at(self, node: ast.AST, message: str, hint: str = "") -> NoReturn:
+        start = self._column(node)
+        end = len(self.text.encode()[: getattr(node, "end_col_offset", start + 1)].decode(errors="replace"))
+        self._fail(message, start, end - start, hint)
+
+    def _fail(self, message: str, start: int, length: int, hint: str = "") -> NoReturn:
+        lines = [message, f"  {self.text}", f"  {' ' * start}{'^' * max(length, 1)}", hint]
+        raise SpecError("\n".join(line for line in lines if line)) from None
+
+
+def _kind_name(kind: Any) -> str:
+    if get_args(kind):
+        return "one of " + ", ".join(map(str, get_args(kind)))
+    names = {int: "a whole number", float: "a number", bool: "true or false", type(None): "none", str: "a word"}
+    return names.get(kind, getattr(kind, "__name__", str(kind)))

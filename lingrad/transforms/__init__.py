@@ -1,0 +1,13 @@
+"""How a basis is chosen and refreshed: one file a transform, found by the name in a config string."""
+
+from lingrad.transforms.base import Bases as Bases
+from lingrad.transforms.base import BasisTransform as BasisTransform
+from lingrad.transforms.base import GradientBasis as GradientBasis
+from lingrad.transforms.base import Transform as Transform
+from lingrad.transforms.full import Full as Full
+from lingrad.transforms.kron import Kron as Kron
+from lingrad.transforms.pca import PCA as PCA
+from lingrad.transforms.power import Power as Power
+from lingrad.transforms.random import Random as Random
+from lingrad.transforms.registry import register as register
+from lingrad.transforms.svd import SVD as SVD

@@ -1,0 +1,45 @@
+"""`full`: the identity map, full-rank training through the same engine; the baseline of every comparison."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import final
+
+import torch
+
+from lingrad._typing import override
+from lingrad.gradient import Gradient
+from lingrad.maps import KroneckerMap, LinearMap
+from lingrad.transforms.base import Bases, Transform
+from lingrad.transforms.registry import register
+
+
+@register("full")
+@final
+@dataclass(frozen=True, kw_only=True)
+class Full(Transform):
+    """Coordinates are the weight's own entries; nothing is chosen and nothing is refreshed."""
+
+    @override
+    def coords_shape(self, shape: tuple[int, int]) -> tuple[int, int]:
+        return shape
+
+    @override
+    def basis_shapes(self, shape: tuple[int, int]) -> tuple[None, None]:
+        return None, None
+
+    @override
+    def init(self, shape: tuple[int, int], *, seed: int, device: torch.device, dtype: torch.dtype) -> Bases:
+        return Bases(None, None)
+
+    @override
+    def refresh(self, state: Bases, grad: Gradient, step: int) -> Bases:
+        return state
+
+    @override
+    def map(self, state: Bases) -> LinearMap:
+        return KroneckerMap(state.left, state.right)
+
+    @override
+    def due(self, step: int) -> bool:
+        return False

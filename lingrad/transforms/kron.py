@@ -1,0 +1,95 @@
+"""`kron`: a left basis chosen by one transform and a right basis by another, S z = P z Q^T."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, final
+
+import torch
+
+from lingrad._typing import override
+from lingrad.errors import SpecError
+from lingrad.gradient import Gradient
+from lingrad.maps import LinearMap, pair
+from lingrad.transforms.base import BasisTransform, Transform, require
+from lingrad.transforms.registry import register
+
+
+class Pair(NamedTuple):
+    """State of `Kron`: the states of its two sides, and how often the pair was refreshed."""
+
+    left: Any
+    right: Any
+    refreshes: int
+
+
+@register("kron")
+@final
+@dataclass(frozen=True, kw_only=True)
+class Kron(Transform):
+    """Kronecker-factored map from two one-sided transforms, each with its own rank, schedule and options.
+
+    Args:
+        left: The transform of the left basis [m, p].
+        right: The transform of the right basis [n, q].
+
+    Raises:
+        SpecError: A factor has no basis of its own, or asks for the other side.
+    """
+
+    left: Transform
+    right: Transform
+
+    def __post_init__(self) -> None:
+        """Check the factors; what each is asked for is its place, so that ``side`` need not be written."""
+        for side in ("left", "right"):
+            factor = getattr(self, side)
+            if not isinstance(factor, BasisTransform):
+                raise SpecError(
+                    f"{side} must be a transform with one basis, such as svd(rank=64), not {factor!r}", option=side
+                )
+            require(
+                factor.side in ("short", side), side, f"the {side} factor cannot have side={factor.side}; leave side out"
+            )
+            object.__setattr__(self, side, replace(factor, side="short"))
+
+    @property
+    def _factors(self) -> tuple[Transform, Transform]:
+        return replace(self.left, side="left"), replace(self.right, side="right")  # type: ignore[call-arg]
+
+    @override
+    def coords_shape(self, shape: tuple[int, int]) -> tuple[int, int]:
+        left, right = self._factors
+        return left.coords_shape(shape)[0], right.coords_shape(shape)[1]
+
+    @override
+    def basis_shapes(self, shape: tuple[int, int]) -> tuple[tuple[int, int] | None, tuple[int, int] | None]:
+        left, right = self._factors
+        return left.basis_shapes(shape)[0], right.basis_shapes(shape)[1]
+
+    @override
+    def init(self, shape: tuple[int, int], *, seed: int, device: torch.device, dtype: torch.dtype) -> Pair:
+        left, right = (t.init(shape, seed=seed, device=device, dtype=dtype) for t in self._factors)
+        return Pair(left, right, 0)
+
+    @override
+    def refresh(self, state: Pair, grad: Gradient, step: int) -> Pair:
+        left, right = (
+            t.refresh(s, grad, step) if state.refreshes == 0 or t.due(step) else s
+            for t, s in zip(self._factors, (state.left, state.right), strict=True)
+        )
+        return Pair(left, right, state.refreshes + 1)
+
+    @override
+    def map(self, state: Pair) -> LinearMap:
+        left, right = self._factors
+        return pair(left.map(state.left), right.map(state.right))
+
+    @property
+    @override
+    def stores_map(self) -> bool:
+        return self.left.stores_map and self.right.stores_map
+
+    @override
+    def due(self, step: int) -> bool:
+        return self.left.due(step) or self.right.due(step)

@@ -1,0 +1,133 @@
+"""`pca`: online PCA of the gradient (Online Subspace Descent, Liang et al., NeurIPS 2024, arXiv 2408.12857, section 3)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, final
+
+import torch
+from torch import Tensor, nn
+
+from lingrad._typing import override
+from lingrad.bases import Choice
+from lingrad.errors import SpecError
+from lingrad.gradient import Gradient, wide
+from lingrad.maps import KroneckerMap, LinearMap
+from lingrad.transforms.base import BasisTransform, require
+from lingrad.transforms.factorize import derive_seed, leading_vectors, orthonormalize
+from lingrad.transforms.registry import register
+
+
+class Learned(NamedTuple):
+    """State of `PCA`: the bases, what the optimizer remembers of each, and how often they were refreshed."""
+
+    left: Tensor | None
+    right: Tensor | None
+    left_memory: dict[str, Any]
+    right_memory: dict[str, Any]
+    refreshes: int
+
+
+@register("pca")
+@final
+@dataclass(frozen=True, kw_only=True)
+class PCA(BasisTransform):
+    """A basis trained beside the weights: one optimizer step on its reconstruction error at each refresh.
+
+    The objective of a left basis P is |P P^T N - N|_F^2 + lam |P^T P - I|_F^2 with N = G / |G|_F (section 3.2); a right basis
+    is the same of N^T. Its gradient needs two products of G and none of the m x m matrices. The first refresh takes singular
+    vectors instead. The published loop steps P after the weights; here, as for every transform, P is refreshed from this
+    step's gradient before it projects it.
+
+    Args:
+        rank: Columns of each basis.
+        every: Steps between refreshes, 1 as published; 0 refreshes once.
+        side: Which side has the basis: short, long, left, right, both.
+        clip: Lower the rank to min(m, n) where it does not fit.
+        lam: Weight of the orthonormality term.
+        lr: Learning rate of the basis.
+        optimizer: A stock optimizer by name, with options if need be: ``adam``, ``sgd(momentum=0.9)``.
+        orthonormalize: Replace the basis by its QR factor after each step.
+
+    Raises:
+        SpecError: An option is out of range, or the optimizer is unknown.
+    """
+
+    every: int = 1
+    lam: float = 0.1
+    lr: float = 1e-3
+    optimizer: Choice = field(default_factory=lambda: Choice("adam"))
+    orthonormalize: bool = False
+
+    def __post_init__(self) -> None:
+        """Check the options."""
+        super().__post_init__()
+        if isinstance(self.optimizer, str):
+            object.__setattr__(self, "optimizer", Choice(self.optimizer))
+        require(self.lam >= 0, "lam", f"lam must be 0 or more, not {self.lam}")
+        require(self.lr > 0, "lr", f"lr must be positive, not {self.lr}")
+        require(
+            "lr" not in dict(self.optimizer.options),
+            "optimizer",
+            "the learning rate of the basis is the option lr of pca itself; leave it out of the optimizer's",
+        )
+        try:
+            self.optimizer.base(lr=self.lr)  # an unknown name or option is found here, not in the first step
+        except SpecError as error:
+            raise SpecError(str(error), option="optimizer") from error
+
+    @override
+    def init(self, shape: tuple[int, int], *, seed: int, device: torch.device, dtype: torch.dtype) -> Learned:
+        # at least float32: a learning rate's worth of change would be lost in a bfloat16 basis
+        return Learned(*self.start(shape, seed=seed, device=device, dtype=wide(dtype)), {}, {}, 0)
+
+    @override
+    def refresh(self, state: Learned, grad: Gradient, step: int) -> Learned:
+        grad = grad.to(wide(grad.dtype))
+        if state.refreshes == 0:
+            ranks = [b if b is None else b.shape[1] for b in (state.left, state.right)]
+            left, right = leading_vectors(grad, ranks[0], ranks[1], solver="randomized", seed=step)
+            return state._replace(left=left, right=right, refreshes=1)
+        left, left_memory = self._learn(state.left, grad, state.left_memory, derive_seed(step, "left"))
+        right, right_memory = self._learn(state.right, grad.T, state.right_memory, derive_seed(step, "right"))
+        return Learned(left, right, left_memory, right_memory, state.refreshes + 1)
+
+    @override
+    def map(self, state: Learned) -> LinearMap:
+        return KroneckerMap(state.left, state.right)
+
+    def _learn(
+        self, basis: Tensor | None, grad: Gradient, memory: dict[str, Any], seed: int
+    ) -> tuple[Tensor | None, dict[str, Any]]:
+        if basis is None:
+            return None, memory
+        slope = objective_grad(basis, grad, self.lam)
+        param = nn.Parameter(basis.clone())
+        param.grad = slope.to(basis.dtype)
+        optimizer = self.optimizer.base(lr=self.lr).build([param])
+        optimizer.state[param] = {k: v.clone() if isinstance(v, Tensor) else v for k, v in memory.items()}
+        optimizer.step()
+        learned = param.detach()
+        if self.orthonormalize:
+            learned = orthonormalize(learned, seed=seed)
+        return learned, dict(optimizer.state[param])
+
+
+def objective_grad(basis: Tensor, grad: Gradient, lam: float) -> Tensor:
+    """Gradient of the online PCA objective with respect to a left basis, in closed form from two products.
+
+    With N = G / |G|_F, Y = N (N^T P), M = P^T P:  2 (P (P^T Y) + Y M - 2 Y) + 4 lam P (M - I).
+
+    Args:
+        basis: P [m, r].
+        grad: G [m, n], not zero; ``grad.T`` for a right basis.
+        lam: Weight of the orthonormality term.
+
+    Returns:
+        [m, r], in the gradient's dtype.
+    """
+    basis = basis.to(grad.dtype)
+    y = grad.matmul(grad.rmatmul(basis).t()) / grad.norm().to(grad.dtype) ** 2
+    gram = basis.t() @ basis
+    identity = torch.eye(basis.shape[1], device=basis.device, dtype=basis.dtype)
+    return 2 * (basis @ (basis.t() @ y) + y @ gram - 2 * y) + 4 * lam * basis @ (gram - identity)

@@ -1,0 +1,109 @@
+"""`random`: bases that are drawn, not computed (Flora, Hao et al., ICML 2024, arXiv 2402.03293; GoLore, arXiv 2410.11289)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, final, get_args
+
+import torch
+from torch import Tensor
+
+from lingrad._typing import override
+from lingrad.gradient import Gradient, wide
+from lingrad.maps import KroneckerMap, LinearMap, SelectionMap
+from lingrad.transforms.base import BasisTransform, require_one_of
+from lingrad.transforms.factorize import derive_seed, gaussian, orthonormalize
+from lingrad.transforms.registry import register
+
+Kind = Literal["gaussian", "rademacher", "orthonormal", "rows"]
+
+
+class Drawn(NamedTuple):
+    """State of `Random`: all that is needed to draw the bases again."""
+
+    seed: int
+    drawn: int  # the step of the last refresh, -1 before the first
+    m: int
+    n: int
+    like: Tensor  # empty; carries the device and dtype of the bases
+
+
+@register("random")
+@final
+@dataclass(frozen=True, kw_only=True)
+class Random(BasisTransform):
+    """A random basis, regenerated from a seed: checkpoints hold integers only.
+
+    Columns have unit length (in expectation for ``gaussian``), so that a learning rate and ``scale`` mean the same for every
+    transform. Flora's N(0, 1/r) entries are this map times sqrt(m/r) (or n/r): multiply ``scale`` accordingly.
+
+    Args:
+        rank: Columns of each basis.
+        every: Steps between redraws; 0 draws once (LoRA-FA: a frozen random factor).
+        side: Which side has the basis: short, long, left, right, both.
+        clip: Lower the rank to min(m, n) where it does not fit.
+        kind: ``gaussian`` N(0, 1/m), ``rademacher`` +-1/sqrt(m), ``orthonormal`` (QR of a Gaussian), or ``rows``: a random
+            choice of rows (of columns, on the right side) of the weight, whose map gathers and scatters.
+        store: Keep the drawn basis in memory between refreshes; false draws it again at each use, which takes time and
+            no memory.
+
+    Raises:
+        SpecError: An option is out of range.
+    """
+
+    kind: Kind = "gaussian"
+    store: bool = True
+
+    def __post_init__(self) -> None:
+        """Check the options."""
+        super().__post_init__()
+        require_one_of(self.kind, get_args(Kind), "kind")
+
+    @property
+    @override
+    def stores_map(self) -> bool:
+        return self.store
+
+    @override
+    def basis_shapes(self, shape: tuple[int, int]) -> tuple[tuple[int, int] | None, tuple[int, int] | None]:
+        return super().basis_shapes(shape) if self.store and self.kind != "rows" else (None, None)
+
+    @override
+    def init(self, shape: tuple[int, int], *, seed: int, device: torch.device, dtype: torch.dtype) -> Drawn:
+        return Drawn(seed, -1, *shape, torch.empty(0, device=device, dtype=dtype))
+
+    @override
+    def refresh(self, state: Drawn, grad: Gradient, step: int) -> Drawn:
+        return state._replace(drawn=step)
+
+    @override
+    def map(self, state: Drawn) -> LinearMap:
+        shape = (state.m, state.n)
+        p, q = self.ranks(shape)
+        seeds = [derive_seed(state.seed, state.drawn, side) for side in ("left", "right")]
+        if self.kind == "rows":
+            rows, columns = (
+                rank and _choose(size, rank, seed=seed, device=state.like.device)
+                for size, rank, seed in zip(shape, (p, q), seeds, strict=True)
+            )
+            return SelectionMap(rows, columns, shape)
+        left, right = (
+            rank and self._basis(size, rank, seed=seed, like=state.like)
+            for size, rank, seed in zip(shape, (p, q), seeds, strict=True)
+        )
+        return KroneckerMap(left, right)
+
+    def _basis(self, size: int, rank: int, *, seed: int, like: Tensor) -> Tensor:
+        drawn = gaussian(size, rank, seed=seed, device=like.device, dtype=wide(like.dtype))
+        if self.kind == "orthonormal":
+            drawn = orthonormalize(drawn, seed=seed)
+        elif self.kind == "rademacher":
+            drawn = torch.where(drawn < 0, -1.0, 1.0).to(drawn.dtype) / size**0.5
+        else:
+            drawn = drawn / size**0.5
+        return drawn.to(like.dtype)
+
+
+def _choose(size: int, rank: int, *, seed: int, device: torch.device) -> Tensor:
+    chosen = torch.randperm(size, generator=torch.Generator().manual_seed(seed))[:rank]
+    return chosen.sort().values.to(device)

@@ -1,0 +1,73 @@
+"""Transforms by name: the built-in ones, those registered by decorator, and those of installed packages."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib.metadata import EntryPoint, entry_points
+from typing import TypeVar
+
+from lingrad.errors import SpecError, did_you_mean
+from lingrad.transforms.base import Transform
+
+GROUP = "lingrad.transforms"
+
+_registered: dict[str, type[Transform]] = {}
+
+T = TypeVar("T", bound=type[Transform])
+
+
+def register(name: str) -> Callable[[T], T]:
+    """Class decorator that makes a transform available to config strings.
+
+    Args:
+        name: The name in config strings, a Python identifier.
+
+    Returns:
+        The decorator; it returns the class unchanged but for its ``name``.
+
+    Raises:
+        SpecError: The name is taken by another class, or is not an identifier.
+    """
+    if not name.isidentifier():
+        raise SpecError(f"a transform's name must be an identifier, not '{name}'")
+
+    def keep(cls: T) -> T:
+        known = _registered.get(name)
+        if known is not None and known.__qualname__ != cls.__qualname__:
+            raise SpecError(f"the transform name '{name}' is taken by {known.__module__}.{known.__qualname__}")
+        cls.name = name
+        _registered[name] = cls
+        return cls
+
+    return keep
+
+
+def names() -> list[str]:
+    """Names of all transforms: registered here, or offered by installed packages."""
+    return sorted({*_registered, *_offered()})
+
+
+def find(name: str) -> type[Transform]:
+    """Look a transform up.
+
+    Args:
+        name: Its name in config strings.
+
+    Returns:
+        The class. An installed package's module is imported the first time one of its names is asked for.
+
+    Raises:
+        SpecError: No transform has this name, or what a package offers under it is not one.
+    """
+    if name not in _registered and name in _offered():
+        cls = _offered()[name].load()
+        if not (isinstance(cls, type) and issubclass(cls, Transform)):
+            raise SpecError(f"the entry point '{name}' of group {GROUP} must name a Transform class, not {cls!r}")
+        register(name)(cls)
+    if name not in _registered:
+        raise SpecError(f"unknown transform '{name}'{did_you_mean(name, names())} Known: {', '.join(names())}.")
+    return _registered[name]
+
+
+def _offered() -> dict[str, EntryPoint]:
+    return {point.name: point for point in entry_points(group=GROUP)}

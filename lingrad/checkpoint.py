@@ -83,9 +83,7 @@ def check_groups(saved: list[dict[str, Any]], own: list[dict[str, Any]]) -> None
                         )
             elif old != new:
                 remedy = "; call opt.switch first" if key == "mode" else ""
-                raise CheckpointError(
-                    f"group '{now['name']}': the checkpoint has {key} '{old}', this run has '{new}'{remedy}"
-                )
+                raise CheckpointError(f"group '{now['name']}': the checkpoint has {key} '{old}', this run has '{new}'{remedy}")
 
 
 def to_device(value: Any, device: torch.device) -> Any:

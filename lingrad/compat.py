@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from lingrad import spec
 from lingrad.errors import SpecError, did_you_mean
 from lingrad.transforms import SVD, Transform
 
@@ -79,5 +80,7 @@ def as_published(compat: Compat | None, transform: Transform) -> Transform:
     if compat is None:
         return transform
     if not isinstance(transform, SVD) or transform.solver != "exact":
-        raise SpecError(f"compat='galore' reproduces galore_torch, which has svd with the exact solver only, not {transform}")
+        raise SpecError(
+            f"compat='galore' reproduces galore_torch, which has svd with the exact solver only, not {spec.format(transform)}"
+        )
     return replace(transform, precision="float32", align=False)

@@ -152,7 +152,8 @@ class DenseGradient(Gradient):
 
     @override
     def norm(self) -> Tensor:
-        return torch.linalg.vector_norm(self.matrix, dtype=wide(self.dtype))
+        norm: Tensor = torch.linalg.vector_norm(self.matrix, dtype=wide(self.dtype))
+        return norm
 
     @override
     def to(self, dtype: torch.dtype) -> DenseGradient:
@@ -200,8 +201,7 @@ class FactoredGradient(Gradient):
     @override
     def product(self, left: Tensor | None, right: Tensor | None) -> Tensor:
         out_grad = self.out_grad if left is None else self.out_grad @ left.to(self.dtype)
-        input = self.input if right is None else self.input @ right.to(self.dtype)
-        return out_grad.t() @ input
+        return out_grad.t() @ (self.input if right is None else self.input @ right.to(self.dtype))
 
     @override
     def select(self, rows: Tensor | None, columns: Tensor | None) -> FactoredGradient:
@@ -216,9 +216,9 @@ class FactoredGradient(Gradient):
     def norm(self) -> Tensor:
         """|dY^T X|_F, through the T x T Gram matrices when they are smaller than G itself."""
         if self.smaller_than_dense:
-            out_grad, input = (t.to(wide(self.dtype)) for t in (self.out_grad, self.input))
+            rows, columns = (t.to(wide(self.dtype)) for t in (self.out_grad, self.input))
             # rounding can leave a tiny negative sum where the gradient vanishes
-            return ((out_grad @ out_grad.t()) * (input @ input.t())).sum().clamp_min(0).sqrt()
+            return ((rows @ rows.t()) * (columns @ columns.t())).sum().clamp_min(0).sqrt()
         return DenseGradient(self.dense()).norm()
 
     @override

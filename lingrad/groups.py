@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
+import torch
 from torch import nn
 from torch.optim import Optimizer
 
@@ -40,7 +41,8 @@ def resolve_groups(model: Trainable, rules: Rules) -> list[tuple[Plan, dict[str,
         return [(resolve_model(model, rules), {})]
     items: list[Any] = list(model)
     groups = items if items and isinstance(items[0], dict) else [{"params": items}]
-    resolved, seen = [], set()
+    resolved: list[tuple[Plan, dict[str, Any]]] = []
+    seen: set[int] = set()
     for group in groups:
         options = {key: value for key, value in group.items() if key not in ("params", "spec")}
         named = list(group["params"])
@@ -53,7 +55,7 @@ def resolve_groups(model: Trainable, rules: Rules) -> list[tuple[Plan, dict[str,
             if id(item[1]) in seen:
                 raise SpecError(f"the parameter '{item[0]}' is given twice")
             seen.add(id(item[1]))
-        resolved.append((resolve_parameters(named, group.get("spec", rules)), options))
+        resolved.append((resolve_parameters(named, cast("Rules", group.get("spec", rules))), options))
     return resolved
 
 
@@ -106,7 +108,7 @@ class Hyper:
 
 def _defaults(base: Base) -> dict[str, Any]:
     """The hyper-parameters a stock optimizer puts into its groups, with the user's options; built on nothing that matters."""
-    return dict(base.build([nn.Parameter(nn.init.zeros_(nn.Linear(2, 2).weight))]).param_groups[0])
+    return dict(base.build([nn.Parameter(torch.zeros(2, 2))]).param_groups[0])
 
 
 def push(own: Mapping[str, Any], stock: dict[str, Any], arithmetic: Arithmetic, step: int) -> None:

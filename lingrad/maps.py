@@ -84,11 +84,8 @@ class LinearMap(ABC):
             old: The map the second moments belong to.
             squares: v [p, q], non-negative.
 
-        Returns:
-            [p, q], non-negative.
-
         Raises:
-            DualityError: The map has no cheap elementwise square.
+            DualityError: The map has no cheap elementwise square; one that has returns [p, q], non-negative.
         """
         raise DualityError(
             f"carry='rotate' needs the square of S_new^T S_old, which {type(self).__name__} does not offer; "
@@ -199,7 +196,7 @@ class SelectionMap(LinearMap):
         if self.columns is not None:
             coords = coords.new_zeros(len(coords), n).index_copy(1, self.columns, coords)
         if self.rows is not None:
-            coords = coords.new_zeros(m, n).index_copy(0, self.rows, coords)
+            coords = coords.new_zeros(m, coords.shape[1]).index_copy(0, self.rows, coords)
         return coords
 
     @override
@@ -278,7 +275,7 @@ def _indicator(index: Tensor | None, size: int, *, like: Tensor | None) -> Tenso
     """A selection as a basis: column j is the unit vector of ``index[j]``, [size, rank]."""
     if index is None or like is None:
         return None
-    return nn.functional.one_hot(index, size).t().to(like.dtype)
+    return nn.functional.one_hot(index, size).t().to(like.dtype).contiguous()
 
 
 def _both_sides(new: KroneckerMap, old: KroneckerMap, coords: Tensor, *, power: int) -> Tensor:

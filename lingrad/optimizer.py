@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
 from lingrad import bases, checkpoint
@@ -63,6 +63,7 @@ class SubspaceOptimizer(Optimizer):
         self._arithmetic = arithmetic(compat, self._base.name)
         self._step = 0
         self._stock: list[tuple[Optimizer, list[tuple[Any, Any]]]] = []
+        self._settled = False
 
         hyper = Hyper(self._base, weight_decay, scale, mode, self._arithmetic)
         plans = resolve_groups(model, spec_or_rules)
@@ -82,7 +83,9 @@ class SubspaceOptimizer(Optimizer):
                     subs = [a.sub for a in made] if kind == "coords" else []
                     groups.append(hyper.group(prefix + kind, named, options, subs))
         self._by_coords = {id(a.sub.coords): a for a in self.attachments}
-        super().__init__(groups, {"weight_decay": weight_decay})
+        super().__init__(groups, {})
+        self.defaults = {k: v for k, v in groups[0].items() if k != "params"}  # where schedulers look what they may cycle
+        self._settled = True
         self._attach(mode)
 
     @property
@@ -97,7 +100,7 @@ class SubspaceOptimizer(Optimizer):
 
     @override
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step of the run.
 
         Args:
@@ -213,7 +216,7 @@ class SubspaceOptimizer(Optimizer):
         Raises:
             ModeError: The optimizer exists already.
         """
-        if self._stock:
+        if self._settled:
             raise ModeError("param groups cannot be added to a running optimizer; pass them all to lingrad.wrap")
         super().add_param_group(param_group)
 
@@ -319,7 +322,7 @@ class SubspaceOptimizer(Optimizer):
         for sub in self.subspaces:
             sub.forget()
             # a weight that has seen no usable gradient yet stays due until it does
-            sub.due = sub.refreshes == 0 and sub.transform.due(0) or sub.transform.due(self._step)
+            sub.due = (sub.refreshes == 0 and sub.transform.due(0)) or sub.transform.due(self._step)
 
 
 def _attachment(target: Target, transform: Any, seed: int) -> Attachment:

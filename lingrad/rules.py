@@ -117,7 +117,11 @@ def resolve_parameters(named: Iterable[tuple[str, nn.Parameter]], rules: Rules) 
         SpecError: A spec is malformed, or a rule matches nothing.
         ShapeError: A rank does not fit.
     """
-    candidates = [_Candidate([name], param) for name, param in named if param.requires_grad]
+    candidates = []
+    for name, param in named:
+        _refuse_attached(name, param)
+        if param.requires_grad:
+            candidates.append(_Candidate([name], param))
     parsed = parse_rules(rules)
     if isinstance(parsed, Transform):
         chosen = [parsed if c.param.dim() >= 2 else None for c in candidates]
@@ -147,7 +151,9 @@ def parse_rules(rules: Rules) -> Transform | dict[str, Transform | None]:
         parts = [line.partition(":") for line in rules.replace("\n", ";").split(";") if line.strip()]
         rules = {glob.strip(): text.strip() for glob, _, text in parts}
     if not isinstance(rules, Mapping) or not rules:
-        raise SpecError(f"expected a spec such as 'svd(rank=128)' or rules such as {{'*.attn.*': 'svd(rank=64)'}}, not {rules!r}")
+        raise SpecError(
+            f"expected a spec such as 'svd(rank=128)' or rules such as {{'*.attn.*': 'svd(rank=64)'}}, not {rules!r}"
+        )
     return {glob: _rule_value(glob, value) for glob, value in rules.items()}
 
 
@@ -166,21 +172,23 @@ def _candidates(model: nn.Module) -> list[_Candidate]:
     found: dict[int, _Candidate] = {}
     for module_name, module in model.named_modules():
         for attribute, param in module.named_parameters(recurse=False):
-            if hasattr(param, ATTACHED):
-                raise ModeError(
-                    f"'{module_name}.{attribute}' is wrapped already; call detach() on the optimizer that has it first"
-                )
+            name = f"{module_name}.{attribute}" if module_name else attribute
+            _refuse_attached(name, param)
             if param.requires_grad:
                 candidate = found.setdefault(id(param), _Candidate([], param))
-                candidate.names.append(f"{module_name}.{attribute}" if module_name else attribute)
+                candidate.names.append(name)
                 candidate.owners.append((module, attribute))
     return list(found.values())
 
 
+def _refuse_attached(name: str, param: nn.Parameter) -> None:
+    if hasattr(param, ATTACHED):
+        raise ModeError(f"'{name}' is wrapped already; call detach() on the optimizer that has it first")
+
+
 def _is_linear_weight(candidate: _Candidate) -> bool:
     return any(
-        attribute == "weight" and (isinstance(module, nn.Linear) or is_conv1d(module))
-        for module, attribute in candidate.owners
+        attribute == "weight" and (isinstance(module, nn.Linear) or is_conv1d(module)) for module, attribute in candidate.owners
     )
 
 
@@ -241,10 +249,8 @@ def _plan(candidates: list[_Candidate], chosen: list[Transform | None]) -> Plan:
 
 
 def _road(owners: tuple[tuple[nn.Module, str], ...]) -> Road:
-    """Projected backward is for layers known to use their weight in their own forward only, once owned.
-
-    A subclass of Linear may do otherwise: nn.MultiheadAttention reads the weight of its out_proj without calling it.
-    """
+    # Projected backward is for layers known to use their weight in their own forward only, and owned once. A subclass of
+    # Linear may do otherwise: nn.MultiheadAttention reads the weight of its out_proj without calling it.
     if len(owners) != 1 or owners[0][1] != "weight":
         return "weight"
     return "projected" if type(owners[0][0]) is nn.Linear or is_conv1d(owners[0][0]) else "weight"

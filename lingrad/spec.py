@@ -143,7 +143,7 @@ class _Reader:
             words = get_args(kind)  # Literal["a", "b"]: the class itself says which words are valid
             if isinstance(value, str) if words else type(value) is kind:
                 return value
-        self._fail_at(node, f"{option} must be {' or '.join(map(_kind_name, kinds))}, not {_write(value)}")
+        return self._fail_at(node, f"{option} must be {' or '.join(map(_kind_name, kinds))}, not {_write(value)}")
 
     def _choice(self, node: ast.expr) -> bases.Choice:
         if isinstance(node, ast.Name):
@@ -168,7 +168,7 @@ class _Reader:
                 return -value if isinstance(node.op, ast.USub) else value
         if isinstance(node, ast.Tuple):
             return tuple(self._literal(item) for item in node.elts)
-        self._fail_at(node, "a value is a number, a word, or a nested name(...)")
+        return self._fail_at(node, "a value is a number, a word, or a nested name(...)")
 
     def _column(self, node: ast.AST) -> int:
         # ast counts bytes of the line; config strings are one line

@@ -239,8 +239,8 @@ def outside_factor(sub: Subspace) -> float | None:
     now, left = sub.coords.grad, sub.left
     if now is not None and left is None and now.any():
         raise ModeError(
-            f"the gradient of {sub.name} did not come from a backward since the last step. This step refreshes its basis, which "
-            "needs the backward's own gradient; run forward and backward, then step"
+            f"the gradient of {sub.name} did not come from a backward since the last step. This step refreshes its basis, "
+            "which needs the backward's own gradient; run forward and backward, then step"
         )
     if now is None or left is None or not left.any() or not left.isfinite().all():
         return None
@@ -257,9 +257,7 @@ def outside_factor(sub: Subspace) -> float | None:
     return factor
 
 
-def _carry(
-    sub: Subspace, old: LinearMap, carry: Carry, moments: dict[str, Any], degrees: Mapping[str, int]
-) -> None:
+def _carry(sub: Subspace, old: LinearMap, carry: Carry, moments: dict[str, Any], degrees: Mapping[str, int]) -> None:
     if carry == "reset":
         moments.clear()
     if carry != "rotate":

@@ -95,9 +95,7 @@ class Coords(nn.Module):
         error_msgs: list[str],
     ) -> None:
         if self.active:
-            super()._load_from_state_dict(
-                state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-            )
+            super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
         elif f"{prefix}coords" in state_dict:
             error_msgs.append(
                 f"{prefix}coords was saved in adapter mode, but this model is in optimizer mode; "

@@ -62,7 +62,7 @@ class LinearAttachment(Attachment):
         active = self.holder.active
         if not active and not (torch.is_grad_enabled() and self.sub.coords.requires_grad):
             return out
-        tied: Tensor = _Projected.apply(out, x, self.sub.coords, self.sub, active)
+        tied: Tensor = _Projected.apply(out, x, self.sub.coords, self.sub, active)  # type: ignore[no-untyped-call]
         return tied
 
 
@@ -82,7 +82,7 @@ class _Projected(torch.autograd.Function):
         return out + current.inner.apply(reduced, coords) if active else out.detach()
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     @override
     def backward(ctx: Any, out_grad: Tensor) -> tuple[Tensor | None, ...]:
         sub: Subspace = ctx.sub

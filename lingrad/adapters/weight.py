@@ -37,6 +37,7 @@ class WeightAttachment(Attachment):
         self.owners = list(owners)
         self.handle: Any = None
         self.parametrized = False
+        self.orders: list[list[str]] = []
 
     @property
     @override
@@ -59,6 +60,7 @@ class WeightAttachment(Attachment):
                 "pass the model itself"
             )
         self.weight.requires_grad_(False)
+        self.orders = [list(module._parameters) for module, _ in self.owners]
         for module, attribute in self.owners:
             parametrize.register_parametrization(module, attribute, _Lifted(self.sub), unsafe=True)
         self.parametrized = True
@@ -69,8 +71,10 @@ class WeightAttachment(Attachment):
             self.handle.remove()
             self.handle = None
             return
-        for module, attribute in self.owners:
+        for (module, attribute), order in zip(self.owners, self.orders, strict=True):
             parametrize.remove_parametrizations(module, attribute, leave_parametrized=False)
+            for name in order:  # the weight came back as the last of the module's parameters
+                module._parameters[name] = module._parameters.pop(name)
         self.parametrized = False
         self.weight.requires_grad_(True)
 
@@ -91,7 +95,7 @@ class _Lifted(Coords):
 
     @override
     def forward(self, weight: Tensor) -> Tensor:
-        lifted: Tensor = _LiftedWeight.apply(weight, self.coords, self.sub)
+        lifted: Tensor = _LiftedWeight.apply(weight, self.coords, self.sub)  # type: ignore[no-untyped-call]
         return lifted
 
 
@@ -105,7 +109,7 @@ class _LiftedWeight(torch.autograd.Function):
         return weight + sub.layout.restore(sub.map().lift(coords)).to(weight.dtype)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     @override
     def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, None]:
         sub: Subspace = ctx.sub

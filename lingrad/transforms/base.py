@@ -155,7 +155,7 @@ class BasisTransform(Transform):
     @override
     def basis_shapes(self, shape: tuple[int, int]) -> tuple[tuple[int, int] | None, tuple[int, int] | None]:
         left, right = self.ranks(shape)
-        return left and (shape[0], left), right and (shape[1], right)
+        return None if left is None else (shape[0], left), None if right is None else (shape[1], right)
 
     @override
     def due(self, step: int) -> bool:
@@ -164,7 +164,7 @@ class BasisTransform(Transform):
     def start(self, shape: tuple[int, int], *, seed: int, device: torch.device, dtype: torch.dtype) -> Bases:
         """Random bases of the right shapes, for a transform that has seen no gradient yet."""
         left, right = (
-            s and start_basis(*s, seed=derive_seed(seed, side), device=device, dtype=dtype)
+            None if s is None else start_basis(*s, seed=derive_seed(seed, side), device=device, dtype=dtype)
             for side, s in zip(("left", "right"), self.basis_shapes(shape), strict=True)
         )
         return Bases(left, right)

@@ -59,13 +59,20 @@ def orthonormalize(columns: Tensor, *, seed: int) -> Tensor:
         filler = gaussian(*columns.shape, seed=seed, device=columns.device, dtype=columns.dtype)
         q, r = torch.linalg.qr(torch.where(dependent, filler, q))
         diagonal = r.diagonal()
-    return (q * torch.where(diagonal < 0, -1.0, 1.0).to(q.dtype)).contiguous()
+    return torch.where(diagonal < 0, -q, q).contiguous()
 
 
 def align_signs(new: Tensor | None, old: Tensor | None) -> Tensor | None:
-    """Flip columns of ``new`` [size, rank] that point against the same column of ``old``; None where a side has no basis.
+    """Flip columns that point against the same column of the old basis.
 
     A basis is only defined up to the sign of its columns; moments kept over a refresh are not.
+
+    Args:
+        new: [size, rank], or None where a side has no basis.
+        old: [size, rank], or None.
+
+    Returns:
+        ``new`` with some columns negated.
     """
     if new is None or old is None:
         return new
@@ -109,8 +116,10 @@ def leading_vectors(
         u, s, v = _randomized(grad, rank, seed, oversample, iters)
     floor = s[0] * max(grad.shape) * torch.finfo(s.dtype).eps ** (0.5 if solver == "gram" else 1.0)
 
-    def settled(vectors: Tensor, count: int, side: str) -> Tensor:
+    def settled(vectors: Tensor, count: int | None, side: str) -> Tensor | None:
         """Vectors that the gradient determines, completed by seeded ones where it does not."""
+        if count is None:
+            return None
         vectors, noise = vectors[:, :count], s[:count] <= floor
         if not bool(noise.any()):
             return vectors.clone(memory_format=torch.contiguous_format)  # a slice would keep the whole factor alive
@@ -118,13 +127,13 @@ def leading_vectors(
         filler = gaussian(*vectors.shape, seed=fill, device=vectors.device, dtype=vectors.dtype)
         return orthonormalize(torch.where(noise, filler, vectors), seed=fill)
 
-    return left and settled(u, left, "left"), right and settled(v, right, "right")
+    return settled(u, left, "left"), settled(v, right, "right")
 
 
 def _exact(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     try:
         u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
-    except torch.linalg.LinAlgError as error:
+    except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
         warnings.warn(f"the SVD did not converge ({error}); the Gram matrix is used instead", RuntimeWarning, stacklevel=2)
         return _gram(matrix, rank)
     return u, s, vh.t()
@@ -140,9 +149,7 @@ def _gram(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     return u, s, matrix.t() @ u / s.clamp_min(torch.finfo(s.dtype).tiny)
 
 
-def _randomized(
-    grad: Gradient, rank: int, seed: int, oversample: int, iters: int
-) -> tuple[Tensor, Tensor, Tensor]:
+def _randomized(grad: Gradient, rank: int, seed: int, oversample: int, iters: int) -> tuple[Tensor, Tensor, Tensor]:
     m, n = grad.shape
     width = min(rank + oversample, m, n)
     sketch = gaussian(n, width, seed=seed, device=grad.device, dtype=grad.dtype)

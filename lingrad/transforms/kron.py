@@ -45,12 +45,9 @@ class Kron(Transform):
         for side in ("left", "right"):
             factor = getattr(self, side)
             if not isinstance(factor, BasisTransform):
-                raise SpecError(
-                    f"{side} must be a transform with one basis, such as svd(rank=64), not {factor!r}", option=side
-                )
-            require(
-                factor.side in ("short", side), side, f"the {side} factor cannot have side={factor.side}; leave side out"
-            )
+                got = factor.name if isinstance(factor, Transform) else repr(factor)
+                raise SpecError(f"{side} must be a transform with one basis, such as svd(rank=64), not {got}", option=side)
+            require(factor.side in ("short", side), side, f"the {side} factor cannot have side={factor.side}; leave side out")
             object.__setattr__(self, side, replace(factor, side="short"))
 
     @property

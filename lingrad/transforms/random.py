@@ -83,12 +83,12 @@ class Random(BasisTransform):
         seeds = [derive_seed(state.seed, state.drawn, side) for side in ("left", "right")]
         if self.kind == "rows":
             rows, columns = (
-                rank and _choose(size, rank, seed=seed, device=state.like.device)
+                None if rank is None else _choose(size, rank, seed=seed, device=state.like.device)
                 for size, rank, seed in zip(shape, (p, q), seeds, strict=True)
             )
             return SelectionMap(rows, columns, shape)
         left, right = (
-            rank and self._basis(size, rank, seed=seed, like=state.like)
+            None if rank is None else self._basis(size, rank, seed=seed, like=state.like)
             for size, rank, seed in zip(shape, (p, q), seeds, strict=True)
         )
         return KroneckerMap(left, right)

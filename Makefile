@@ -1,0 +1,56 @@
+# Two commands on a bare machine (Python 3.10 or newer, make, a package index):  make demo   make test
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# Versions are pinned here and nowhere else; pyproject.toml holds ranges.
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+SOURCES := pyproject.toml constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help demo readme test slow check lint types layers clean
+
+help:  ## list the targets
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo "lingrad needs Python 3.10 or newer; this is $$($(PYTHON) --version). Name another: make PYTHON=python3.11 ..."; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.run: $(SOURCES) | $(BIN)/python
+	@echo "Installing lingrad into $(VENV) (a few minutes the first time)"
+	$(PIP) -e '.[hf,cli,plot]'
+	@touch $@
+
+$(VENV)/.dev: $(SOURCES) examples/transform_package/pyproject.toml | $(BIN)/python
+	@echo "Installing lingrad and its test tools into $(VENV) (a few minutes the first time)"
+	$(PIP) -e '.[dev,peers]'
+	$(PIP) --no-deps -e examples/transform_package
+	@touch $@ $(VENV)/.run
+
+demo: $(VENV)/.run  ## train on Moby-Dick with every method: a table, two plots, runs/demo
+	$(BIN)/lingrad demo
+
+readme: $(VENV)/.run  ## put the last demo's table and plots into README.md
+	$(BIN)/python tools/update_readme.py runs/demo
+
+test: $(VENV)/.dev  ## the default test suite
+	$(BIN)/python -m pytest -m "not slow"
+
+slow: $(VENV)/.dev  ## the slow tests
+	$(BIN)/python -m pytest -m slow
+
+check: lint types layers  ## lint, types and layering
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+
+types: $(VENV)/.dev
+	$(BIN)/mypy
+
+layers: $(VENV)/.dev
+	$(BIN)/lint-imports --no-cache
+
+clean:  ## remove the environment and the runs
+	rm -rf $(VENV) runs

@@ -1,0 +1,263 @@
+"""Where coordinate gradients are born: projected backward, hooks and parametrizations, against the dense gradient."""
+
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+
+import lingrad
+from lingrad.errors import ModeError
+from tests.training import gpt2, llama, text_batches, text_loss, train, zoo, zoo_batches, zoo_loss
+
+MODES = {"optimizer": lingrad.wrap, "adapter": lingrad.adapt}
+each_mode = pytest.mark.parametrize("mode", MODES)
+
+
+def linear(bias=True, dtype=torch.float64, m=6, n=8):
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(n, m, bias=bias)).to(dtype)
+
+
+def at_step_one(optimizer, model, x):
+    """Past the first refresh, with coordinates that are not zero in adapter mode."""
+    model(x).square().sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def dense_gradient(optimizer, layer, x, loss, weight):
+    """The gradient of the weight the forward acts with, by plain autograd."""
+    weight = weight.detach().clone().requires_grad_()
+    loss(nn.functional.linear(x, weight, layer.bias)).backward()
+    return weight.grad
+
+
+@each_mode
+@pytest.mark.parametrize("side", ["left", "right", "both"])
+@pytest.mark.parametrize("shape", [(8,), (5, 8), (2, 3, 8)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_coordinate_gradient_is_the_projection_of_the_dense_one(mode, side, shape, bias):
+    model = linear(bias)
+    optimizer = MODES[mode](model, f"svd(rank=3, side={side})", "sgd", lr=0.1)
+    (sub,) = optimizer.subspaces
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64, requires_grad=True)
+    at_step_one(optimizer, model, x)
+    assert (mode == "adapter") == bool(sub.coords.any())
+    x.grad = None
+
+    expected = dense_gradient(optimizer, model[0], x, lambda y: y.square().sum(), optimizer.weights()["0.weight"])
+    x_grad, x.grad = x.grad, None
+    model(x).square().sum().backward()
+    torch.testing.assert_close(sub.coords.grad, sub.map().project(expected), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(x.grad, x_grad, rtol=1e-12, atol=1e-12)
+    assert model[0].weight.grad is None
+
+
+class NoTensorOfShape(TorchDispatchMode):
+    """Fails on any operation that makes a tensor of one of some shapes."""
+
+    def __init__(self, shapes):
+        super().__init__()
+        self.shapes = {tuple(s) for s in shapes} | {tuple(s)[::-1] for s in shapes}
+        self.found = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, tuple | list) else (out,):
+            # a view of an existing tensor, such as weight.t(), makes nothing
+            fresh = isinstance(tensor, torch.Tensor) and not tensor._is_view() and func.namespace == "aten"
+            if fresh and tuple(tensor.shape) in self.shapes and func._schema.name not in ("aten::t", "aten::detach"):
+                self.found.append((func._schema.name, tuple(tensor.shape)))
+        return out
+
+
+@each_mode
+@pytest.mark.parametrize("side", ["left", "right", "both"])
+@pytest.mark.parametrize("build", [llama, gpt2])
+def test_no_full_gradient_is_ever_made_off_refresh_steps(mode, side, build):
+    model = build()
+    optimizer = MODES[mode](model, f"svd(rank=4, every=7, side={side})", lr=1e-2)
+    batches = text_batches(2)
+    train(model, optimizer, batches[:1], schedule=False)
+    shapes = [sub.layout.shape for sub in optimizer.subspaces]
+    optimizer.zero_grad()
+    with NoTensorOfShape(shapes) as watch:
+        for batch in batches[1]:
+            text_loss(model, batch).backward()
+    assert watch.found == []
+    assert all(a.weight.grad is None for a in optimizer.attachments)
+
+
+def test_the_watch_sees_a_full_gradient():
+    """The check above can fail: full-rank training makes one for every layer."""
+    model = llama()
+    shapes = [m.weight.shape for m in model.modules() if isinstance(m, nn.Linear)]
+    with NoTensorOfShape(shapes) as watch:
+        text_loss(model, text_batches(1)[0][0]).backward()
+    assert len(watch.found) >= len(shapes)
+
+
+@pytest.mark.parametrize("side", ["left", "right", "both"])
+def test_what_a_layer_saves_for_backward(side):
+    """A right map keeps r numbers a token, a left map the input itself."""
+    model = linear(bias=False, m=40, n=50)
+    optimizer = lingrad.wrap(model, f"svd(rank=3, side={side})", "sgd", lr=0.1)
+    x = torch.randn(7, 50, dtype=torch.float64, requires_grad=True)
+    at_step_one(optimizer, model, x)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(tuple(t.shape)) or t, lambda t: t):
+        model(x)
+    assert saved == [(50, 40), (7, 50 if side == "left" else 3)]  # the frozen weight itself, and what we need of the input
+
+
+@each_mode
+def test_a_layer_used_twice_and_changed_in_place_afterwards(mode):
+    model = linear(m=8, n=8)
+    optimizer = MODES[mode](model, "svd(rank=3, every=2)", "sgd", lr=0.1)
+    (sub,) = optimizer.subspaces
+    x = torch.randn(5, 8, dtype=torch.float64)
+
+    def loss(layer):
+        return nn.functional.relu(layer(nn.functional.relu(layer(x), inplace=True)), inplace=True).square().sum()
+
+    for _ in range(4):  # on and off refresh steps
+        weight = optimizer.weights()["0.weight"].detach().clone().requires_grad_()
+        bias = model[0].bias.detach()
+        loss(lambda y, w=weight, b=bias: nn.functional.linear(y, w, b)).backward()
+        optimizer.zero_grad()
+        loss(model).backward()
+        torch.testing.assert_close(sub.coords.grad, sub.map().project(weight.grad), rtol=1e-12, atol=1e-12)
+        if sub.due:
+            torch.testing.assert_close(sub.pending.dense(), weight.grad, rtol=1e-12, atol=1e-12)
+        optimizer.step()
+
+
+@each_mode
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_activation_checkpointing(mode, reentrant):
+    gradients = []
+    for checkpointed in (False, True):
+        model = linear(m=8, n=8)
+        optimizer = MODES[mode](model, "svd(rank=3, every=3)", "sgd", lr=0.1)
+        x = torch.randn(5, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64, requires_grad=True)
+        for _ in range(4):
+            optimizer.zero_grad()
+            hidden = checkpoint(model, x, use_reentrant=reentrant) if checkpointed else model(x)
+            hidden.tanh().sum().backward()
+            optimizer.step()
+        gradients.append(optimizer.subspaces[0].coords.grad)
+        assert optimizer.subspaces[0].refreshes == 2
+    assert torch.equal(*gradients)
+
+
+@each_mode
+def test_autocast_computes_as_the_layer_does(mode):
+    model = linear(dtype=torch.float32)
+    optimizer = MODES[mode](model, "svd(rank=3, side=both)", "sgd", lr=0.01)
+    (sub,) = optimizer.subspaces
+    x = torch.randn(5, 8, generator=torch.Generator().manual_seed(1))
+    for _ in range(3):
+        optimizer.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            y = model(x)
+        assert y.dtype == torch.bfloat16
+        y.float().square().sum().backward()
+        assert sub.coords.grad.dtype == torch.float32
+        weight = optimizer.weights()["0.weight"].detach().clone().requires_grad_()
+        nn.functional.linear(x, weight, model[0].bias).square().sum().backward()
+        # bfloat16 carries 8 bits: sums of five products agree to a few per cent of the largest entry
+        torch.testing.assert_close(
+            sub.coords.grad, sub.map().project(weight.grad), rtol=0, atol=0.05 * float(weight.grad.norm())
+        )
+        optimizer.step()
+
+
+def test_optimizer_mode_forward_is_the_plain_layer_to_the_bit():
+    plain, model = llama(torch.float32), llama(torch.float32)
+    optimizer = lingrad.wrap(model, "svd(rank=4)", lr=1e-2)
+    ids = text_batches(1)[0][0]
+    assert torch.equal(model(ids).logits, plain(ids).logits)
+    train(model, optimizer, text_batches(3))
+    plain.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, plain(ids).logits)
+
+
+@each_mode
+def test_evaluation_and_inference_leave_no_trace(mode):
+    model = linear()
+    optimizer = MODES[mode](model, "svd(rank=3, every=1)", "sgd", lr=0.1)
+    x = torch.randn(5, 8, dtype=torch.float64)
+    at_step_one(optimizer, model, x)
+    expected = nn.functional.linear(x, optimizer.weights()["0.weight"], model[0].bias)
+    for context in (torch.no_grad(), torch.inference_mode()):
+        with context:
+            torch.testing.assert_close(model.eval()(x), expected, rtol=1e-12, atol=1e-12)
+    assert optimizer.subspaces[0].pending is None
+
+
+def test_a_layer_called_with_keywords():
+    model = linear()
+    optimizer = lingrad.wrap(model, "svd(rank=3)", "sgd", lr=0.1)
+    model[0](input=torch.ones(2, 8, dtype=torch.float64)).sum().backward()
+    assert optimizer.subspaces[0].coords.grad is not None
+
+
+def test_a_buffer_filled_again_between_micro_batches():
+    """On a refresh step the input is kept until step; an input that belongs to the caller must be copied."""
+    totals = []
+    for reuse in (True, False):
+        model = linear()
+        optimizer = lingrad.wrap(model, "svd(rank=3)", "sgd", lr=0.1)
+        buffer = torch.ones(1, 8, dtype=torch.float64)
+        for value in (1.0, 2.0):
+            x = buffer.fill_(value) if reuse else torch.full_like(buffer, value)
+            model(x).square().sum().backward()
+        totals.append(optimizer.subspaces[0].pending.dense())
+    assert torch.equal(*totals)
+
+
+def test_a_refresh_between_forward_and_backward_is_refused():
+    model = linear()
+    optimizer = lingrad.wrap(model, "svd(rank=3, every=1)", "sgd", lr=0.1)
+    x = torch.randn(5, 8, dtype=torch.float64)
+    late = model(x).sum()
+    at_step_one(optimizer, model, x)
+    with pytest.raises(ModeError, match="the basis of 0.weight was refreshed between this forward and its backward"):
+        late.backward()
+
+
+def test_second_derivatives_are_refused():
+    model = linear()
+    lingrad.wrap(model, "svd(rank=3)", "sgd", lr=0.1)
+    x = torch.randn(5, 8, dtype=torch.float64, requires_grad=True)
+    (grad,) = torch.autograd.grad(model(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
+@each_mode
+def test_other_weights_free_their_gradient(mode):
+    """Hooks project and free; in adapter mode the dense gradient does not outlive the backward of its layer."""
+    model = zoo()
+    rules = dict.fromkeys(("embed", "conv", "experts"), "svd(rank=3, every=9)")
+    optimizer = MODES[mode](model, rules, "sgd", lr=0.1)
+    train(model, optimizer, zoo_batches(2), zoo_loss, schedule=False)
+    optimizer.zero_grad()
+    zoo_loss(model, zoo_batches(1)[0][0]).backward()
+    for attachment in optimizer.attachments:
+        assert attachment.weight.grad is None
+        assert attachment.sub.coords.grad is not None
+        assert attachment.sub.pending is None
+
+
+def test_sparse_embedding_gradients():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(9, 4, sparse=True), nn.Linear(4, 2)).double()
+    optimizer = lingrad.wrap(model, {"0": "svd(rank=2)"}, "sgd", lr=0.1)
+    ids = torch.tensor([1, 1, 5])
+    model(ids).square().sum().backward()
+    dense = nn.Embedding(9, 4, _weight=model[0].weight.detach().clone())
+    model[1](dense(ids)).square().sum().backward()
+    torch.testing.assert_close(optimizer.subspaces[0].pending.dense(), dense.weight.grad)

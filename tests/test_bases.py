@@ -1,0 +1,176 @@
+"""Base optimizers: found by name, used unmodified, refused where the duality would break."""
+
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+import lingrad
+from lingrad import bases
+from lingrad.errors import DependencyError, DualityError, SpecError
+from tests.training import llama, text_batches, train
+
+NAMED = {
+    "adamw": torch.optim.AdamW,
+    "adam": torch.optim.Adam,
+    "sgd": torch.optim.SGD,
+    "rmsprop": torch.optim.RMSprop,
+    "adagrad": torch.optim.Adagrad,
+    "muon": torch.optim.Muon,
+}
+
+
+def test_every_name_is_a_stock_class_without_decay_that_reads_only_gradients():
+    for name in bases.names():
+        base = bases.find(name, {"lr": 1e-2}, decay=False)
+        bases.check_reads_only_gradients(base)
+        optimizer = base.build([nn.Parameter(torch.zeros(2, 2))])
+        assert not type(optimizer).__module__.startswith("lingrad")
+        if name in NAMED:
+            assert type(optimizer) is NAMED[name]
+        assert optimizer.param_groups[0].get("weight_decay", 0.0) == 0.0
+        assert optimizer.param_groups[0]["lr"] == 1e-2
+
+
+@pytest.mark.parametrize("name", bases.names())
+def test_every_name_trains(name):
+    model = llama(torch.float32)
+    optimizer = lingrad.wrap(model, "svd(rank=8, every=7)", name, lr={"lion": 1e-3, "sgd": 1.0}.get(name, 1e-2))
+    batches = text_batches(12, seed=2)
+    start = train(llama(torch.float32), torch.optim.SGD([nn.Parameter(torch.zeros(1))]), batches[-1:])
+    assert train(model, optimizer, batches[-1:] * 12) < start - 0.1
+
+
+def test_unknown_base():
+    with pytest.raises(SpecError) as caught:
+        lingrad.wrap(llama(), "svd(rank=4)", "adamv")
+    assert str(caught.value) == (
+        "unknown base optimizer 'adamv'; did you mean 'adam'? "
+        "Known: adafactor, adagrad, adam, adamw, adamw8bit, lion, muon, rmsprop, sgd; or pass an optimizer class or a factory."
+    )
+
+
+@pytest.mark.parametrize(
+    ("base", "options", "message"),
+    [
+        ("adamw", {"beta": (0.9, 0.99)}, "base 'adamw' takes no option 'beta'; did you mean 'betas'? It takes: lr, betas, eps"),
+        ("sgd", {"momentumm": 0.9}, "base 'sgd' takes no option 'momentumm'; did you mean 'momentum'?"),
+        (torch.optim.AdamW, {"weight_deacy": 0.1}, "base 'AdamW' takes no option 'weight_deacy'"),
+        (3, {}, "base must be a name, an optimizer class or a factory, not 3"),
+    ],
+)
+def test_wrong_options(base, options, message):
+    with pytest.raises(SpecError) as caught:
+        lingrad.wrap(llama(), "svd(rank=4)", base, **options)
+    assert str(caught.value).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"carry": "rotat"}, "carry must be one of keep, reset, rotate, not 'rotat'; did you mean 'rotate'?"),
+        ({"compat": "galor"}, "compat must be 'galore' or None, not 'galor'; did you mean 'galore'?"),
+        ({"compat": "galore", "base": "sgd"}, "compat='galore' reproduces galore_torch's AdamW; use base='adamw', not 'sgd'"),
+        ({"weight_decay": -1.0}, "weight_decay must be 0 or more, not -1.0"),
+        ({"scale": float("nan")}, "scale must be 0 or more, not nan"),
+    ],
+)
+def test_wrong_arguments(options, message):
+    with pytest.raises(SpecError) as caught:
+        lingrad.wrap(llama(), "svd(rank=4)", **options)
+    assert str(caught.value) == message
+
+
+def test_compat_galore_takes_svd_only():
+    with pytest.raises(SpecError, match=r"which has svd with the exact solver only, not power\(rank=4\)"):
+        lingrad.wrap(llama(), "power(rank=4)", compat="galore")
+
+
+@pytest.mark.parametrize(("name", "package", "extra"), [("lion", "lion_pytorch", "lion"), ("adamw8bit", "bitsandbytes", "bnb")])
+def test_a_missing_package_names_its_extra(monkeypatch, name, package, extra):
+    for module in list(sys.modules):
+        if module.partition(".")[0] == package:
+            monkeypatch.delitem(sys.modules, module)
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(DependencyError) as caught:
+        lingrad.wrap(llama(), "svd(rank=4)", name)
+    assert str(caught.value) == f"base '{name}' needs the package {package}: pip install 'lingrad[{extra}]'"
+
+
+class Lars(torch.optim.SGD):
+    """A trust ratio: the update is scaled by the parameter's norm."""
+
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.grad.mul_(p.norm() + 1e-3)
+        return super().step(closure)
+
+
+def test_updates_that_read_the_parameter_are_refused():
+    for base, options in ((Lars, {"lr": 0.1}), (torch.optim.Adafactor, {}), ("adafactor", {"scale_parameter": True})):
+        with pytest.raises(DualityError, match=r"the update of base '.*' reads the parameter, not only its gradient"):
+            lingrad.wrap(llama(), "svd(rank=4)", base, **options)
+
+
+def test_decay_under_another_name_is_refused():
+    def factory(params, lr):
+        return torch.optim.AdamW(params, lr=lr, weight_decay=0.5)
+
+    with pytest.raises(DualityError, match="weight decay is the engine's"):
+        lingrad.wrap(llama(), "svd(rank=4)", factory, lr=0.1)
+
+
+def test_classes_and_factories():
+    def factory(params, lr):
+        return torch.optim.NAdam(params, lr=lr)
+
+    for base in (torch.optim.RAdam, factory):
+        optimizer = lingrad.wrap(llama(), "svd(rank=4)", base, lr=1e-3)
+        train_once(optimizer)
+        assert type(optimizer.base) in (torch.optim.RAdam, torch.optim.NAdam)
+
+
+def train_once(optimizer):
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            p.grad = torch.zeros_like(p)
+    optimizer.step()
+
+
+def test_stock_adamw_is_fused_unless_told_otherwise():
+    assert bases.find("adamw", {}).build([nn.Parameter(torch.zeros(2))]).param_groups[0]["fused"] is True
+    assert not bases.find("adamw", {"foreach": True}).build([nn.Parameter(torch.zeros(2))]).param_groups[0]["fused"]
+    assert not bases.find("adamw", {"fused": False}).build([nn.Parameter(torch.zeros(2))]).param_groups[0]["fused"]
+
+
+def test_muon_steps_matrices_and_adamw_the_rest():
+    model = llama()
+    optimizer = lingrad.wrap(model, "svd(rank=4)", "muon", lr=1e-3)
+    train_once(optimizer)
+    kinds = {type(stock): [own["name"] for own, _ in pairs] for stock, pairs in optimizer._stocks()}
+    assert kinds == {torch.optim.Muon: ["coords"], torch.optim.AdamW: ["matrices", "vectors"]}
+
+
+@pytest.mark.parametrize(
+    ("base", "options", "degrees"),
+    [
+        ("adamw", {}, {"exp_avg": 1, "exp_avg_sq": 2}),
+        ("adamw", {"amsgrad": True}, {"exp_avg": 1, "exp_avg_sq": 2, "max_exp_avg_sq": 2}),
+        ("sgd", {"momentum": 0.9}, {"momentum_buffer": 1}),
+        ("sgd", {}, {}),
+        ("lion", {}, {"exp_avg": 1}),
+        ("rmsprop", {"centered": True}, {"square_avg": 2, "grad_avg": 1}),
+        ("adagrad", {}, {"sum": 2}),
+        ("muon", {}, {"momentum_buffer": 1}),
+    ],
+)
+def test_moments_are_told_apart_by_how_they_grow(base, options, degrees):
+    assert bases.moment_degrees(bases.find(base, options)) == degrees
+
+
+@pytest.mark.parametrize(("base", "state"), [("adafactor", "exp_avg_sq_row"), ("adamw8bit", "state1")])
+def test_states_that_cannot_rotate_are_refused_at_once(base, state):
+    with pytest.raises(DualityError, match=f"cannot rotate the state '{state}' of base '{base}'"):
+        lingrad.wrap(llama(), "svd(rank=4)", base, carry="rotate")

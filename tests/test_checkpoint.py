@@ -1,0 +1,158 @@
+"""State: saved, loaded into a fresh run, and gone on with to the same bits; or refused with the first difference."""
+
+import io
+
+import pytest
+import torch
+
+import lingrad
+from lingrad.errors import CheckpointError
+from tests.cases import BASES, SIDED, UNSIDED
+from tests.training import llama, text_batches, train, zoo, zoo_batches, zoo_loss
+
+MODES = {"optimizer": lingrad.wrap, "adapter": lingrad.adapt}
+each_mode = pytest.mark.parametrize("mode", MODES)
+
+
+def through_a_file(state):
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=True)
+
+
+def assert_resumes(build, make, batches, loss, at):
+    straight, optimizer = build(), None
+    optimizer = make(straight)
+    train(straight, optimizer, batches, loss, schedule=False)
+    first = build()
+    optimizer = make(first)
+    train(first, optimizer, batches[:at], loss, schedule=False)
+    saved = through_a_file({"model": first.state_dict(), "optimizer": optimizer.state_dict()})
+    resumed = build()
+    optimizer = make(resumed)
+    resumed.load_state_dict(saved["model"])
+    optimizer.load_state_dict(saved["optimizer"])
+    train(resumed, optimizer, batches[at:], loss, schedule=False)
+    assert straight.state_dict().keys() == resumed.state_dict().keys()
+    for name, value in straight.state_dict().items():
+        assert torch.equal(value, resumed.state_dict()[name]), name
+
+
+@each_mode
+@pytest.mark.parametrize("at", [3, 4, 5])  # before, at and after the refresh of step 4
+@pytest.mark.parametrize("spec", [s.format(side="short").replace("every=7", "every=4") for s in SIDED] + list(UNSIDED))
+def test_resuming_is_exact(spec, at, mode):
+    assert_resumes(
+        llama, lambda m: MODES[mode](m, spec, lr=1e-2), text_batches(8, micro=1), lambda m, b: m(b, labels=b).loss, at
+    )
+
+
+@each_mode
+@pytest.mark.parametrize("base", [*BASES, "rmsprop", "adagrad", "adafactor", "muon", "adamw8bit"])
+def test_resuming_is_exact_for_every_base(base, mode):
+    options = BASES.get(base, {"lr": 1e-2})
+    batches = text_batches(6, micro=1)
+
+    def build():
+        return llama(torch.float32)
+
+    assert_resumes(
+        build, lambda m: MODES[mode](m, "svd(rank=4, every=4)", base, **options), batches, lambda m, b: m(b, labels=b).loss, 3
+    )
+
+
+@each_mode
+def test_resuming_every_kind_of_weight_in_low_precision(mode):
+    rules = {"*": "svd(rank=1, every=3)"}
+    assert_resumes(lambda: zoo(torch.bfloat16), lambda m: MODES[mode](m, rules, lr=1e-2), zoo_batches(6), zoo_loss, 4)
+
+
+def test_the_state_is_flat_and_plain():
+    model = llama()
+    optimizer = lingrad.wrap(model, "kron(left=svd(rank=4), right=random(rank=3))", lr=1e-2)
+    train(model, optimizer, text_batches(2))
+    state = optimizer.state_dict()
+    coords = state["state"][0]
+    assert {k for k in coords if k.startswith("subspace.")} == {
+        "subspace.step",
+        "subspace.refreshes",
+        "subspace.state.left.left",
+        "subspace.state.right.seed",
+        "subspace.state.right.drawn",
+        "subspace.state.right.m",
+        "subspace.state.right.n",
+        "subspace.state.right.like",
+        "subspace.state.refreshes",
+    }
+    assert coords["subspace.step"] == 2
+    assert all(isinstance(value, torch.Tensor | int | float) for value in coords.values())
+
+
+def saved_after_two_steps(make):
+    model = llama()
+    optimizer = make(model)
+    train(model, optimizer, text_batches(2))
+    return optimizer.state_dict()
+
+
+def test_a_checkpoint_of_another_run_is_refused_and_nothing_is_changed():
+    saved = saved_after_two_steps(lambda m: lingrad.wrap(m, "svd(rank=4)", lr=1e-2))
+    runs = {
+        lambda m: lingrad.wrap(m, "svd(rank=5)", lr=1e-2): (
+            "group 'coords', entry 0: the checkpoint has spec 'svd(rank=4)', this run has 'svd(rank=5)'"
+        ),
+        lambda m: lingrad.adapt(m, "svd(rank=4)", lr=1e-2): (
+            "group 'coords': the checkpoint has mode 'optimizer', this run has 'adapter'; call opt.switch first"
+        ),
+        lambda m: lingrad.wrap(m, {"*.mlp.*": "svd(rank=4)"}, lr=1e-2): (
+            "group 'coords': the checkpoint has 14 param_names, this run has 6"
+        ),
+        lambda m: lingrad.wrap([("x", m.lm_head.weight)], "svd(rank=4)", lr=1e-2): (
+            "the checkpoint has 3 param groups and this run 1"
+        ),
+    }
+    for make, message in runs.items():
+        model = llama()
+        optimizer = make(model)
+        before = {k: v for k, v in optimizer.state_dict()["state"].items()}
+        with pytest.raises(CheckpointError) as caught:
+            optimizer.load_state_dict(saved)
+        assert str(caught.value) == message
+        assert optimizer.state_dict()["state"].keys() == before.keys()
+        assert optimizer._step == 0
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda s: s["state"][0].pop("subspace.refreshes"), "it was not written by lingrad's optimizer"),
+        (
+            lambda s: s["state"][3].pop("subspace.state.right"),
+            "the checkpoint has no 'subspace.state.right' for model.layers.0",
+        ),
+        (
+            lambda s: s["state"][0].update({"subspace.state.right": torch.zeros(2, 2)}),
+            r"'subspace.state.right' of model.layers.0.self_attn.q_proj.weight is \(2, 2\) in the checkpoint, and \(32, 4\) in this run",
+        ),
+        (lambda s: s["param_groups"][0]["param_names"].__setitem__(1, "y"), "entry 1: the checkpoint has param_name 'y'"),
+    ],
+)
+def test_a_damaged_checkpoint_is_refused_whole(damage, message):
+    saved = saved_after_two_steps(lambda m: lingrad.wrap(m, "svd(rank=4)", lr=1e-2))
+    damage(saved)
+    model = llama()
+    optimizer = lingrad.wrap(model, "svd(rank=4)", lr=1e-2)
+    bases = [sub.map().tensors[0].clone() for sub in optimizer.subspaces]
+    with pytest.raises(CheckpointError, match=message):
+        optimizer.load_state_dict(saved)
+    assert all(torch.equal(a, sub.map().tensors[0]) for a, sub in zip(bases, optimizer.subspaces, strict=True))
+    assert not optimizer.state
+
+
+def test_loading_restores_hyper_parameters():
+    saved = saved_after_two_steps(lambda m: lingrad.wrap(m, "svd(rank=4)", lr=1e-2, scale=0.5))
+    optimizer = lingrad.wrap(llama(), "svd(rank=4)", lr=3.0)
+    optimizer.load_state_dict(saved)
+    assert [g["lr"] for g in optimizer.param_groups] == [g["lr"] for g in saved["param_groups"]]
+    assert optimizer.param_groups[0]["scale"] == 0.5

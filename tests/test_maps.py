@@ -1,0 +1,160 @@
+"""The laws of `LinearMap` and `Gradient`, each against a dense oracle in float64."""
+
+import pytest
+import torch
+
+from lingrad.gradient import DenseGradient, FactoredGradient, accumulate
+from lingrad.maps import KroneckerMap, SelectionMap, pair
+
+M, N, P, Q, TOKENS = 7, 5, 3, 2, 11
+
+
+def draw(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+LEFT, RIGHT = draw(M, P, seed=1), draw(N, Q, seed=2)
+ROWS, COLUMNS = torch.tensor([0, 3, 6]), torch.tensor([1, 4])
+MAPS = {
+    "identity": KroneckerMap(None, None),
+    "left": KroneckerMap(LEFT, None),
+    "right": KroneckerMap(None, RIGHT),
+    "both": KroneckerMap(LEFT, RIGHT),
+    "rows": SelectionMap(ROWS, None, (M, N)),
+    "columns": SelectionMap(None, COLUMNS, (M, N)),
+    "entries": SelectionMap(ROWS, COLUMNS, (M, N)),
+    "rows x right": pair(SelectionMap(ROWS, None, (M, N)), KroneckerMap(None, RIGHT)),
+    "left x columns": pair(KroneckerMap(LEFT, None), SelectionMap(None, COLUMNS, (M, N))),
+    "left x right": pair(KroneckerMap(LEFT, None), KroneckerMap(None, RIGHT)),
+    "rows x columns": pair(SelectionMap(ROWS, None, (M, N)), SelectionMap(None, COLUMNS, (M, N))),
+}
+OUT_GRAD, INPUT = draw(TOKENS, M, seed=3), draw(TOKENS, N, seed=4)
+GRADIENTS = {
+    "dense": DenseGradient(OUT_GRAD.t() @ INPUT),
+    "factored": FactoredGradient(OUT_GRAD, INPUT),
+    "few tokens": FactoredGradient(OUT_GRAD[:2], INPUT[:2]),
+}
+
+close = pytest.approx
+each_map = pytest.mark.parametrize("smap", MAPS.values(), ids=MAPS.keys())
+each_gradient = pytest.mark.parametrize("grad", GRADIENTS.values(), ids=GRADIENTS.keys())
+
+
+def assert_close(actual, expected):
+    torch.testing.assert_close(actual, expected, rtol=1e-13, atol=1e-13)
+
+
+def matrix_of(smap):
+    """S as a matrix [m n, p q], column by column."""
+    p, q = smap.coords_shape((M, N))
+    units = torch.eye(p * q, dtype=torch.float64).view(p * q, p, q)
+    return torch.stack([smap.lift(unit).flatten() for unit in units], dim=1)
+
+
+@each_map
+@each_gradient
+def test_project_is_the_adjoint_of_lift(smap, grad):
+    assert_close(smap.project(grad).flatten(), matrix_of(smap).t() @ grad.dense().flatten())
+
+
+@each_map
+def test_lift_is_linear_and_its_autograd_is_project(smap):
+    coords = draw(*smap.coords_shape((M, N)), seed=5).requires_grad_()
+    weights = draw(M, N, seed=6)
+    assert_close(smap.lift(coords).flatten(), matrix_of(smap) @ coords.flatten())
+    (smap.lift(coords) * weights).sum().backward()
+    assert_close(coords.grad, smap.project(weights))
+
+
+@each_map
+def test_apply_acts_as_the_lifted_weight(smap):
+    x, coords = draw(2, 4, N, seed=7), draw(*smap.coords_shape((M, N)), seed=5)
+    assert_close(smap.apply(x, coords), x @ smap.lift(coords).t())
+
+
+@each_map
+def test_transpose(smap):
+    coords = draw(*smap.coords_shape((M, N)), seed=5)
+    assert_close(smap.T.lift(coords.t()), smap.lift(coords).t())
+    assert smap.T.coords_shape((N, M)) == smap.coords_shape((M, N))[::-1]
+
+
+@each_map
+def test_reduced_inputs_are_enough(smap):
+    x, coords = draw(TOKENS, N, seed=7), draw(*smap.coords_shape((M, N)), seed=5)
+    reduced = smap.reduce(x)
+    assert_close(smap.inner.apply(reduced, coords), smap.apply(x, coords))
+    assert_close(smap.inner.project(FactoredGradient(OUT_GRAD, reduced)), smap.project(FactoredGradient(OUT_GRAD, x)))
+
+
+@each_map
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_add_lift_in_place(smap, dtype):
+    coords = draw(*smap.coords_shape((M, N)), seed=5)
+    weight = draw(M, N, seed=8).to(dtype)
+    expected = (weight.double() + smap.lift(coords)).to(dtype)
+    pointer = weight.data_ptr()
+    smap.add_lift_(weight, coords)
+    assert weight.data_ptr() == pointer
+    # float64 coordinates are summed in float64 and rounded once
+    torch.testing.assert_close(weight, expected, rtol=1e-13 if dtype == torch.float64 else 1.2e-7, atol=1e-13)
+
+
+@pytest.mark.parametrize("name", ["identity", "left", "right", "both", "rows", "columns", "entries"])
+def test_transport_is_project_after_lift(name):
+    old = MAPS[name]
+    new = {
+        "rows": SelectionMap(torch.tensor([0, 2, 6]), None, (M, N)),
+        "columns": SelectionMap(None, torch.tensor([0, 4]), (M, N)),
+        "entries": SelectionMap(torch.tensor([0, 2, 6]), torch.tensor([0, 4]), (M, N)),
+    }.get(name, KroneckerMap(old.left if name == "right" else None, None) if name == "identity" else None)
+    if new is None:
+        new = KroneckerMap(None if old.left is None else draw(M, P, seed=9), None if old.right is None else draw(N, Q, seed=10))
+    overlap = matrix_of(new).t() @ matrix_of(old)
+    coords = draw(*old.coords_shape((M, N)), seed=5)
+    assert_close(new.transport(old, coords).flatten(), overlap @ coords.flatten())
+    squares = coords.square()
+    assert_close(new.transport_squares(old, squares).flatten(), overlap.square() @ squares.flatten())
+
+
+@each_gradient
+def test_gradient_products_match_the_matrix(grad):
+    dense, left, right = grad.dense(), draw(M, P, seed=1), draw(N, Q, seed=2)
+    assert grad.shape == tuple(dense.shape) == (M, N)
+    assert_close(grad.matmul(right), dense @ right)
+    assert_close(grad.rmatmul(left), left.t() @ dense)
+    assert_close(grad.product(left, right), left.t() @ dense @ right)
+    assert_close(grad.T.dense(), dense.t())
+    assert_close(grad.norm(), dense.norm())
+    assert_close(grad.select(ROWS, COLUMNS).dense(), dense[ROWS][:, COLUMNS])
+    assert_close(grad.select(None, COLUMNS).dense(), dense[:, COLUMNS])
+    assert_close(grad.select(ROWS, None).dense(), dense[ROWS])
+    assert grad.to(torch.float32).dtype == grad.to(torch.float32).dense().dtype == torch.float32
+    assert grad.nbytes == 8 * (M * N if isinstance(grad, DenseGradient) else grad.input.shape[0] * (M + N))
+
+
+@pytest.mark.parametrize("first", GRADIENTS)
+@pytest.mark.parametrize("second", GRADIENTS)
+def test_accumulate_is_a_sum_that_keeps_the_smaller_form(first, second):
+    def fresh(name):
+        grad = GRADIENTS[name]
+        return DenseGradient(grad.dense().clone()) if isinstance(grad, DenseGradient) else grad
+
+    total = accumulate(accumulate(None, fresh(first)), fresh(second))
+    assert_close(total.dense(), GRADIENTS[first].dense() + GRADIENTS[second].dense())
+    # two tokens of a 7 x 5 weight are 24 numbers, the matrix is 35, four tokens would be 48
+    assert isinstance(total, DenseGradient)
+    assert isinstance(accumulate(None, fresh("few tokens")), FactoredGradient)
+    one = FactoredGradient(OUT_GRAD[:1], INPUT[:1])
+    assert isinstance(accumulate(one, one), FactoredGradient)
+
+
+def test_factored_norm_of_a_vanishing_gradient_is_zero():
+    grad = FactoredGradient(torch.zeros(1, M), torch.ones(1, N))
+    assert grad.norm() == 0
+
+
+def test_low_precision_gradients_multiply_in_their_own_dtype():
+    grad = FactoredGradient(OUT_GRAD.bfloat16(), INPUT.bfloat16())
+    assert KroneckerMap(LEFT.float(), None).project(grad).dtype == torch.bfloat16
+    assert grad.norm().dtype == torch.float32

@@ -1,0 +1,29 @@
+"""``lingrad ...`` and ``python -m lingrad ...``."""
+
+from __future__ import annotations
+
+import sys
+
+from lingrad.errors import DependencyError, LingradError
+
+
+def main() -> None:
+    """Run the command line; errors of lingrad are printed without a traceback and exit with status 2."""
+    try:
+        try:
+            from lingrad.cli import app
+        except ModuleNotFoundError as error:
+            if error.name == "typer":
+                raise DependencyError("the command line", "typer", "cli") from error
+            raise
+        app()
+    except LingradError as error:
+        sys.stderr.write(f"lingrad: {error}\n")
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.stderr.write("lingrad: interrupted; nothing was written\n")
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

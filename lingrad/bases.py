@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from importlib import import_module
 from typing import Any
 
@@ -206,12 +207,11 @@ def _load(name: str, stock: _Stock) -> Callable[..., Optimizer]:
     try:
         factory: Callable[..., Optimizer] = getattr(import_module(module), attribute)
     except ImportError as error:
-        raise DependencyError(
-            f"base '{name}' needs the package {module.split('.')[0]}: pip install 'lingrad[{stock.extra}]'"
-        ) from error
+        raise DependencyError(f"base '{name}'", module.partition(".")[0], stock.extra) from error
     return factory
 
 
+@cache
 def _signature(factory: Callable[..., Optimizer]) -> Mapping[str, inspect.Parameter]:
     return inspect.signature(factory).parameters
 

@@ -39,8 +39,21 @@ class CheckpointError(LingradError, ValueError):
     """A saved state does not belong to this run; the message names the first difference."""
 
 
+class DataError(LingradError, ValueError):
+    """A text, a model folder or a results folder cannot be used."""
+
+
 class DependencyError(LingradError, ImportError):
-    """An optional package is missing; the message names the extra that brings it."""
+    """An optional package is missing.
+
+    Args:
+        what: What was asked for.
+        package: The package it needs.
+        extra: The extra of lingrad that brings the package.
+    """
+
+    def __init__(self, what: str, package: str, extra: str | None) -> None:
+        super().__init__(f"{what} needs the package {package}: pip install 'lingrad[{extra}]'")
 
 
 def did_you_mean(word: str, names: Iterable[str]) -> str:

@@ -1,0 +1,121 @@
+"""What a spec or rules would do to a model, as a table; nothing is trained and no tensor is made."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from torch import nn
+
+from lingrad import spec
+from lingrad.rules import Rules, Target, resolve_model
+
+HEADERS = ("parameter", "weight", "transform", "coords", "basis", "gradient", "trained")
+
+
+@dataclass(frozen=True)
+class Line:
+    """One parameter, or several alike.
+
+    Args:
+        name: The parameter's name; ``*`` stands for a layer's number where several are alike.
+        count: How many parameters the line stands for.
+        weight: The shape it is read as, such as ``1024 x 4096``.
+        transform: Its config string, or ``in full``.
+        coords: The shape of its coordinates.
+        basis: The shapes of its bases in memory.
+        gradient: Where its gradient is born: ``projected`` in the layer's backward, by a ``hook``, or in ``full``.
+        trained: Numbers the base optimizer steps, over all ``count``.
+    """
+
+    name: str
+    count: int
+    weight: str
+    transform: str
+    coords: str
+    basis: str
+    gradient: str
+    trained: int
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """The resolution of rules against a model.
+
+    Args:
+        lines: One for each parameter, or for each group of like ones.
+        parameters: Trainable numbers of the model.
+        trained: Numbers the base optimizer steps.
+    """
+
+    lines: tuple[Line, ...]
+    parameters: int
+    trained: int
+
+    def __str__(self) -> str:
+        cells = [HEADERS]
+        for line in self.lines:
+            name = f"{line.name} (x {line.count})" if line.count > 1 else line.name
+            cells.append((name, line.weight, line.transform, line.coords, line.basis, line.gradient, f"{line.trained:,}"))
+        widths = [max(len(row[i]) for row in cells) for i in range(len(HEADERS))]
+        text = []
+        for row in cells:
+            *left, last = zip(row, widths, strict=True)
+            text.append("  ".join([*(cell.ljust(width) for cell, width in left), last[0].rjust(last[1])]))
+        text.insert(1, "  ".join("-" * w for w in widths))
+        share = self.trained / self.parameters if self.parameters else 0.0
+        text.append(f"{self.trained:,} of {self.parameters:,} numbers are stepped by the base optimizer ({share:.1%})")
+        return "\n".join(text)
+
+
+def explain(model: nn.Module, spec_or_rules: Rules, *, every_parameter: bool = False) -> Explanation:
+    """Show what `lingrad.wrap` would do.
+
+    Args:
+        model: The model; the meta device will do.
+        spec_or_rules: As for `lingrad.wrap`.
+        every_parameter: Give each parameter its own line, instead of one to the parameters that differ in nothing but the
+            numbers in their names.
+
+    Returns:
+        A table; its ``str`` is for reading. Errors are those of `lingrad.wrap`.
+    """
+    plan = resolve_model(model, spec_or_rules)
+    targets = {target.name: _transformed(target) for target in plan.targets}
+    untouched = {name: _untouched(name, param) for name, param in plan.full}
+    order = [name for name, _ in model.named_parameters() if name in targets or name in untouched]
+    lines = [targets.get(name) or untouched[name] for name in order]
+    sizes = {t.name: t.param.numel() for t in plan.targets} | {name: p.numel() for name, p in plan.full}
+    parameters, trained = sum(sizes.values()), sum(line.trained for line in lines)
+    return Explanation(tuple(lines if every_parameter else _alike(lines)), parameters, trained)
+
+
+def _transformed(target: Target) -> Line:
+    shape = target.layout.shape
+    coords = target.transform.coords_shape(shape)
+    bases = [_by(s) for s in target.transform.basis_shapes(shape) if s is not None]
+    gradient = "projected" if target.road == "projected" else "hook"
+    text = spec.format(target.transform)
+    return Line(target.name, 1, _by(shape), text, _by(coords), ", ".join(bases) or "-", gradient, coords[0] * coords[1])
+
+
+def _untouched(name: str, param: nn.Parameter) -> Line:
+    return Line(name, 1, _by(param.shape), "in full", "-", "-", "full", param.numel())
+
+
+def _by(shape: tuple[int, ...]) -> str:
+    return " x ".join(map(str, shape)) or "scalar"
+
+
+def _alike(lines: list[Line]) -> list[Line]:
+    groups: dict[tuple[str, ...], list[Line]] = {}
+    for line in lines:
+        pattern = re.sub(r"(?<![^.])\d+(?![^.])", "*", line.name)
+        groups.setdefault((pattern, line.weight, line.transform, line.gradient), []).append(line)
+    merged = []
+    for (pattern, *_), group in groups.items():
+        first, count = group[0], len(group)
+        name = pattern if count > 1 else first.name
+        total = sum(line.trained for line in group)
+        merged.append(Line(name, count, first.weight, first.transform, first.coords, first.basis, first.gradient, total))
+    return merged

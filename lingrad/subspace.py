@@ -180,7 +180,7 @@ def refresh(
         sub.warn_once("the gradient at a refresh is not finite; the old basis stays until the next one")
         return False
     state = sub.transform.refresh(sub.state, grad, step)
-    if not all(bool(t.isfinite().all()) for t in _tensors(state) if t.is_floating_point()):
+    if not all(bool(t.isfinite().all()) for t in sub.transform.map(state).tensors if t.is_floating_point()):
         sub.warn_once(f"{sub.transform.name} gave a basis that is not finite; the old one stays until the next refresh")
         return False
     merge(sub, weight)

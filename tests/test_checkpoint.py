@@ -8,7 +8,7 @@ import torch
 import lingrad
 from lingrad.errors import CheckpointError
 from tests.cases import BASES, SIDED, UNSIDED
-from tests.training import llama, text_batches, train, zoo, zoo_batches, zoo_loss
+from tests.training import llama, text_batches, text_loss, train, zoo, zoo_batches, zoo_loss
 
 MODES = {"optimizer": lingrad.wrap, "adapter": lingrad.adapt}
 each_mode = pytest.mark.parametrize("mode", MODES)
@@ -43,9 +43,7 @@ def assert_resumes(build, make, batches, loss, at):
 @pytest.mark.parametrize("at", [3, 4, 5])  # before, at and after the refresh of step 4
 @pytest.mark.parametrize("spec", [s.format(side="short").replace("every=7", "every=4") for s in SIDED] + list(UNSIDED))
 def test_resuming_is_exact(spec, at, mode):
-    assert_resumes(
-        llama, lambda m: MODES[mode](m, spec, lr=1e-2), text_batches(8, micro=1), lambda m, b: m(b, labels=b).loss, at
-    )
+    assert_resumes(llama, lambda m: MODES[mode](m, spec, lr=1e-2), text_batches(8, micro=1), text_loss, at)
 
 
 @each_mode
@@ -57,9 +55,7 @@ def test_resuming_is_exact_for_every_base(base, mode):
     def build():
         return llama(torch.float32)
 
-    assert_resumes(
-        build, lambda m: MODES[mode](m, "svd(rank=4, every=4)", base, **options), batches, lambda m, b: m(b, labels=b).loss, 3
-    )
+    assert_resumes(build, lambda m: MODES[mode](m, "svd(rank=4, every=4)", base, **options), batches, text_loss, 3)
 
 
 @each_mode
@@ -115,7 +111,7 @@ def test_a_checkpoint_of_another_run_is_refused_and_nothing_is_changed():
     for make, message in runs.items():
         model = llama()
         optimizer = make(model)
-        before = {k: v for k, v in optimizer.state_dict()["state"].items()}
+        before = optimizer.state_dict()["state"]
         with pytest.raises(CheckpointError) as caught:
             optimizer.load_state_dict(saved)
         assert str(caught.value) == message
@@ -133,7 +129,7 @@ def test_a_checkpoint_of_another_run_is_refused_and_nothing_is_changed():
         ),
         (
             lambda s: s["state"][0].update({"subspace.state.right": torch.zeros(2, 2)}),
-            r"'subspace.state.right' of model.layers.0.self_attn.q_proj.weight is \(2, 2\) in the checkpoint, and \(32, 4\) in this run",
+            r"'subspace.state.right' of .*q_proj.weight is \(2, 2\) in the checkpoint, and \(32, 4\) in this run",
         ),
         (lambda s: s["param_groups"][0]["param_names"].__setitem__(1, "y"), "entry 1: the checkpoint has param_name 'y'"),
     ],

@@ -1,5 +1,5 @@
-"""The theorem (Torroba-Hennigen et al., ICML 2025, arXiv 2502.13811, section 3): for a linear S and an optimizer that reads only
-its gradients, W <- W + S opt(S^T G) and training z in W = W0 + S z give the same W at every step.
+"""The theorem (Torroba-Hennigen et al., ICML 2025, arXiv 2502.13811, section 3): for a linear S and an optimizer that reads
+only its gradients, W <- W + S opt(S^T G) and training z in W = W0 + S z give the same W at every step.
 
 Tolerance: 1e-12 relative over 40 steps in float64. The modes round differently (W + S z is summed at every step or at each
 refresh), about 1e-16 a step, and a basis refreshed from a gradient amplifies it by the inverse of its singular gaps.

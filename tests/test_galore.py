@@ -30,8 +30,8 @@ def train_galore(model, batches, proj_type, scale, **options):
 @pytest.mark.parametrize("mode", [lingrad.wrap, lingrad.adapt])
 @pytest.mark.parametrize(("proj_type", "side"), PROJECTIONS.items())
 def test_same_trajectory(mode, proj_type, side):
-    """40 steps, refresh every 7, 3 micro-batches, cosine schedule, decay 0.1. Both take the SVD of the gradient rounded to float32,
-    so that bases are equal to the bit and only the order of sums differs: 1e-12 leaves a factor of 1000 over what is seen."""
+    """40 steps, refresh every 7, 3 micro-batches, cosine schedule, decay 0.1. Both take the SVD of the gradient rounded to
+    float32, so that bases are equal to the bit and only the order of sums differs: 1e-12 is 1000 times what is seen."""
     batches = text_batches(40)
     theirs = train_galore(llama(), batches, proj_type, 0.25, lr=1e-2, weight_decay=0.1)
     model = llama()

@@ -87,7 +87,7 @@ def test_factored_and_dense_gradients_give_the_same_basis(text):
 @pytest.mark.parametrize("side", SIDES)
 @each_shape
 def test_svd_finds_the_leading_singular_vectors(solver, side, shape):
-    transform, state = refreshed(f"svd(rank=3, side={side}, solver={solver})", shape)
+    _, state = refreshed(f"svd(rank=3, side={side}, solver={solver})", shape)
     u, _, vh = torch.linalg.svd(matrix(shape))
     for basis, vectors in zip(state, (u, vh.t()), strict=True):
         if basis is not None:

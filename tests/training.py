@@ -4,6 +4,7 @@ import torch
 from torch import nn
 
 import lingrad
+from lingrad.research.models import next_token_loss, norm_in_own_dtype
 
 VOCABULARY = 64
 
@@ -11,18 +12,21 @@ VOCABULARY = 64
 def llama(dtype=torch.float64, **overrides):
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    config = dict(
-        vocab_size=VOCABULARY,
-        hidden_size=32,
-        intermediate_size=88,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        tie_word_embeddings=False,
-    )
+    config = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 32,
+        "intermediate_size": 88,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 64,
+        "tie_word_embeddings": False,
+    }
     torch.manual_seed(0)
-    return LlamaForCausalLM(LlamaConfig(**config | overrides)).to(dtype)
+    model = LlamaForCausalLM(LlamaConfig(**config | overrides)).to(dtype)
+    if dtype == torch.float64:
+        norm_in_own_dtype(model)
+    return model
 
 
 def gpt2(dtype=torch.float64):
@@ -75,8 +79,7 @@ def text_batches(steps, micro=3, rows=2, length=12, seed=1):
     return [[torch.randint(0, VOCABULARY, (rows, length), generator=generator) for _ in range(micro)] for _ in range(steps)]
 
 
-def text_loss(model, ids):
-    return model(input_ids=ids, labels=ids).loss
+text_loss = next_token_loss
 
 
 def zoo_batches(steps, micro=2, seed=1):

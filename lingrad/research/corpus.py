@@ -1,0 +1,148 @@
+"""Texts to train on, byte by byte: the vendored one or the user's own, split by position."""
+
+from __future__ import annotations
+
+import hashlib
+import lzma
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lingrad.errors import DataError
+
+MOBY_DICK_SHA256 = "fe282a57094ed62e7144fb7c804a9748fc1c909bf3b49d06e7276015f9f67240"
+VALIDATION_SHARE = 0.1
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """A tokenized text.
+
+    Args:
+        name: What reports call it.
+        train: Token ids, int64 [N]: the beginning of the text.
+        valid: Token ids, int64 [M]: its last tenth.
+        vocabulary: Number of token ids.
+    """
+
+    name: str
+    train: Tensor
+    valid: Tensor
+    vocabulary: int
+
+
+def moby_dick() -> str:
+    """The text of Moby-Dick that comes with the package.
+
+    Returns:
+        1,204,997 bytes of UTF-8, decoded.
+
+    Raises:
+        DataError: The file is not the one that was packaged.
+    """
+    packed = (files("lingrad.research") / "data" / "moby-dick.txt.xz").read_bytes()
+    try:
+        raw = lzma.decompress(packed)
+    except lzma.LZMAError as error:
+        raise DataError(f"the packaged text moby-dick.txt.xz is damaged ({error}); install lingrad again") from error
+    if hashlib.sha256(raw).hexdigest() != MOBY_DICK_SHA256:
+        raise DataError("the packaged text moby-dick.txt.xz is not the one lingrad was made with; install lingrad again")
+    return raw.decode()
+
+
+def read_text(path: Path) -> str:
+    """A text file of the user's.
+
+    Args:
+        path: A UTF-8 text.
+
+    Returns:
+        Its contents.
+
+    Raises:
+        DataError: It is missing, empty, or not UTF-8.
+    """
+    try:
+        text = path.read_bytes().decode()
+    except OSError as error:
+        raise DataError(f"cannot read the text {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not a UTF-8 text (byte {error.start}); convert it first") from error
+    if not text.strip():
+        raise DataError(f"the text {path} is empty")
+    return text
+
+
+def tokenize(name: str, text: str) -> Corpus:
+    """Split a text by position and read its UTF-8 bytes as tokens.
+
+    Bytes, because a model that sees only some 60,000 tokens learns more of a language with 256 symbols than of one with
+    thousands, of which its embeddings would see most but a few times.
+
+    Args:
+        name: What reports call it.
+        text: The text.
+
+    Returns:
+        The corpus.
+    """
+    tokens = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8).long()
+    cut = int(len(tokens) * (1 - VALIDATION_SHARE))
+    return Corpus(name, tokens[:cut], tokens[cut:], 256)
+
+
+def training_batches(corpus: Corpus, *, steps: int, rows: int, length: int, seed: int) -> Iterator[Tensor]:
+    """Random windows of the training part; the same for every method with the same seed.
+
+    Args:
+        corpus: The text.
+        steps: How many batches.
+        rows: Windows in a batch.
+        length: Tokens in a window.
+        seed: Seed of the positions.
+
+    Yields:
+        Token ids, int64 [rows, length].
+    """
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(steps):
+        starts = torch.randint(len(corpus.train) - length, (rows,), generator=generator).tolist()
+        yield torch.stack([corpus.train[start : start + length] for start in starts])
+
+
+def validation_batches(corpus: Corpus, *, rows: int, length: int, batches: int) -> list[Tensor]:
+    """Windows spread evenly over the validation part.
+
+    Args:
+        corpus: The text.
+        rows: Windows in a batch.
+        length: Tokens in a window.
+        batches: How many batches.
+
+    Returns:
+        Token ids, int64 [rows, length] each.
+    """
+    starts = torch.linspace(0, len(corpus.valid) - length, rows * batches).long().tolist()
+    windows = torch.stack([corpus.valid[start : start + length] for start in starts])
+    return list(windows.split(rows))
+
+
+def check_length(corpus: Corpus, length: int) -> None:
+    """Make sure that both parts hold a window.
+
+    Args:
+        corpus: The text.
+        length: Tokens in a window.
+
+    Raises:
+        DataError: The text is too short.
+    """
+    if min(len(corpus.train), len(corpus.valid)) <= length:
+        raise DataError(
+            f"{corpus.name} is too short: its last tenth is {len(corpus.valid)} tokens, and a window is {length}; "
+            "give a longer text or a smaller --length"
+        )

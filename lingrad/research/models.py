@@ -1,0 +1,134 @@
+"""Models to train or to look at: the demo's small Llama, and any transformers config on the meta device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lingrad.errors import DataError, DependencyError
+
+
+@dataclass(frozen=True)
+class LlamaShape:
+    """A small Llama.
+
+    Args:
+        vocabulary: Number of token ids.
+        hidden: Width.
+        intermediate: Width of the MLP.
+        layers: Number of layers.
+        heads: Attention heads.
+        length: Longest window.
+    """
+
+    vocabulary: int = 256
+    hidden: int = 256
+    intermediate: int = 688
+    layers: int = 3
+    heads: int = 4
+    length: int = 64
+
+
+def build_llama(shape: LlamaShape, *, seed: int, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """A transformers ``LlamaForCausalLM`` with random weights.
+
+    Args:
+        shape: Its size.
+        seed: Seed of the weights; the global generator is left as it was.
+        dtype: Of the weights; the same numbers in every dtype.
+
+    Returns:
+        The model.
+    """
+    transformers = _transformers()
+    config = transformers.LlamaConfig(
+        vocab_size=shape.vocabulary,
+        hidden_size=shape.hidden,
+        intermediate_size=shape.intermediate,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.heads,
+        max_position_embeddings=shape.length,
+        tie_word_embeddings=False,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model: nn.Module = transformers.LlamaForCausalLM(config)
+    if dtype == torch.float64:
+        norm_in_own_dtype(model)
+    return model.to(dtype)
+
+
+def norm_in_own_dtype(model: nn.Module) -> None:
+    """Replace transformers' RMSNorm, which rounds its input to float32 whatever the model's dtype, by torch's.
+
+    A float64 comparison needs it: two runs that agree to 1e-16 part by 1e-8 where such a rounding goes the other way.
+
+    Args:
+        model: A Llama of transformers, changed in place.
+    """
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if type(child).__name__ == "LlamaRMSNorm":
+                old: Any = child
+                norm = nn.RMSNorm(old.weight.shape, eps=old.variance_epsilon)
+                norm.weight = old.weight
+                setattr(module, name, norm)
+
+
+def next_token_loss(model: nn.Module, ids: Tensor) -> Tensor:
+    """Mean cross-entropy of the next token, in the dtype of the logits (transformers' own loss rounds them to float32).
+
+    Args:
+        model: A causal language model of transformers.
+        ids: Token ids, int64 [rows, length].
+
+    Returns:
+        Nats a token, 0-d.
+    """
+    logits = model(input_ids=ids).logits
+    return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+
+
+def open_model(name: str) -> nn.Module:
+    """A model without weights, on the meta device.
+
+    Args:
+        name: ``demo``, or a local ``config.json`` of transformers, or the folder that holds one.
+
+    Returns:
+        The model; nothing is downloaded and no weight is read.
+
+    Raises:
+        DataError: There is no such config, or it is not one of transformers.
+    """
+    with torch.device("meta"):
+        if name == "demo":
+            return build_llama(LlamaShape(), seed=0)
+        path = Path(name)
+        if not path.exists():
+            raise DataError(
+                f"no model '{name}': expected 'demo', a config.json of transformers, or a folder that holds one "
+                "(models are read from disk only)"
+            )
+        transformers = _transformers()
+        try:
+            config = transformers.AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+        except (OSError, ValueError, KeyError) as error:
+            raise DataError(f"'{name}' holds no config that transformers can read: {error}") from error
+        architecture = (config.architectures or [None])[0]
+        cls = getattr(transformers, architecture or "", None)
+        model: nn.Module = cls(config) if cls is not None else transformers.AutoModel.from_config(config)
+        return model
+
+
+def _transformers() -> Any:
+    try:
+        import transformers
+    except ImportError as error:
+        raise DependencyError("building a model", "transformers", "hf") from error
+    return transformers

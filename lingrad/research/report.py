@@ -1,0 +1,232 @@
+"""Reports: what a comparison measured, as JSON, as a table and as plots."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+from lingrad.errors import DataError, DependencyError
+from lingrad.research.plans import Setup
+from lingrad.research.runner import Record
+
+HEADERS = (
+    "method",
+    "validation loss",
+    "optimizer state",
+    "gradients",
+    "at a refresh",
+    "ms / step",
+    "weights differ by",
+    "in float64",
+)
+
+
+@dataclass
+class Result:
+    """What one comparison measured.
+
+    Args:
+        text: The name of the text.
+        setup: The sizes.
+        records: One for each method, float32.
+        double: The short float64 runs of the methods that should have equal weights.
+        machine: Versions and threads.
+        seconds: Wall time of all of it.
+    """
+
+    text: str
+    setup: dict[str, Any]
+    records: list[Record]
+    double: list[Record]
+    machine: dict[str, Any]
+    seconds: float
+
+
+def make_result(text: str, setup: Setup, records: list[Record], double: list[Record], seconds: float) -> Result:
+    """Gather a result.
+
+    Args:
+        text: The name of the text.
+        setup: The sizes.
+        records: The float32 runs.
+        double: The float64 runs.
+        seconds: Wall time.
+
+    Returns:
+        The result, with this machine's versions.
+    """
+    machine = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "processor": platform.machine(),
+    }
+    return Result(text, asdict(setup), records, double, machine, seconds)
+
+
+def rows(result: Result) -> list[tuple[str, ...]]:
+    """The table's cells, one row for each method, below `HEADERS`.
+
+    Args:
+        result: What was measured.
+
+    Returns:
+        Text cells. ``gradients`` is what is alive between backward and step in a typical step, ``at a refresh`` the most;
+        ms / step is the median over steps of forward, backward and step; weights differ from those of the method of the same
+        name in optimizer mode by at most so much in any entry, at any step.
+    """
+    exact = {record.label: record for record in result.double}
+    table: list[tuple[str, ...]] = []
+    for record in result.records:
+        typical, most = int(median(record.gradient_bytes)), max(record.gradient_bytes)
+        table.append(
+            (
+                record.label,
+                f"{record.valid[0][1]:.2f} → {record.valid[-1][1]:.3f}",
+                megabytes(record.state_bytes),
+                megabytes(typical),
+                megabytes(most) if most != typical else "",
+                f"{1e3 * median(record.seconds):.1f}",
+                largest_gap(record),
+                largest_gap(exact.get(record.label)),
+            )
+        )
+    return table
+
+
+def largest_gap(record: Record | None) -> str:
+    """The largest difference of any weight over a run, or nothing where there was nothing to compare with."""
+    return f"{max(gap[1] for gap in record.gaps):.1e}" if record is not None and record.gaps else ""
+
+
+def megabytes(count: int) -> str:
+    """Bytes in units of 10^6."""
+    return f"{count / 1e6:.2f} MB"
+
+
+def markdown(result: Result) -> str:
+    """The table in Markdown, its columns lined up.
+
+    Args:
+        result: What was measured.
+
+    Returns:
+        Lines with a final newline.
+    """
+    cells = [HEADERS, *rows(result)]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(HEADERS))]
+    lines = []
+    for row in cells:
+        name, *figures = (c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
+        lines.append(f"| {' | '.join((name, *figures))} |")
+    rule = "|" + "|".join("-" * (w + 2) if i == 0 else "-" * (w + 1) + ":" for i, w in enumerate(widths)) + "|"
+    return "\n".join([lines[0], rule, *lines[1:]]) + "\n"
+
+
+def save(result: Result, folder: Path) -> list[Path]:
+    """Write ``result.json``, ``table.md``, ``loss.png`` and ``gap.png``; each appears whole or not at all.
+
+    Args:
+        result: What was measured.
+        folder: Where; made if missing.
+
+    Returns:
+        The files.
+
+    Raises:
+        DataError: The folder cannot be written.
+    """
+    contents = {
+        "result.json": json.dumps(asdict(result), indent=1).encode(),
+        "table.md": markdown(result).encode(),
+        "loss.png": _plot_losses(result),
+        "gap.png": _plot_gaps(result),
+    }
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        return [_write_whole(folder / name, data) for name, data in contents.items()]
+    except OSError as error:
+        raise DataError(f"cannot write the results to {folder}: {error.strerror}") from error
+
+
+def load(folder: Path) -> Result:
+    """Read what `save` wrote.
+
+    Args:
+        folder: Where it was written.
+
+    Returns:
+        The result.
+
+    Raises:
+        DataError: There is no result there.
+    """
+    try:
+        raw = json.loads((folder / "result.json").read_text())
+        records, double = ([Record(**record) for record in raw.pop(key)] for key in ("records", "double"))
+        return Result(records=records, double=double, **raw)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{folder} holds no result of a lingrad comparison: {error}") from error
+
+
+def _write_whole(path: Path, data: bytes) -> Path:
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+        Path(temporary).chmod(0o644)
+        Path(temporary).replace(path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    return path
+
+
+def _figure(title: str, ylabel: str) -> tuple[Any, Any]:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise DependencyError("plotting", "matplotlib", "plot") from error
+    figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
+    axes = figure.subplots()
+    axes.set(title=title, xlabel="step", ylabel=ylabel)
+    axes.grid(visible=True, alpha=0.3)
+    return figure, axes
+
+
+def _png(figure: Any) -> bytes:
+    from io import BytesIO
+
+    buffer = BytesIO()
+    figure.savefig(buffer, format="png", metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def _plot_losses(result: Result) -> bytes:
+    figure, axes = _figure(f"Validation loss on {result.text}", "nats a byte")
+    styles = ["-", "-", "--", ":", (0, (1, 4)), "-", "-"]
+    for record, style in zip(result.records, styles * len(result.records), strict=False):
+        axes.plot(*zip(*record.valid, strict=True), linestyle=style, label=record.label, linewidth=1.8)
+    axes.legend()
+    return _png(figure)
+
+
+def _plot_gaps(result: Result) -> bytes:
+    figure, axes = _figure("Largest difference of any weight from the optimizer-mode run", "absolute difference")
+    for records, dtype in ((result.records, "float32"), (result.double, "float64")):
+        for record in records:
+            if record.gaps:
+                steps, gaps, _ = zip(*record.gaps, strict=True)
+                # a difference of exactly zero has no place on a logarithmic axis
+                axes.plot(steps, [gap or float("nan") for gap in gaps], label=f"{record.label} ({dtype})", linewidth=1.8)
+    axes.set_yscale("log")
+    axes.legend(fontsize="small")
+    return _png(figure)

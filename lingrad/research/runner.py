@@ -1,0 +1,217 @@
+"""The runner: all methods of an experiment step by step in turn, on the same batches, so that timings are fair."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lingrad import api, bases
+from lingrad.optimizer import SubspaceOptimizer
+from lingrad.research.corpus import Corpus, check_length, training_batches, validation_batches
+from lingrad.research.models import build_llama, next_token_loss
+from lingrad.research.plans import Method, Setup
+from lingrad.rules import resolve_model
+
+
+@dataclass
+class Record:
+    """What was measured of one method.
+
+    Args:
+        label: The method.
+        spec: Its config string, or None.
+        train: Training loss of every step, nats a token.
+        valid: (step, validation loss), from before the first step to after the last.
+        seconds: Forward, backward and step, for every step.
+        gradient_bytes: Bytes of all gradients alive between backward and step, for every step; at a refresh they include
+            what the refresh needs of the full gradient.
+        state_bytes: Bytes of moments and bases after the last step.
+        gaps: (step, largest difference of any weight, largest difference relative to the weight's norm), against the method
+            it should be like.
+        refreshes: Refreshes of the first weight.
+    """
+
+    label: str
+    spec: str | None
+    train: list[float] = field(default_factory=list)
+    valid: list[tuple[int, float]] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+    gradient_bytes: list[int] = field(default_factory=list)
+    state_bytes: int = 0
+    gaps: list[tuple[int, float, float]] = field(default_factory=list)
+    refreshes: int = 0
+
+
+class Run:
+    """One method under way.
+
+    Args:
+        method: The method.
+        setup: The sizes.
+        dtype: Of weights and coordinates.
+    """
+
+    def __init__(self, method: Method, setup: Setup, dtype: torch.dtype) -> None:
+        self.method = method
+        self.record = Record(method.label, method.spec)
+        self.model = build_llama(setup.model, seed=setup.seed, dtype=dtype)
+        if method.spec is None:
+            self.optimizer: Optimizer = stock_optimizer(self.model, method)
+        else:
+            make = api.adapt if method.mode == "adapter" else api.wrap
+            self.optimizer = make(self.model, method.spec, method.base, seed=setup.seed, **method.options)
+        self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: learning_rate(step, setup))
+        self.switches = {round(fraction * setup.steps) for fraction in method.switches}
+
+    def step(self, number: int, batch: Tensor) -> None:
+        """Train on one batch and record its loss, time and gradient bytes."""
+        if self.method.reverse:
+            batch = batch.flip(0)
+        if number in self.switches and isinstance(self.optimizer, SubspaceOptimizer):
+            self.optimizer.switch("adapter" if self.optimizer.mode == "optimizer" else "optimizer")
+        started = time.perf_counter()
+        self.optimizer.zero_grad()
+        loss = next_token_loss(self.model, batch)
+        loss.backward()
+        backward_ended = time.perf_counter()
+        self.record.gradient_bytes.append(gradient_bytes(self.model, self.optimizer))
+        step_started = time.perf_counter()
+        self.optimizer.step()
+        self.scheduler.step()
+        self.record.seconds.append(backward_ended - started + time.perf_counter() - step_started)
+        self.record.train.append(loss.item())
+
+    @torch.no_grad()
+    def validate(self, number: int, batches: list[Tensor]) -> None:
+        """Record the mean validation loss after ``number`` steps."""
+        self.model.eval()
+        losses = [next_token_loss(self.model, batch).item() for batch in batches]
+        self.model.train()
+        self.record.valid.append((number, sum(losses) / len(losses)))
+
+    def weights(self) -> dict[str, Tensor]:
+        """The weights the forward acts with."""
+        if isinstance(self.optimizer, SubspaceOptimizer):
+            return self.optimizer.weights()
+        return dict(self.model.named_parameters())
+
+
+def stock_optimizer(model: nn.Module, method: Method) -> Optimizer:
+    """Full-rank training without lingrad.
+
+    Args:
+        model: The model.
+        method: Names the base and its options; ``scale`` multiplies the learning rate of linear layers.
+
+    Returns:
+        The stock optimizer.
+    """
+    options = dict(method.options)
+    scale = options.pop("scale", 1.0)
+    plan = resolve_model(model, "full()")
+    groups = [{"params": [target.param for target in plan.targets]}, {"params": [param for _, param in plan.full]}]
+    optimizer = bases.find(method.base, options).build(groups)
+    optimizer.param_groups[0]["lr"] *= scale
+    return optimizer
+
+
+def compare(
+    methods: list[Method],
+    setup: Setup,
+    corpus: Corpus,
+    *,
+    dtype: torch.dtype = torch.float32,
+    on_step: Callable[[int, list[Record]], None] = lambda step, records: None,
+) -> list[Record]:
+    """Train every method on the same batches, one step each in turn.
+
+    Args:
+        methods: What to compare.
+        setup: The sizes.
+        corpus: The text.
+        dtype: Of the weights.
+        on_step: Called after each step of all methods, for progress.
+
+    Returns:
+        A record for each method.
+    """
+    check_length(corpus, setup.model.length)
+    size = {"rows": setup.rows, "length": setup.model.length}
+    runs = {method.label: Run(method, setup, dtype) for method in methods}
+    records = [run.record for run in runs.values()]
+    held_out = validation_batches(corpus, batches=setup.eval_batches, **size)
+    for run in runs.values():
+        run.validate(0, held_out)
+    for number, batch in enumerate(training_batches(corpus, steps=setup.steps, seed=setup.seed, **size)):
+        for run in runs.values():
+            run.step(number, batch)
+        done = number + 1
+        for run in runs.values():
+            if run.method.like is not None:
+                run.record.gaps.append((done, *weight_gap(run.weights(), runs[run.method.like].weights())))
+            if done % setup.eval_every == 0 or done == setup.steps:
+                run.validate(done, held_out)
+        on_step(done, records)
+    for run in runs.values():
+        run.record.state_bytes = state_bytes(run.optimizer)
+        if isinstance(run.optimizer, SubspaceOptimizer):
+            run.record.refreshes = run.optimizer.subspaces[0].refreshes
+    return records
+
+
+def learning_rate(step: int, setup: Setup) -> float:
+    """The schedule of GaLore's recipe: a linear rise, then a cosine down to a tenth.
+
+    Args:
+        step: Steps done.
+        setup: Holds the number of steps and the warm-up.
+
+    Returns:
+        A factor on the learning rate.
+    """
+    rise = max(1, round(setup.warmup * setup.steps))
+    if step < rise:
+        return (step + 1) / rise
+    progress = (step - rise) / max(1, setup.steps - rise)
+    return 0.1 + 0.45 * (1 + math.cos(math.pi * min(progress, 1.0)))
+
+
+def weight_gap(a: dict[str, Tensor], b: dict[str, Tensor]) -> tuple[float, float]:
+    """How far two sets of weights are apart.
+
+    Args:
+        a: Weights by name.
+        b: Weights by the same names.
+
+    Returns:
+        The largest absolute difference of any entry, and the largest |A - B|_F / |B|_F of any weight.
+    """
+    with torch.no_grad():
+        differences = {name: a[name] - b[name] for name in b}
+        absolute = max(float(d.abs().max()) for d in differences.values())
+        return absolute, max(float(d.norm() / b[name].norm()) for name, d in differences.items())
+
+
+def gradient_bytes(model: nn.Module, optimizer: Optimizer) -> int:
+    """Bytes of all gradients alive: of parameters, of coordinates, and what a refresh keeps until the step."""
+    params = {id(p): p for p in model.parameters()}
+    params |= {id(p): p for group in optimizer.param_groups for p in group["params"]}
+    total = sum(p.grad.numel() * p.grad.element_size() for p in params.values() if p.grad is not None)
+    if isinstance(optimizer, SubspaceOptimizer):
+        total += sum(sub.pending.nbytes for sub in optimizer.subspaces if sub.pending is not None)
+    return total
+
+
+def state_bytes(optimizer: Optimizer) -> int:
+    """Bytes of all that the optimizer keeps between steps: moments, step counters and bases."""
+    held: list[Any] = [value for state in optimizer.state.values() for value in state.values()]
+    if isinstance(optimizer, SubspaceOptimizer):
+        held += [t for sub in optimizer.subspaces for t in sub.tensors()]
+    return sum(t.numel() * t.element_size() for t in held if isinstance(t, Tensor))

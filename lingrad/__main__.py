@@ -20,9 +20,6 @@ def main() -> None:
     except LingradError as error:
         sys.stderr.write(f"lingrad: {error}\n")
         sys.exit(2)
-    except KeyboardInterrupt:
-        sys.stderr.write("lingrad: interrupted; nothing was written\n")
-        sys.exit(130)
 
 
 if __name__ == "__main__":

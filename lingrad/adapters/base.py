@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any, Literal
+from collections.abc import Callable
+from typing import Any, ClassVar, Literal
 
+import torch
 from torch import nn
 
 from lingrad._typing import override
@@ -101,3 +103,19 @@ class Coords(nn.Module):
                 f"{prefix}coords was saved in adapter mode, but this model is in optimizer mode; "
                 "call opt.switch('adapter') before loading it"
             )
+
+
+class Uncompiled(torch.autograd.Function):
+    """An autograd function that ``torch.compile`` leaves alone: it calls ``run``, and breaks its graph there.
+
+    What the backward hands to a refresh is a side effect, which a compiled graph would lose.
+    """
+
+    run: ClassVar[Callable[..., Any]]
+
+    @classmethod
+    def hide_from_compiler(cls) -> None:
+        """Make ``run``; when first needed and not on import, because the compiler takes a second to import."""
+        if "run" not in cls.__dict__:
+            reason = "lingrad hands gradients to the refresh of a basis from inside backward"
+            cls.run = staticmethod(torch.compiler.disable(cls.apply, reason=reason))

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from lingrad._typing import override
-from lingrad.adapters.base import CHILD, Attachment, Coords, Mode
+from lingrad.adapters.base import CHILD, Attachment, Coords, Mode, Uncompiled
 from lingrad.errors import ModeError
 from lingrad.gradient import FactoredGradient
 from lingrad.subspace import Subspace
@@ -37,6 +37,7 @@ class LinearAttachment(Attachment):
         self.attribute = attribute
         self.holder = Coords(sub)
         self.handle: Any = None
+        _Projected.hide_from_compiler()
 
     @property
     @override
@@ -62,11 +63,11 @@ class LinearAttachment(Attachment):
         active = self.holder.active
         if not active and not (torch.is_grad_enabled() and self.sub.coords.requires_grad):
             return out
-        tied: Tensor = _Projected.apply(out, x, self.sub.coords, self.sub, active)  # type: ignore[no-untyped-call]
+        tied: Tensor = _Projected.run(out, x, self.sub.coords, self.sub, active)
         return tied
 
 
-class _Projected(torch.autograd.Function):
+class _Projected(Uncompiled):
     """``out`` (+ x lifted(z)^T in adapter mode), with project(dY^T X) as the gradient of z."""
 
     @staticmethod

@@ -9,13 +9,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.utils import parametrize
 
 from lingrad._typing import override
-from lingrad.adapters.base import Attachment, Coords, Mode
+from lingrad.adapters.base import Attachment, Coords, Mode, Uncompiled
 from lingrad.errors import ModeError
 from lingrad.gradient import DenseGradient
 from lingrad.subspace import Subspace, capture
@@ -92,14 +91,15 @@ class _Lifted(Coords):
     def __init__(self, sub: Subspace) -> None:
         super().__init__(sub)
         self.active = True
+        _LiftedWeight.hide_from_compiler()
 
     @override
     def forward(self, weight: Tensor) -> Tensor:
-        lifted: Tensor = _LiftedWeight.apply(weight, self.coords, self.sub)  # type: ignore[no-untyped-call]
+        lifted: Tensor = _LiftedWeight.run(weight, self.coords, self.sub)
         return lifted
 
 
-class _LiftedWeight(torch.autograd.Function):
+class _LiftedWeight(Uncompiled):
     """W + S z, with project(dW) as the gradient of z."""
 
     @staticmethod

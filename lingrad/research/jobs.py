@@ -105,9 +105,9 @@ def _show(result: report.Result, files: list[Path]) -> None:
     console = _console()
     if console.is_terminal:
         title = f"{result.text}: {result.setup['steps']} steps, {result.seconds:.0f} s in all"
-        table = import_module("rich.table").Table(title=title)
+        table = import_module("rich.table").Table(title=title, box=None, padding=(0, 1))
         for i, header in enumerate(report.HEADERS):
-            table.add_column(header, justify="right" if i else "left", overflow="fold")
+            table.add_column(header, justify="right" if i else "left", no_wrap=i > 1)
         for row in report.rows(result):
             table.add_row(*row)
         console.print(table)

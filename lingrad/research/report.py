@@ -20,11 +20,11 @@ from lingrad.research.runner import Record
 HEADERS = (
     "method",
     "validation loss",
-    "optimizer state",
-    "gradients",
-    "at a refresh",
-    "ms / step",
-    "weights differ by",
+    "state MB",
+    "gradients MB",
+    "at refresh MB",
+    "ms/step",
+    "weights differ",
     "in float64",
 )
 
@@ -109,7 +109,7 @@ def largest_gap(record: Record | None) -> str:
 
 def megabytes(count: int) -> str:
     """Bytes in units of 10^6."""
-    return f"{count / 1e6:.2f} MB"
+    return f"{count / 1e6:.2f}"
 
 
 def markdown(result: Result) -> str:
@@ -221,12 +221,15 @@ def _plot_losses(result: Result) -> bytes:
 
 def _plot_gaps(result: Result) -> bytes:
     figure, axes = _figure("Largest difference of any weight from the optimizer-mode run", "absolute difference")
-    for records, dtype in ((result.records, "float32"), (result.double, "float64")):
+    colors: dict[str, str] = {}
+    for records, dtype, style in ((result.records, "float32", "-"), (result.double, "float64", "--")):
         for record in records:
             if record.gaps:
                 steps, gaps, _ = zip(*record.gaps, strict=True)
+                color = colors.setdefault(record.label, f"C{len(colors)}")
                 # a difference of exactly zero has no place on a logarithmic axis
-                axes.plot(steps, [gap or float("nan") for gap in gaps], label=f"{record.label} ({dtype})", linewidth=1.8)
+                heights = [gap or float("nan") for gap in gaps]
+                axes.plot(steps, heights, style, color=color, label=f"{record.label}, {dtype}", linewidth=1.8)
     axes.set_yscale("log")
     axes.legend(fontsize="small")
     return _png(figure)

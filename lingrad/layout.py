@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import prod
 
 from einops import rearrange
 from torch import Tensor, nn
@@ -28,12 +29,18 @@ class Layout:
     weight_shape: tuple[int, ...]
     shape: tuple[int, int]
 
+    @property
+    def _is_matrix(self) -> bool:
+        return self.forward == "a0 a1 -> (a0) (a1)"
+
     def matrix(self, weight: Tensor) -> Tensor:
         """The weight, or a gradient of its shape, as [m, n]; a view where its strides allow one."""
-        return rearrange(weight, self.forward)
+        return weight if self._is_matrix else rearrange(weight, self.forward)
 
     def restore(self, matrix: Tensor) -> Tensor:
         """The inverse of `matrix`: [m, n] -> the weight's shape."""
+        if self._is_matrix:
+            return matrix
         axes = self.forward.partition(" -> ")[0].split()
         return rearrange(matrix, self.backward, **dict(zip(axes, self.weight_shape, strict=True)))
 
@@ -42,8 +49,9 @@ def layout_of(weight: Tensor, module: nn.Module | None, name: str) -> Layout:
     """Choose how a weight is read as a matrix.
 
     Linear and embedding weights are matrices already; a Conv1D of GPT-2, stored [in, out], is transposed; the output
-    channels of a convolution are its rows; of anything else the last dimension is the columns, so that fused experts
-    [experts, in, out] share a right basis.
+    channels of a convolution are its rows. Anything else is cut where the shorter side of the matrix comes out longest:
+    fused experts [experts, in, out] become [experts * in, out] and share a right basis, and a convolution whose module is
+    not known is cut as if it were.
 
     Args:
         weight: A parameter with at least two dimensions.
@@ -63,12 +71,12 @@ def layout_of(weight: Tensor, module: nn.Module | None, name: str) -> Layout:
     axes = [f"a{i}" for i in range(weight.dim())]
     whole = " ".join(axes)
     if is_conv1d(module):
-        grouped, shape = "a1 a0", (weight.shape[1], weight.shape[0])
-    elif isinstance(module, nn.modules.conv._ConvNd):
-        grouped, shape = f"a0 ({' '.join(axes[1:])})", (weight.shape[0], weight[0].numel())
-    else:
-        grouped, shape = f"({' '.join(axes[:-1])}) {axes[-1]}", (weight.numel() // weight.shape[-1], weight.shape[-1])
-    return Layout(f"{whole} -> {grouped}", f"{grouped} -> {whole}", tuple(weight.shape), shape)
+        return Layout(f"{whole} -> a1 a0", f"a1 a0 -> {whole}", tuple(weight.shape), (weight.shape[1], weight.shape[0]))
+    cuts = [1] if isinstance(module, nn.modules.conv._ConvNd) else range(1, weight.dim())
+    shapes = {cut: (prod(weight.shape[:cut]), prod(weight.shape[cut:])) for cut in cuts}
+    cut = max(shapes, key=lambda cut: min(shapes[cut]))
+    grouped = f"({' '.join(axes[:cut])}) ({' '.join(axes[cut:])})"
+    return Layout(f"{whole} -> {grouped}", f"{grouped} -> {whole}", tuple(weight.shape), shapes[cut])
 
 
 def is_conv1d(module: nn.Module | None) -> bool:

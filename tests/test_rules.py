@@ -237,6 +237,20 @@ def test_weights_are_read_as_matrices(module, attribute, shape):
     assert torch.equal(layout.restore(matrix), weight)
 
 
+@pytest.mark.parametrize(
+    ("shape", "matrix"),
+    [
+        ((6, 5), (6, 5)),
+        ((64, 32, 3), (64, 96)),  # a 1-d convolution
+        ((64, 32, 3, 3), (64, 288)),
+        ((64, 1, 3, 3), (64, 9)),  # depthwise
+        ((8, 40, 60), (320, 60)),  # fused experts
+    ],
+)
+def test_a_weight_without_its_module_is_cut_where_it_can_hold_the_largest_rank(shape, matrix):
+    assert layout_of(torch.zeros(shape), None, "w").shape == matrix
+
+
 def test_fused_experts_share_a_right_basis():
     weight = torch.randn(3, 12, 10)
     layout = layout_of(weight, None, "experts")

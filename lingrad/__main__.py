@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import sys
 
-from lingrad.errors import DependencyError, LingradError
+from lingrad.errors import LingradError, optional
 
 
 def main() -> None:
     """Run the command line; errors of lingrad are printed without a traceback and exit with status 2."""
     try:
-        try:
-            from lingrad.cli import app
-        except ModuleNotFoundError as error:
-            if error.name == "typer":
-                raise DependencyError("the command line", "typer", "cli") from error
-            raise
+        optional("typer", "the command line", "cli")
+        from lingrad.cli import app
+
         app()
     except LingradError as error:
         sys.stderr.write(f"lingrad: {error}\n")

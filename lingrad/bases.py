@@ -10,14 +10,13 @@ import inspect
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
-from importlib import import_module
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lingrad.errors import DependencyError, DualityError, SpecError, did_you_mean
+from lingrad.errors import DualityError, SpecError, did_you_mean, optional
 
 BaseLike = str | type[Optimizer] | Callable[..., Optimizer]
 
@@ -28,7 +27,7 @@ class _Stock:
 
     path: str
     options: Mapping[str, Any] = field(default_factory=dict)
-    extra: str | None = None
+    extra: str = "all"
     rest: str | None = None  # the base for parameters this one cannot step
 
 
@@ -204,10 +203,7 @@ def moment_degrees(base: Base) -> dict[str, int]:
 
 def _load(name: str, stock: _Stock) -> Callable[..., Optimizer]:
     module, _, attribute = stock.path.rpartition(".")
-    try:
-        factory: Callable[..., Optimizer] = getattr(import_module(module), attribute)
-    except ImportError as error:
-        raise DependencyError(f"base '{name}'", module.partition(".")[0], stock.extra) from error
+    factory: Callable[..., Optimizer] = getattr(optional(module, f"base '{name}'", stock.extra), attribute)
     return factory
 
 

@@ -1,9 +1,11 @@
-"""Every error lingrad raises on purpose, and the one helper that suggests a nearby name."""
+"""Every error lingrad raises on purpose, and the helpers that phrase one."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
+from importlib import import_module
+from typing import Any
 
 
 class LingradError(Exception):
@@ -32,7 +34,7 @@ class DualityError(LingradError, ValueError):
 
 
 class ModeError(LingradError, RuntimeError):
-    """An operation was asked for in a mode, or on a model, that cannot serve it."""
+    """An operation was asked for in a mode, at a time or on a model that cannot serve it."""
 
 
 class CheckpointError(LingradError, ValueError):
@@ -44,27 +46,67 @@ class DataError(LingradError, ValueError):
 
 
 class DependencyError(LingradError, ImportError):
-    """An optional package is missing.
-
-    Args:
-        what: What was asked for.
-        package: The package it needs.
-        extra: The extra of lingrad that brings the package.
-    """
-
-    def __init__(self, what: str, package: str, extra: str | None) -> None:
-        super().__init__(f"{what} needs the package {package}: pip install 'lingrad[{extra}]'")
+    """An optional package is missing; the message names the extra that brings it."""
 
 
 def did_you_mean(word: str, names: Iterable[str]) -> str:
-    """Phrase a suggestion for a misspelt name.
+    """End a sentence about a misspelt name.
 
     Args:
         word: The name as it was written.
         names: The names that would have been valid.
 
     Returns:
-        ``"; did you mean 'x'?"``, or an empty string when nothing is near.
+        ``"; did you mean 'x'?"``, or a full stop when nothing is near.
     """
     near = get_close_matches(word, list(names), n=1, cutoff=0.5)
-    return f"; did you mean '{near[0]}'?" if near else ""
+    return f"; did you mean '{near[0]}'?" if near else "."
+
+
+def require(condition: bool, option: str, message: str) -> None:
+    """Raise a `SpecError` about an option unless a condition holds.
+
+    Args:
+        condition: What must be true.
+        option: The option's name, for the caret.
+        message: What was wrong and what was expected.
+
+    Raises:
+        SpecError: The condition is false.
+    """
+    if not condition:
+        raise SpecError(message, option=option)
+
+
+def require_one_of(value: object, allowed: Sequence[object], option: str) -> None:
+    """Raise a `SpecError` about an option unless its value is one of some words.
+
+    Args:
+        value: The value given.
+        allowed: The values that are valid.
+        option: The option's name, for the caret.
+    """
+    words = [str(word) for word in allowed]
+    near = did_you_mean(str(value), words)
+    require(value in allowed, option, f"{option} must be one of {', '.join(words)}, not {value!r}{near}")
+
+
+def optional(module: str, what: str, extra: str) -> Any:
+    """Import a module of an optional package.
+
+    Args:
+        module: Its dotted name.
+        what: What needs it, to begin a sentence.
+        extra: The extra of lingrad that brings the package.
+
+    Returns:
+        The module.
+
+    Raises:
+        DependencyError: The package is not installed.
+    """
+    try:
+        return import_module(module)
+    except ImportError as error:
+        package = module.partition(".")[0]
+        raise DependencyError(f"{what} needs the package {package}: pip install 'lingrad[{extra}]'") from error

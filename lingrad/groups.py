@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
@@ -11,6 +10,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lingrad import spec
+from lingrad.adapters import refuse_attached
 from lingrad.bases import Base
 from lingrad.compat import Arithmetic
 from lingrad.errors import SpecError, did_you_mean
@@ -19,9 +19,12 @@ from lingrad.subspace import Subspace
 
 Named = tuple[str, nn.Parameter]
 Trainable = nn.Module | Iterable[Named] | Iterable[dict[str, Any]]
+Pairs = list[tuple[dict[str, Any], dict[str, Any]]]
 
-# Of a param group, what is ours or was settled when the stock optimizer was built.
-_OWN = {"params", "param_names", "name", "scale", "specs", "mode", "weight_decay", "lr", "eps", "fused", "foreach"}
+KINDS = ("coords", "matrices", "vectors")
+
+# Of a param group, what the stock optimizer must not get as it is: ours, settled when it was built, or rewritten in `push`.
+_OWN = {"params", "param_names", "name", "kind", "scale", "specs", "weight_decay", "lr", "eps", "fused", "foreach"}
 
 
 def resolve_groups(model: Trainable, rules: Rules) -> list[tuple[Plan, dict[str, Any]]]:
@@ -38,6 +41,9 @@ def resolve_groups(model: Trainable, rules: Rules) -> list[tuple[Plan, dict[str,
         SpecError: The parameters have no names, or a parameter is in two groups.
     """
     if isinstance(model, nn.Module):
+        for module_name, module in model.named_modules():
+            for attribute, param in module.named_parameters(recurse=False):
+                refuse_attached(f"{module_name}.{attribute}" if module_name else attribute, param, module)
         return [(resolve_model(model, rules), {})]
     items: list[Any] = list(model)
     groups = items if items and isinstance(items[0], dict) else [{"params": items}]
@@ -52,6 +58,7 @@ def resolve_groups(model: Trainable, rules: Rules) -> list[tuple[Plan, dict[str,
                     "parameters must come with their names, which seeds, rules and checkpoints refer to: "
                     "pass the model, model.named_parameters(), or groups whose params are (name, parameter) pairs"
                 )
+            refuse_attached(*item)
             if id(item[1]) in seen:
                 raise SpecError(f"the parameter '{item[0]}' is given twice")
             seen.add(id(item[1]))
@@ -59,56 +66,58 @@ def resolve_groups(model: Trainable, rules: Rules) -> list[tuple[Plan, dict[str,
     return resolved
 
 
-@dataclass
-class Hyper:
-    """What goes into every param group: the base's own hyper-parameters and ours.
+def make_groups(
+    plan: Plan,
+    subs: list[Subspace],
+    options: Mapping[str, Any],
+    *,
+    base: Base,
+    arithmetic: Arithmetic,
+    defaults: Mapping[str, Any],
+    prefix: str,
+) -> list[dict[str, Any]]:
+    """The param groups of one group of the user's: coords, matrices and vectors, those that are not empty.
 
     Args:
-        base: The base of the coordinates.
-        weight_decay: Decoupled decay.
-        scale: Factor on the learning rate of coordinates.
-        mode: The mode, for checkpoints to compare.
+        plan: What happens to its parameters.
+        subs: The subspaces of its targets.
+        options: Hyper-parameters the user gave for it.
+        base: The base of the coordinates; its own hyper-parameters are in every group it steps.
         arithmetic: Details of the step.
+        defaults: ``weight_decay`` and ``scale`` where the user's group has none.
+        prefix: Goes before the groups' names.
+
+    Returns:
+        Dicts as ``torch.optim.Optimizer`` takes them.
+
+    Raises:
+        SpecError: An option is none of the base's, or would have no effect.
     """
-
-    base: Base
-    weight_decay: float
-    scale: float
-    mode: str
-    arithmetic: Arithmetic = field(default_factory=Arithmetic)
-
-    def group(self, name: str, named: list[Named], options: Mapping[str, Any], subs: list[Subspace]) -> dict[str, Any]:
-        """One param group.
-
-        Args:
-            name: Its name: coords, matrices or vectors.
-            named: Its parameters.
-            options: Hyper-parameters the user gave for it.
-            subs: The subspaces behind it, for ``coords``.
-
-        Returns:
-            A dict as ``torch.optim.Optimizer`` takes it.
-
-        Raises:
-            SpecError: An option is not one of the base's.
-        """
-        base = self.base if subs or self.base.rest is None else self.base.rest
-        known = {k: v for k, v in _defaults(base).items() if k != "params"}
-        if self.arithmetic.default_eps is not None and "eps" not in self.base.options:
-            known["eps"] = self.arithmetic.default_eps
-        known |= {"weight_decay": self.weight_decay}
-        if subs:
-            known |= {"scale": self.scale, "specs": [spec.format(sub.transform) for sub in subs]}
-        mine = {key: value for key, value in options.items() if subs or key != "scale"}
-        for option in mine:
-            if option not in known or option == "specs":
+    named: dict[str, list[Named]] = {
+        "coords": [(sub.name, sub.coords) for sub in subs],
+        "matrices": [(name, param) for name, param in plan.full if param.dim() >= 2],
+        "vectors": [(name, param) for name, param in plan.full if param.dim() < 2],
+    }
+    if "scale" in options and not subs:
+        raise SpecError("'scale' has no effect in a param group of which nothing is transformed; leave it out", option="scale")
+    groups = []
+    for kind in KINDS:
+        if not named[kind]:
+            continue
+        stock = base if kind == "coords" or base.rest is None else base.rest
+        known = {key: value for key, value in _hyper_parameters(stock).items() if key != "params"}
+        if arithmetic.default_eps is not None and "eps" not in base.options:
+            known["eps"] = arithmetic.default_eps
+        known |= defaults
+        for option in options:
+            if option not in known:
                 raise SpecError(f"unknown option '{option}' in a param group{did_you_mean(option, known)}", option=option)
-        return {"params": named, "name": name, "mode": self.mode, **known, **mine}
-
-
-def _defaults(base: Base) -> dict[str, Any]:
-    """The hyper-parameters a stock optimizer puts into its groups, with the user's options; built on nothing that matters."""
-    return dict(base.build([nn.Parameter(torch.zeros(2, 2))]).param_groups[0])
+        known |= options
+        if kind != "coords":
+            del known["scale"]
+        group = {"params": named[kind], "name": prefix + kind, "kind": kind, **known}
+        groups.append(group | {"specs": [spec.format(sub.transform) for sub in subs]} if kind == "coords" else group)
+    return groups
 
 
 def push(own: Mapping[str, Any], stock: dict[str, Any], arithmetic: Arithmetic, step: int) -> None:
@@ -128,7 +137,7 @@ def push(own: Mapping[str, Any], stock: dict[str, Any], arithmetic: Arithmetic, 
     stock["lr"] = own["lr"] * own.get("scale", 1.0)
 
 
-def build_stock(own: list[dict[str, Any]], base: Base, state: Any) -> list[tuple[Optimizer, list[tuple[Any, Any]]]]:
+def build_stock(own: list[dict[str, Any]], base: Base, state: Any) -> list[tuple[Optimizer, Pairs]]:
     """Build the stock optimizers behind a run: one, or two where the base cannot step what is not a matrix.
 
     Args:
@@ -137,15 +146,21 @@ def build_stock(own: list[dict[str, Any]], base: Base, state: Any) -> list[tuple
         state: Our state, which the stock optimizers share.
 
     Returns:
-        Each optimizer with the pairs (our group, its group) it serves.
+        Each optimizer with the pairs (our group, its group) it serves; that of the coordinates first.
     """
-    served: list[tuple[Base, list[dict[str, Any]]]] = [(base, own)]
+    served = [(base, own)]
     if base.rest is not None:
-        served = [(base, [g for g in own if "specs" in g]), (base.rest, [g for g in own if "specs" not in g])]
-    stocks = []
+        coords = [group for group in own if group["kind"] == "coords"]
+        served = [(base, coords), (base.rest, [group for group in own if group["kind"] != "coords"])]
+    stocks: list[tuple[Optimizer, Pairs]] = []
     for which, groups in served:
         if groups:
-            optimizer = which.build([{"params": g["params"]} for g in groups])
+            optimizer = which.build([{"params": group["params"]} for group in groups])
             optimizer.state = state
             stocks.append((optimizer, list(zip(groups, optimizer.param_groups, strict=True))))
     return stocks
+
+
+def _hyper_parameters(base: Base) -> dict[str, Any]:
+    """What a stock optimizer has in its groups, with the user's options; learnt from one built on a parameter of no use."""
+    return dict(base.build([nn.Parameter(torch.zeros(2, 2))]).param_groups[0])

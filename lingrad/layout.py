@@ -10,8 +10,6 @@ from torch import Tensor, nn
 
 from lingrad.errors import ShapeError
 
-ATTACHED = "_lingrad_attached"  # the mark on a parameter whose gradient already belongs to a subspace
-
 
 @dataclass(frozen=True)
 class Layout:

@@ -13,7 +13,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import final
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from lingrad._typing import override
 from lingrad.errors import DualityError
@@ -31,10 +31,6 @@ class LinearMap(ABC):
     - reduction: ``inner.apply(reduce(x), z) == apply(x, z)`` and, for G = dY^T X,
       ``inner.project(dY^T reduce(X)) == project(G)``.
     """
-
-    @abstractmethod
-    def coords_shape(self, shape: tuple[int, int]) -> tuple[int, int]:
-        """(p, q) for a weight of shape (m, n)."""
 
     @abstractmethod
     def lift(self, coords: Tensor) -> Tensor:
@@ -105,11 +101,6 @@ class KroneckerMap(LinearMap):
 
     left: Tensor | None
     right: Tensor | None
-
-    @override
-    def coords_shape(self, shape: tuple[int, int]) -> tuple[int, int]:
-        m, n = shape
-        return (m if self.left is None else self.left.shape[1], n if self.right is None else self.right.shape[1])
 
     @override
     def lift(self, coords: Tensor) -> Tensor:
@@ -186,11 +177,6 @@ class SelectionMap(LinearMap):
     shape: tuple[int, int]
 
     @override
-    def coords_shape(self, shape: tuple[int, int]) -> tuple[int, int]:
-        m, n = shape
-        return (m if self.rows is None else len(self.rows), n if self.columns is None else len(self.columns))
-
-    @override
     def lift(self, coords: Tensor) -> Tensor:
         m, n = self.shape
         if self.columns is not None:
@@ -247,35 +233,70 @@ def as_gradient(grad: Gradient | Tensor) -> Gradient:
     return DenseGradient(grad) if isinstance(grad, Tensor) else grad
 
 
-def pair(left: LinearMap, right: LinearMap) -> LinearMap:
-    """Join a left map and a right map into one two-sided map: S z = P z Q^T.
+@final
+@dataclass(frozen=True, eq=False)
+class TwoSidedMap(LinearMap):
+    """A left map and a right map of any kinds: ``lift(z) = left.lift(right.lift(z))``.
 
     Args:
-        left: A map with a left factor only.
-        right: A map with a right factor only.
+        left: A map with no right factor: it takes [p, q] to [m, q] for any q.
+        right: A map with no left factor: it takes [p, q] to [p, n] for any p.
+    """
+
+    left: LinearMap
+    right: LinearMap
+
+    @override
+    def lift(self, coords: Tensor) -> Tensor:
+        return self.left.lift(self.right.lift(coords))
+
+    @override
+    def project(self, grad: Gradient | Tensor) -> Tensor:
+        return self.right.project(self.left.project(grad))
+
+    @property
+    @override
+    def T(self) -> TwoSidedMap:  # noqa: N802
+        return TwoSidedMap(self.right.T, self.left.T)
+
+    @property
+    @override
+    def tensors(self) -> tuple[Tensor, ...]:
+        return (*self.left.tensors, *self.right.tensors)
+
+    @property
+    @override
+    def inner(self) -> LinearMap:
+        return self.left
+
+    @override
+    def reduce(self, x: Tensor) -> Tensor:
+        return self.right.reduce(x)
+
+    @override
+    def apply(self, x: Tensor, coords: Tensor) -> Tensor:
+        return self.left.apply(self.reduce(x), coords)
+
+    @override
+    def transport_squares(self, old: LinearMap, squares: Tensor) -> Tensor:
+        if not isinstance(old, TwoSidedMap):
+            return super().transport_squares(old, squares)
+        return self.left.transport_squares(old.left, self.right.transport_squares(old.right, squares))
+
+
+def two_sided(left: LinearMap, right: LinearMap) -> LinearMap:
+    """Join a left map and a right map: S z = P z Q^T.
+
+    Args:
+        left: A map with no right factor.
+        right: A map with no left factor.
 
     Returns:
-        A map of the same kind where both are of one kind; otherwise a `KroneckerMap`, a selection written as 0-1 columns.
-
-    Raises:
-        TypeError: A map is of a kind that has no one-sided factor.
+        One `KroneckerMap` where both are, since its products are the cheaper ones; otherwise a `TwoSidedMap`.
     """
-    if isinstance(left, SelectionMap) and isinstance(right, SelectionMap):
-        return SelectionMap(left.rows, right.columns, left.shape)
     if isinstance(left, KroneckerMap) and isinstance(right, KroneckerMap):
         return KroneckerMap(left.left, right.right)
-    if isinstance(left, SelectionMap) and isinstance(right, KroneckerMap):
-        return KroneckerMap(_indicator(left.rows, left.shape[0], like=right.right), right.right)
-    if isinstance(left, KroneckerMap) and isinstance(right, SelectionMap):
-        return KroneckerMap(left.left, _indicator(right.columns, right.shape[1], like=left.left))
-    raise TypeError(f"cannot join a {type(left).__name__} and a {type(right).__name__} into a two-sided map")
-
-
-def _indicator(index: Tensor | None, size: int, *, like: Tensor | None) -> Tensor | None:
-    """A selection as a basis: column j is the unit vector of ``index[j]``, [size, rank]."""
-    if index is None or like is None:
-        return None
-    return nn.functional.one_hot(index, size).t().to(like.dtype).contiguous()
+    return TwoSidedMap(left, right)
 
 
 def _both_sides(new: KroneckerMap, old: KroneckerMap, coords: Tensor, *, power: int) -> Tensor:

@@ -15,13 +15,13 @@ from torch.optim import Optimizer
 
 from lingrad import bases, checkpoint
 from lingrad._typing import override
-from lingrad.adapters import Attachment, LinearAttachment, WeightAttachment
-from lingrad.adapters.base import Mode
+from lingrad.adapters import Attachment, LinearAttachment, Mode, WeightAttachment
 from lingrad.compat import Compat, arithmetic, as_published
-from lingrad.errors import ModeError, SpecError, did_you_mean
-from lingrad.groups import Hyper, Trainable, build_stock, push, resolve_groups
+from lingrad.errors import ModeError, require, require_one_of
+from lingrad.groups import Pairs, Trainable, build_stock, make_groups, push, resolve_groups
 from lingrad.rules import Rules, Target
-from lingrad.subspace import Carry, Subspace, decay, lifted, merge, outside_factor, refresh
+from lingrad.subspace import Carry, Moments, Subspace, choose, commit, decay, lifted, merge, redraw
+from lingrad.transforms import Transform
 
 
 class SubspaceOptimizer(Optimizer):
@@ -32,7 +32,7 @@ class SubspaceOptimizer(Optimizer):
     the coordinates is multiplied by ``group["scale"]`` when it reaches the base.
 
     Attributes:
-        mode: ``optimizer`` or ``adapter``.
+        mode: ``optimizer`` or ``adapter``; None once detached.
         attachments: The connections to the model, one for each transformed weight; each has its ``sub``.
     """
 
@@ -50,43 +50,42 @@ class SubspaceOptimizer(Optimizer):
         compat: Compat | None = None,
         **base_kwargs: Any,
     ) -> None:
-        _check_choice("mode", mode, get_args(Mode))
-        _check_choice("carry", carry, get_args(Carry))
+        require_one_of(mode, get_args(Mode), "mode")
+        require_one_of(carry, get_args(Carry), "carry")
         for option, value in (("weight_decay", weight_decay), ("scale", scale)):
-            if not value >= 0:
-                raise SpecError(f"{option} must be 0 or more, not {value}", option=option)
-        self.mode: Mode = mode
-        self._carry = carry
+            require(value >= 0, option, f"{option} must be 0 or more, not {value}")
         self._base = bases.find(base, base_kwargs, decay=False)
         bases.check_reads_only_gradients(self._base)
+        self._carry = carry
         self._degrees = bases.moment_degrees(self._base) if carry == "rotate" else {}
         self._arithmetic = arithmetic(compat, self._base.name)
+        self._seed, self._compat = seed, compat
         self._step = 0
-        self._stock: list[tuple[Optimizer, list[tuple[Any, Any]]]] = []
+        self._stock: list[tuple[Optimizer, Pairs]] = []
         self._settled = False
-
-        hyper = Hyper(self._base, weight_decay, scale, mode, self._arithmetic)
-        plans = resolve_groups(model, spec_or_rules)
         self.attachments: list[Attachment] = []
+        self.mode: Mode | None = None
+
         groups = []
+        plans = resolve_groups(model, spec_or_rules)
         for i, (plan, options) in enumerate(plans):
-            prefix = f"{i}." if len(plans) > 1 else ""
             made = [_attachment(target, as_published(compat, target.transform), seed) for target in plan.targets]
             self.attachments += made
-            kinds = {
-                "coords": [(a.sub.name, a.sub.coords) for a in made],
-                "matrices": [(name, p) for name, p in plan.full if p.dim() >= 2],
-                "vectors": [(name, p) for name, p in plan.full if p.dim() < 2],
-            }
-            for kind, named in kinds.items():
-                if named:
-                    subs = [a.sub for a in made] if kind == "coords" else []
-                    groups.append(hyper.group(prefix + kind, named, options, subs))
-        self._by_coords = {id(a.sub.coords): a for a in self.attachments}
+            groups += make_groups(
+                plan,
+                [attachment.sub for attachment in made],
+                options,
+                base=self._base,
+                arithmetic=self._arithmetic,
+                defaults={"weight_decay": weight_decay, "scale": scale},
+                prefix=f"{i}." if len(plans) > 1 else "",
+            )
         super().__init__(groups, {})
-        self.defaults = {k: v for k, v in groups[0].items() if k != "params"}  # where schedulers look what they may cycle
         self._settled = True
+        self.defaults = {k: v for k, v in groups[0].items() if k != "params"}  # where schedulers look what they may cycle
+        self._by_coords = {id(attachment.sub.coords): attachment for attachment in self.attachments}
         self._attach(mode)
+        self._schedule()
 
     @property
     def base(self) -> Optimizer:
@@ -112,12 +111,17 @@ class SubspaceOptimizer(Optimizer):
         Raises:
             ModeError: On a refresh step the gradient of some coordinates was changed by more than one factor.
         """
+        self._require_attached()
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         stocks = self._stocks()
-        self._refresh_due()
+        probe = self._is_probe()
+        if not probe:
+            self._choose()
+            for attachment in self.attachments:
+                commit(attachment.sub, attachment.weight, self._moments(attachment.sub))
         if not self._arithmetic.decay_last:
             self._decay()
         for stock, pairs in stocks:
@@ -130,15 +134,16 @@ class SubspaceOptimizer(Optimizer):
             for attachment in self.attachments:
                 if attachment.sub.coords.grad is not None:
                     merge(attachment.sub, attachment.weight)
-        self._step += 1
-        self._schedule()
+        if not probe:
+            self._step += 1
+            self._schedule()
         return loss
 
     def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0) -> Tensor:
         """Clip the gradient of all that trains by its norm, coordinates counting as they are, in the small space.
 
-        A refresh that is due happens first, so that the norm is that of the gradient the step will use. Clipping by the norm of
-        full gradients has no twin in adapter mode, which never sees them.
+        Where a refresh is due the new basis is chosen first, so that the norm is that of the gradient the step will use; it is
+        committed by `step`. Clipping by the norm of full gradients has no twin in adapter mode, which never sees them.
 
         Args:
             max_norm: The largest norm allowed.
@@ -148,7 +153,7 @@ class SubspaceOptimizer(Optimizer):
             The norm before clipping, 0-d.
         """
         with torch.no_grad():
-            self._refresh_due()
+            self._choose()
         params = [p for group in self.param_groups for p in group["params"]]
         return torch.nn.utils.clip_grad_norm_(params, max_norm, norm_type)
 
@@ -172,28 +177,35 @@ class SubspaceOptimizer(Optimizer):
         Subspaces and base stay as they are. Into optimizer mode the coordinates are merged.
 
         Args:
-            mode: ``optimizer`` or ``adapter``.
+            mode: ``optimizer`` or ``adapter``; None once detached.
 
         Raises:
             ModeError: Adapter mode is asked for, but only parameters are known, not their modules.
         """
-        _check_choice("mode", mode, get_args(Mode))
-        if mode == self.mode:
-            return
+        require_one_of(mode, get_args(Mode), "mode")
+        self._require_attached()
         before = self.mode
+        if mode == before or before is None:
+            return
         self.detach()
         try:
             self._attach(mode)
-        except ModeError:
+        except BaseException:
             self._attach(before)
             raise
 
+    @torch.no_grad()
     def detach(self) -> None:
-        """Merge all coordinates into the weights and give the model back as it was found: no hook, no extra module."""
-        with torch.no_grad():
-            for attachment in self.attachments:
-                merge(attachment.sub, attachment.weight)
-                attachment.detach()
+        """Merge all coordinates into the weights and give the model back as it was found: no hook, no extra module.
+
+        The optimizer is of no use afterwards; detaching twice does nothing.
+        """
+        if self.mode is None:
+            return
+        for attachment in self.attachments:
+            merge(attachment.sub, attachment.weight)
+            attachment.detach()
+        self.mode = None
 
     @override
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -229,47 +241,42 @@ class SubspaceOptimizer(Optimizer):
         """
         packed: dict[str, Any] = super().state_dict()
         packed["state"] = {index: dict(state) for index, state in packed["state"].items()}
-        for index, param in enumerate(p for group in self.param_groups for p in group["params"]):
+        packed["param_groups"] = [{**group, **self._identity()} for group in packed["param_groups"]]
+        for index, param in enumerate(self._params()):
             if id(param) in self._by_coords:
-                own = checkpoint.pack_subspace(self._by_coords[id(param)].sub, self._step)
+                own = checkpoint.pack(self._by_coords[id(param)].sub, self._step)
                 packed["state"].setdefault(index, {}).update(own)
         return packed
 
     @override
+    @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from a saved state; nothing is changed unless all of it fits.
 
         Args:
-            state_dict: What `state_dict` gave, in the same mode.
-
-        Raises:
-            CheckpointError: It belongs to other parameters, another spec or another mode; the first difference is named.
+            state_dict: What `state_dict` gave, in the same mode. Raises `CheckpointError` where it belongs to other
+                parameters or another spec, base, carry, seed or mode; the first difference is named.
         """
-        checkpoint.check_groups(state_dict["param_groups"], self.param_groups)
-        params = [p for group in self.param_groups for p in group["params"]]
-        loaded: list[tuple[Tensor, dict[str, Any]]] = []
-        unpacked: list[tuple[Subspace, tuple[Any, int]]] = []
-        step = self._step
-        for index, param in enumerate(params):
+        identity = self._identity()
+        checkpoint.check_groups(state_dict["param_groups"], self.param_groups, identity)
+        names = [name for group in self.param_groups for name in group["param_names"]]
+        loaded = []
+        for index, (param, name) in enumerate(zip(self._params(), names, strict=True)):
+            attachment = self._by_coords.get(id(param))
             entries = state_dict["state"].get(index, {})
-            if id(param) in self._by_coords:
-                sub = self._by_coords[id(param)].sub
-                unpacked.append((sub, checkpoint.unpack_subspace(sub, entries)))
-                step = int(entries[f"{checkpoint.PREFIX}step"])
-            moments = {k: v for k, v in entries.items() if not k.startswith(checkpoint.PREFIX)}
-            loaded.append((param, {k: checkpoint.to_device(v, param.device) for k, v in moments.items()}))
-        self._stocks()
-        for param, moments in loaded:
+            sub = None if attachment is None else attachment.sub
+            loaded.append((param, sub, checkpoint.unpack(entries, param, name, sub)))
+        for param, sub, found in loaded:
             self.state.pop(param, None)
-            if moments:
-                self.state[param] = moments
+            if found.moments:
+                self.state[param] = found.moments
+            if sub is not None and found.step is not None:
+                sub.replace_state(found.state, found.refreshes)
+                self._step = found.step
         for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
-            group.update({key: value for key, value in saved.items() if key != "params"})
-        for sub, (state, refreshes) in unpacked:
-            sub.replace_state(state, refreshes)
-            sub.forget()
-        self._step = step
-        self._schedule()
+            group.update({key: value for key, value in saved.items() if key != "params" and key not in identity})
+        for sub in self.subspaces:
+            sub.schedule(self._step)  # a redraw that was due had happened before the state was saved
 
     def _attach(self, mode: Mode) -> None:
         done: list[Attachment] = []
@@ -277,34 +284,52 @@ class SubspaceOptimizer(Optimizer):
             for attachment in self.attachments:
                 attachment.attach(mode)
                 done.append(attachment)
-        except ModeError:
+        except BaseException:
             for attachment in done:
                 attachment.detach()
             raise
         self.mode = mode
-        for group in self.param_groups:
-            group["mode"] = mode
 
-    def _stocks(self) -> list[tuple[Optimizer, list[tuple[Any, Any]]]]:
+    def _require_attached(self) -> None:
+        if self.mode is None:
+            raise ModeError("this optimizer was detached from its model; call lingrad.wrap or lingrad.adapt again")
+
+    def _identity(self) -> dict[str, Any]:
+        """What this run is, for checkpoints to compare."""
+        return {
+            "format": checkpoint.FORMAT,
+            "mode": self.mode,
+            "base": self._base.name,
+            "carry": self._carry,
+            "seed": self._seed,
+            "compat": self._compat,
+        }
+
+    def _params(self) -> list[Tensor]:
+        return [param for group in self.param_groups for param in group["params"]]
+
+    def _stocks(self) -> list[tuple[Optimizer, Pairs]]:
         if not self._stock:
             self._stock = build_stock(self.param_groups, self._base, self.state)
         return self._stock
 
-    def _refresh_due(self) -> None:
-        due = [a for a in self.attachments if a.sub.due and a.sub.coords.grad is not None]
-        factors = [outside_factor(a.sub) for a in due]
+    def _is_probe(self) -> bool:
+        """Whether this is the step by which torch.distributed.checkpoint makes a fresh optimizer allocate its state."""
+        if self._step or self.state or any(float(group["lr"]) for group in self.param_groups):
+            return False
+        return not any(bool(param.grad.any()) for param in self._params() if param.grad is not None)
+
+    def _moments(self, sub: Subspace) -> Moments:
+        return Moments(self.state.get(sub.coords, {}), self._carry, self._degrees)
+
+    def _choose(self) -> None:
+        """Choose the new basis of every weight that is due, from the gradient that backward captured."""
+        due = [s for s in self.subspaces if s.due and s.proposal is None and s.coords.grad is not None]
+        factors = [sub.captured.outside_factor(sub.coords) for sub in due]
         # where backward left zeros, the factor is the one seen everywhere else
         common = next((factor for factor in factors if factor is not None), 1.0)
-        for attachment, factor in zip(due, factors, strict=True):
-            refresh(
-                attachment.sub,
-                attachment.weight,
-                self._step,
-                carry=self._carry,
-                factor=common if factor is None else factor,
-                moments=self.state[attachment.sub.coords],
-                degrees=self._degrees,
-            )
+        for sub, factor in zip(due, factors, strict=True):
+            choose(sub, self._step, common if factor is None else factor)
 
     def _decay(self) -> None:
         for group in self.param_groups:
@@ -318,21 +343,15 @@ class SubspaceOptimizer(Optimizer):
                 else:
                     decay(attachment.sub, attachment.weight, factor)
 
+    @torch.no_grad()
     def _schedule(self) -> None:
-        for sub in self.subspaces:
-            sub.forget()
-            # a weight that has seen no usable gradient yet stays due until it does
-            sub.due = (sub.refreshes == 0 and sub.transform.due(0)) or sub.transform.due(self._step)
+        for attachment in self.attachments:
+            if attachment.sub.schedule(self._step):
+                redraw(attachment.sub, attachment.weight, self._step, self._moments(attachment.sub))
 
 
-def _attachment(target: Target, transform: Any, seed: int) -> Attachment:
+def _attachment(target: Target, transform: Transform, seed: int) -> Attachment:
     sub = Subspace.create(target.name, target.layout, transform, target.param, seed)
     if target.road == "projected":
         return LinearAttachment(sub, *target.owners[0])
     return WeightAttachment(sub, target.param, target.owners)
-
-
-def _check_choice(option: str, value: object, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        near = did_you_mean(str(value), allowed)
-        raise SpecError(f"{option} must be one of {', '.join(allowed)}, not {value!r}{near}", option=option)

@@ -13,15 +13,15 @@ from typing import Literal
 from torch import nn
 
 from lingrad import spec
-from lingrad.errors import ModeError, ShapeError, SpecError, did_you_mean
-from lingrad.layout import ATTACHED, Layout, is_conv1d, layout_of
+from lingrad.errors import ShapeError, SpecError, did_you_mean
+from lingrad.layout import Layout, is_conv1d, layout_of
 from lingrad.transforms.base import Transform
 
 SpecLike = str | Transform
 Rules = SpecLike | Mapping[str, SpecLike | None]
 Road = Literal["projected", "weight"]
 
-# Names under which models hold their output layer, where they do not tell by get_output_embeddings().
+# Names under which models hold their output layer, beside what get_output_embeddings() tells.
 _HEADS = {"lm_head", "head", "classifier", "score", "qa_outputs", "fc_out", "output", "output_projection"}
 
 
@@ -85,7 +85,6 @@ def resolve_model(model: nn.Module, rules: Rules) -> Plan:
 
     Raises:
         SpecError: A spec is malformed; a rule matches nothing, or nothing that can be transformed.
-        ModeError: The model is wrapped already.
         ShapeError: A rank does not fit; the message names the parameter.
     """
     candidates = _candidates(model)
@@ -117,11 +116,7 @@ def resolve_parameters(named: Iterable[tuple[str, nn.Parameter]], rules: Rules) 
         SpecError: A spec is malformed, or a rule matches nothing.
         ShapeError: A rank does not fit.
     """
-    candidates = []
-    for name, param in named:
-        _refuse_attached(name, param)
-        if param.requires_grad:
-            candidates.append(_Candidate([name], param))
+    candidates = [_Candidate([name], param) for name, param in named if param.requires_grad]
     parsed = parse_rules(rules)
     if isinstance(parsed, Transform):
         chosen = [parsed if c.param.dim() >= 2 else None for c in candidates]
@@ -173,17 +168,11 @@ def _candidates(model: nn.Module) -> list[_Candidate]:
     for module_name, module in model.named_modules():
         for attribute, param in module.named_parameters(recurse=False):
             name = f"{module_name}.{attribute}" if module_name else attribute
-            _refuse_attached(name, param)
             if param.requires_grad:
                 candidate = found.setdefault(id(param), _Candidate([], param))
                 candidate.names.append(name)
                 candidate.owners.append((module, attribute))
     return list(found.values())
-
-
-def _refuse_attached(name: str, param: nn.Parameter) -> None:
-    if hasattr(param, ATTACHED):
-        raise ModeError(f"'{name}' is wrapped already; call detach() on the optimizer that has it first")
 
 
 def _is_linear_weight(candidate: _Candidate) -> bool:

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import ast
 import dataclasses
-from typing import Any, NoReturn, Union, get_args, get_origin, get_type_hints
+from typing import Any, NoReturn
 
 from lingrad import bases
 from lingrad.errors import SpecError, did_you_mean
 from lingrad.transforms import registry
 from lingrad.transforms.base import Transform
+from lingrad.transforms.options import kinds, written
 
 _WORDS = {"true": True, "false": False, "none": None}
 
@@ -43,7 +44,14 @@ def format(transform: Transform) -> str:  # noqa: A001 - the inverse of parse; r
 
     Returns:
         A string that `parse` reads back to an equal transform.
+
+    Raises:
+        SpecError: The transform's class has no name.
     """
+    if not hasattr(transform, "name"):
+        raise SpecError(
+            f"{type(transform).__name__} has no name for config strings and checkpoints; decorate it with @lingrad.register"
+        )
     options = []
     for option in dataclasses.fields(transform):
         value = getattr(transform, option.name)
@@ -61,15 +69,9 @@ def _write(value: Any) -> str:
     if isinstance(value, Transform):
         return format(value)
     if isinstance(value, bases.Choice):
-        options = ", ".join(f"{key}={_write(item)}" for key, item in value.options)
+        options = ", ".join(f"{key}={written(item)}" for key, item in value.options)
         return f"{value.name}({options})" if options else value.name
-    if value is None or isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, str):
-        return value if value.isidentifier() and value not in _WORDS else repr(value)
-    if isinstance(value, tuple):
-        return f"({', '.join(map(_write, value))}{',' if len(value) == 1 else ''})"
-    return repr(value)
+    return written(value)
 
 
 class _Reader:
@@ -103,7 +105,6 @@ class _Reader:
         except SpecError as error:
             self._fail_at(name, str(error))
         options = {option.name: option for option in dataclasses.fields(cls)}
-        hints = get_type_hints(cls)
         takes = f"{name.id} takes: {', '.join(options) or 'no options'}."
         values: dict[str, Any] = {}
         places: dict[str, ast.AST] = {}
@@ -116,7 +117,7 @@ class _Reader:
                 self._fail(f"unknown option '{option}' of {name.id}{near}", self._column(keyword), len(option), takes)
             if option in values:
                 self._fail(f"option '{option}' is given twice", self._column(keyword), len(option))
-            values[option] = self._value(keyword.value, hints[option], option)
+            values[option] = self._value(keyword.value, kinds(cls)[option])
             places[option] = keyword.value
         missing = [
             option.name
@@ -130,20 +131,13 @@ class _Reader:
         except SpecError as error:
             self._fail_at(places.get(error.option or "", whole), str(error))
 
-    def _value(self, node: ast.expr, hint: Any, option: str) -> Any:
-        kinds = get_args(hint) if get_origin(hint) in (Union, type(int | str)) else (hint,)
-        if any(isinstance(kind, type) and issubclass(kind, Transform) for kind in kinds):
+    def _value(self, node: ast.expr, alternatives: tuple[Any, ...]) -> Any:
+        if any(isinstance(kind, type) and issubclass(kind, Transform) for kind in alternatives):
             return self._transform(node)
-        if bases.Choice in kinds:
+        if bases.Choice in alternatives:
             return self._choice(node)
         value = self._literal(node)
-        if float in kinds and type(value) is int:
-            return float(value)
-        for kind in kinds:
-            words = get_args(kind)  # Literal["a", "b"]: the class itself says which words are valid
-            if isinstance(value, str) if words else type(value) is kind:
-                return value
-        return self._fail_at(node, f"{option} must be {' or '.join(map(_kind_name, kinds))}, not {_write(value)}")
+        return float(value) if float in alternatives and type(value) is int else value
 
     def _choice(self, node: ast.expr) -> bases.Choice:
         if isinstance(node, ast.Name):
@@ -182,10 +176,3 @@ class _Reader:
     def _fail(self, message: str, start: int, length: int, hint: str = "") -> NoReturn:
         lines = [message, f"  {self.text}", f"  {' ' * start}{'^' * max(length, 1)}", hint]
         raise SpecError("\n".join(line for line in lines if line)) from None
-
-
-def _kind_name(kind: Any) -> str:
-    if get_args(kind):
-        return "one of " + ", ".join(map(str, get_args(kind)))
-    names = {int: "a whole number", float: "a number", bool: "true or false", type(None): "none", str: "a word"}
-    return names.get(kind, getattr(kind, "__name__", str(kind)))

@@ -1,28 +1,51 @@
-"""The engine: one weight's subspace, and the four things that happen to it.
+"""The engine: one weight's subspace, and what happens to it in a step.
 
-A step of either mode is (`refresh` where due, else the gradient that `capture` gathered) -> clip -> `decay` -> base -> `merge`
-in optimizer mode. Everything here is about one weight W [m, n] and its coordinates z [p, q]; the weights of an adapter-mode
-forward are W + S z.
+A step of either mode is (`choose` and `commit` where a refresh is due, else the gradient that `capture` gathered) -> clip ->
+`decay` -> base -> `merge` in optimizer mode. Everything here is about one weight W [m, n] and its coordinates z [p, q]; the
+weight of an adapter-mode forward is W + S z.
 """
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from lingrad.captured import Captured
 from lingrad.errors import DualityError, ModeError
-from lingrad.gradient import Gradient, accumulate, wide
+from lingrad.gradient import Gradient, wide
 from lingrad.layout import Layout
 from lingrad.maps import LinearMap
-from lingrad.transforms.base import Transform
+from lingrad.transforms.base import Transform, When
 from lingrad.transforms.factorize import derive_seed
 
 Carry = Literal["keep", "reset", "rotate"]
+
+
+class Proposal(NamedTuple):
+    """A refresh that is chosen but not yet committed."""
+
+    state: Any
+    map: LinearMap
+
+
+class Moments(NamedTuple):
+    """The base optimizer's memory of one weight's coordinates, and how a refresh carries it over.
+
+    Args:
+        state: Its entries; changed in place.
+        carry: ``keep`` (GaLore), ``reset`` (as ReLoRA does), or ``rotate`` into the new basis.
+        degrees: For ``rotate``, which entries are means (1) and which are squares (2).
+    """
+
+    state: dict[str, Any]
+    carry: Carry
+    degrees: Mapping[str, int]
 
 
 @dataclass(eq=False)
@@ -35,8 +58,11 @@ class Subspace:
         transform: How the basis is chosen.
         state: The transform's state.
         coords: z [p, q], zero at the start, float32 unless the weight is float64.
-        refreshes: How many refreshes succeeded.
-        due: Whether the step being prepared refreshes the basis.
+        seed: The seed of everything random about this weight.
+        refreshes: How many refreshes were committed.
+        due: Whether the step being prepared refreshes the basis from its gradient.
+        captured: The gradient of a refresh step, between backward and step.
+        proposal: A refresh chosen and not yet committed; ``coords.grad`` is its projection.
     """
 
     name: str
@@ -44,16 +70,14 @@ class Subspace:
     transform: Transform
     state: Any
     coords: nn.Parameter
+    seed: int
     refreshes: int = 0
-    due: bool = True
-
-    # The gradient of a refresh step, between backward and step.
-    pending: Gradient | None = None  # the sum over micro-batches
-    staged: Gradient | None = None  # of the backward that is running
-    left: Tensor | None = None  # coords.grad as backward left it, to see what other programs did to it since
+    due: bool = False
+    captured: Captured = field(init=False)
+    proposal: Proposal | None = None
 
     _map: LinearMap | None = None
-    _warned: bool = False
+    _said: set[str] = field(default_factory=set)
 
     @classmethod
     def create(cls, name: str, layout: Layout, transform: Transform, weight: Tensor, seed: int) -> Subspace:
@@ -67,17 +91,18 @@ class Subspace:
             seed: The run's seed.
 
         Returns:
-            The subspace; its coordinates are float32, or float64 for a float64 weight.
+            The subspace.
         """
         own = derive_seed(seed, name)
         state = transform.init(layout.shape, seed=own, device=weight.device, dtype=weight.dtype)
         zeros = torch.zeros(transform.coords_shape(layout.shape), device=weight.device, dtype=wide(weight.dtype))
-        return cls(name, layout, transform, state, nn.Parameter(zeros), due=transform.due(0))
+        return cls(name, layout, transform, state, nn.Parameter(zeros), own)
 
     def __post_init__(self) -> None:
         """Follow what autograd adds to the coordinates' gradient, where a layer's backward produces it."""
-        self.coords.register_hook(self._before_accumulate)
-        self.coords.register_post_accumulate_grad_hook(self._after_accumulate)
+        self.captured = Captured(self.name)
+        self.coords.register_hook(lambda _: self._before_accumulate())
+        self.coords.register_post_accumulate_grad_hook(lambda _: self._after_accumulate())
 
     def map(self) -> LinearMap:
         """The map S of the current basis."""
@@ -97,31 +122,49 @@ class Subspace:
         """Take over a state from a refresh or a checkpoint."""
         self.state, self.refreshes, self._map = state, refreshes, None
 
-    def stage(self, grad: Gradient) -> None:
-        """Note a gradient that a layer's backward found on a refresh step; a layer used twice stages twice."""
-        self.staged = accumulate(self.staged, grad)
+    def move(self, device: torch.device) -> None:
+        """Follow the coordinates to a device; the basis keeps its dtype."""
+        if any(t.device != device for t in _tensors(self.state)):
+            self.replace_state(_moved(self.state, device), self.refreshes)
+
+    def schedule(self, step: int) -> bool:
+        """Look ahead to the step after ``step`` finished ones.
+
+        Args:
+            step: Steps finished.
+
+        Returns:
+            Whether the basis must be redrawn before its forward, by `redraw`. A refresh that needs that step's gradient sets
+            ``due`` instead; a weight that has seen no usable gradient yet stays due until it does.
+        """
+        self.forget()
+        now = self.transform.due(step) or (self.refreshes == 0 and self.transform.due(0))
+        self.due = now and self.transform.reads_gradient
+        return now and not self.due
 
     def forget(self) -> None:
-        """Drop the gradient of a refresh step: it was used, or `zero_grad` threw it away."""
-        self.pending = self.staged = self.left = None
-
-    def _before_accumulate(self, _: Tensor | None = None) -> None:
-        if self.staged is None:
-            return
-        # Somebody who zeroed coords.grad by hand meant the refresh gradient too.
-        fresh = self.coords.grad is None or (not self.coords.grad.any() and self.left is not None and self.left.any())
-        self.pending = accumulate(None if fresh else self.pending, self.staged)
-        self.staged = None
-
-    def _after_accumulate(self, coords: Tensor) -> None:
-        if self.due and coords.grad is not None:
-            self.left = coords.grad.clone()
+        """Drop the gradient of a refresh step and what was chosen from it."""
+        self.captured.forget()
+        self.proposal = None
 
     def warn_once(self, message: str) -> None:
-        """Warn about this weight, the first time only."""
-        if not self._warned:
-            self._warned = True
+        """Warn about this weight, once for each message."""
+        if message not in self._said:
+            self._said.add(message)
             warnings.warn(f"{self.name}: {message}", RuntimeWarning, stacklevel=3)
+
+    def _before_accumulate(self) -> None:
+        if self.proposal is not None and self.coords.grad is not None:
+            raise ModeError(
+                f"a backward reached {self.name} between clip_grad_norm_ and step, but its new basis is chosen, from the "
+                "gradient so far; clip after the last backward of a step"
+            )
+        self.proposal = None
+        self.captured.before_accumulate(self.coords)
+
+    def _after_accumulate(self) -> None:
+        if self.due:
+            self.captured.after_accumulate(self.coords)
 
 
 def capture(sub: Subspace, grad: Gradient) -> None:
@@ -132,66 +175,78 @@ def capture(sub: Subspace, grad: Gradient) -> None:
         grad: G [m, n] of one micro-batch; kept until the step where a refresh is due.
     """
     if sub.due:
-        sub.stage(grad)
-        sub._before_accumulate()
+        sub.captured.stage(grad)
+    sub._before_accumulate()
     projected = sub.map().project(grad).to(sub.coords.dtype)
     if sub.coords.grad is None:
         sub.coords.grad = projected
     else:
         sub.coords.grad.add_(projected)
-    sub._after_accumulate(sub.coords)
+    sub._after_accumulate()
 
 
-def refresh(
-    sub: Subspace,
-    weight: Tensor,
-    step: int,
-    *,
-    carry: Carry,
-    factor: float,
-    moments: dict[str, Any],
-    degrees: Mapping[str, int],
-) -> bool:
-    """Choose a new basis from the captured gradient and move everything over to it.
+def choose(sub: Subspace, step: int, factor: float) -> None:
+    """Choose a new basis from the captured gradient; ``coords.grad`` becomes its projection.
 
-    The coordinates are merged through the old map, ``coords.grad`` becomes the projection by the new one, and the moments are
-    carried. A gradient that is not finite, or a basis that would not be, leaves the old basis in place and says so once; a
-    zero gradient leaves it silently.
+    A gradient that is not finite, or a basis that would not be, leaves the old basis in place and says so once; a zero gradient
+    leaves it silently.
 
     Args:
-        sub: The subspace; ``sub.pending`` holds G [m, n].
+        sub: The subspace, ``due``.
+        step: Steps finished so far.
+        factor: The factor by which other programs scaled ``coords.grad`` since backward.
+    """
+    grad = sub.captured.total
+    if grad is None or sub.proposal is not None:
+        return
+    norm = float(grad.norm())
+    if not math.isfinite(norm):
+        sub.warn_once("the gradient at a refresh is not finite; the old basis stays until the next one")
+    if norm == 0.0 or not math.isfinite(norm):
+        return
+    proposal = _propose(sub, grad, step)
+    if not all(bool(t.isfinite().all()) for t in proposal.map.tensors if t.is_floating_point()):
+        sub.warn_once(f"{sub.transform.name} gave a basis that is not finite; the old one stays until the next refresh")
+        return
+    projected = proposal.map.project(grad).to(sub.coords.dtype)
+    sub.coords.grad = projected if factor == 1.0 else projected * factor
+    sub.captured.forget()
+    sub.proposal = proposal
+
+
+def redraw(sub: Subspace, weight: Tensor, step: int, moments: Moments) -> None:
+    """Refresh a basis that no gradient decides, before the forward that will use it.
+
+    Args:
+        sub: The subspace.
         weight: The weight, in its own shape.
         step: Steps finished so far.
-        carry: What happens to the moments: keep, reset or rotate.
-        factor: The factor by which other programs scaled ``coords.grad`` since backward.
-        moments: The base optimizer's state of the coordinates; changed in place.
-        degrees: For ``rotate``, which of the moments are means (1) and which are squares (2).
-
-    Returns:
-        Whether the basis was replaced.
+        moments: The base optimizer's memory of the coordinates.
     """
-    grad = sub.pending
-    if grad is None:
-        return False
-    norm = float(grad.norm())
-    if norm == 0.0:
-        return False
-    if not torch.isfinite(torch.tensor(norm)):
-        sub.warn_once("the gradient at a refresh is not finite; the old basis stays until the next one")
-        return False
-    state = sub.transform.refresh(sub.state, grad, step)
-    if not all(bool(t.isfinite().all()) for t in sub.transform.map(state).tensors if t.is_floating_point()):
-        sub.warn_once(f"{sub.transform.name} gave a basis that is not finite; the old one stays until the next refresh")
-        return False
+    sub.proposal = _propose(sub, None, step)
+    commit(sub, weight, moments)
+
+
+def commit(sub: Subspace, weight: Tensor, moments: Moments) -> None:
+    """Move over to the basis that was chosen, if one was: merge through the old map, carry the moments.
+
+    Args:
+        sub: The subspace.
+        weight: The weight, in its own shape.
+        moments: The base optimizer's memory of the coordinates.
+    """
+    if sub.proposal is None:
+        return
+    carried = _carried(sub, moments)
     merge(sub, weight)
-    old = sub.map()
+    if moments.carry == "reset":
+        moments.state.clear()
+    for key, value in carried.items():
+        moments.state[key].copy_(value)
+    state, chosen = sub.proposal
     sub.replace_state(state, sub.refreshes + 1)
-    projected = sub.map().project(grad).to(sub.coords.dtype)
-    sub.coords.grad = projected if factor == 1.0 else projected * factor
-    _carry(sub, old, carry, moments, degrees)
-    sub.forget()
-    sub.due = False
-    return True
+    sub._map = chosen if sub.transform.stores_map else None
+    sub.proposal, sub.due = None, False
 
 
 def decay(sub: Subspace, weight: Tensor, factor: float) -> None:
@@ -222,54 +277,33 @@ def lifted(sub: Subspace, weight: Tensor) -> Tensor:
     return weight + sub.layout.restore(sub.map().lift(sub.coords)).to(weight.dtype)
 
 
-def outside_factor(sub: Subspace) -> float | None:
-    """By how much other programs scaled ``coords.grad`` after backward (GradScaler, a clip from outside).
-
-    On a refresh step the gradient they scaled belongs to the old basis and is replaced, so the factor must be carried over.
-
-    Args:
-        sub: A subspace whose refresh is due.
-
-    Returns:
-        The factor; None where backward left zeros, from which it cannot be read.
-
-    Raises:
-        ModeError: The gradient was set by hand, or changed by more than one factor.
-    """
-    now, left = sub.coords.grad, sub.left
-    if now is not None and left is None and now.any():
-        raise ModeError(
-            f"the gradient of {sub.name} did not come from a backward since the last step. This step refreshes its basis, "
-            "which needs the backward's own gradient; run forward and backward, then step"
-        )
-    if now is None or left is None or not left.any() or not left.isfinite().all():
-        return None
-    if torch.equal(now, left):
-        return 1.0
-    factor = float((now.double() * left).sum() / left.double().square().sum())
-    # one multiplication of each entry rounds it by at most eps; a clip after an unscale makes two
-    if not torch.allclose(now, factor * left, rtol=8 * torch.finfo(now.dtype).eps, atol=torch.finfo(now.dtype).tiny):
-        raise ModeError(
-            f"the gradient of {sub.name} was changed between backward and step in another way than by one factor. "
-            "This step refreshes its basis, so the change cannot be carried over. Change the gradient by one factor, "
-            "or use opt.clip_grad_norm_, which refreshes first."
-        )
-    return factor
+def _propose(sub: Subspace, grad: Gradient | None, step: int) -> Proposal:
+    state = sub.transform.refresh(sub.state, grad, When(step, sub.refreshes, sub.seed))
+    return Proposal(state, sub.transform.map(state))
 
 
-def _carry(sub: Subspace, old: LinearMap, carry: Carry, moments: dict[str, Any], degrees: Mapping[str, int]) -> None:
-    if carry == "reset":
-        moments.clear()
-    if carry != "rotate":
-        return
-    new = sub.map()
-    for key, value in moments.items():
+def _carried(sub: Subspace, moments: Moments) -> dict[str, Tensor]:
+    """The moments in the coordinates of the proposal, where they are rotated."""
+    if moments.carry != "rotate" or sub.proposal is None:
+        return {}
+    old, new = sub.map(), sub.proposal.map
+    carried = {}
+    for key, value in moments.state.items():
         if not isinstance(value, Tensor) or value.numel() == 1:
             continue
-        if key not in degrees or value.shape != sub.coords.shape:
+        if key not in moments.degrees or value.shape != sub.coords.shape:
             raise DualityError(f"carry='rotate' cannot rotate the state '{key}' of {sub.name}; use keep or reset")
-        moved = new.transport(old, value) if degrees[key] == 1 else new.transport_squares(old, value)
-        value.copy_(moved)
+        carried[key] = new.transport(old, value) if moments.degrees[key] == 1 else new.transport_squares(old, value)
+    return carried
+
+
+def _moved(state: Any, device: torch.device) -> Any:
+    """A transform's state with its tensors on a device."""
+    if isinstance(state, Tensor):
+        return state.to(device)
+    if isinstance(state, dict):
+        return {key: _moved(value, device) for key, value in state.items()}
+    return type(state)(*(_moved(item, device) for item in state)) if hasattr(state, "_fields") else state
 
 
 def _tensors(state: Any) -> list[Tensor]:

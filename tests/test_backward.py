@@ -129,7 +129,7 @@ def test_a_layer_used_twice_and_changed_in_place_afterwards(mode):
         loss(model).backward()
         torch.testing.assert_close(sub.coords.grad, sub.map().project(weight.grad), rtol=1e-12, atol=1e-12)
         if sub.due:
-            torch.testing.assert_close(sub.pending.dense(), weight.grad, rtol=1e-12, atol=1e-12)
+            torch.testing.assert_close(sub.captured.total.dense(), weight.grad, rtol=1e-12, atol=1e-12)
         optimizer.step()
 
 
@@ -194,7 +194,7 @@ def test_evaluation_and_inference_leave_no_trace(mode):
     for context in (torch.no_grad(), torch.inference_mode()):
         with context:
             torch.testing.assert_close(model.eval()(x), expected, rtol=1e-12, atol=1e-12)
-    assert optimizer.subspaces[0].pending is None
+    assert optimizer.subspaces[0].captured.total is None
 
 
 def test_a_layer_called_with_keywords():
@@ -214,7 +214,7 @@ def test_a_buffer_filled_again_between_micro_batches():
         for value in (1.0, 2.0):
             x = buffer.fill_(value) if reuse else torch.full_like(buffer, value)
             model(x).square().sum().backward()
-        totals.append(optimizer.subspaces[0].pending.dense())
+        totals.append(optimizer.subspaces[0].captured.total.dense())
     assert torch.equal(*totals)
 
 
@@ -249,7 +249,7 @@ def test_other_weights_free_their_gradient(mode):
     for attachment in optimizer.attachments:
         assert attachment.weight.grad is None
         assert attachment.sub.coords.grad is not None
-        assert attachment.sub.pending is None
+        assert attachment.sub.captured.total is None
 
 
 def test_sparse_embedding_gradients():
@@ -260,7 +260,7 @@ def test_sparse_embedding_gradients():
     model(ids).square().sum().backward()
     dense = nn.Embedding(9, 4, _weight=model[0].weight.detach().clone())
     model[1](dense(ids)).square().sum().backward()
-    torch.testing.assert_close(optimizer.subspaces[0].pending.dense(), dense.weight.grad)
+    torch.testing.assert_close(optimizer.subspaces[0].captured.total.dense(), dense.weight.grad)
 
 
 @pytest.mark.slow

@@ -75,11 +75,10 @@ def test_the_state_is_flat_and_plain():
         "subspace.refreshes",
         "subspace.state.left.left",
         "subspace.state.right.seed",
-        "subspace.state.right.drawn",
         "subspace.state.right.m",
         "subspace.state.right.n",
+        "subspace.state.right.q",
         "subspace.state.right.like",
-        "subspace.state.refreshes",
     }
     assert coords["subspace.step"] == 2
     assert all(isinstance(value, torch.Tensor | int | float) for value in coords.values())
@@ -99,7 +98,15 @@ def test_a_checkpoint_of_another_run_is_refused_and_nothing_is_changed():
             "group 'coords', entry 0: the checkpoint has spec 'svd(rank=4)', this run has 'svd(rank=5)'"
         ),
         lambda m: lingrad.adapt(m, "svd(rank=4)", lr=1e-2): (
-            "group 'coords': the checkpoint has mode 'optimizer', this run has 'adapter'; call opt.switch first"
+            "the checkpoint has mode 'optimizer', this run has 'adapter'; call opt.switch first"
+        ),
+        lambda m: lingrad.wrap(m, "svd(rank=4)", "adam", lr=1e-2): "the checkpoint has base 'adamw', this run has 'adam'",
+        lambda m: lingrad.wrap(m, "svd(rank=4)", lr=1e-2, carry="reset"): (
+            "the checkpoint has carry 'keep', this run has 'reset'"
+        ),
+        lambda m: lingrad.wrap(m, "svd(rank=4)", lr=1e-2, seed=1): "the checkpoint has seed 0, this run has 1",
+        lambda m: lingrad.wrap(m, "svd(rank=4)", lr=1e-2, compat="galore"): (
+            "the checkpoint has compat None, this run has 'galore'"
         ),
         lambda m: lingrad.wrap(m, {"*.mlp.*": "svd(rank=4)"}, lr=1e-2): (
             "group 'coords': the checkpoint has 14 param_names, this run has 6"
@@ -122,7 +129,8 @@ def test_a_checkpoint_of_another_run_is_refused_and_nothing_is_changed():
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda s: s["state"][0].pop("subspace.refreshes"), "it was not written by lingrad's optimizer"),
+        (lambda s: s["param_groups"][0].pop("format"), "have no 'format': it was not written by lingrad's optimizer"),
+        (lambda s: s["state"][0].pop("subspace.refreshes"), "the checkpoint has no 'subspace.refreshes' for model.layers.0"),
         (
             lambda s: s["state"][3].pop("subspace.state.right"),
             "the checkpoint has no 'subspace.state.right' for model.layers.0",

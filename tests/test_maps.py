@@ -3,8 +3,9 @@
 import pytest
 import torch
 
+from lingrad.errors import DualityError
 from lingrad.gradient import DenseGradient, FactoredGradient, accumulate
-from lingrad.maps import KroneckerMap, SelectionMap, pair
+from lingrad.maps import KroneckerMap, SelectionMap, TwoSidedMap, two_sided
 
 M, N, P, Q, TOKENS = 7, 5, 3, 2, 11
 
@@ -23,10 +24,10 @@ MAPS = {
     "rows": SelectionMap(ROWS, None, (M, N)),
     "columns": SelectionMap(None, COLUMNS, (M, N)),
     "entries": SelectionMap(ROWS, COLUMNS, (M, N)),
-    "rows x right": pair(SelectionMap(ROWS, None, (M, N)), KroneckerMap(None, RIGHT)),
-    "left x columns": pair(KroneckerMap(LEFT, None), SelectionMap(None, COLUMNS, (M, N))),
-    "left x right": pair(KroneckerMap(LEFT, None), KroneckerMap(None, RIGHT)),
-    "rows x columns": pair(SelectionMap(ROWS, None, (M, N)), SelectionMap(None, COLUMNS, (M, N))),
+    "rows x right": two_sided(SelectionMap(ROWS, None, (M, N)), KroneckerMap(None, RIGHT)),
+    "left x columns": two_sided(KroneckerMap(LEFT, None), SelectionMap(None, COLUMNS, (M, N))),
+    "left x right": two_sided(KroneckerMap(LEFT, None), KroneckerMap(None, RIGHT)),
+    "rows x columns": two_sided(SelectionMap(ROWS, None, (M, N)), SelectionMap(None, COLUMNS, (M, N))),
 }
 OUT_GRAD, INPUT = draw(TOKENS, M, seed=3), draw(TOKENS, N, seed=4)
 GRADIENTS = {
@@ -35,7 +36,6 @@ GRADIENTS = {
     "few tokens": FactoredGradient(OUT_GRAD[:2], INPUT[:2]),
 }
 
-close = pytest.approx
 each_map = pytest.mark.parametrize("smap", MAPS.values(), ids=MAPS.keys())
 each_gradient = pytest.mark.parametrize("grad", GRADIENTS.values(), ids=GRADIENTS.keys())
 
@@ -44,9 +44,13 @@ def assert_close(actual, expected):
     torch.testing.assert_close(actual, expected, rtol=1e-13, atol=1e-13)
 
 
+def coords_shape(smap):
+    return tuple(smap.project(torch.zeros(M, N, dtype=torch.float64)).shape)
+
+
 def matrix_of(smap):
     """S as a matrix [m n, p q], column by column."""
-    p, q = smap.coords_shape((M, N))
+    p, q = coords_shape(smap)
     units = torch.eye(p * q, dtype=torch.float64).view(p * q, p, q)
     return torch.stack([smap.lift(unit).flatten() for unit in units], dim=1)
 
@@ -59,7 +63,7 @@ def test_project_is_the_adjoint_of_lift(smap, grad):
 
 @each_map
 def test_lift_is_linear_and_its_autograd_is_project(smap):
-    coords = draw(*smap.coords_shape((M, N)), seed=5).requires_grad_()
+    coords = draw(*coords_shape(smap), seed=5).requires_grad_()
     weights = draw(M, N, seed=6)
     assert_close(smap.lift(coords).flatten(), matrix_of(smap) @ coords.flatten())
     (smap.lift(coords) * weights).sum().backward()
@@ -68,20 +72,21 @@ def test_lift_is_linear_and_its_autograd_is_project(smap):
 
 @each_map
 def test_apply_acts_as_the_lifted_weight(smap):
-    x, coords = draw(2, 4, N, seed=7), draw(*smap.coords_shape((M, N)), seed=5)
+    x, coords = draw(2, 4, N, seed=7), draw(*coords_shape(smap), seed=5)
     assert_close(smap.apply(x, coords), x @ smap.lift(coords).t())
 
 
 @each_map
 def test_transpose(smap):
-    coords = draw(*smap.coords_shape((M, N)), seed=5)
+    coords = draw(*coords_shape(smap), seed=5)
     assert_close(smap.T.lift(coords.t()), smap.lift(coords).t())
-    assert smap.T.coords_shape((N, M)) == smap.coords_shape((M, N))[::-1]
+    grad = OUT_GRAD.t() @ INPUT
+    assert_close(smap.T.project(grad.t()), smap.project(grad).t())
 
 
 @each_map
 def test_reduced_inputs_are_enough(smap):
-    x, coords = draw(TOKENS, N, seed=7), draw(*smap.coords_shape((M, N)), seed=5)
+    x, coords = draw(TOKENS, N, seed=7), draw(*coords_shape(smap), seed=5)
     reduced = smap.reduce(x)
     assert_close(smap.inner.apply(reduced, coords), smap.apply(x, coords))
     assert_close(smap.inner.project(FactoredGradient(OUT_GRAD, reduced)), smap.project(FactoredGradient(OUT_GRAD, x)))
@@ -90,7 +95,7 @@ def test_reduced_inputs_are_enough(smap):
 @each_map
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_add_lift_in_place(smap, dtype):
-    coords = draw(*smap.coords_shape((M, N)), seed=5)
+    coords = draw(*coords_shape(smap), seed=5)
     weight = draw(M, N, seed=8).to(dtype)
     expected = (weight.double() + smap.lift(coords)).to(dtype)
     pointer = weight.data_ptr()
@@ -100,21 +105,40 @@ def test_add_lift_in_place(smap, dtype):
     torch.testing.assert_close(weight, expected, rtol=1e-13 if dtype == torch.float64 else 1.2e-7, atol=1e-13)
 
 
-@pytest.mark.parametrize("name", ["identity", "left", "right", "both", "rows", "columns", "entries"])
+OTHERS = {
+    "identity": KroneckerMap(None, None),
+    "left": KroneckerMap(draw(M, P, seed=9), None),
+    "right": KroneckerMap(None, draw(N, Q, seed=10)),
+    "both": KroneckerMap(draw(M, P, seed=9), draw(N, Q, seed=10)),
+    "rows": SelectionMap(torch.tensor([0, 2, 6]), None, (M, N)),
+    "columns": SelectionMap(None, torch.tensor([0, 4]), (M, N)),
+    "entries": SelectionMap(torch.tensor([0, 2, 6]), torch.tensor([0, 4]), (M, N)),
+    "rows x right": two_sided(SelectionMap(torch.tensor([0, 2, 6]), None, (M, N)), KroneckerMap(None, draw(N, Q, seed=10))),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
 def test_transport_is_project_after_lift(name):
-    old = MAPS[name]
-    new = {
-        "rows": SelectionMap(torch.tensor([0, 2, 6]), None, (M, N)),
-        "columns": SelectionMap(None, torch.tensor([0, 4]), (M, N)),
-        "entries": SelectionMap(torch.tensor([0, 2, 6]), torch.tensor([0, 4]), (M, N)),
-    }.get(name, KroneckerMap(old.left if name == "right" else None, None) if name == "identity" else None)
-    if new is None:
-        new = KroneckerMap(None if old.left is None else draw(M, P, seed=9), None if old.right is None else draw(N, Q, seed=10))
+    old, new = MAPS[name], OTHERS[name]
     overlap = matrix_of(new).t() @ matrix_of(old)
-    coords = draw(*old.coords_shape((M, N)), seed=5)
+    coords = draw(*coords_shape(old), seed=5)
     assert_close(new.transport(old, coords).flatten(), overlap @ coords.flatten())
     squares = coords.square()
     assert_close(new.transport_squares(old, squares).flatten(), overlap.square() @ squares.flatten())
+
+
+def test_maps_of_different_kinds_transport_means_but_not_squares():
+    old, new = MAPS["rows"], MAPS["left"]
+    coords = draw(*coords_shape(old), seed=5)
+    assert_close(new.transport(old, coords), new.project(old.lift(coords)))
+    for one, other in ((new, old), (old, new), (MAPS["rows x right"], MAPS["both"])):
+        with pytest.raises(DualityError, match="carry='rotate' needs the square of"):
+            one.transport_squares(other, coords)
+
+
+def test_two_kronecker_maps_join_into_one():
+    assert isinstance(MAPS["left x right"], KroneckerMap)
+    assert isinstance(MAPS["rows x right"], TwoSidedMap)
 
 
 @each_gradient

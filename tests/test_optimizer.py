@@ -9,6 +9,7 @@ from torch import nn
 
 import lingrad
 from lingrad.errors import ModeError, SpecError
+from lingrad.transforms import Bases
 from tests.training import gap, llama, text_batches, text_loss, train, zoo
 
 MODES = {"optimizer": lingrad.wrap, "adapter": lingrad.adapt}
@@ -143,10 +144,39 @@ class TestClipping:
             grads = [sub.coords.grad, model[0].bias.grad]
             assert norm > 1
             assert torch.stack([g.norm() for g in grads]).norm() == pytest.approx(1.0, rel=1e-5)
-            assert sub.refreshes == 1 + step // 2  # the refresh happened before the clip, and only once
             before = sub.coords.grad.clone()
+            optimizer.clip_grad_norm_(float("inf"))  # the basis is chosen once
+            assert sub.refreshes == (1 + step) // 2  # and committed by the step
             optimizer.step()
+            assert sub.refreshes == 1 + step // 2
             assert torch.equal(sub.coords.grad, before)
+
+    @each_mode
+    def test_a_step_skipped_after_a_clip_refreshes_nothing(self, mode):
+        """As GradScaler does where a gradient overflowed."""
+        model = layer()
+        optimizer = MODES[mode](model, "svd(rank=2, every=2)", "sgd", lr=0.1)
+        (sub,) = optimizer.subspaces
+        before, weight = sub.map().tensors[0].clone(), model[0].weight.detach().clone()
+        backward(model)
+        optimizer.clip_grad_norm_(1.0)
+        optimizer.zero_grad()
+        assert sub.refreshes == 0
+        assert torch.equal(sub.map().tensors[0], before)
+        assert torch.equal(model[0].weight, weight)
+        assert not sub.coords.any()
+        backward(model, seed=1)
+        optimizer.step()
+        assert sub.refreshes == 1
+
+    @each_mode
+    def test_a_backward_after_the_clip_is_refused_where_a_basis_was_chosen(self, mode):
+        model = layer()
+        optimizer = MODES[mode](model, "svd(rank=2)", "sgd", lr=0.1)
+        backward(model)
+        optimizer.clip_grad_norm_(1.0)
+        with pytest.raises(ModeError, match="clip after the last backward of a step"):
+            backward(model, seed=1)
 
     @each_mode
     @pytest.mark.parametrize("every", [1, 3])
@@ -159,7 +189,7 @@ class TestClipping:
             optimizer.zero_grad()
             backward(model, seed=step)
             norm = float(nn.utils.clip_grad_norm_(model.parameters(), 0.5))
-            pending = sub.pending.dense().clone() if sub.due else None
+            pending = sub.captured.total.dense().clone() if sub.due else None
             clipped = sub.coords.grad.clone()
             optimizer.step()
             if pending is not None:
@@ -168,17 +198,17 @@ class TestClipping:
 
     def test_an_unscaled_gradient_keeps_its_factor_where_a_weight_got_zeros(self):
         model = nn.ModuleList([nn.Linear(8, 6, bias=False), nn.Linear(8, 6, bias=False)]).double()
-        optimizer = lingrad.wrap(model, "random(rank=1, kind=rows, side=left)", "sgd", lr=1.0)
+        optimizer = lingrad.wrap(model, "svd(rank=1, side=left)", "sgd", lr=1.0)
         scale = 1024.0
         (model[0](inputs()).square().sum() * scale).backward()
-        # a gradient in one row, which the row selected before the refresh does not see
-        unseen = torch.zeros(6, dtype=torch.float64)
-        unseen[(int(optimizer.subspaces[1].map().rows) + 1) % 6] = 1.0
+        # a gradient in one row, which the basis before the refresh does not see
+        first, unseen = torch.eye(6, dtype=torch.float64)[:2]
+        optimizer.subspaces[1].replace_state(Bases(first[:, None], None), 0)
         ((model[1](inputs()) * unseen).sum() * scale).backward()
         assert not optimizer.subspaces[1].coords.grad.any()
         for sub in optimizer.subspaces:
             sub.coords.grad /= scale
-        pending = optimizer.subspaces[1].pending.dense().clone()
+        pending = optimizer.subspaces[1].captured.total.dense().clone()
         optimizer.step()
         sub = optimizer.subspaces[1]
         torch.testing.assert_close(sub.coords.grad, sub.map().project(pending) / scale)
@@ -231,7 +261,7 @@ class TestZeroGrad:
             sub.coords.grad.zero_()
         backward(model, seed=2)
         expected = 2 * model[0](inputs(2)).detach().t() @ inputs(2)
-        torch.testing.assert_close(sub.pending.dense(), expected, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(sub.captured.total.dense(), expected, rtol=1e-12, atol=1e-12)
 
     @each_mode
     def test_micro_batches_add_up_in_the_refresh(self, mode):
@@ -240,9 +270,9 @@ class TestZeroGrad:
         for seed in (1, 2, 3):
             backward(model, seed)
         expected = sum(2 * model[0](inputs(s)).detach().t() @ inputs(s) for s in (1, 2, 3))
-        torch.testing.assert_close(optimizer.subspaces[0].pending.dense(), expected, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(optimizer.subspaces[0].captured.total.dense(), expected, rtol=1e-12, atol=1e-12)
         optimizer.step()
-        assert optimizer.subspaces[0].pending is None
+        assert optimizer.subspaces[0].captured.total is None
 
 
 class TestUnusualGradients:
@@ -296,7 +326,7 @@ class TestUnusualGradients:
             (model(inputs()).sum() * value).backward()
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
-                optimizer._refresh_due()
+                optimizer._choose()
             messages += [str(w.message) for w in caught]
             optimizer.zero_grad()
         assert messages == ["0.weight: the gradient at a refresh is not finite; the old basis stays until the next one"]
@@ -309,7 +339,7 @@ class TestUnusualGradients:
         from lingrad.transforms import SVD, Bases
 
         optimizer = lingrad.wrap(model := layer(), "svd(rank=2)", "sgd", lr=0.1)
-        monkeypatch.setattr(SVD, "bases", lambda self, grad, old, step: Bases(*(b if b is None else b / 0 for b in old)))
+        monkeypatch.setattr(SVD, "bases", lambda self, grad, old, when: Bases(*(b if b is None else b / 0 for b in old)))
         backward(model)
         with pytest.warns(RuntimeWarning, match="0.weight: svd gave a basis that is not finite; the old one stays"):
             optimizer.step()

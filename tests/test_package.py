@@ -77,11 +77,12 @@ class TestExamplePackage:
         import torch
 
         from lingrad.gradient import DenseGradient
+        from lingrad.transforms import When
 
         transform = spec.parse("topnorm(rank=2, side=left)")
         state = transform.init((4, 3), seed=0, device=torch.device("cpu"), dtype=torch.float32)
         grad = torch.tensor([[1.0, 0, 0], [0, 3, 0], [0, 0, 0], [2, 2, 0]])
-        state = transform.refresh(state, DenseGradient(grad), 0)
+        state = transform.refresh(state, DenseGradient(grad), When(0, 0, 0))
         assert state.left.t().tolist() == [[0, 1, 0, 0], [0, 0, 0, 1]]
 
 

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lingrad._typing import override
 from lingrad.errors import ModeError
-from lingrad.layout import ATTACHED
+from lingrad.gradient import wide
 from lingrad.subspace import Subspace
 
 Mode = Literal["optimizer", "adapter"]
 
 CHILD = "lingrad"  # the name under which a layer holds its coordinates
+_MARK = "_lingrad_attached"  # on a parameter whose gradient belongs to a subspace
 
 
 class Attachment(ABC):
@@ -29,29 +30,24 @@ class Attachment(ABC):
     def __init__(self, sub: Subspace) -> None:
         self.sub = sub
 
-    def attach(self, mode: Mode) -> None:
-        """Connect in a mode. In optimizer mode the coordinates are zero; the forward is the plain layer's.
-
-        Args:
-            mode: ``optimizer`` or ``adapter``.
-
-        Raises:
-            ModeError: The mode cannot be had, or the weight is attached already; nothing was changed.
-        """
-        if hasattr(self.weight, ATTACHED):
-            raise ModeError(f"'{self.sub.name}' is wrapped already; call detach() on the optimizer that has it first")
-        self._connect(mode)
-        setattr(self.weight, ATTACHED, True)
-
-    def detach(self) -> None:
-        """Disconnect and leave the model's structure as it was found; weights and coordinates are not touched."""
-        delattr(self.weight, ATTACHED)
-        self._disconnect()
-
     @property
     @abstractmethod
     def weight(self) -> nn.Parameter:
         """The parameter the subspace belongs to, looked up afresh, since others may replace it."""
+
+    def attach(self, mode: Mode) -> None:
+        """Connect in a mode. In optimizer mode the coordinates are zero; the forward is the plain layer's.
+
+        Args:
+            mode: ``optimizer`` or ``adapter``. Raises `ModeError`, with nothing changed, where it cannot be had.
+        """
+        self._connect(mode)
+        setattr(self.weight, _MARK, True)
+
+    def detach(self) -> None:
+        """Disconnect and leave the model's structure as it was found; weights and coordinates are not touched."""
+        delattr(self.weight, _MARK)
+        self._disconnect()
 
     @abstractmethod
     def _connect(self, mode: Mode) -> None: ...
@@ -64,21 +60,29 @@ class Coords(nn.Module):
     """Coordinates as a module, so that a model's parameters include them.
 
     In optimizer mode it is absent from ``state_dict``, which stays the plain model's; in adapter mode the coordinates are
-    part of the model's weights and are saved with them.
+    part of the model's weights and are saved with them. It follows the model to a device; in dtype it stays at least float32.
 
     Args:
         sub: The subspace whose coordinates it holds.
+        active: Whether the coordinates take part in the forward, as in adapter mode.
     """
 
-    def __init__(self, sub: Subspace) -> None:
+    def __init__(self, sub: Subspace, *, active: bool) -> None:
         super().__init__()
         self.coords = sub.coords
         self.sub = sub
-        self.active = False
+        self.active = active
 
     @override
     def extra_repr(self) -> str:
         return f"{self.sub.transform}, coords={tuple(self.coords.shape)}, active={self.active}"
+
+    @override
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Coords:
+        asked = fn(self.coords.detach()[:0])
+        super()._apply(lambda t: t.to(device=asked.device, dtype=wide(asked.dtype)), recurse)  # type: ignore[no-untyped-call]
+        self.sub.move(asked.device)
+        return self
 
     @override
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
@@ -105,17 +109,23 @@ class Coords(nn.Module):
             )
 
 
-class Uncompiled(torch.autograd.Function):
-    """An autograd function that ``torch.compile`` leaves alone: it calls ``run``, and breaks its graph there.
+def refuse_attached(name: str, param: nn.Parameter, module: nn.Module | None = None) -> None:
+    """Make sure that a parameter belongs to no subspace yet.
 
-    What the backward hands to a refresh is a side effect, which a compiled graph would lose.
+    Args:
+        name: Its name.
+        param: The parameter.
+        module: The module that owns it, if known.
+
+    Raises:
+        ModeError: It does.
     """
+    # a copy of a model keeps modules and hooks, not attributes of parameters
+    if hasattr(param, _MARK) or isinstance(module, Coords) or CHILD in getattr(module, "_modules", ()):
+        raise ModeError(f"'{name}' is wrapped already; call detach() on the optimizer that has it first")
 
-    run: ClassVar[Callable[..., Any]]
 
-    @classmethod
-    def hide_from_compiler(cls) -> None:
-        """Make ``run``; when first needed and not on import, because the compiler takes a second to import."""
-        if "run" not in cls.__dict__:
-            reason = "lingrad hands gradients to the refresh of a basis from inside backward"
-            cls.run = staticmethod(torch.compiler.disable(cls.apply, reason=reason))
+# torch.compile breaks its graph where an attachment's autograd function is called: what its backward hands to a refresh is a
+# side effect, which a compiled graph would lose. Unlike torch.compiler.disable, torch.optim's own helper waits with the
+# import of the compiler, which takes longer than that of torch.
+uncompiled: Callable[[Callable[..., Any]], Callable[..., Any]] = torch._disable_dynamo  # type: ignore[attr-defined]

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from lingrad._typing import override
-from lingrad.adapters.base import CHILD, Attachment, Coords, Mode, Uncompiled
+from lingrad.adapters.base import CHILD, Attachment, Coords, Mode, uncompiled
 from lingrad.errors import ModeError
 from lingrad.gradient import FactoredGradient
 from lingrad.subspace import Subspace
@@ -35,9 +35,8 @@ class LinearAttachment(Attachment):
         super().__init__(sub)
         self.module = module
         self.attribute = attribute
-        self.holder = Coords(sub)
+        self.holder = Coords(sub, active=False)
         self.handle: Any = None
-        _Projected.hide_from_compiler()
 
     @property
     @override
@@ -63,11 +62,11 @@ class LinearAttachment(Attachment):
         active = self.holder.active
         if not active and not (torch.is_grad_enabled() and self.sub.coords.requires_grad):
             return out
-        tied: Tensor = _Projected.run(out, x, self.sub.coords, self.sub, active)
+        tied: Tensor = _projected(out, x, self.sub.coords, self.sub, active)
         return tied
 
 
-class _Projected(Uncompiled):
+class _Projected(torch.autograd.Function):
     """``out`` (+ x lifted(z)^T in adapter mode), with project(dY^T X) as the gradient of z."""
 
     @staticmethod
@@ -97,6 +96,11 @@ class _Projected(Uncompiled):
         x_grad = current.T.apply(out_grad, coords.t()) if ctx.active and ctx.needs_input_grad[1] else None
         grad = FactoredGradient(out_grad.reshape(-1, out_grad.shape[-1]), kept.reshape(-1, kept.shape[-1]))
         if ctx.due:  # until step; an input that no layer made may be a buffer its owner fills again
-            sub.stage(FactoredGradient(grad.out_grad, grad.input.clone()) if ctx.borrowed else grad)
+            sub.captured.stage(FactoredGradient(grad.out_grad, grad.input.clone()) if ctx.borrowed else grad)
         projected = (current if ctx.due else current.inner).project(grad)
         return out_grad, x_grad, projected.to(sub.coords.dtype), None, None
+
+
+@uncompiled
+def _projected(*args: Any) -> Any:
+    return _Projected.apply(*args)  # type: ignore[no-untyped-call]

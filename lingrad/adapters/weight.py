@@ -9,12 +9,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.utils import parametrize
 
 from lingrad._typing import override
-from lingrad.adapters.base import Attachment, Coords, Mode, Uncompiled
+from lingrad.adapters.base import Attachment, Coords, Mode, uncompiled
 from lingrad.errors import ModeError
 from lingrad.gradient import DenseGradient
 from lingrad.subspace import Subspace, capture
@@ -89,17 +90,15 @@ class _Lifted(Coords):
     """The parametrization W -> W + S z."""
 
     def __init__(self, sub: Subspace) -> None:
-        super().__init__(sub)
-        self.active = True
-        _LiftedWeight.hide_from_compiler()
+        super().__init__(sub, active=True)
 
     @override
     def forward(self, weight: Tensor) -> Tensor:
-        lifted: Tensor = _LiftedWeight.run(weight, self.coords, self.sub)
+        lifted: Tensor = _lifted_weight(weight, self.coords, self.sub)
         return lifted
 
 
-class _LiftedWeight(Uncompiled):
+class _LiftedWeight(torch.autograd.Function):
     """W + S z, with project(dW) as the gradient of z."""
 
     @staticmethod
@@ -115,5 +114,12 @@ class _LiftedWeight(Uncompiled):
         sub: Subspace = ctx.sub
         matrix = DenseGradient(sub.layout.matrix(grad))
         if sub.due:
-            sub.stage(DenseGradient(matrix.dense().clone()))  # autograd may use its buffer again; a sum writes into ours
+            sub.captured.stage(
+                DenseGradient(matrix.dense().clone())
+            )  # autograd may use its buffer again; a sum writes into ours
         return None, sub.map().project(matrix).to(sub.coords.dtype), None
+
+
+@uncompiled
+def _lifted_weight(*args: Any) -> Any:
+    return _LiftedWeight.apply(*args)  # type: ignore[no-untyped-call]

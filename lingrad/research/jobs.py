@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from lingrad.errors import DependencyError
+from lingrad.errors import optional
 from lingrad.research import corpus, plans, report, runner
 
 Tick = Callable[[int, list[runner.Record]], None]
@@ -117,7 +117,4 @@ def _show(result: report.Result, files: list[Path]) -> None:
 
 
 def _console() -> Any:
-    try:
-        return import_module("rich.console").Console()
-    except ImportError as error:
-        raise DependencyError("showing progress", "rich", "cli") from error
+    return optional("rich.console", "showing progress", "cli").Console()

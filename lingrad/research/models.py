@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lingrad.errors import DataError, DependencyError
+from lingrad.errors import DataError, optional
 
 
 @dataclass(frozen=True)
@@ -127,8 +127,4 @@ def open_model(name: str) -> nn.Module:
 
 
 def _transformers() -> Any:
-    try:
-        import transformers
-    except ImportError as error:
-        raise DependencyError("building a model", "transformers", "hf") from error
-    return transformers
+    return optional("transformers", "building a model", "hf")

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from lingrad.errors import DataError, DependencyError
+from lingrad.errors import DataError, optional
 from lingrad.research.plans import Setup
 from lingrad.research.runner import Record
 
@@ -191,11 +191,7 @@ def _write_whole(path: Path, data: bytes) -> Path:
 
 
 def _figure(title: str, ylabel: str) -> tuple[Any, Any]:
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise DependencyError("plotting", "matplotlib", "plot") from error
-    figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
+    figure = optional("matplotlib.figure", "plotting", "plot").Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
     axes = figure.subplots()
     axes.set(title=title, xlabel="step", ylabel=ylabel)
     axes.grid(visible=True, alpha=0.3)

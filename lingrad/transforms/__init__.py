@@ -4,6 +4,7 @@ from lingrad.transforms.base import Bases as Bases
 from lingrad.transforms.base import BasisTransform as BasisTransform
 from lingrad.transforms.base import GradientBasis as GradientBasis
 from lingrad.transforms.base import Transform as Transform
+from lingrad.transforms.base import When as When
 from lingrad.transforms.full import Full as Full
 from lingrad.transforms.kron import Kron as Kron
 from lingrad.transforms.pca import PCA as PCA

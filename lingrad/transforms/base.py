@@ -8,20 +8,34 @@ with a basis of given rank shares, so that a new one writes only how its basis i
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, NamedTuple, get_args
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from lingrad._typing import override
-from lingrad.errors import ShapeError, SpecError, did_you_mean
+from lingrad.errors import ShapeError, require
 from lingrad.gradient import Gradient
 from lingrad.maps import KroneckerMap, LinearMap
+from lingrad.transforms import options
 from lingrad.transforms.factorize import derive_seed, start_basis
 
 Side = Literal["short", "long", "left", "right", "both"]
+
+
+class When(NamedTuple):
+    """When a refresh happens, and for which weight.
+
+    Args:
+        step: Steps finished so far.
+        refreshes: Refreshes of this weight so far; 0 at the first.
+        seed: The seed of this weight, the same on every rank; mix ``step`` into it for anything random.
+    """
+
+    step: int
+    refreshes: int
+    seed: int
 
 
 @dataclass(frozen=True)
@@ -29,10 +43,14 @@ class Transform(ABC):
     """How the map of one weight is chosen and refreshed; config only.
 
     Laws: ``init`` gives a state whose map is valid before any refresh; ``refresh`` is pure; ``map(state)`` depends on the
-    state alone; ``map(state).coords_shape(shape) == coords_shape(shape)``.
+    state alone and maps coordinates of shape ``coords_shape(shape)``.
     """
 
     name: ClassVar[str]  # what config strings call it; set by `register`
+
+    def __post_init__(self) -> None:
+        """Check every option against its annotation; a subclass that checks more calls this first."""
+        options.check(self)
 
     @abstractmethod
     def coords_shape(self, shape: tuple[int, int]) -> tuple[int, int]:
@@ -63,13 +81,13 @@ class Transform(ABC):
         """
 
     @abstractmethod
-    def refresh(self, state: Any, grad: Gradient, step: int) -> Any:
+    def refresh(self, state: Any, grad: Gradient | None, when: When) -> Any:
         """Choose a new basis.
 
         Args:
             state: The state that `init` or the last refresh gave; left as it is.
-            grad: G [m, n], finite and not zero.
-            step: The number of steps done so far.
+            grad: G [m, n], finite and not zero; None where ``reads_gradient`` is false.
+            when: The step, the number of refreshes so far, the weight's seed.
 
         Returns:
             The new state.
@@ -82,6 +100,11 @@ class Transform(ABC):
     @abstractmethod
     def due(self, step: int) -> bool:
         """Whether the basis is refreshed in the step that follows ``step`` finished ones."""
+
+    @property
+    def reads_gradient(self) -> bool:
+        """Whether `refresh` looks at the gradient; one that does not is refreshed before the step's forward, at no cost."""
+        return True
 
     @property
     def stores_map(self) -> bool:
@@ -118,10 +141,10 @@ class BasisTransform(Transform):
     clip: bool = False
 
     def __post_init__(self) -> None:
-        """Check the shared options; a subclass that adds options checks them after calling this."""
+        """Check the shared options; a subclass that adds some calls this first."""
+        super().__post_init__()
         require(self.rank >= 1, "rank", f"rank must be at least 1, not {self.rank}")
         require(self.every >= 0, "every", f"every must be 0 (refresh once) or more, not {self.every}")
-        require_one_of(self.side, get_args(Side), "side")
 
     def ranks(self, shape: tuple[int, int]) -> tuple[int | None, int | None]:
         """Columns of the left and the right basis; None where that side has none.
@@ -178,13 +201,13 @@ class GradientBasis(BasisTransform):
     """
 
     @abstractmethod
-    def bases(self, grad: Gradient, old: Bases, step: int) -> Bases:
+    def bases(self, grad: Gradient, old: Bases, when: When) -> Bases:
         """The new bases.
 
         Args:
             grad: G [m, n]; use ``grad.T`` to write a right basis with the code of a left one.
             old: The bases in use; None on the side that has none, where the result must be None too.
-            step: The number of steps done so far; a seed for anything random.
+            when: The step, the number of refreshes so far, the weight's seed.
 
         Returns:
             Bases of the old shapes, in any floating dtype.
@@ -195,37 +218,11 @@ class GradientBasis(BasisTransform):
         return self.start(shape, seed=seed, device=device, dtype=dtype)
 
     @override
-    def refresh(self, state: Bases, grad: Gradient, step: int) -> Bases:
-        new = self.bases(grad, state, step)
+    def refresh(self, state: Bases, grad: Gradient | None, when: When) -> Bases:
+        assert grad is not None, f"{self.name} is refreshed from a gradient"  # noqa: S101
+        new = self.bases(grad, state, when)
         return Bases(*(b if b is None or o is None else b.to(o.dtype) for b, o in zip(new, state, strict=True)))
 
     @override
     def map(self, state: Bases) -> LinearMap:
         return KroneckerMap(state.left, state.right)
-
-
-def require(condition: bool, option: str, message: str) -> None:
-    """Raise a `SpecError` about an option unless the condition holds.
-
-    Args:
-        condition: What must be true.
-        option: The option's name, for the caret.
-        message: What was wrong and what was expected.
-
-    Raises:
-        SpecError: The condition is false.
-    """
-    if not condition:
-        raise SpecError(message, option=option)
-
-
-def require_one_of(value: object, allowed: Sequence[str], option: str) -> None:
-    """Raise a `SpecError` about an option unless its value is one of some words.
-
-    Args:
-        value: The value given.
-        allowed: The words that are valid.
-        option: The option's name, for the caret.
-    """
-    near = did_you_mean(str(value), allowed)
-    require(value in allowed, option, f"{option} must be one of {', '.join(allowed)}, not '{value}'{near}")

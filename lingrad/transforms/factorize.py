@@ -10,8 +10,6 @@ from torch import Tensor
 
 from lingrad.gradient import Gradient, wide
 
-SOLVERS = ("exact", "gram", "randomized")
-
 
 def derive_seed(seed: int, *parts: object) -> int:
     """Hash a seed with names and counters into another seed.

@@ -10,7 +10,7 @@ import torch
 from lingrad._typing import override
 from lingrad.gradient import Gradient
 from lingrad.maps import KroneckerMap, LinearMap
-from lingrad.transforms.base import Bases, Transform
+from lingrad.transforms.base import Bases, Transform, When
 from lingrad.transforms.registry import register
 
 
@@ -33,12 +33,17 @@ class Full(Transform):
         return Bases(None, None)
 
     @override
-    def refresh(self, state: Bases, grad: Gradient, step: int) -> Bases:
+    def refresh(self, state: Bases, grad: Gradient | None, when: When) -> Bases:
         return state
 
     @override
     def map(self, state: Bases) -> LinearMap:
         return KroneckerMap(state.left, state.right)
+
+    @property
+    @override
+    def reads_gradient(self) -> bool:
+        return False
 
     @override
     def due(self, step: int) -> bool:

@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, NamedTuple, final
 
 import torch
 
 from lingrad._typing import override
-from lingrad.errors import SpecError
+from lingrad.errors import SpecError, require
 from lingrad.gradient import Gradient
-from lingrad.maps import LinearMap, pair
-from lingrad.transforms.base import BasisTransform, Transform, require
+from lingrad.maps import LinearMap, two_sided
+from lingrad.transforms.base import BasisTransform, Transform, When
 from lingrad.transforms.registry import register
 
 
 class Pair(NamedTuple):
-    """State of `Kron`: the states of its two sides, and how often the pair was refreshed."""
+    """State of `Kron`: the states of its two sides."""
 
     left: Any
     right: Any
-    refreshes: int
 
 
 @register("kron")
@@ -42,15 +42,17 @@ class Kron(Transform):
 
     def __post_init__(self) -> None:
         """Check the factors; what each is asked for is its place, so that ``side`` need not be written."""
+        super().__post_init__()
         for side in ("left", "right"):
             factor = getattr(self, side)
             if not isinstance(factor, BasisTransform):
-                got = factor.name if isinstance(factor, Transform) else repr(factor)
-                raise SpecError(f"{side} must be a transform with one basis, such as svd(rank=64), not {got}", option=side)
+                raise SpecError(
+                    f"{side} must be a transform with one basis, such as svd(rank=64), not {factor.name}", option=side
+                )
             require(factor.side in ("short", side), side, f"the {side} factor cannot have side={factor.side}; leave side out")
             object.__setattr__(self, side, replace(factor, side="short"))
 
-    @property
+    @cached_property
     def _factors(self) -> tuple[Transform, Transform]:
         return replace(self.left, side="left"), replace(self.right, side="right")  # type: ignore[call-arg]
 
@@ -66,21 +68,23 @@ class Kron(Transform):
 
     @override
     def init(self, shape: tuple[int, int], *, seed: int, device: torch.device, dtype: torch.dtype) -> Pair:
-        left, right = (t.init(shape, seed=seed, device=device, dtype=dtype) for t in self._factors)
-        return Pair(left, right, 0)
+        return Pair(*(t.init(shape, seed=seed, device=device, dtype=dtype) for t in self._factors))
 
     @override
-    def refresh(self, state: Pair, grad: Gradient, step: int) -> Pair:
-        left, right = (
-            t.refresh(s, grad, step) if state.refreshes == 0 or t.due(step) else s
-            for t, s in zip(self._factors, (state.left, state.right), strict=True)
-        )
-        return Pair(left, right, state.refreshes + 1)
+    def refresh(self, state: Pair, grad: Gradient | None, when: When) -> Pair:
+        both = when.refreshes == 0  # also where the first gradient came late, when neither schedule says so
+        sides = zip(self._factors, state, strict=True)
+        return Pair(*(t.refresh(s, grad, when) if both or t.due(when.step) else s for t, s in sides))
 
     @override
     def map(self, state: Pair) -> LinearMap:
         left, right = self._factors
-        return pair(left.map(state.left), right.map(state.right))
+        return two_sided(left.map(state.left), right.map(state.right))
+
+    @property
+    @override
+    def reads_gradient(self) -> bool:
+        return self.left.reads_gradient or self.right.reads_gradient
 
     @property
     @override

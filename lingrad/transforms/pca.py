@@ -10,22 +10,21 @@ from torch import Tensor, nn
 
 from lingrad._typing import override
 from lingrad.bases import Choice
-from lingrad.errors import SpecError
+from lingrad.errors import SpecError, require
 from lingrad.gradient import Gradient, wide
 from lingrad.maps import KroneckerMap, LinearMap
-from lingrad.transforms.base import BasisTransform, require
+from lingrad.transforms.base import BasisTransform, When
 from lingrad.transforms.factorize import derive_seed, leading_vectors, orthonormalize
 from lingrad.transforms.registry import register
 
 
 class Learned(NamedTuple):
-    """State of `PCA`: the bases, what the optimizer remembers of each, and how often they were refreshed."""
+    """State of `PCA`: the bases, and what the optimizer remembers of each."""
 
     left: Tensor | None
     right: Tensor | None
     left_memory: dict[str, Any]
     right_memory: dict[str, Any]
-    refreshes: int
 
 
 @register("pca")
@@ -61,9 +60,9 @@ class PCA(BasisTransform):
 
     def __post_init__(self) -> None:
         """Check the options."""
-        super().__post_init__()
         if isinstance(self.optimizer, str):
             object.__setattr__(self, "optimizer", Choice(self.optimizer))
+        super().__post_init__()
         require(self.lam >= 0, "lam", f"lam must be 0 or more, not {self.lam}")
         require(self.lr > 0, "lr", f"lr must be positive, not {self.lr}")
         require(
@@ -79,18 +78,20 @@ class PCA(BasisTransform):
     @override
     def init(self, shape: tuple[int, int], *, seed: int, device: torch.device, dtype: torch.dtype) -> Learned:
         # at least float32: a learning rate's worth of change would be lost in a bfloat16 basis
-        return Learned(*self.start(shape, seed=seed, device=device, dtype=wide(dtype)), {}, {}, 0)
+        return Learned(*self.start(shape, seed=seed, device=device, dtype=wide(dtype)), {}, {})
 
     @override
-    def refresh(self, state: Learned, grad: Gradient, step: int) -> Learned:
+    def refresh(self, state: Learned, grad: Gradient | None, when: When) -> Learned:
+        assert grad is not None, "pca is refreshed from a gradient"  # noqa: S101
         grad = grad.to(wide(grad.dtype))
-        if state.refreshes == 0:
+        seed = derive_seed(when.seed, when.step)
+        if when.refreshes == 0:
             ranks = [b if b is None else b.shape[1] for b in (state.left, state.right)]
-            left, right = leading_vectors(grad, ranks[0], ranks[1], solver="randomized", seed=step)
-            return state._replace(left=left, right=right, refreshes=1)
-        left, left_memory = self._learn(state.left, grad, state.left_memory, derive_seed(step, "left"))
-        right, right_memory = self._learn(state.right, grad.T, state.right_memory, derive_seed(step, "right"))
-        return Learned(left, right, left_memory, right_memory, state.refreshes + 1)
+            left, right = leading_vectors(grad, ranks[0], ranks[1], solver="randomized", seed=seed)
+            return state._replace(left=left, right=right)
+        left, left_memory = self._learn(state.left, grad, state.left_memory, derive_seed(seed, "left"))
+        right, right_memory = self._learn(state.right, grad.T, state.right_memory, derive_seed(seed, "right"))
+        return Learned(left, right, left_memory, right_memory)
 
     @override
     def map(self, state: Learned) -> LinearMap:

@@ -8,8 +8,9 @@ from typing import final
 from torch import Tensor
 
 from lingrad._typing import override
+from lingrad.errors import require
 from lingrad.gradient import Gradient, wide
-from lingrad.transforms.base import Bases, GradientBasis, require
+from lingrad.transforms.base import Bases, GradientBasis, When
 from lingrad.transforms.factorize import align_signs, derive_seed, orthonormalize
 from lingrad.transforms.registry import register
 
@@ -41,19 +42,19 @@ class Power(GradientBasis):
         require(self.iters >= 1, "iters", f"iters must be at least 1, not {self.iters}")
 
     @override
-    def bases(self, grad: Gradient, old: Bases, step: int) -> Bases:
+    def bases(self, grad: Gradient, old: Bases, when: When) -> Bases:
         grad = grad.to(wide(grad.dtype))
         left, right = old
         for _ in range(self.iters):
             if left is not None and right is not None:
-                left = _span(grad.matmul(right), step, "left")
-                right = _span(grad.rmatmul(left).t(), step, "right")
+                left = _span(grad.matmul(right), when, "left")
+                right = _span(grad.rmatmul(left).t(), when, "right")
             elif left is not None:
-                left = _span(grad.matmul(grad.rmatmul(left).t()), step, "left")
+                left = _span(grad.matmul(grad.rmatmul(left).t()), when, "left")
             elif right is not None:
-                right = _span(grad.rmatmul(grad.matmul(right)).t(), step, "right")
+                right = _span(grad.rmatmul(grad.matmul(right)).t(), when, "right")
         return Bases(align_signs(left, old.left), align_signs(right, old.right))
 
 
-def _span(columns: Tensor, step: int, side: str) -> Tensor:
-    return orthonormalize(columns, seed=derive_seed(step, side))
+def _span(columns: Tensor, when: When, side: str) -> Tensor:
+    return orthonormalize(columns, seed=derive_seed(when.seed, when.step, side))

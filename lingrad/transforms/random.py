@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, final, get_args
+from typing import Literal, NamedTuple, final
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from torch import Tensor
 from lingrad._typing import override
 from lingrad.gradient import Gradient, wide
 from lingrad.maps import KroneckerMap, LinearMap, SelectionMap
-from lingrad.transforms.base import BasisTransform, require_one_of
+from lingrad.transforms.base import BasisTransform, When
 from lingrad.transforms.factorize import derive_seed, gaussian, orthonormalize
 from lingrad.transforms.registry import register
 
@@ -22,9 +22,10 @@ class Drawn(NamedTuple):
     """State of `Random`: all that is needed to draw the bases again."""
 
     seed: int
-    drawn: int  # the step of the last refresh, -1 before the first
     m: int
     n: int
+    p: int | None  # columns of the left basis; None where that side has none
+    q: int | None
     like: Tensor  # empty; carries the device and dtype of the bases
 
 
@@ -32,7 +33,7 @@ class Drawn(NamedTuple):
 @final
 @dataclass(frozen=True, kw_only=True)
 class Random(BasisTransform):
-    """A random basis, regenerated from a seed: checkpoints hold integers only.
+    """A random basis, regenerated from a seed: a checkpoint holds no basis.
 
     Columns have unit length (in expectation for ``gaussian``), so that a learning rate and ``scale`` mean the same for every
     transform. Flora's N(0, 1/r) entries are this map times sqrt(m/r) (or n/r): multiply ``scale`` accordingly.
@@ -54,10 +55,10 @@ class Random(BasisTransform):
     kind: Kind = "gaussian"
     store: bool = True
 
-    def __post_init__(self) -> None:
-        """Check the options."""
-        super().__post_init__()
-        require_one_of(self.kind, get_args(Kind), "kind")
+    @property
+    @override
+    def reads_gradient(self) -> bool:
+        return False
 
     @property
     @override
@@ -70,28 +71,20 @@ class Random(BasisTransform):
 
     @override
     def init(self, shape: tuple[int, int], *, seed: int, device: torch.device, dtype: torch.dtype) -> Drawn:
-        return Drawn(seed, -1, *shape, torch.empty(0, device=device, dtype=dtype))
+        return Drawn(seed, *shape, *self.ranks(shape), torch.empty(0, device=device, dtype=dtype))
 
     @override
-    def refresh(self, state: Drawn, grad: Gradient, step: int) -> Drawn:
-        return state._replace(drawn=step)
+    def refresh(self, state: Drawn, grad: Gradient | None, when: When) -> Drawn:
+        return state._replace(seed=derive_seed(when.seed, when.step))
 
     @override
     def map(self, state: Drawn) -> LinearMap:
-        shape = (state.m, state.n)
-        p, q = self.ranks(shape)
-        seeds = [derive_seed(state.seed, state.drawn, side) for side in ("left", "right")]
-        if self.kind == "rows":
-            rows, columns = (
-                None if rank is None else _choose(size, rank, seed=seed, device=state.like.device)
-                for size, rank, seed in zip(shape, (p, q), seeds, strict=True)
-            )
-            return SelectionMap(rows, columns, shape)
+        draw = _choose if self.kind == "rows" else self._basis
         left, right = (
-            None if rank is None else self._basis(size, rank, seed=seed, like=state.like)
-            for size, rank, seed in zip(shape, (p, q), seeds, strict=True)
+            None if rank is None else draw(size, rank, seed=derive_seed(state.seed, side), like=state.like)
+            for side, size, rank in (("left", state.m, state.p), ("right", state.n, state.q))
         )
-        return KroneckerMap(left, right)
+        return SelectionMap(left, right, (state.m, state.n)) if self.kind == "rows" else KroneckerMap(left, right)
 
     def _basis(self, size: int, rank: int, *, seed: int, like: Tensor) -> Tensor:
         drawn = gaussian(size, rank, seed=seed, device=like.device, dtype=wide(like.dtype))
@@ -104,6 +97,6 @@ class Random(BasisTransform):
         return drawn.to(like.dtype)
 
 
-def _choose(size: int, rank: int, *, seed: int, device: torch.device) -> Tensor:
+def _choose(size: int, rank: int, *, seed: int, like: Tensor) -> Tensor:
     chosen = torch.randperm(size, generator=torch.Generator().manual_seed(seed))[:rank]
-    return chosen.sort().values.to(device)
+    return chosen.sort().values.to(like.device)

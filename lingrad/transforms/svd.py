@@ -8,9 +8,10 @@ from typing import Literal, final
 import torch
 
 from lingrad._typing import override
+from lingrad.errors import require
 from lingrad.gradient import Gradient
-from lingrad.transforms.base import Bases, GradientBasis, require, require_one_of
-from lingrad.transforms.factorize import SOLVERS, align_signs, leading_vectors
+from lingrad.transforms.base import Bases, GradientBasis, When
+from lingrad.transforms.factorize import align_signs, derive_seed, leading_vectors
 from lingrad.transforms.registry import register
 
 OVERSAMPLE, ITERS = 8, 2
@@ -47,8 +48,6 @@ class SVD(GradientBasis):
     def __post_init__(self) -> None:
         """Check the options."""
         super().__post_init__()
-        require_one_of(self.solver, SOLVERS, "solver")
-        require_one_of(self.precision, ("auto", "float32"), "precision")
         for option in ("oversample", "iters"):
             value = getattr(self, option)
             require(
@@ -59,7 +58,7 @@ class SVD(GradientBasis):
             require(value is None or value >= 0, option, f"{option} must be 0 or more, not {value}")
 
     @override
-    def bases(self, grad: Gradient, old: Bases, step: int) -> Bases:
+    def bases(self, grad: Gradient, old: Bases, when: When) -> Bases:
         if self.precision == "float32":
             grad = grad.to(torch.float32)
         left, right = leading_vectors(
@@ -67,7 +66,7 @@ class SVD(GradientBasis):
             old.left if old.left is None else old.left.shape[1],
             old.right if old.right is None else old.right.shape[1],
             solver=self.solver,
-            seed=step,
+            seed=derive_seed(when.seed, when.step),
             oversample=OVERSAMPLE if self.oversample is None else self.oversample,
             iters=ITERS if self.iters is None else self.iters,
         )

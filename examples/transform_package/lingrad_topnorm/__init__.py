@@ -10,10 +10,12 @@ from typing import final
 
 import torch
 
+import lingrad
 from lingrad import Gradient, GradientBasis
-from lingrad.transforms import Bases
+from lingrad.transforms import Bases, When
 
 
+@lingrad.register("topnorm")
 @final
 @dataclass(frozen=True, kw_only=True)
 class TopNorm(GradientBasis):
@@ -25,7 +27,7 @@ class TopNorm(GradientBasis):
 
     power: float = 2.0
 
-    def bases(self, grad: Gradient, old: Bases, step: int) -> Bases:
+    def bases(self, grad: Gradient, old: Bases, when: When) -> Bases:
         """Choose rows for a left basis, columns for a right one; a side without a basis stays None."""
         matrix = grad.dense()
         return Bases(self._choose(matrix, old.left), self._choose(matrix.t(), old.right))

@@ -6,6 +6,8 @@ belong together: who zeroes one means the other, and who scales one (GradScaler,
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -33,6 +35,7 @@ class Captured:
         self._staged: Gradient | None = None  # of the backward that is running, not yet in coords.grad
         self._backward = -1
         self._grad: Tensor | None = None  # coords.grad as the last backward left it
+        self._anew = True  # whether the running backward is the first since coords.grad was zeroed
 
     def stage(self, grad: Gradient) -> None:
         """Note what a layer's backward found; a layer used twice in a forward stages twice.
@@ -47,15 +50,15 @@ class Captured:
 
     def before_accumulate(self, coords: nn.Parameter) -> None:
         """Called when autograd, or a hook of ours, is about to add to ``coords.grad``."""
-        if self._staged is None:
-            return
         # Somebody who zeroed coords.grad by hand meant the refresh gradient too.
         zeroed = coords.grad is not None and self._grad is not None and bool(self._grad.any() and not coords.grad.any())
-        self.total = accumulate(None if coords.grad is None or zeroed else self.total, self._staged)
-        self._staged = None
+        self._anew = coords.grad is None or zeroed
 
     def after_accumulate(self, coords: nn.Parameter) -> None:
-        """Called when ``coords.grad`` holds one more backward."""
+        """Called when ``coords.grad`` holds one more backward; one that asked for other gradients never comes here."""
+        if self._staged is not None:
+            self.total = accumulate(None if self._anew else self.total, self._staged)
+            self._staged = None
         self._grad = None if coords.grad is None else coords.grad.clone()
 
     def outside_factor(self, coords: nn.Parameter) -> float | None:
@@ -67,7 +70,8 @@ class Captured:
             coords: The coordinates.
 
         Returns:
-            The factor; None where backward left zeros or no finite numbers, from which it cannot be read.
+            The factor, NaN where they made a finite gradient infinite or NaN; None where backward left zeros or no finite
+            numbers, from which it cannot be read.
 
         Raises:
             ModeError: The gradient was set by hand, or changed by more than one factor.
@@ -84,6 +88,8 @@ class Captured:
             return None
         if torch.equal(now, left):
             return 1.0
+        if not now.isfinite().all():  # a clip by a norm that another weight's gradient made infinite
+            return math.nan
         factor = float((now.double() * left).sum() / left.double().square().sum())
         # one multiplication of each entry rounds it by at most eps; a clip after an unscale makes two
         if not torch.allclose(now, factor * left, rtol=8 * torch.finfo(now.dtype).eps, atol=torch.finfo(now.dtype).tiny):

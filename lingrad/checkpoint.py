@@ -99,6 +99,10 @@ def check_groups(saved: list[dict[str, Any]], own: list[dict[str, Any]], identit
             if was[key] != new:
                 remedy = "; call opt.switch first" if key == "mode" else ""
                 raise CheckpointError(f"the checkpoint has {key} {was[key]!r}, this run has {new!r}{remedy}")
+        if len(was["params"]) != len(now["params"]):
+            raise CheckpointError(
+                f"group '{now['name']}': the checkpoint has {len(was['params'])} params, this run has {len(now['params'])}"
+            )
         for key in ("param_names", "specs"):
             old, new = was.get(key, []), now.get(key, [])
             if len(old) != len(new):

@@ -59,8 +59,9 @@ def did_you_mean(word: str, names: Iterable[str]) -> str:
     Returns:
         ``"; did you mean 'x'?"``, or a full stop when nothing is near.
     """
-    near = get_close_matches(word, list(names), n=1, cutoff=0.5)
-    return f"; did you mean '{near[0]}'?" if near else "."
+    by_lower = {name.lower(): name for name in names}
+    near = get_close_matches(word.lower(), list(by_lower), n=1, cutoff=0.5)
+    return f"; did you mean '{by_lower[near[0]]}'?" if near else "."
 
 
 def require(condition: bool, option: str, message: str) -> None:

@@ -100,24 +100,34 @@ def make_groups(
     }
     if "scale" in options and not subs:
         raise SpecError("'scale' has no effect in a param group of which nothing is transformed; leave it out", option="scale")
-    groups = []
+    known: dict[str, dict[str, Any]] = {}
     for kind in KINDS:
-        if not named[kind]:
-            continue
-        stock = base if kind == "coords" or base.rest is None else base.rest
-        known = {key: value for key, value in _hyper_parameters(stock).items() if key != "params"}
-        if arithmetic.default_eps is not None and "eps" not in base.options:
-            known["eps"] = arithmetic.default_eps
-        known |= defaults
-        for option in options:
-            if option not in known:
-                raise SpecError(f"unknown option '{option}' in a param group{did_you_mean(option, known)}", option=option)
-        known |= options
-        if kind != "coords":
-            del known["scale"]
-        group = {"params": named[kind], "name": prefix + kind, "kind": kind, **known}
+        if named[kind]:
+            known[kind] = {**_hyper_parameters(base if kind == "coords" else base.rest or base), **defaults}
+            if arithmetic.default_eps is not None and "eps" not in base.options:
+                known[kind]["eps"] = arithmetic.default_eps
+            if kind != "coords":
+                del known[kind]["scale"]
+    for option in options:
+        if not any(option in group for group in known.values()):
+            all_known = {key for group in known.values() for key in group}
+            raise SpecError(f"unknown option '{option}' in a param group{did_you_mean(option, all_known)}", option=option)
+    groups = []
+    for kind, hyper in known.items():
+        hyper |= {key: value for key, value in options.items() if key in hyper}
+        group = {"params": named[kind], "name": prefix + kind, "kind": kind, **hyper}
         groups.append(group | {"specs": [spec.format(sub.transform) for sub in subs]} if kind == "coords" else group)
     return groups
+
+
+def pull(own: dict[str, Any], stock: Mapping[str, Any]) -> None:
+    """Copy what a stock optimizer keeps in its param group, such as a step size it found, back to ours.
+
+    Args:
+        own: Our group, changed in place.
+        stock: The stock optimizer's.
+    """
+    own.update({key: stock[key] for key in stock.keys() - _OWN})
 
 
 def push(own: Mapping[str, Any], stock: dict[str, Any], arithmetic: Arithmetic, step: int) -> None:
@@ -156,6 +166,9 @@ def build_stock(own: list[dict[str, Any]], base: Base, state: Any) -> list[tuple
     for which, groups in served:
         if groups:
             optimizer = which.build([{"params": group["params"]} for group in groups])
+            for param, initial in optimizer.state.items():
+                if not state.get(param):
+                    state[param] = initial
             optimizer.state = state
             stocks.append((optimizer, list(zip(groups, optimizer.param_groups, strict=True))))
     return stocks
@@ -163,4 +176,5 @@ def build_stock(own: list[dict[str, Any]], base: Base, state: Any) -> list[tuple
 
 def _hyper_parameters(base: Base) -> dict[str, Any]:
     """What a stock optimizer has in its groups, with the user's options; learnt from one built on a parameter of no use."""
-    return dict(base.build([nn.Parameter(torch.zeros(2, 2))]).param_groups[0])
+    group = base.build([nn.Parameter(torch.zeros(2, 2))]).param_groups[0]
+    return {key: value for key, value in group.items() if key != "params"}

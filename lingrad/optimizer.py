@@ -18,7 +18,7 @@ from lingrad._typing import override
 from lingrad.adapters import Attachment, LinearAttachment, Mode, WeightAttachment
 from lingrad.compat import Compat, arithmetic, as_published
 from lingrad.errors import ModeError, require, require_one_of
-from lingrad.groups import Pairs, Trainable, build_stock, make_groups, push, resolve_groups
+from lingrad.groups import Pairs, Trainable, build_stock, make_groups, pull, push, resolve_groups
 from lingrad.rules import Rules, Target
 from lingrad.subspace import Carry, Moments, Subspace, choose, commit, decay, lifted, merge, redraw
 from lingrad.transforms import Transform
@@ -30,6 +30,8 @@ class SubspaceOptimizer(Optimizer):
     Made by `lingrad.wrap` and `lingrad.adapt`, whose arguments it takes. ``param_groups`` are ``coords``, ``matrices`` and
     ``vectors`` (by ``group["name"]``); schedulers act on them as on any optimizer's. ``lr`` is the plain learning rate; that of
     the coordinates is multiplied by ``group["scale"]`` when it reaches the base.
+
+    One process only: bases are chosen from the gradients this process sees.
 
     Attributes:
         mode: ``optimizer`` or ``adapter``; None once detached.
@@ -50,6 +52,7 @@ class SubspaceOptimizer(Optimizer):
         compat: Compat | None = None,
         **base_kwargs: Any,
     ) -> None:
+        _refuse_several_processes()
         require_one_of(mode, get_args(Mode), "mode")
         require_one_of(carry, get_args(Carry), "carry")
         for option, value in (("weight_decay", weight_decay), ("scale", scale)):
@@ -128,6 +131,8 @@ class SubspaceOptimizer(Optimizer):
             for own, group in pairs:
                 push(own, group, self._arithmetic, self._step + 1)
             stock.step()
+            for own, group in pairs:
+                pull(own, group)
         if self._arithmetic.decay_last:
             self._decay()
         if self.mode == "optimizer":
@@ -260,8 +265,9 @@ class SubspaceOptimizer(Optimizer):
         identity = self._identity()
         checkpoint.check_groups(state_dict["param_groups"], self.param_groups, identity)
         names = [name for group in self.param_groups for name in group["param_names"]]
+        indices = [index for group in state_dict["param_groups"] for index in group["params"]]
         loaded = []
-        for index, (param, name) in enumerate(zip(self._params(), names, strict=True)):
+        for param, name, index in zip(self._params(), names, indices, strict=True):
             attachment = self._by_coords.get(id(param))
             entries = state_dict["state"].get(index, {})
             sub = None if attachment is None else attachment.sub
@@ -320,7 +326,10 @@ class SubspaceOptimizer(Optimizer):
         return not any(bool(param.grad.any()) for param in self._params() if param.grad is not None)
 
     def _moments(self, sub: Subspace) -> Moments:
-        return Moments(self.state.get(sub.coords, {}), self._carry, self._degrees)
+        def initial() -> dict[str, Any]:
+            return dict(self._base.build([sub.coords]).state.get(sub.coords, {}))
+
+        return Moments(self.state.get(sub.coords, {}), self._carry, self._degrees, initial)
 
     def _choose(self) -> None:
         """Choose the new basis of every weight that is due, from the gradient that backward captured."""
@@ -348,6 +357,15 @@ class SubspaceOptimizer(Optimizer):
         for attachment in self.attachments:
             if attachment.sub.schedule(self._step):
                 redraw(attachment.sub, attachment.weight, self._step, self._moments(attachment.sub))
+
+
+def _refuse_several_processes() -> None:
+    distributed = torch.distributed
+    if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
+        raise ModeError(
+            f"this run has {distributed.get_world_size()} processes, and each would choose its bases from its own part of the "
+            "batch; train in one process"
+        )
 
 
 def _attachment(target: Target, transform: Transform, seed: int) -> Attachment:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
@@ -41,11 +41,13 @@ class Moments(NamedTuple):
         state: Its entries; changed in place.
         carry: ``keep`` (GaLore), ``reset`` (as ReLoRA does), or ``rotate`` into the new basis.
         degrees: For ``rotate``, which entries are means (1) and which are squares (2).
+        initial: Gives the entries a base has before its first step; most have none.
     """
 
     state: dict[str, Any]
     carry: Carry
     degrees: Mapping[str, int]
+    initial: Callable[[], Mapping[str, Any]]
 
 
 @dataclass(eq=False)
@@ -174,9 +176,9 @@ def capture(sub: Subspace, grad: Gradient) -> None:
         sub: The subspace.
         grad: G [m, n] of one micro-batch; kept until the step where a refresh is due.
     """
+    sub._before_accumulate()
     if sub.due:
         sub.captured.stage(grad)
-    sub._before_accumulate()
     projected = sub.map().project(grad).to(sub.coords.dtype)
     if sub.coords.grad is None:
         sub.coords.grad = projected
@@ -199,7 +201,7 @@ def choose(sub: Subspace, step: int, factor: float) -> None:
     grad = sub.captured.total
     if grad is None or sub.proposal is not None:
         return
-    norm = float(grad.norm())
+    norm = float(grad.norm()) * factor
     if not math.isfinite(norm):
         sub.warn_once("the gradient at a refresh is not finite; the old basis stays until the next one")
     if norm == 0.0 or not math.isfinite(norm):
@@ -241,6 +243,7 @@ def commit(sub: Subspace, weight: Tensor, moments: Moments) -> None:
     merge(sub, weight)
     if moments.carry == "reset":
         moments.state.clear()
+        moments.state.update(moments.initial())
     for key, value in carried.items():
         moments.state[key].copy_(value)
     state, chosen = sub.proposal
@@ -289,7 +292,7 @@ def _carried(sub: Subspace, moments: Moments) -> dict[str, Tensor]:
     old, new = sub.map(), sub.proposal.map
     carried = {}
     for key, value in moments.state.items():
-        if not isinstance(value, Tensor) or value.numel() == 1:
+        if not isinstance(value, Tensor) or (key not in moments.degrees and value.numel() == 1):  # a step counter
             continue
         if key not in moments.degrees or value.shape != sub.coords.shape:
             raise DualityError(f"carry='rotate' cannot rotate the state '{key}' of {sub.name}; use keep or reset")

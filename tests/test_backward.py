@@ -204,6 +204,71 @@ def test_a_layer_called_with_keywords():
     assert optimizer.subspaces[0].coords.grad is not None
 
 
+@each_mode
+def test_hooks_that_others_registered_see_the_layer_s_output(mode):
+    """A hook that changes the output changes the gradient of the weight too, whether it came before us or after."""
+    weights = []
+    for wrapped in (False, True):
+        model = linear()
+        model[0].register_forward_hook(lambda module, args, out: 3 * out)
+        optimizer = MODES[mode](model, "full()", "sgd", lr=0.01) if wrapped else torch.optim.SGD(model.parameters(), lr=0.01)
+        model[0].register_forward_hook(lambda module, args, out: out.tanh())
+        for seed in range(3):
+            optimizer.zero_grad()
+            x = torch.randn(5, 8, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+            model(x).square().sum().backward()
+            optimizer.step()
+        weights.append(optimizer.weights() if wrapped else dict(model.named_parameters()))
+    assert gap(*weights) <= 1e-12
+
+
+@each_mode
+def test_unfreezing_the_whole_model_brings_back_no_full_gradient(mode):
+    """model.requires_grad_(False) and back, as programs do around an evaluation: what trains then are the coordinates."""
+    model = linear()
+    optimizer = MODES[mode](model, "svd(rank=3)", "sgd", lr=0.1)
+    x = torch.randn(5, 8, dtype=torch.float64)
+    at_step_one(optimizer, model, x)
+    model.requires_grad_(False)
+    assert not model(x).requires_grad
+    model.requires_grad_(True)
+    model(x).square().sum().backward()
+    assert model[0].weight.grad is None
+    assert optimizer.subspaces[0].coords.grad.any()
+
+
+@each_mode
+def test_a_backward_that_asks_for_other_gradients_is_not_counted(mode):
+    model = linear()
+    optimizer = MODES[mode](model, "svd(rank=3)", "sgd", lr=0.1)
+    (sub,) = optimizer.subspaces
+    x = torch.randn(5, 8, dtype=torch.float64, requires_grad=True)
+    model(x).square().sum().backward()
+    once = sub.captured.total.dense().clone()
+    torch.autograd.grad(model(x).square().sum(), [x])
+    torch.autograd.grad(model(x).square().sum(), [x, sub.coords])
+    assert torch.equal(sub.captured.total.dense(), once)
+    model(x).square().sum().backward()
+    torch.testing.assert_close(sub.captured.total.dense(), 2 * once, rtol=1e-12, atol=1e-12)
+
+
+def test_a_map_that_reads_no_gradient_keeps_none():
+    """Its refresh happens before the forward: no step forms or keeps a gradient, not even the first."""
+    model = linear()
+    optimizer = lingrad.wrap(model, "random(rank=3, every=2)", "sgd", lr=0.1)
+    (sub,) = optimizer.subspaces
+    for step in range(5):
+        basis = sub.map().tensors[0].clone()
+        with NoTensorOfShape([(6, 8)]) as watch:
+            model(torch.randn(5, 8, dtype=torch.float64)).square().sum().backward()
+        assert watch.found == []
+        assert sub.captured.total is None
+        optimizer.step()
+        assert sub.refreshes == 1 + (step + 1) // 2
+        assert torch.equal(sub.map().tensors[0], basis) == ((step + 1) % 2 != 0)
+        optimizer.zero_grad()
+
+
 def test_a_buffer_filled_again_between_micro_batches():
     """On a refresh step the input is kept until step; an input that belongs to the caller must be copied."""
     totals = []
@@ -252,15 +317,72 @@ def test_other_weights_free_their_gradient(mode):
         assert attachment.sub.captured.total is None
 
 
-def test_sparse_embedding_gradients():
+@each_mode
+def test_sparse_embedding_gradients(mode):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Embedding(9, 4, sparse=True), nn.Linear(4, 2)).double()
-    optimizer = lingrad.wrap(model, {"0": "svd(rank=2)"}, "sgd", lr=0.1)
+    optimizer = MODES[mode](model, {"0": "svd(rank=2)"}, "sgd", lr=0.1)
     ids = torch.tensor([1, 1, 5])
     model(ids).square().sum().backward()
-    dense = nn.Embedding(9, 4, _weight=model[0].weight.detach().clone())
+    dense = nn.Embedding(9, 4, _weight=optimizer.weights()["0.weight"].detach().clone())
     model[1](dense(ids)).square().sum().backward()
     torch.testing.assert_close(optimizer.subspaces[0].captured.total.dense(), dense.weight.grad)
+
+
+def test_an_embedding_that_rescales_its_rows_stays_in_optimizer_mode():
+    model = nn.Sequential(nn.Embedding(9, 4, max_norm=1.0), nn.Linear(4, 2))
+    with pytest.raises(
+        ModeError, match=r"0.weight is an embedding with max_norm.* Use optimizer mode, or leave this weight out"
+    ):
+        lingrad.adapt(model, {"0": "svd(rank=2)"}, "sgd", lr=0.1)
+    optimizer = lingrad.wrap(model, {"0": "svd(rank=2)"}, "sgd", lr=0.1)
+    with pytest.raises(ModeError, match="max_norm"):
+        optimizer.switch("adapter")
+    assert optimizer.mode == "optimizer"
+
+
+@each_mode
+def test_other_weights_belong_to_the_model_like_any_parameter(mode):
+    """zero_grad, clipping, casting and freezing of the model reach coordinates wherever their gradient is born."""
+    model = zoo()
+    optimizer = MODES[mode](model, {"*": "svd(rank=1, every=9)"}, "sgd", lr=0.1)
+    train(model, optimizer, zoo_batches(2), zoo_loss, schedule=False)
+    optimizer.zero_grad()
+    zoo_loss(model, zoo_batches(1)[0][0]).backward()
+    coords = [sub.coords for sub in optimizer.subspaces]
+    grads = [p.grad for group in optimizer.param_groups for p in group["params"]]
+    norm = torch.stack([g.norm() for g in grads]).norm()
+    torch.testing.assert_close(nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None]), norm)
+    model.zero_grad()
+    assert all(c.grad is None for c in coords)
+    model.requires_grad_(False)
+    other = "adapter" if mode == "optimizer" else "optimizer"
+    optimizer.switch(other)
+    assert not any(p.requires_grad for p in model.parameters())
+    optimizer.detach()
+    assert not any(p.requires_grad for p in model.parameters())
+
+
+def test_two_transformed_weights_of_one_module():
+    model = nn.Sequential(nn.MultiheadAttention(8, 2, batch_first=True)).double()
+    optimizer = lingrad.adapt(model, {"*in_proj_weight": "svd(rank=2)", "*out_proj.weight": "svd(rank=2)"}, "sgd", lr=0.1)
+    names = list(nn.Sequential(nn.MultiheadAttention(8, 2)).state_dict())
+    x = torch.randn(1, 3, 8, dtype=torch.float64)
+    model[0](x, x, x)[0].square().sum().backward()
+    optimizer.step()
+    optimizer.detach()
+    assert list(model.state_dict()) == names
+
+    class Pair(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Parameter(torch.eye(4)), nn.Parameter(torch.eye(4))
+
+    pair = Pair()
+    optimizer = lingrad.adapt(pair, {"*": "svd(rank=2)"}, "sgd", lr=0.1)
+    optimizer.switch("optimizer")
+    optimizer.detach()
+    assert list(pair.state_dict()) == ["a", "b"]
 
 
 @pytest.mark.slow

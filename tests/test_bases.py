@@ -23,8 +23,9 @@ NAMED = {
 
 def test_every_name_is_a_stock_class_without_decay_that_reads_only_gradients():
     for name in bases.names():
-        base = bases.find(name, {"lr": 1e-2}, decay=False)
-        bases.check_reads_only_gradients(base)
+        for lr in (1.0, 1e-3, 1e-5, 1e-7, 1e-2):  # a learning rate says nothing about what an update reads
+            base = bases.find(name, {"lr": lr}, decay=False)
+            bases.check_reads_only_gradients(base)
         optimizer = base.build([nn.Parameter(torch.zeros(2, 2))])
         assert not type(optimizer).__module__.startswith("lingrad")
         if name in NAMED:
@@ -57,6 +58,8 @@ def test_unknown_base():
         ("adamw", {"beta": (0.9, 0.99)}, "base 'adamw' takes no option 'beta'; did you mean 'betas'? It takes: lr, betas, eps"),
         ("sgd", {"momentumm": 0.9}, "base 'sgd' takes no option 'momentumm'; did you mean 'momentum'?"),
         (torch.optim.AdamW, {"weight_deacy": 0.1}, "base 'AdamW' takes no option 'weight_deacy'"),
+        ("adamw", {"params": 3}, "base 'adamw' takes no option 'params'"),
+        ("AdamW", {}, "unknown base optimizer 'AdamW'; did you mean 'adamw'?"),
         (3, {}, "base must be a name, an optimizer class or a factory, not 3"),
     ],
 )
@@ -108,18 +111,47 @@ class Lars(torch.optim.SGD):
         return super().step(closure)
 
 
-def test_updates_that_read_the_parameter_are_refused():
-    for base, options in ((Lars, {"lr": 0.1}), (torch.optim.Adafactor, {}), ("adafactor", {"scale_parameter": True})):
+class Anchored(torch.optim.SGD):
+    """Remembers where the parameter was, as schedule-free methods do; a merge between steps would throw it off."""
+
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in group["params"]:
+                self.state[p].setdefault("anchor", p.detach().clone())
+                p.grad.add_(p.detach() - self.state[p]["anchor"])
+        return super().step(closure)
+
+
+@pytest.mark.parametrize("lr", [0.1, 1e-6])
+def test_updates_that_read_the_parameter_are_refused(lr):
+    refused = (
+        (Lars, {}),
+        (Anchored, {}),
+        (torch.optim.Adafactor, {}),
+        (torch.optim.ASGD, {}),
+        ("adafactor", {"scale_parameter": True}),
+    )
+    for base, options in refused:
+        options = {"lr": lr, **options}
         with pytest.raises(DualityError, match=r"the update of base '.*' reads the parameter, not only its gradient"):
             lingrad.wrap(llama(), "svd(rank=4)", base, **options)
 
 
-def test_decay_under_another_name_is_refused():
+@pytest.mark.parametrize("decay", [0.5, 1e-2, 1e-4])
+@pytest.mark.parametrize("stock", [torch.optim.AdamW, torch.optim.Adam, torch.optim.SGD])
+def test_decay_inside_a_factory_is_refused(stock, decay):
     def factory(params, lr):
-        return torch.optim.AdamW(params, lr=lr, weight_decay=0.5)
+        return stock(params, lr=lr, weight_decay=decay)
 
     with pytest.raises(DualityError, match="weight decay is the engine's"):
-        lingrad.wrap(llama(), "svd(rank=4)", factory, lr=0.1)
+        lingrad.wrap(llama(), "svd(rank=4)", factory, lr=1e-5)
+
+
+def test_a_base_that_needs_a_closure_is_refused():
+    with pytest.raises(
+        SpecError, match=r"base 'LBFGS' cannot be used: its step\(\), without a closure, failed with: .*closure"
+    ):
+        lingrad.wrap(llama(), "svd(rank=4)", torch.optim.LBFGS)
 
 
 def test_classes_and_factories():
@@ -140,6 +172,7 @@ def train_once(optimizer):
 
 
 def test_stock_adamw_is_fused_unless_told_otherwise():
+    assert not bases.find("sgd", {"lr": 0.1}).build([nn.Parameter(torch.zeros(2))]).param_groups[0]["fused"]
     assert bases.find("adamw", {}).build([nn.Parameter(torch.zeros(2))]).param_groups[0]["fused"] is True
     assert not bases.find("adamw", {"foreach": True}).build([nn.Parameter(torch.zeros(2))]).param_groups[0]["fused"]
     assert not bases.find("adamw", {"fused": False}).build([nn.Parameter(torch.zeros(2))]).param_groups[0]["fused"]
@@ -147,8 +180,10 @@ def test_stock_adamw_is_fused_unless_told_otherwise():
 
 def test_muon_steps_matrices_and_adamw_the_rest():
     model = llama()
-    optimizer = lingrad.wrap(model, "svd(rank=4)", "muon", lr=1e-3)
+    optimizer = lingrad.wrap(model, "svd(rank=4)", "muon", lr=1e-3, betas=(0.8, 0.9), ns_steps=4)
     train_once(optimizer)
+    assert [group.get("betas") for group in optimizer.param_groups] == [None, (0.8, 0.9), (0.8, 0.9)]
+    assert [group.get("ns_steps") for group in optimizer.param_groups] == [4, None, None]
     kinds = {type(stock): [own["name"] for own, _ in pairs] for stock, pairs in optimizer._stocks()}
     assert kinds == {torch.optim.Muon: ["coords"], torch.optim.AdamW: ["matrices", "vectors"]}
 

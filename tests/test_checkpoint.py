@@ -1,9 +1,12 @@
 """State: saved, loaded into a fresh run, and gone on with to the same bits; or refused with the first difference."""
 
 import io
+import subprocess
+import sys
 
 import pytest
 import torch
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
 import lingrad
 from lingrad.errors import CheckpointError
@@ -109,7 +112,7 @@ def test_a_checkpoint_of_another_run_is_refused_and_nothing_is_changed():
             "the checkpoint has compat None, this run has 'galore'"
         ),
         lambda m: lingrad.wrap(m, {"*.mlp.*": "svd(rank=4)"}, lr=1e-2): (
-            "group 'coords': the checkpoint has 14 param_names, this run has 6"
+            "group 'coords': the checkpoint has 14 params, this run has 6"
         ),
         lambda m: lingrad.wrap([("x", m.lm_head.weight)], "svd(rank=4)", lr=1e-2): (
             "the checkpoint has 3 param groups and this run 1"
@@ -160,3 +163,48 @@ def test_loading_restores_hyper_parameters():
     optimizer.load_state_dict(saved)
     assert [g["lr"] for g in optimizer.param_groups] == [g["lr"] for g in saved["param_groups"]]
     assert optimizer.param_groups[0]["scale"] == 0.5
+
+
+@each_mode
+def test_torch_distributed_checkpoint_s_functions_carry_the_state_over(mode):
+    """get_optimizer_state_dict steps a fresh optimizer once to make it allocate; set_ renumbers the parameters."""
+    batches = text_batches(6, micro=1)
+
+    def run():
+        model = llama()
+        return model, MODES[mode](model, "svd(rank=4, every=4)", lr=1e-2, weight_decay=0.1)
+
+    straight, optimizer = run()
+    train(straight, optimizer, batches, text_loss, schedule=False)
+    first, optimizer = run()
+    train(first, optimizer, batches[:3], text_loss, schedule=False)
+    saved = through_a_file({"model": first.state_dict(), "optimizer": get_optimizer_state_dict(first, optimizer)})
+    resumed, optimizer = run()
+    resumed.load_state_dict(saved["model"])
+    set_optimizer_state_dict(resumed, optimizer, saved["optimizer"])
+    train(resumed, optimizer, batches[3:], text_loss, schedule=False)
+    for name, value in straight.state_dict().items():
+        assert torch.equal(value, resumed.state_dict()[name]), name
+
+
+def test_a_saved_model_goes_on_in_another_process(tmp_path):
+    """Nothing of a run lives in the process: seeds, bases, moments and weights come from the files."""
+    program = """
+import sys, torch, lingrad
+from tests.training import llama, text_batches, text_loss, train
+start, end, folder = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+model = llama()
+optimizer = lingrad.adapt(model, "kron(left=random(rank=4, every=2), right=svd(rank=4, every=2))", lr=1e-2)
+if start:
+    saved = torch.load(f"{folder}/{start}.pt", weights_only=True)
+    model.load_state_dict(saved["model"])
+    optimizer.load_state_dict(saved["optimizer"])
+train(model, optimizer, text_batches(6, micro=1)[start:end], text_loss, schedule=False)
+torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, f"{folder}/{end}.pt")
+"""
+    for start, end in ((0, 3), (3, 6)):
+        subprocess.run([sys.executable, "-c", program, str(start), str(end), str(tmp_path)], check=True)
+    resumed = torch.load(tmp_path / "6.pt", weights_only=True)
+    subprocess.run([sys.executable, "-c", program, "0", "6", str(tmp_path)], check=True)
+    straight = torch.load(tmp_path / "6.pt", weights_only=True)
+    assert all(torch.equal(value, resumed["model"][name]) for name, value in straight["model"].items())

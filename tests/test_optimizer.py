@@ -214,6 +214,22 @@ class TestClipping:
         torch.testing.assert_close(sub.coords.grad, sub.map().project(pending) / scale)
 
     @each_mode
+    def test_a_clip_by_a_norm_that_is_not_finite_refreshes_nothing(self, mode):
+        """Another weight's gradient overflowed; here the gradient was good, and the clip made it NaN."""
+        model = layer()
+        optimizer = MODES[mode](model, "svd(rank=2)", "sgd", lr=0.1)
+        (sub,) = optimizer.subspaces
+        before = sub.map().tensors[0].clone()
+        backward(model)
+        model[0].bias.grad[0] = float("nan")
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        with pytest.warns(RuntimeWarning, match="0.weight: the gradient at a refresh is not finite; the old basis stays"):
+            optimizer._choose()
+        assert sub.due
+        assert sub.proposal is None
+        assert torch.equal(sub.map().tensors[0], before)
+
+    @each_mode
     def test_a_change_by_more_than_a_factor_is_refused_on_a_refresh_step(self, mode):
         model = layer()
         optimizer = MODES[mode](model, "svd(rank=2, every=2)", "sgd", lr=0.1)
@@ -346,7 +362,103 @@ class TestUnusualGradients:
         assert all(p.isfinite().all() for p in model.parameters())
 
 
+class Counting(torch.optim.SGD):
+    """Keeps a number in its param group, as Prodigy does, and a tensor from its very start, as some do."""
+
+    def __init__(self, params, lr):
+        super().__init__(params, lr=lr)
+        for group in self.param_groups:
+            group["k"] = 0
+            for p in group["params"]:
+                self.state[p]["sum"] = torch.ones_like(p)
+
+    def step(self, closure=None):
+        for group in self.param_groups:
+            group["k"] += 1
+            for p in group["params"]:
+                if p.grad is not None:
+                    self.state[p]["sum"] += 1
+        return super().step(closure)
+
+
+class TestBaseState:
+    def test_what_a_base_keeps_in_its_param_group_is_kept_and_saved(self):
+        model = layer()
+        optimizer = lingrad.wrap(model, "svd(rank=2)", Counting, lr=0.1)
+        for _ in range(3):
+            backward(model)
+            optimizer.step()
+        assert [group["k"] for group in optimizer.param_groups] == [3, 3]
+        other = lingrad.wrap(layer(), "svd(rank=2)", Counting, lr=0.1)
+        other.load_state_dict(optimizer.state_dict())
+        backward(model)
+        other.step()
+        assert [group["k"] for group in other.base.param_groups] == [4, 4]
+
+    @pytest.mark.parametrize(("carry", "expected"), [("keep", 5.0), ("reset", 3.0)])
+    def test_what_a_base_has_before_its_first_step_is_there_and_after_a_reset_again(self, carry, expected):
+        model = layer()
+        optimizer = lingrad.wrap(model, "svd(rank=2, every=2)", Counting, carry=carry, lr=0.1)
+        for _ in range(4):
+            optimizer.zero_grad()
+            backward(model)
+            optimizer.step()
+        assert bool((optimizer.state[optimizer.subspaces[0].coords]["sum"] == expected).all())
+
+    def test_a_single_coordinate_rotates_as_any(self):
+        """Its moment is one number, like a step counter's."""
+        model = layer(1, 1, bias=False)
+        optimizer = lingrad.wrap(model, "svd(rank=1, every=2, align=false)", "sgd", momentum=0.9, lr=0.1, carry="rotate")
+        (sub,) = optimizer.subspaces
+        x = torch.ones(1, 1, dtype=torch.float64)
+        for sign in (1.0, 1.0):
+            optimizer.zero_grad()
+            (model(x) * sign).sum().backward()
+            optimizer.step()
+        flipped = Bases(*(None if b is None else -b for b in sub.state))
+        sub.replace_state(flipped, sub.refreshes)
+        moment = optimizer.state[sub.coords]["momentum_buffer"].clone()
+        optimizer.zero_grad()
+        model(x).sum().backward()
+        optimizer.step()
+        overlap = float(sub.map().tensors[0] * next(b for b in flipped if b is not None))
+        expected = 0.9 * overlap * moment + sub.coords.grad
+        torch.testing.assert_close(optimizer.state[sub.coords]["momentum_buffer"], expected, rtol=1e-12, atol=1e-12)
+        assert overlap == pytest.approx(-1.0)
+
+
 class TestStructure:
+    @each_mode
+    def test_several_processes_are_refused(self, mode, monkeypatch):
+        monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+        monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+        with pytest.raises(ModeError, match="2 processes"):
+            MODES[mode](layer(), "svd(rank=2)", lr=0.1)
+
+    @each_mode
+    def test_detaching_twice_does_nothing_and_stepping_afterwards_is_refused(self, mode):
+        model = layer()
+        optimizer = MODES[mode](model, "svd(rank=2)", "sgd", lr=0.1)
+        backward(model)
+        optimizer.step()
+        optimizer.detach()
+        optimizer.detach()
+        assert optimizer.mode is None
+        for call in (optimizer.step, lambda: optimizer.switch("adapter")):
+            with pytest.raises(
+                ModeError, match="this optimizer was detached from its model; call lingrad.wrap or lingrad.adapt"
+            ):
+                call()
+        MODES[mode](model, "svd(rank=2)", "sgd", lr=0.1)
+
+    @each_mode
+    def test_a_model_is_wrapped_once(self, mode):
+        model = layer()
+        MODES[mode](model, "svd(rank=2)", lr=0.1)
+        for again in (model, copy.deepcopy(model)):
+            with pytest.raises(ModeError, match="'0.weight' is wrapped already; call detach"):
+                MODES[mode](again, "svd(rank=2)", lr=0.1)
+
     @pytest.mark.parametrize("build", [llama, zoo, lambda: llama(tie_word_embeddings=True)])
     @each_mode
     def test_detach_gives_the_model_back(self, build, mode):

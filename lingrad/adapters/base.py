@@ -121,7 +121,8 @@ def refuse_attached(name: str, param: nn.Parameter, module: nn.Module | None = N
         ModeError: It does.
     """
     # a copy of a model keeps modules and hooks, not attributes of parameters
-    if hasattr(param, _MARK) or isinstance(module, Coords) or CHILD in getattr(module, "_modules", ()):
+    children = getattr(module, "_modules", {}).values()
+    if hasattr(param, _MARK) or isinstance(module, Coords) or any(isinstance(child, Coords) for child in children):
         raise ModeError(f"'{name}' is wrapped already; call detach() on the optimizer that has it first")
 
 

@@ -36,7 +36,7 @@ class LinearAttachment(Attachment):
         self.module = module
         self.attribute = attribute
         self.holder = Coords(sub, active=False)
-        self.handle: Any = None
+        self.handles: list[Any] = []
 
     @property
     @override
@@ -47,15 +47,26 @@ class LinearAttachment(Attachment):
     @override
     def _connect(self, mode: Mode) -> None:
         self.holder.active = mode == "adapter"
-        self.weight.requires_grad_(False)
+        self.sub.coords.requires_grad_(self.weight.requires_grad)
         self.module.add_module(CHILD, self.holder)
-        self.handle = self.module.register_forward_hook(self._tie, with_kwargs=True)
+        # first of all hooks: those of others see the layer's output as it will be
+        self.handles = [
+            self.module.register_forward_pre_hook(self._freeze, prepend=True),
+            self.module.register_forward_hook(self._tie, prepend=True, with_kwargs=True),
+        ]
+        self.weight.requires_grad_(False)
 
     @override
     def _disconnect(self) -> None:
-        self.handle.remove()
+        for handle in self.handles:
+            handle.remove()
         delattr(self.module, CHILD)
-        self.weight.requires_grad_(True)
+        self.weight.requires_grad_(self.sub.coords.requires_grad)
+
+    def _freeze(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        # model.requires_grad_(True) means the coordinates, which it reaches too
+        if self.weight.requires_grad:
+            self.weight.requires_grad_(False)
 
     def _tie(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> Tensor:
         x = args[0] if args else next(iter(kwargs.values()))

@@ -15,10 +15,13 @@ from torch.autograd.function import once_differentiable
 from torch.nn.utils import parametrize
 
 from lingrad._typing import override
-from lingrad.adapters.base import Attachment, Coords, Mode, uncompiled
+from lingrad.adapters.base import CHILD, Attachment, Coords, Mode, uncompiled
 from lingrad.errors import ModeError
 from lingrad.gradient import DenseGradient
 from lingrad.subspace import Subspace, capture
+
+# A module of these calls every child in its forward, and holds parameters of its own only in a subclass.
+_RUN_THEIR_CHILDREN = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
 class WeightAttachment(Attachment):
@@ -38,6 +41,7 @@ class WeightAttachment(Attachment):
         self.handle: Any = None
         self.parametrized = False
         self.orders: list[list[str]] = []
+        self.holder = Coords(sub, active=False)
 
     @property
     @override
@@ -52,13 +56,26 @@ class WeightAttachment(Attachment):
     @override
     def _connect(self, mode: Mode) -> None:
         if mode == "optimizer":
-            self.handle = self.weight.register_post_accumulate_grad_hook(self._capture)
+            weight, trains = self.weight, self.weight.requires_grad
+            self.sub.coords.requires_grad_(trains)
+            self.handle = weight.requires_grad_(True).register_post_accumulate_grad_hook(self._capture)
+            weight.requires_grad_(trains)
+            for module, attribute in self.owners[:1]:
+                if not isinstance(module, _RUN_THEIR_CHILDREN):
+                    module.add_module(f"{CHILD}_{attribute}", self.holder)
             return
         if not self.owners:
             raise ModeError(
                 f"adapter mode must change the forward of the layer that uses {self.sub.name}, but only parameters were given; "
                 "pass the model itself"
             )
+        for module, _ in self.owners:
+            if getattr(module, "max_norm", None) is not None:
+                raise ModeError(
+                    f"{self.sub.name} is an embedding with max_norm, which rescales its rows in every forward; in adapter mode "
+                    "these are not the rows that are trained. Use optimizer mode, or leave this weight out by a rule: 'none'"
+                )
+        self.sub.coords.requires_grad_(self.weight.requires_grad)
         self.weight.requires_grad_(False)
         self.orders = [list(module._parameters) for module, _ in self.owners]
         for module, attribute in self.owners:
@@ -70,20 +87,26 @@ class WeightAttachment(Attachment):
         if self.handle is not None:
             self.handle.remove()
             self.handle = None
+            for module, attribute in self.owners[:1]:
+                module._modules.pop(f"{CHILD}_{attribute}", None)
             return
         for (module, attribute), order in zip(self.owners, self.orders, strict=True):
             parametrize.remove_parametrizations(module, attribute, leave_parametrized=False)
-            for name in order:  # the weight came back as the last of the module's parameters
+            # the weight came back as the last of the module's parameters; others of them may be parametrized still
+            for name in [name for name in order if name in module._parameters]:
                 module._parameters[name] = module._parameters.pop(name)
         self.parametrized = False
-        self.weight.requires_grad_(True)
+        self.weight.requires_grad_(self.sub.coords.requires_grad)
 
     def _capture(self, weight: Tensor) -> None:
         grad = weight.grad
         weight.grad = None
         if grad is not None:
-            matrix = self.sub.layout.matrix(grad.to_dense() if grad.is_sparse else grad)
-            capture(self.sub, DenseGradient(matrix))
+            capture(self.sub, DenseGradient(self.sub.layout.matrix(_dense(grad))))
+
+
+def _dense(grad: Tensor) -> Tensor:
+    return grad.to_dense() if grad.is_sparse else grad
 
 
 class _Lifted(Coords):
@@ -112,11 +135,10 @@ class _LiftedWeight(torch.autograd.Function):
     @override
     def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, None]:
         sub: Subspace = ctx.sub
-        matrix = DenseGradient(sub.layout.matrix(grad))
+        matrix = DenseGradient(sub.layout.matrix(_dense(grad)))
         if sub.due:
-            sub.captured.stage(
-                DenseGradient(matrix.dense().clone())
-            )  # autograd may use its buffer again; a sum writes into ours
+            # autograd may use its buffer again; a sum writes into ours
+            sub.captured.stage(DenseGradient(matrix.dense().clone()))
         return None, sub.map().project(matrix).to(sub.coords.dtype), None
 
 

@@ -1,8 +1,8 @@
-# Two commands on a bare machine (Python 3.10 or newer, make, a package index):  make demo   make test
+# Two commands on a bare machine (Python 3.11, make, a package index):  make demo   make test
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# Versions are pinned here and nowhere else; pyproject.toml holds ranges.
+# Versions are pinned in constraints.txt alone; pyproject.toml holds ranges.
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 SOURCES := pyproject.toml constraints.txt
 
@@ -15,7 +15,8 @@ help:  ## list the targets
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 	  { echo "lingrad needs Python 3.10 or newer; this is $$($(PYTHON) --version). Name another: make PYTHON=python3.11 ..."; exit 1; }
-	$(PYTHON) -m venv $(VENV)
+	$(PYTHON) -m venv $(VENV) || \
+	  { rm -rf $(VENV); echo "$(PYTHON) cannot make an environment: install its venv module (on Debian: apt install python3-venv)"; exit 1; }
 
 $(VENV)/.run: $(SOURCES) | $(BIN)/python
 	@echo "Installing lingrad into $(VENV) (a few minutes the first time)"

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from lingrad import spec
+from lingrad._table import align
 from lingrad.rules import Rules, Target, resolve_model
 
 HEADERS = ("parameter", "weight", "transform", "coords", "basis", "gradient", "trained")
@@ -57,12 +58,9 @@ class Explanation:
         for line in self.lines:
             name = f"{line.name} (x {line.count})" if line.count > 1 else line.name
             cells.append((name, line.weight, line.transform, line.coords, line.basis, line.gradient, f"{line.trained:,}"))
-        widths = [max(len(row[i]) for row in cells) for i in range(len(HEADERS))]
-        text = []
-        for row in cells:
-            *left, last = zip(row, widths, strict=True)
-            text.append("  ".join([*(cell.ljust(width) for cell, width in left), last[0].rjust(last[1])]))
-        text.insert(1, "  ".join("-" * w for w in widths))
+        header, *rest = align(cells, right=[name == "trained" for name in HEADERS])
+        rule = ["-" * len(cell) for cell in header]
+        text = ["  ".join(row) for row in (header, rule, *rest)]
         share = self.trained / self.parameters if self.parameters else 0.0
         text.append(f"{self.trained:,} of {self.parameters:,} numbers are stepped by the base optimizer ({share:.1%})")
         return "\n".join(text)

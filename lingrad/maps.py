@@ -216,8 +216,9 @@ class SelectionMap(LinearMap):
 
     @override
     def add_lift_(self, weight: Tensor, coords: Tensor) -> None:
-        if self.columns is None and self.rows is not None and coords.dtype == weight.dtype:
-            weight.index_add_(0, self.rows, coords)
+        chosen = [(side, indices) for side, indices in enumerate((self.rows, self.columns)) if indices is not None]
+        if len(chosen) == 1 and coords.dtype == weight.dtype:
+            weight.index_add_(*chosen[0], coords)
         else:
             weight.add_(self.lift(coords))
 

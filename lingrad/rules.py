@@ -144,11 +144,18 @@ def parse_rules(rules: Rules) -> Transform | dict[str, Transform | None]:
         if ":" not in rules:
             return spec.parse(rules)
         parts = [line.partition(":") for line in rules.replace("\n", ";").split(";") if line.strip()]
-        rules = {glob.strip(): text.strip() for glob, _, text in parts}
+        globs = [glob.strip() for glob, _, _ in parts]
+        for glob in globs:
+            if globs.count(glob) > 1:
+                raise SpecError(f"rule '{glob}' is given twice; the first match wins, so keep one of them")
+        rules = {glob: text.strip() for glob, (_, _, text) in zip(globs, parts, strict=True)}
     if not isinstance(rules, Mapping) or not rules:
         raise SpecError(
             f"expected a spec such as 'svd(rank=128)' or rules such as {{'*.attn.*': 'svd(rank=64)'}}, not {rules!r}"
         )
+    for glob in rules:
+        if not isinstance(glob, str):
+            raise SpecError(f"rules are globs over module names, such as '*.attn.*', not {glob!r}")
     return {glob: _rule_value(glob, value) for glob, value in rules.items()}
 
 
@@ -216,7 +223,7 @@ def _match(candidates: list[_Candidate], rules: Mapping[str, Transform | None]) 
             raise SpecError(f"rule '{glob}' is never reached: the rules before it take every parameter it matches")
         for i in fresh:
             chosen[i] = transform
-        taken.update(usable)
+        taken.update(matched)
     return chosen
 
 

@@ -205,10 +205,13 @@ def test_options_of_train_reach_the_run(tiny, tmp_path):
     text.write_text("to be, or not to be, that is the question: " * 60)
     common = {"base": "sgd", "lr": 0.1, "scale": 1.0, "carry": "keep", "steps": 3, "length": 16}
     losses = set()
-    for change in ({}, {"base": "adamw"}, {"lr": 0.2}, {"scale": 0.5}, {"steps": 2}, {"length": 8}):
-        result = jobs.train(text, "svd(rank=2, every=1)", tmp_path / "out", **common | change)
+    momentum = {"base": "adamw", "steps": 4}  # a carry shows where there are moments to carry
+    changes = ({}, {"base": "adamw"}, {"lr": 0.2}, {"scale": 0.5}, {"steps": 2}, {"length": 8}, momentum)
+    changes += tuple(momentum | {"carry": carry} for carry in ("reset", "rotate"))
+    for change in changes:
+        result = jobs.train(text, "random(rank=2, every=1)", tmp_path / "out", **common | change)
         losses.add(result.records[1].valid[-1][1])
-    assert len(losses) == 6
+    assert len(losses) == len(changes)
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,11 @@ refresh), about 1e-16 a step, and a basis refreshed from a gradient amplifies it
 import pytest
 import torch
 
+import lingrad
+from lingrad import bases
+from lingrad.transforms import registry
 from tests.cases import BASES, SIDED, SPECS, UNSIDED
-from tests.training import gap, gpt2, llama, text_batches, three_ways, zoo, zoo_batches, zoo_loss
+from tests.training import gap, gpt2, llama, text_batches, three_ways, train, zoo, zoo_batches, zoo_loss
 
 TOLERANCE = 1e-12
 RUN = {"weight_decay": 0.1, "scale": 0.25}
@@ -58,6 +61,26 @@ def test_muon_to_the_rounding_of_its_own_bfloat16():
     assert gap(switched, wrapped) <= 1e-3
 
 
+@pytest.mark.parametrize("spec", ["svd(rank=16, every=7)", "random(rank=16, every=7)"])
+def test_adamw8bit_to_the_rounding_of_its_own_state(spec):
+    """bitsandbytes computes in float32 and keeps moments in 8 bits: a difference of 1e-8 that crosses a rounding edge moves one
+    entry's step by up to 1 %. Seen: 3.4e-5 of the weights after 16 steps."""
+    batches = text_batches(16)
+    options = {"lr": 1e-2, "min_8bit_size": 128}
+    wrapped, adapted, switched = three_ways(llama, spec, "adamw8bit", batches, switches=(5, 9), **options, **RUN)
+    assert gap(adapted, wrapped) <= 1e-3
+    assert gap(switched, wrapped) <= 1e-3
+    model = llama()
+    train(model, optimizer := lingrad.wrap(model, spec, "adamw8bit", **options), batches[:1])
+    assert optimizer.state[optimizer.subspaces[0].coords]["state1"].dtype == torch.uint8
+
+
+def test_no_transform_and_no_base_is_left_out():
+    own = {name for name in registry.names() if registry.find(name).__module__.startswith("lingrad.")}
+    assert {text.partition("(")[0] for text in SPECS} == own
+    assert set(bases.names()) == {*BASES, "adam", "rmsprop", "adagrad", "adafactor", "muon", "adamw8bit"}
+
+
 @pytest.mark.parametrize("carry", ["keep", "reset", "rotate"])
 @pytest.mark.parametrize("base", ["adamw", "sgd", "lion"])
 @pytest.mark.parametrize("spec", ["svd(rank=4, every=5)", "random(rank=4, every=5, kind=rows, side=both)"])
@@ -103,10 +126,10 @@ def test_tied_embeddings():
 @pytest.mark.parametrize(
     ("dtype", "bound"),
     [
-        # float32 coordinates and weights: rounding of 6e-8 a step, amplified where Adam divides small by small
-        (torch.float32, 2e-3),
-        # bfloat16 weights: optimizer mode rounds W at every step (2^-8), adapter mode at each refresh
-        (torch.bfloat16, 5e-2),
+        # float32 coordinates and weights: rounding of 6e-8 a step; seen 1.8e-7, ten times that allowed
+        (torch.float32, 2e-6),
+        # bfloat16 weights: optimizer mode rounds W at every step (2^-8 = 3.9e-3), adapter mode at each refresh; seen 6.6e-3
+        (torch.bfloat16, 1e-2),
     ],
 )
 @pytest.mark.parametrize("spec", ["svd(rank=4, every=7)", "random(rank=4, every=7)"])

@@ -222,4 +222,9 @@ def test_plans():
     twins, short = plans.in_float64(methods, plans.Setup())
     assert [m.spec for m in twins] == ["svd(rank=64, every=6)"] * 4
     assert short.steps == 30
-    assert plans.refreshing("kron(left=svd(rank=4), right=svd(rank=4))", 6) == "kron(left=svd(rank=4), right=svd(rank=4))"
+    assert plans.refreshing("kron(left=svd(rank=4), right=svd(rank=4))", 6) == (
+        "kron(left=svd(rank=4, every=6), right=svd(rank=4, every=6))"
+    )
+    assert plans.refreshing("full()", 6) == "full()"
+    rules = "*.mlp.*: svd(rank=4); *: none"
+    assert plans.refreshing(rules, 6) == rules

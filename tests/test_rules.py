@@ -120,6 +120,18 @@ REFUSED = [
         "svd takes: rank, every, side, clip, solver, oversample, iters, precision, align.",
     ),
     (
+        {"*.mlp.*": "svd(rank=4)", "*": "random(rank=4)", "*norm*": "none"},
+        "rule '*norm*' is never reached: the rules before it take every parameter it matches",
+    ),
+    (
+        "*.mlp.*: svd(rank=4); *.mlp.*: svd(rank=2)",
+        "rule '*.mlp.*' is given twice; the first match wins, so keep one of them",
+    ),
+    (
+        {3: "svd(rank=4)"},
+        "rules are globs over module names, such as '*.attn.*', not 3",
+    ),
+    (
         {},
         "expected a spec such as 'svd(rank=128)' or rules such as {'*.attn.*': 'svd(rank=64)'}, not {}",
     ),

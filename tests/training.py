@@ -5,6 +5,7 @@ from torch import nn
 
 import lingrad
 from lingrad.research.models import next_token_loss, norm_in_own_dtype
+from lingrad.research.runner import weight_gap
 
 VOCABULARY = 64
 
@@ -125,4 +126,4 @@ def three_ways(build, spec, base, batches, loss=text_loss, switches=(10, 23), cl
 def gap(a, b):
     """The largest relative difference of any weight, |A - B|_F / |B|_F."""
     assert a.keys() == b.keys()
-    return max(float((a[name] - b[name]).detach().norm() / b[name].detach().norm()) for name in a)
+    return weight_gap(a, b)[1]

@@ -61,10 +61,11 @@ def train(
 
 
 def _job(methods: list[plans.Method], setup: plans.Setup, text: corpus.Corpus, out: Path) -> report.Result:
+    report.require_plots()
+    twins, short = plans.in_float64(methods, setup)
     started = time.perf_counter()
     with _progress(setup.steps, f"{len(methods)} methods, float32") as tick:
         records = runner.compare(methods, setup, text, on_step=tick)
-    twins, short = plans.in_float64(methods, setup)
     with _progress(short.steps, f"{len(twins)} of them, float64") as tick:
         double = runner.compare(twins, short, text, dtype=torch.float64, on_step=tick)
     result = report.make_result(text.name, setup, records, double, time.perf_counter() - started)

@@ -7,6 +7,8 @@ from typing import Any, Literal
 
 from lingrad import spec
 from lingrad.research.models import LlamaShape
+from lingrad.rules import parse_rules
+from lingrad.transforms import Transform
 
 
 @dataclass(frozen=True)
@@ -119,8 +121,18 @@ def refreshing(text: str, every: int) -> str:
         every: Steps between refreshes.
 
     Returns:
-        The config string with ``every`` replaced.
+        The config string with each ``every`` replaced, those of the parts of a ``kron`` too; rules stay as they are.
     """
-    transform = spec.parse(text)
-    has_schedule = any(option.name == "every" for option in fields(transform))
-    return spec.format(replace(transform, **{"every": every})) if has_schedule else text
+    parsed = parse_rules(text)
+    return spec.format(_refreshing(parsed, every)) if isinstance(parsed, Transform) else text
+
+
+def _refreshing(transform: Transform, every: int) -> Transform:
+    changed: dict[str, Any] = {}
+    for option in fields(transform):
+        value = getattr(transform, option.name)
+        if option.name == "every":
+            changed["every"] = every
+        elif isinstance(value, Transform):
+            changed[option.name] = _refreshing(value, every)
+    return replace(transform, **changed)

@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import tempfile
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
@@ -13,6 +14,7 @@ from typing import Any
 
 import torch
 
+from lingrad._table import align
 from lingrad.errors import DataError, optional
 from lingrad.research.plans import Setup
 from lingrad.research.runner import Record
@@ -121,14 +123,10 @@ def markdown(result: Result) -> str:
     Returns:
         Lines with a final newline.
     """
-    cells = [HEADERS, *rows(result)]
-    widths = [max(len(row[i]) for row in cells) for i in range(len(HEADERS))]
-    lines = []
-    for row in cells:
-        name, *figures = (c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
-        lines.append(f"| {' | '.join((name, *figures))} |")
-    rule = "|" + "|".join("-" * (w + 2) if i == 0 else "-" * (w + 1) + ":" for i, w in enumerate(widths)) + "|"
-    return "\n".join([lines[0], rule, *lines[1:]]) + "\n"
+    right = [i > 0 for i in range(len(HEADERS))]
+    header, *rest = align([HEADERS, *rows(result)], right)
+    rule = ["-" * (len(cell) - 1) + (":" if figures else "-") for cell, figures in zip(header, right, strict=True)]
+    return "".join(f"| {' | '.join(row)} |\n" for row in (header, rule, *rest))
 
 
 def save(result: Result, folder: Path) -> list[Path]:
@@ -144,15 +142,15 @@ def save(result: Result, folder: Path) -> list[Path]:
     Raises:
         DataError: The folder cannot be written.
     """
-    contents = {
-        "result.json": json.dumps(asdict(result), indent=1).encode(),
-        "table.md": markdown(result).encode(),
-        "loss.png": _plot_losses(result),
-        "gap.png": _plot_gaps(result),
+    contents: dict[str, Callable[[], bytes]] = {
+        "result.json": lambda: json.dumps(asdict(result), indent=1).encode(),
+        "table.md": lambda: markdown(result).encode(),
+        "loss.png": lambda: _plot_losses(result),
+        "gap.png": lambda: _plot_gaps(result),
     }
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        return [_write_whole(folder / name, data) for name, data in contents.items()]
+        return [_write_whole(folder / name, make()) for name, make in contents.items()]
     except OSError as error:
         raise DataError(f"cannot write the results to {folder}: {error.strerror}") from error
 
@@ -188,6 +186,14 @@ def _write_whole(path: Path, data: bytes) -> Path:
         Path(temporary).unlink(missing_ok=True)
         raise
     return path
+
+
+def require_plots() -> None:
+    """Find out, before anything is measured, whether the results can be plotted.
+
+    A missing matplotlib raises `DependencyError`.
+    """
+    optional("matplotlib", "plotting", "plot")
 
 
 def _figure(title: str, ylabel: str) -> tuple[Any, Any]:

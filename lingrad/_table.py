@@ -1,0 +1,19 @@
+"""Columns of text that line up."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+def align(rows: Sequence[Sequence[str]], right: Sequence[bool]) -> list[list[str]]:
+    """Pad the cells of every column to one width.
+
+    Args:
+        rows: Cells, each row as long as the others.
+        right: Which columns are figures, to stand at the right.
+
+    Returns:
+        The padded cells.
+    """
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [[c.rjust(w) if r else c.ljust(w) for c, w, r in zip(row, widths, right, strict=True)] for row in rows]

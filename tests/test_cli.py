@@ -161,7 +161,10 @@ def check_demo(output, folder, steps):
     result = check_results(folder, DEMO, steps)
     assert f"step {steps} of {steps}" in output
     assert (folder / "table.md").read_text() in output
-    assert max(gap for record in result.double for _, gap, _ in record.gaps if "control" not in record.label) < 1e-11
+    # the modes differ by no more than rounding does, which the control shows and bases of close singular values amplify
+    gaps = {record.label: max(gap for _, gap, _ in record.gaps) for record in result.double if record.gaps}
+    control = gaps.pop("GaLore, batch rows reversed (control)")
+    assert max(gaps.values()) < max(1e-11, control)
     return result
 
 

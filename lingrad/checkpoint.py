@@ -11,9 +11,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
+from lingrad import state as trees
 from lingrad.errors import CheckpointError
 from lingrad.subspace import Subspace
 
@@ -47,7 +47,7 @@ def pack(sub: Subspace, step: int) -> dict[str, Any]:
     Returns:
         ``subspace.step``, ``subspace.refreshes`` and ``subspace.state.*``.
     """
-    return {f"{PREFIX}step": step, f"{PREFIX}refreshes": sub.refreshes, **_flatten(sub.state, f"{PREFIX}state")}
+    return {f"{PREFIX}step": step, f"{PREFIX}refreshes": sub.refreshes, **trees.flatten(sub.state, f"{PREFIX}state")}
 
 
 def unpack(entries: Mapping[str, Any], param: Tensor, name: str, sub: Subspace | None) -> Loaded:
@@ -65,7 +65,7 @@ def unpack(entries: Mapping[str, Any], param: Tensor, name: str, sub: Subspace |
     Raises:
         CheckpointError: An entry is missing or has another shape.
     """
-    moments = {key: _copy(value, param.device) for key, value in entries.items() if not key.startswith(PREFIX)}
+    moments = {key: trees.copied(value, param.device) for key, value in entries.items() if not key.startswith(PREFIX)}
     for key, value in moments.items():
         if isinstance(value, Tensor) and value.dim() == param.dim() and value.numel() > 1 and value.shape != param.shape:
             raise CheckpointError(
@@ -73,8 +73,8 @@ def unpack(entries: Mapping[str, Any], param: Tensor, name: str, sub: Subspace |
             )
     if sub is None:
         return Loaded(moments)
-    step, refreshes = (int(_entry(entries, f"{PREFIX}{key}", name)) for key in ("step", "refreshes"))
-    return Loaded(moments, step, _restore(sub.state, entries, f"{PREFIX}state", name), refreshes)
+    step, refreshes = (int(trees.entry(entries, f"{PREFIX}{key}", name)) for key in ("step", "refreshes"))
+    return Loaded(moments, step, trees.restore(sub.state, entries, f"{PREFIX}state", name), refreshes)
 
 
 def check_groups(saved: list[dict[str, Any]], own: list[dict[str, Any]], identity: Mapping[str, Any]) -> None:
@@ -112,44 +112,3 @@ def check_groups(saved: list[dict[str, Any]], own: list[dict[str, Any]], identit
                     raise CheckpointError(
                         f"group '{now['name']}', entry {i}: the checkpoint has {key[:-1]} '{a}', this run has '{b}'"
                     )
-
-
-def _entry(entries: Mapping[str, Any], key: str, name: str) -> Any:
-    if key not in entries:
-        raise CheckpointError(f"the checkpoint has no '{key}' for {name}")
-    return entries[key]
-
-
-def _copy(value: Any, device: torch.device) -> Any:
-    return value.detach().clone().to(device) if isinstance(value, Tensor) else value
-
-
-def _flatten(value: Any, key: str) -> dict[str, Any]:
-    if value is None:
-        return {}
-    if hasattr(value, "_asdict"):
-        value = value._asdict()
-    if isinstance(value, Mapping):
-        return {k: v for name, item in value.items() for k, v in _flatten(item, f"{key}.{name}").items()}
-    return {key: value}
-
-
-def _restore(like: Any, flat: Mapping[str, Any], key: str, name: str) -> Any:
-    """The value that `_flatten` wrote under ``key``, of the kind of ``like``."""
-    if like is None:
-        return None
-    if hasattr(like, "_asdict"):
-        return type(like)(*(_restore(item, flat, f"{key}.{field}", name) for field, item in like._asdict().items()))
-    if isinstance(like, Mapping):  # what an optimizer keeps, empty before its first step
-        return {
-            k[len(key) + 1 :]: _copy(v, v.device) if isinstance(v, Tensor) else v
-            for k, v in flat.items()
-            if k.startswith(f"{key}.")
-        }
-    value = _entry(flat, key, name)
-    if not isinstance(like, Tensor):
-        return type(like)(value)
-    if not isinstance(value, Tensor) or value.shape != like.shape:
-        was = tuple(value.shape) if isinstance(value, Tensor) else value
-        raise CheckpointError(f"'{key}' of {name} is {was} in the checkpoint, and {tuple(like.shape)} in this run")
-    return value.detach().clone().to(device=like.device, dtype=like.dtype)

@@ -15,13 +15,12 @@ from torch.optim import Optimizer
 
 from lingrad import bases, checkpoint
 from lingrad._typing import override
-from lingrad.adapters import Attachment, LinearAttachment, Mode, WeightAttachment
+from lingrad.adapters import Attachment, Mode, make_attachment
 from lingrad.compat import Compat, arithmetic, as_published
 from lingrad.errors import ModeError, require, require_one_of
 from lingrad.groups import Pairs, Trainable, build_stock, make_groups, pull, push, resolve_groups
 from lingrad.rules import Rules, Target
 from lingrad.subspace import Carry, Moments, Subspace, choose, commit, decay, lifted, merge, redraw
-from lingrad.transforms import Transform
 
 
 class SubspaceOptimizer(Optimizer):
@@ -72,7 +71,7 @@ class SubspaceOptimizer(Optimizer):
         groups = []
         plans = resolve_groups(model, spec_or_rules)
         for i, (plan, options) in enumerate(plans):
-            made = [_attachment(target, as_published(compat, target.transform), seed) for target in plan.targets]
+            made = [make_attachment(target, self._subspace(target)) for target in plan.targets]
             self.attachments += made
             groups += make_groups(
                 plan,
@@ -284,6 +283,10 @@ class SubspaceOptimizer(Optimizer):
         for sub in self.subspaces:
             sub.schedule(self._step)  # a redraw that was due had happened before the state was saved
 
+    def _subspace(self, target: Target) -> Subspace:
+        transform = as_published(self._compat, target.transform)
+        return Subspace.create(target.name, target.layout, transform, target.param, self._seed)
+
     def _attach(self, mode: Mode) -> None:
         done: list[Attachment] = []
         try:
@@ -366,10 +369,3 @@ def _refuse_several_processes() -> None:
             f"this run has {distributed.get_world_size()} processes, and each would choose its bases from its own part of the "
             "batch; train in one process"
         )
-
-
-def _attachment(target: Target, transform: Transform, seed: int) -> Attachment:
-    sub = Subspace.create(target.name, target.layout, transform, target.param, seed)
-    if target.road == "projected":
-        return LinearAttachment(sub, *target.owners[0])
-    return WeightAttachment(sub, target.param, target.owners)

@@ -16,6 +16,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lingrad import state as trees
 from lingrad.captured import Captured
 from lingrad.errors import DualityError, ModeError
 from lingrad.gradient import Gradient, wide
@@ -117,7 +118,7 @@ class Subspace:
 
     def tensors(self) -> list[Tensor]:
         """The tensors that hold the basis between steps: of the transform's state, and of the map where it is kept."""
-        held = [*_tensors(self.state), *(self._map.tensors if self._map is not None else ())]
+        held = [*trees.tensors(self.state), *(self._map.tensors if self._map is not None else ())]
         return list({t.untyped_storage().data_ptr(): t for t in held if t.numel()}.values())
 
     def replace_state(self, state: Any, refreshes: int) -> None:
@@ -126,8 +127,8 @@ class Subspace:
 
     def move(self, device: torch.device) -> None:
         """Follow the coordinates to a device; the basis keeps its dtype."""
-        if any(t.device != device for t in _tensors(self.state)):
-            self.replace_state(_moved(self.state, device), self.refreshes)
+        if any(t.device != device for t in trees.tensors(self.state)):
+            self.replace_state(trees.moved(self.state, device), self.refreshes)
 
     def schedule(self, step: int) -> bool:
         """Look ahead to the step after ``step`` finished ones.
@@ -298,23 +299,3 @@ def _carried(sub: Subspace, moments: Moments) -> dict[str, Tensor]:
             raise DualityError(f"carry='rotate' cannot rotate the state '{key}' of {sub.name}; use keep or reset")
         carried[key] = new.transport(old, value) if moments.degrees[key] == 1 else new.transport_squares(old, value)
     return carried
-
-
-def _moved(state: Any, device: torch.device) -> Any:
-    """A transform's state with its tensors on a device."""
-    if isinstance(state, Tensor):
-        return state.to(device)
-    if isinstance(state, dict):
-        return {key: _moved(value, device) for key, value in state.items()}
-    return type(state)(*(_moved(item, device) for item in state)) if hasattr(state, "_fields") else state
-
-
-def _tensors(state: Any) -> list[Tensor]:
-    """The tensors of a transform's state, at any depth."""
-    if isinstance(state, Tensor):
-        return [state]
-    if isinstance(state, dict):
-        state = state.values()
-    if isinstance(state, str) or not hasattr(state, "__iter__"):
-        return []
-    return [t for item in state for t in _tensors(item)]

@@ -1,7 +1,26 @@
 """How a subspace is attached to a model: one file for each way a coordinate gradient is born."""
 
+from __future__ import annotations
+
 from lingrad.adapters.base import Attachment as Attachment
 from lingrad.adapters.base import Mode as Mode
 from lingrad.adapters.base import refuse_attached as refuse_attached
 from lingrad.adapters.linear import LinearAttachment as LinearAttachment
 from lingrad.adapters.weight import WeightAttachment as WeightAttachment
+from lingrad.rules import Target
+from lingrad.subspace import Subspace
+
+
+def make_attachment(target: Target, sub: Subspace) -> Attachment:
+    """The connection a target takes.
+
+    Args:
+        target: The weight, its owners and its road.
+        sub: Its subspace.
+
+    Returns:
+        The attachment, not attached yet.
+    """
+    if target.road == "projected":
+        return LinearAttachment(sub, *target.owners[0])
+    return WeightAttachment(sub, target.param, target.owners)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lingrad.errors import ModeError
 from lingrad.gradient import Gradient, accumulate
+from lingrad.parallel import average, ranks
 
 
 class Captured:
@@ -77,7 +78,11 @@ class Captured:
             ModeError: The gradient was set by hand, or changed by more than one factor.
         """
         now, left = coords.grad, self._grad
-        if now is None or (left is None and not now.any()):
+        if now is None:
+            return None
+        if ranks() > 1:  # the others may have found something where this rank did not
+            left = average(torch.zeros_like(now) if left is None else left)
+        elif left is None and not now.any():
             return None
         if left is None:
             raise ModeError(
@@ -91,8 +96,11 @@ class Captured:
         if not now.isfinite().all():  # a clip by a norm that another weight's gradient made infinite
             return math.nan
         factor = float((now.double() * left).sum() / left.double().square().sum())
-        # one multiplication of each entry rounds it by at most eps; a clip after an unscale makes two
-        if not torch.allclose(now, factor * left, rtol=8 * torch.finfo(now.dtype).eps, atol=torch.finfo(now.dtype).tiny):
+        # one multiplication of each entry rounds it by at most eps; a clip after an unscale makes two. Ranks may have been
+        # summed in another order, which rounds an entry by eps of the largest part
+        rounding = 8 * torch.finfo(now.dtype).eps
+        floor = float((factor * left).abs().max()) * rounding if ranks() > 1 else torch.finfo(now.dtype).tiny
+        if not torch.allclose(now, factor * left, rtol=rounding, atol=floor):
             raise ModeError(
                 f"the gradient of {self.name} was changed between backward and step in another way than by one factor. "
                 "This step refreshes its basis, so the change cannot be carried over. Change the gradient by one factor, "

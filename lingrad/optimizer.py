@@ -10,10 +10,10 @@ from collections.abc import Callable
 from typing import Any, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lingrad import bases, checkpoint
+from lingrad import bases, checkpoint, parallel
 from lingrad._typing import override
 from lingrad.adapters import Attachment, Mode, make_attachment
 from lingrad.compat import Compat, arithmetic, as_published
@@ -30,7 +30,8 @@ class SubspaceOptimizer(Optimizer):
     ``vectors`` (by ``group["name"]``); schedulers act on them as on any optimizer's. ``lr`` is the plain learning rate; that of
     the coordinates is multiplied by ``group["scale"]`` when it reaches the base.
 
-    One process only: bases are chosen from the gradients this process sees.
+    Where torch.distributed has several processes they train one model on parts of a batch: gradients are averaged over all of
+    them. Build DistributedDataParallel round the model after this.
 
     Attributes:
         mode: ``optimizer`` or ``adapter``; None once detached.
@@ -51,7 +52,6 @@ class SubspaceOptimizer(Optimizer):
         compat: Compat | None = None,
         **base_kwargs: Any,
     ) -> None:
-        _refuse_several_processes()
         require_one_of(mode, get_args(Mode), "mode")
         require_one_of(carry, get_args(Carry), "carry")
         for option, value in (("weight_decay", weight_decay), ("scale", scale)):
@@ -68,6 +68,9 @@ class SubspaceOptimizer(Optimizer):
         self.attachments: list[Attachment] = []
         self.mode: Mode | None = None
 
+        self._model = model if isinstance(model, nn.Module) else None
+        if self._model is not None:
+            parallel.refuse_wrapped(self._model)
         groups = []
         plans = resolve_groups(model, spec_or_rules)
         for i, (plan, options) in enumerate(plans):
@@ -86,6 +89,7 @@ class SubspaceOptimizer(Optimizer):
         self._settled = True
         self.defaults = {k: v for k, v in groups[0].items() if k != "params"}  # where schedulers look what they may cycle
         self._by_coords = {id(attachment.sub.coords): attachment for attachment in self.attachments}
+        parallel.share(attachment.weight.data for attachment in self.attachments if attachment.averages)
         self._attach(mode)
         self._schedule()
 
@@ -210,6 +214,7 @@ class SubspaceOptimizer(Optimizer):
             merge(attachment.sub, attachment.weight)
             attachment.detach()
         self.mode = None
+        self._exempt([])
 
     @override
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -298,6 +303,12 @@ class SubspaceOptimizer(Optimizer):
                 attachment.detach()
             raise
         self.mode = mode
+        self._exempt(self.attachments)
+
+    def _exempt(self, attachments: list[Attachment]) -> None:
+        if self._model is not None:
+            ours = [p for a in attachments if a.averages for p in (a.weight, a.sub.coords)]
+            parallel.exempt(self._model, ours)
 
     def _require_attached(self) -> None:
         if self.mode is None:
@@ -360,12 +371,3 @@ class SubspaceOptimizer(Optimizer):
         for attachment in self.attachments:
             if attachment.sub.schedule(self._step):
                 redraw(attachment.sub, attachment.weight, self._step, self._moments(attachment.sub))
-
-
-def _refuse_several_processes() -> None:
-    distributed = torch.distributed
-    if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
-        raise ModeError(
-            f"this run has {distributed.get_world_size()} processes, and each would choose its bases from its own part of the "
-            "batch; train in one process"
-        )

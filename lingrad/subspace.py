@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from lingrad import state as trees
 from lingrad.captured import Captured
 from lingrad.errors import DualityError, ModeError
-from lingrad.gradient import Gradient, wide
+from lingrad.gradient import FactoredGradient, Gradient, wide
 from lingrad.layout import Layout
 from lingrad.maps import LinearMap
+from lingrad.parallel import average, averaged, ranks, share
 from lingrad.transforms.base import Transform, When
 from lingrad.transforms.factorize import derive_seed
 
@@ -171,7 +172,7 @@ class Subspace:
 
 
 def capture(sub: Subspace, grad: Gradient) -> None:
-    """``coords.grad += project(grad)``: linear, so that micro-batches accumulate in the small space.
+    """``coords.grad += project(grad)``: linear, so that micro-batches, and ranks, add up in the small space.
 
     Args:
         sub: The subspace.
@@ -180,7 +181,7 @@ def capture(sub: Subspace, grad: Gradient) -> None:
     sub._before_accumulate()
     if sub.due:
         sub.captured.stage(grad)
-    projected = sub.map().project(grad).to(sub.coords.dtype)
+    projected = average(sub.map().project(grad).to(sub.coords.dtype))
     if sub.coords.grad is None:
         sub.coords.grad = projected
     else:
@@ -200,9 +201,15 @@ def choose(sub: Subspace, step: int, factor: float) -> None:
         factor: The factor by which other programs scaled ``coords.grad`` since backward.
     """
     grad = sub.captured.total
-    if grad is None or sub.proposal is not None:
+    if sub.proposal is not None:
         return
-    norm = float(grad.norm()) * factor
+    if grad is None:
+        if ranks() == 1:
+            return
+        m, n = sub.layout.shape  # the other ranks found something
+        grad = FactoredGradient(sub.coords.new_empty(0, m), sub.coords.new_empty(0, n))
+    norm = float(average(grad.norm())) * factor  # of the parts, which is not that of their mean, but zero or not finite with it
+    grad = averaged(grad)
     if not math.isfinite(norm):
         sub.warn_once("the gradient at a refresh is not finite; the old basis stays until the next one")
     if norm == 0.0 or not math.isfinite(norm):
@@ -283,6 +290,8 @@ def lifted(sub: Subspace, weight: Tensor) -> Tensor:
 
 def _propose(sub: Subspace, grad: Gradient | None, step: int) -> Proposal:
     state = sub.transform.refresh(sub.state, grad, When(step, sub.refreshes, sub.seed))
+    if grad is not None:
+        share(trees.tensors(state))
     return Proposal(state, sub.transform.map(state))
 
 

@@ -429,13 +429,6 @@ class TestBaseState:
 
 class TestStructure:
     @each_mode
-    def test_several_processes_are_refused(self, mode, monkeypatch):
-        monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-        monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
-        with pytest.raises(ModeError, match="2 processes"):
-            MODES[mode](layer(), "svd(rank=2)", lr=0.1)
-
-    @each_mode
     def test_detaching_twice_does_nothing_and_stepping_afterwards_is_refused(self, mode):
         model = layer()
         optimizer = MODES[mode](model, "svd(rank=2)", "sgd", lr=0.1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,8 @@ class Attachment(ABC):
     Args:
         sub: The subspace.
     """
+
+    averages: ClassVar[bool] = False  # whether coords.grad is averaged over ranks here, not by DistributedDataParallel
 
     def __init__(self, sub: Subspace) -> None:
         self.sub = sub

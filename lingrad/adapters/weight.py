@@ -18,6 +18,7 @@ from lingrad._typing import override
 from lingrad.adapters.base import CHILD, Attachment, Coords, Mode, uncompiled
 from lingrad.errors import ModeError
 from lingrad.gradient import DenseGradient
+from lingrad.parallel import average
 from lingrad.subspace import Subspace, capture
 
 # A module of these calls every child in its forward, and holds parameters of its own only in a subclass.
@@ -33,6 +34,8 @@ class WeightAttachment(Attachment):
         owners: Every (module, attribute) that holds the parameter; several for tied weights, none where only the
             parameter is known, which leaves optimizer mode.
     """
+
+    averages = True
 
     def __init__(self, sub: Subspace, weight: nn.Parameter, owners: Sequence[tuple[nn.Module, str]] = ()) -> None:
         super().__init__(sub)
@@ -139,7 +142,7 @@ class _LiftedWeight(torch.autograd.Function):
         if sub.due:
             # autograd may use its buffer again; a sum writes into ours
             sub.captured.stage(DenseGradient(matrix.dense().clone()))
-        return None, sub.map().project(matrix).to(sub.coords.dtype), None
+        return None, average(sub.map().project(matrix).to(sub.coords.dtype)), None
 
 
 @uncompiled

@@ -1,0 +1,136 @@
+"""Data parallelism: what the processes of one run must agree on.
+
+Coordinates are ordinary parameters, whose gradients DistributedDataParallel averages like any others. What it does not see is
+averaged here: the gradient a refresh reads, and coordinate gradients that a hook projects. Every process belongs to the run
+once ``torch.distributed`` is initialized with more than one; with one, or none, nothing here does anything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import final
+
+import torch
+from torch import Tensor, distributed, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from lingrad._typing import override
+from lingrad.errors import ModeError
+from lingrad.gradient import DenseGradient, Gradient
+
+
+def ranks() -> int:
+    """The number of processes that share each step."""
+    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
+
+
+def average(tensor: Tensor) -> Tensor:
+    """The mean over ranks, in the tensor's shape and dtype; the tensor itself in one process."""
+    count = ranks()
+    if count == 1:
+        return tensor
+    mean = (tensor / count).contiguous()  # divided first, as DistributedDataParallel does
+    distributed.all_reduce(mean)
+    return mean
+
+
+def share(tensors: Iterable[Tensor]) -> None:
+    """Give every rank the first one's values, in place: processes with other thread counts factorise in another order."""
+    if ranks() > 1:
+        for tensor in tensors:
+            whole = tensor.contiguous()
+            distributed.broadcast(whole, src=0)
+            tensor.copy_(whole)
+
+
+@final
+class AveragedGradient(Gradient):
+    """The mean over ranks of a gradient of which each has its part; every product costs one all-reduce of its result.
+
+    Args:
+        local: This rank's part, [m, n].
+    """
+
+    def __init__(self, local: Gradient) -> None:
+        self.local = local
+
+    @property
+    @override
+    def shape(self) -> tuple[int, int]:
+        return self.local.shape
+
+    @property
+    @override
+    def dtype(self) -> torch.dtype:
+        return self.local.dtype
+
+    @property
+    @override
+    def device(self) -> torch.device:
+        return self.local.device
+
+    @property
+    @override
+    def nbytes(self) -> int:
+        return self.local.nbytes
+
+    @property
+    @override
+    def T(self) -> AveragedGradient:  # noqa: N802
+        return AveragedGradient(self.local.T)
+
+    @override
+    def product(self, left: Tensor | None, right: Tensor | None) -> Tensor:
+        return average(self.local.product(left, right))
+
+    @override
+    def select(self, rows: Tensor | None, columns: Tensor | None) -> AveragedGradient:
+        return AveragedGradient(self.local.select(rows, columns))
+
+    @override
+    def dense(self) -> Tensor:
+        return average(self.local.dense())
+
+    @override
+    def norm(self) -> Tensor:
+        """The norm of the mean, for which the whole matrix is all-reduced."""
+        return DenseGradient(self.dense()).norm()
+
+    @override
+    def to(self, dtype: torch.dtype) -> AveragedGradient:
+        return AveragedGradient(self.local.to(dtype))
+
+
+def averaged(local: Gradient) -> Gradient:
+    """The mean over ranks of a gradient; the gradient itself in one process."""
+    return local if ranks() == 1 else AveragedGradient(local)
+
+
+def refuse_wrapped(model: nn.Module) -> None:
+    """Make sure that DistributedDataParallel is not round a model yet.
+
+    Args:
+        model: The model.
+
+    Raises:
+        ModeError: It is; it would wait for gradients of weights that are frozen now.
+    """
+    if isinstance(model, DistributedDataParallel):
+        raise ModeError(
+            "this model is in DistributedDataParallel already, which would wait for the gradients of weights that are frozen "
+            "now; pass the model itself to lingrad first, then build DistributedDataParallel(model)"
+        )
+
+
+def exempt(model: nn.Module, params: Iterable[nn.Parameter]) -> None:
+    """Tell a DistributedDataParallel that is built later to leave some parameters to us.
+
+    Args:
+        model: The model.
+        params: Parameters whose gradients are averaged here; none to take it back.
+    """
+    if ranks() == 1:
+        return
+    chosen = {id(param) for param in params}
+    names = [name for name, param in model.named_parameters(remove_duplicate=False) if id(param) in chosen]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, names)

@@ -9,7 +9,7 @@ from lingrad.errors import ModeError, ShapeError, SpecError
 from lingrad.layout import layout_of
 from lingrad.rules import parse_rules, resolve_model, resolve_parameters
 from lingrad.transforms import SVD, Random
-from tests.training import Zoo, gpt2, llama, zoo
+from tests.training import gpt2, llama, zoo
 
 
 def targets(model, rules):
@@ -183,7 +183,7 @@ def test_a_model_is_wrapped_once():
 class TestNamedParameters:
     def test_a_bare_spec_means_all_matrices(self):
         plan = resolve_parameters(zoo().named_parameters(), "svd(rank=1)")
-        assert {t.name for t in plan.targets} == {n for n, p in Zoo().named_parameters() if p.dim() >= 2}
+        assert {t.name for t in plan.targets} == {n for n, p in zoo().named_parameters() if p.dim() >= 2}
         assert all(t.road == "weight" for t in plan.targets)
 
     def test_groups_bring_their_own_specs_and_hyper_parameters(self):

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lingrad import api, bases
+from lingrad.compare import weight_gap
 from lingrad.optimizer import SubspaceOptimizer
 from lingrad.research.corpus import Corpus, check_length, training_batches, validation_batches
 from lingrad.research.models import build_llama, next_token_loss
@@ -181,22 +182,6 @@ def learning_rate(step: int, setup: Setup) -> float:
         return (step + 1) / rise
     progress = (step - rise) / max(1, setup.steps - rise)
     return 0.1 + 0.45 * (1 + math.cos(math.pi * min(progress, 1.0)))
-
-
-def weight_gap(a: dict[str, Tensor], b: dict[str, Tensor]) -> tuple[float, float]:
-    """How far two sets of weights are apart.
-
-    Args:
-        a: Weights by name.
-        b: Weights by the same names.
-
-    Returns:
-        The largest absolute difference of any entry, and the largest |A - B|_F / |B|_F of any weight.
-    """
-    with torch.no_grad():
-        differences = {name: a[name] - b[name] for name in b}
-        absolute = max(float(d.abs().max()) for d in differences.values())
-        return absolute, max(float(d.norm() / b[name].norm()) for name, d in differences.items())
 
 
 def gradient_bytes(model: nn.Module, optimizer: Optimizer) -> int:

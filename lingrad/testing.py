@@ -1,0 +1,285 @@
+"""Oracles for maps, transforms and base optimizers: one call each, for this package's tests and for anybody else's.
+
+They run on the CPU in float64 and raise AssertionError with what was expected and what was found. A transform of your own is
+shown to be right by ``assert_dual("name(rank=4, every=5)")``; its map, where it has a new one, by `assert_adjoint`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lingrad import api, bases
+from lingrad.compare import weight_gap
+from lingrad.errors import DualityError
+from lingrad.gradient import FactoredGradient
+from lingrad.maps import LinearMap
+from lingrad.optimizer import SubspaceOptimizer
+from lingrad.rules import Rules
+from lingrad.transforms import Transform
+
+Batches = Sequence[Sequence[Tensor]]  # steps of micro-batches
+Loss = Callable[[nn.Module, Tensor], Tensor]
+
+TOKENS = 20
+
+
+def assert_adjoint(linear_map: LinearMap, shape: tuple[int, int], *, tolerance: float = 1e-12) -> None:
+    """Check every law of `lingrad.LinearMap` against the map's own matrix, column by column.
+
+    Args:
+        linear_map: The map S, its tensors in float64.
+        shape: (m, n), the weight's shape; small, since the whole matrix [m n, p q] is formed.
+        tolerance: Largest absolute difference; entries are of the size of the map's own.
+    """
+    m, n = shape
+    out_grad, x = _draw(11, m, seed=1), _draw(11, n, seed=2)
+    grad = FactoredGradient(out_grad, x)
+    p, q = linear_map.project(grad).shape
+    coords = _draw(p, q, seed=3).requires_grad_()
+    units = torch.eye(p * q, dtype=torch.float64).view(p * q, p, q)
+    matrix = torch.stack([linear_map.lift(unit).flatten() for unit in units], dim=1)
+    lifted = linear_map.lift(coords)
+    assert lifted.shape == shape, f"lift gives {tuple(lifted.shape)} of {p} x {q} coordinates; expected {shape}"
+
+    def same(law: str, found: Tensor, expected: Tensor) -> None:
+        far = float((found - expected).detach().abs().max()) if found.shape == expected.shape else float("inf")
+        assert far <= tolerance, f"{type(linear_map).__name__}: {law} is off by {far:.1e}, more than {tolerance:.0e}"
+
+    dense = grad.dense()
+    same("lift(z) as a linear function of z", lifted.flatten(), matrix @ coords.flatten())
+    for kind, given in (("a dense", dense), ("a factored", grad)):
+        same(
+            f"project, the adjoint of lift, of {kind} gradient",
+            linear_map.project(given).flatten(),
+            matrix.t() @ dense.flatten(),
+        )
+    (slope,) = torch.autograd.grad((lifted * dense).sum(), coords)
+    same("autograd of lift, which is project,", slope, linear_map.project(dense))
+    coords = coords.detach()
+    same("apply(x, z) == x @ lift(z).T", linear_map.apply(x, coords), x @ lifted.detach().t())
+    same("T.lift(z.T) == lift(z).T", linear_map.T.lift(coords.t()), lifted.detach().t())
+    reduced = linear_map.reduce(x)
+    same("inner.apply(reduce(x), z) == apply(x, z)", linear_map.inner.apply(reduced, coords), linear_map.apply(x, coords))
+    inner = linear_map.inner.project(FactoredGradient(out_grad, reduced))
+    same("inner.project(dY^T reduce(x)) == project(dY^T x)", inner, linear_map.project(grad))
+    weight = _draw(m, n, seed=4)
+    total = weight.clone()
+    linear_map.add_lift_(total, coords)
+    same("add_lift_(W, z), W + lift(z) in place,", total, weight + lifted.detach())
+
+
+def assert_reads_only_gradients(base: bases.BaseLike, **options: Any) -> None:
+    """Check that a base optimizer's update does not depend on the parameter, as the duality asks.
+
+    Args:
+        base: A name, an optimizer class or a factory, as for `lingrad.wrap`.
+        **options: Its options.
+
+    Raises:
+        AssertionError: It does.
+    """
+    try:
+        bases.check_reads_only_gradients(bases.find(base, options, decay=False))
+    except DualityError as error:
+        raise AssertionError(str(error)) from None
+
+
+def assert_dual(
+    transform: Rules,
+    base: bases.BaseLike = "adamw",
+    *,
+    build: Callable[[], nn.Module] | None = None,
+    batches: Batches | None = None,
+    loss: Loss | None = None,
+    tolerance: float = 1e-12,
+    clip: float | None = None,
+    **options: Any,
+) -> float:
+    """Check that optimizer mode, adapter mode and a run that switches twice end with the same weights, and that they trained.
+
+    The run has micro-batches, a cosine schedule, decay 0.1 and scale 0.25 unless ``options`` say otherwise. The theorem is that
+    of Torroba-Hennigen et al. (ICML 2025, arXiv 2502.13811, section 3).
+
+    Args:
+        transform: A config string, a transform, or rules; a bare one is used for every weight of two or more dimensions.
+        base: As for `lingrad.wrap`.
+        build: Makes the model; equal weights at every call. Default: `EveryKind`.
+        batches: For each step its micro-batches; default 12 steps of two for `EveryKind`.
+        loss: (model, micro-batch) -> loss; default that of `EveryKind`.
+        tolerance: Largest relative difference of any weight, |A - B|_F / |B|_F.
+        clip: Clip by ``opt.clip_grad_norm_`` at this norm.
+        **options: For `lingrad.wrap`: ``lr``, ``carry``, ``weight_decay`` and so on.
+
+    Returns:
+        The largest relative difference found.
+    """
+    build = build or every_kind
+    rules: Rules = {"*": transform} if isinstance(transform, str | Transform) else transform
+    start = {name: param.detach().clone() for name, param in build().named_parameters()}
+    wrapped, *others = trajectories(
+        build,
+        rules,
+        base,
+        batches or token_batches(12),
+        loss or token_loss,
+        clip=clip,
+        **{"lr": 1e-2, "weight_decay": 0.1, "scale": 0.25} | options,
+    )
+    assert all(w.isfinite().all() for w in wrapped.values()), f"{transform} with {base}: a weight is not finite"
+    assert weight_gap(wrapped, start)[1] > 1e-4, f"{transform} with {base}: nothing was trained"
+    worst = 0.0
+    for mode, weights in zip(("adapter mode", "a run that switches twice"), others, strict=True):
+        far = weight_gap(weights, wrapped)[1]
+        assert far <= tolerance, (
+            f"{transform} with {base}: {mode} differs from optimizer mode by {far:.1e}, more than {tolerance:.0e}"
+        )
+        worst = max(worst, far)
+    return worst
+
+
+def trajectories(
+    build: Callable[[], nn.Module],
+    rules: Rules,
+    base: bases.BaseLike,
+    batches: Batches,
+    loss: Loss,
+    *,
+    switches: Sequence[int] | None = None,
+    clip: float | None = None,
+    **options: Any,
+) -> list[dict[str, Tensor]]:
+    """The weights after a run in optimizer mode, one in adapter mode, and one that changes its mode.
+
+    Args:
+        build: Makes the model; equal weights at every call.
+        rules: As for `lingrad.wrap`.
+        base: As for `lingrad.wrap`.
+        batches: For each step its micro-batches.
+        loss: (model, micro-batch) -> loss.
+        switches: Steps before which the third run changes its mode; default a third and two thirds of the run.
+        clip: Clip by ``opt.clip_grad_norm_`` at this norm.
+        **options: For `lingrad.wrap`.
+
+    Returns:
+        Name -> weight, for each of the three.
+    """
+    if switches is None:
+        switches = (len(batches) // 3, 2 * len(batches) // 3)
+    weights = []
+    for mode, when in (("optimizer", ()), ("adapter", ()), ("optimizer", switches)):
+        model = build()
+        make = api.adapt if mode == "adapter" else api.wrap
+        optimizer = make(model, rules, base, **options)
+        train(model, optimizer, batches, loss, switches=when, clip=clip)
+        optimizer.detach()
+        weights.append({name: param.detach().clone() for name, param in model.named_parameters()})
+    return weights
+
+
+def train(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batches: Batches,
+    loss: Loss,
+    *,
+    switches: Sequence[int] = (),
+    clip: float | None = None,
+    schedule: bool = True,
+) -> float:
+    """Train with micro-batches and a cosine schedule.
+
+    Args:
+        model: The model.
+        optimizer: Its optimizer; one of lingrad's where there are switches or a clip.
+        batches: For each step its micro-batches.
+        loss: (model, micro-batch) -> loss.
+        switches: Steps before which the mode changes.
+        clip: Clip by ``opt.clip_grad_norm_`` at this norm.
+        schedule: Whether the learning rate falls along a cosine.
+
+    Returns:
+        The last micro-batch's loss, divided by the number of micro-batches.
+    """
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, len(batches)) if schedule else None
+    last = torch.zeros(())
+    for step, micro_batches in enumerate(batches):
+        if step in switches and isinstance(optimizer, SubspaceOptimizer):
+            optimizer.switch("adapter" if optimizer.mode == "optimizer" else "optimizer")
+        optimizer.zero_grad()
+        for batch in micro_batches:
+            last = loss(model, batch) / len(micro_batches)
+            last.backward()
+        if clip is not None and isinstance(optimizer, SubspaceOptimizer):
+            optimizer.clip_grad_norm_(clip)
+        optimizer.step()
+        if scheduler is not None:
+            scheduler.step()
+    return float(last.detach())
+
+
+class EveryKind(nn.Module):
+    """One layer of every kind of weight: embedding, convolution, fused experts, Linear with and without bias, one more.
+
+    Args:
+        middle: A layer [..., 10] -> [..., 14]; default a subclass of Linear, whose gradient a hook projects.
+    """
+
+    def __init__(self, middle: nn.Module | None = None) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(TOKENS, 12)
+        self.conv = nn.Conv2d(1, 6, (3, 3), padding=1)
+        self.experts = _Experts()
+        self.middle = _OwnLinear(10, 14, bias=False) if middle is None else middle
+        self.biased = nn.Linear(14, 11)
+        self.head = nn.Linear(11, TOKENS, bias=False)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Token ids, int64 [rows, length] -> scores of the first token, [rows, TOKENS]."""
+        x: Tensor = self.embed(ids)  # [rows, length, 12]
+        x = self.conv(x[:, None]).tanh().mean(1).mean(1)  # [rows, 12]
+        x = nn.functional.relu(self.biased(self.middle(self.experts(x))), inplace=True)
+        scores: Tensor = self.head(x)
+        return scores
+
+
+class _Experts(nn.Module):
+    """Fused experts, one 3-D weight [experts, in, out]; every token goes to all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate_up_proj = nn.Parameter(torch.randn(3, 12, 10) / 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.einsum("bi,eio->bo", x, self.gate_up_proj).tanh()
+
+
+class _OwnLinear(nn.Linear):
+    """A subclass of Linear, which lingrad does not take for one."""
+
+
+def every_kind(dtype: torch.dtype = torch.float64, middle: Callable[[], nn.Module] | None = None) -> EveryKind:
+    """An `EveryKind` with the same weights at every call; the global generator is left as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return EveryKind(None if middle is None else middle()).to(dtype)
+
+
+def token_batches(
+    steps: int, *, micro: int = 2, rows: int = 4, length: int = 5, seed: int = 1, tokens: int = TOKENS
+) -> Batches:
+    """Random token ids, int64 [rows, length]: for each step ``micro`` micro-batches."""
+    generator = torch.Generator().manual_seed(seed)
+    return [[torch.randint(0, tokens, (rows, length), generator=generator) for _ in range(micro)] for _ in range(steps)]
+
+
+def token_loss(model: nn.Module, ids: Tensor) -> Tensor:
+    """The loss of `EveryKind`: cross-entropy of the first token, 0-d."""
+    return nn.functional.cross_entropy(model(ids), ids[:, 0])
+
+
+def _draw(*shape: int, seed: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)

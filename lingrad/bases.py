@@ -77,12 +77,22 @@ class Base:
 
         Returns:
             The stock optimizer; fused where torch offers it and nobody asked otherwise.
+
+        Raises:
+            SpecError: The factory refuses its options, or makes no optimizer.
         """
         params = list(params)
         options = dict(self.options)
         if _has_fused(self.factory) and not {"fused", "foreach", "capturable", "differentiable"} & options.keys():
             options["fused"] = all(_fusible(p) for p in _flatten(params))
-        return self.factory(params, **options)
+        try:
+            optimizer = self.factory(params, **options)
+        except (TypeError, ValueError, IndexError, AssertionError, RuntimeError) as error:
+            given = ", ".join(f"{key}={value!r}" for key, value in self.options.items())
+            raise SpecError(f"base '{self.name}' refused its options ({given}): {error or type(error).__name__}") from error
+        if not isinstance(optimizer, Optimizer):
+            raise SpecError(f"base '{self.name}' made a {type(optimizer).__name__}; expected a torch.optim.Optimizer")
+        return optimizer
 
 
 @dataclass(frozen=True)
@@ -127,6 +137,7 @@ def find(base: BaseLike, options: Mapping[str, Any], *, decay: bool = True) -> B
 
     Raises:
         SpecError: The name or one of the options is unknown.
+        DualityError: A factory brings a decay of its own.
         DependencyError: The package that holds the base is not installed.
     """
     stock = _Stock("")
@@ -147,6 +158,7 @@ def find(base: BaseLike, options: Mapping[str, Any], *, decay: bool = True) -> B
     _check_options(name, [*accepted, *others], options)
     merged = {**stock.options, **{k: v for k, v in options.items() if _takes(accepted, k)}}
     if not decay and "weight_decay" in accepted:
+        _refuse_own_decay(name, factory)
         merged["weight_decay"] = 0.0
     if stock.rest is None:
         return Base(name, factory, merged)
@@ -233,6 +245,16 @@ def _check_options(name: str, accepted: list[str], options: Mapping[str, Any]) -
                 f"base '{name}' takes no option '{option}'{did_you_mean(option, known)} It takes: {', '.join(known)}.",
                 option=option,
             )
+
+
+def _refuse_own_decay(name: str, factory: Callable[..., Optimizer]) -> None:
+    """A class has a default decay that nobody chose, and gets 0; somebody chose that of a factory."""
+    chosen = inspect.signature(factory).parameters["weight_decay"].default
+    if not isinstance(factory, type) and chosen not in (0, inspect.Parameter.empty):
+        raise DualityError(
+            f"base '{name}' has weight_decay={chosen}; a decay inside the base would part the two modes. "
+            "Leave it out there and give it to the engine: lingrad.wrap(..., weight_decay=...)"
+        )
 
 
 def _has_fused(factory: Callable[..., Optimizer]) -> bool:

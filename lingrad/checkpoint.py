@@ -77,6 +77,23 @@ def unpack(entries: Mapping[str, Any], param: Tensor, name: str, sub: Subspace |
     return Loaded(moments, step, trees.restore(sub.state, entries, f"{PREFIX}state", name), refreshes)
 
 
+def check_layout(state_dict: Any) -> None:
+    """Make sure that a state dict is an optimizer's.
+
+    Args:
+        state_dict: Whatever was loaded.
+
+    Raises:
+        CheckpointError: It is something else.
+    """
+    if not (isinstance(state_dict, Mapping) and {"state", "param_groups"} <= state_dict.keys()):
+        held = list(state_dict)[:3] if isinstance(state_dict, Mapping) else type(state_dict).__name__
+        raise CheckpointError(
+            f"this is no optimizer's state_dict, which has 'state' and 'param_groups', but {held}; "
+            "pass what opt.state_dict() gave, not the whole file or a model's"
+        )
+
+
 def check_groups(saved: list[dict[str, Any]], own: list[dict[str, Any]], identity: Mapping[str, Any]) -> None:
     """Compare what a checkpoint says it is with what a run is.
 

@@ -26,7 +26,7 @@ def main() -> None:
 @app.command()
 def demo(
     out: Out = Path("runs/demo"),
-    steps: Annotated[int | None, typer.Option(min=1, help="Training steps; the demo's own number if left out.")] = None,
+    steps: Annotated[int | None, typer.Option(min=3, help="Training steps; the demo's own number if left out.")] = None,
 ) -> None:
     """Train a small Llama on Moby-Dick: full AdamW, GaLore in both modes, a random map, online PCA."""
     jobs.demo(out, steps=steps)
@@ -40,7 +40,7 @@ def train(
     lr: Annotated[float, typer.Option(help="Learning rate.")] = 5e-3,
     scale: Annotated[float, typer.Option(help="Factor on the learning rate of the coordinates.")] = 0.25,
     carry: Annotated[str, typer.Option(help="What happens to moments at a refresh: keep, reset or rotate.")] = "keep",
-    steps: Annotated[int, typer.Option(min=1, help="Training steps.")] = 200,
+    steps: Annotated[int, typer.Option(min=3, help="Training steps; two switches need three.")] = 200,
     length: Annotated[int, typer.Option(min=2, help="Bytes in a window.")] = 64,
     out: Out = Path("runs/train"),
 ) -> None:

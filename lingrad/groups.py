@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lingrad import spec
 from lingrad.adapters import refuse_attached
 from lingrad.bases import Base
 from lingrad.compat import Arithmetic
-from lingrad.errors import SpecError, did_you_mean
+from lingrad.errors import SpecError, did_you_mean, require
 from lingrad.rules import Plan, Rules, resolve_model, resolve_parameters
 from lingrad.subspace import Subspace
 
@@ -38,31 +39,34 @@ def resolve_groups(model: Trainable, rules: Rules) -> list[tuple[Plan, dict[str,
         A plan and the hyper-parameters of each group; one group for a model.
 
     Raises:
-        SpecError: The parameters have no names, or a parameter is in two groups.
+        SpecError: The parameters have no names, or one is given twice, or none trains.
     """
     if isinstance(model, nn.Module):
         for module_name, module in model.named_modules():
             for attribute, param in module.named_parameters(recurse=False):
                 refuse_attached(f"{module_name}.{attribute}" if module_name else attribute, param, module)
         return [(resolve_model(model, rules), {})]
-    items: list[Any] = list(model)
-    groups = items if items and isinstance(items[0], dict) else [{"params": items}]
+    items: list[Any] = list(model) if isinstance(model, Iterable) else [model]
+    groups = items if items and all(isinstance(item, dict) and "params" in item for item in items) else [{"params": items}]
     resolved: list[tuple[Plan, dict[str, Any]]] = []
-    seen: set[int] = set()
+    seen: set[object] = set()
     for group in groups:
         options = {key: value for key, value in group.items() if key not in ("params", "spec")}
         named = list(group["params"])
         for item in named:
-            if not (isinstance(item, tuple) and len(item) == 2 and isinstance(item[0], str)):
+            if not (isinstance(item, tuple) and len(item) == 2 and isinstance(item[0], str) and isinstance(item[1], Tensor)):
                 raise SpecError(
-                    "parameters must come with their names, which seeds, rules and checkpoints refer to: "
-                    "pass the model, model.named_parameters(), or groups whose params are (name, parameter) pairs"
+                    "expected a model, model.named_parameters(), or groups {'params': ..., 'spec': ...} whose params are "
+                    f"(name, parameter) pairs, since seeds, rules and checkpoints refer to names; not {_short(item)}"
                 )
             refuse_attached(*item)
-            if id(item[1]) in seen:
-                raise SpecError(f"the parameter '{item[0]}' is given twice")
-            seen.add(id(item[1]))
+            for what, key in (("parameter", id(item[1])), ("name", item[0])):
+                if key in seen:
+                    raise SpecError(f"the {what} '{item[0]}' is given twice")
+                seen.add(key)
         resolved.append((resolve_parameters(named, cast("Rules", group.get("spec", rules))), options))
+    if not any(plan.targets or plan.full for plan, _ in resolved):
+        raise SpecError("nothing to train: no parameter was given that requires a gradient")
     return resolved
 
 
@@ -100,6 +104,10 @@ def make_groups(
     }
     if "scale" in options and not subs:
         raise SpecError("'scale' has no effect in a param group of which nothing is transformed; leave it out", option="scale")
+    for option in ("fused", "foreach"):
+        require(option not in options, option, f"'{option}' is one choice for the whole run; pass it to lingrad.wrap")
+    for option in ("lr", "weight_decay", "scale"):
+        check_not_negative(option, options.get(option, 0.0))
     known: dict[str, dict[str, Any]] = {}
     for kind in KINDS:
         if named[kind]:
@@ -172,6 +180,18 @@ def build_stock(own: list[dict[str, Any]], base: Base, state: Any) -> list[tuple
             optimizer.state = state
             stocks.append((optimizer, list(zip(groups, optimizer.param_groups, strict=True))))
     return stocks
+
+
+def check_not_negative(option: str, value: Any) -> None:
+    """Make sure that a hyper-parameter is a finite number, 0 or more; a 0-d tensor will do."""
+    number = value.item() if isinstance(value, Tensor) and value.numel() == 1 and not value.is_meta else value
+    fits = isinstance(number, int | float) and not isinstance(number, bool) and 0 <= number < math.inf
+    require(fits, option, f"{option} must be a number, 0 or more, not {value!r}")
+
+
+def _short(item: Any) -> str:
+    text = repr(item)
+    return text if len(text) < 80 else f"a {type(item).__name__}"
 
 
 def _hyper_parameters(base: Base) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from lingrad._typing import override
 from lingrad.adapters import Attachment, Mode, make_attachment
 from lingrad.compat import Compat, arithmetic, as_published
 from lingrad.errors import ModeError, require, require_one_of
-from lingrad.groups import Pairs, Trainable, build_stock, make_groups, pull, push, resolve_groups
+from lingrad.groups import Pairs, Trainable, build_stock, check_not_negative, make_groups, pull, push, resolve_groups
 from lingrad.rules import Rules, Target
 from lingrad.subspace import Carry, Moments, Subspace, choose, commit, decay, lifted, merge, redraw
 
@@ -55,7 +55,8 @@ class SubspaceOptimizer(Optimizer):
         require_one_of(mode, get_args(Mode), "mode")
         require_one_of(carry, get_args(Carry), "carry")
         for option, value in (("weight_decay", weight_decay), ("scale", scale)):
-            require(value >= 0, option, f"{option} must be 0 or more, not {value}")
+            check_not_negative(option, value)
+        require(type(seed) is int, "seed", f"seed must be a whole number, not {seed!r}")
         self._base = bases.find(base, base_kwargs, decay=False)
         bases.check_reads_only_gradients(self._base)
         self._carry = carry
@@ -85,6 +86,9 @@ class SubspaceOptimizer(Optimizer):
                 defaults={"weight_decay": weight_decay, "scale": scale},
                 prefix=f"{i}." if len(plans) > 1 else "",
             )
+        for option, unusual in (("scale", scale != 1.0), ("carry", carry != "keep"), ("compat", compat is not None)):
+            idle = unusual and not self.attachments
+            require(not idle, option, f"'{option}' has no effect where nothing is transformed; leave it out")
         super().__init__(groups, {})
         self._settled = True
         self.defaults = {k: v for k, v in groups[0].items() if k != "params"}  # where schedulers look what they may cycle
@@ -248,6 +252,7 @@ class SubspaceOptimizer(Optimizer):
         Returns:
             Tensors and plain values only; loads with ``weights_only=True``.
         """
+        self._require_attached()
         packed: dict[str, Any] = super().state_dict()
         packed["state"] = {index: dict(state) for index, state in packed["state"].items()}
         packed["param_groups"] = [{**group, **self._identity()} for group in packed["param_groups"]]
@@ -266,7 +271,9 @@ class SubspaceOptimizer(Optimizer):
             state_dict: What `state_dict` gave, in the same mode. Raises `CheckpointError` where it belongs to other
                 parameters or another spec, base, carry, seed or mode; the first difference is named.
         """
+        self._require_attached()
         identity = self._identity()
+        checkpoint.check_layout(state_dict)
         checkpoint.check_groups(state_dict["param_groups"], self.param_groups, identity)
         names = [name for group in self.param_groups for name in group["param_names"]]
         indices = [index for group in state_dict["param_groups"] for index in group["params"]]
@@ -287,6 +294,13 @@ class SubspaceOptimizer(Optimizer):
             group.update({key: value for key, value in saved.items() if key != "params" and key not in identity})
         for sub in self.subspaces:
             sub.schedule(self._step)  # a redraw that was due had happened before the state was saved
+
+    @override
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise ModeError(
+            "this optimizer is tied to its model by hooks and cannot be copied or pickled; "
+            "save opt.state_dict() and model.state_dict(), and load them into a new model and optimizer"
+        )
 
     def _subspace(self, target: Target) -> Subspace:
         transform = as_published(self._compat, target.transform)

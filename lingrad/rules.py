@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from typing import Literal
 
 from torch import nn
 
 from lingrad import spec
-from lingrad.errors import ShapeError, SpecError, did_you_mean
+from lingrad.errors import ShapeError, SpecError
 from lingrad.layout import Layout, is_conv1d, layout_of
 from lingrad.transforms.base import Transform
 
@@ -21,7 +22,7 @@ SpecLike = str | Transform
 Rules = SpecLike | Mapping[str, SpecLike | None]
 Road = Literal["projected", "weight"]
 
-# Names under which models hold their output layer, beside what get_output_embeddings() tells.
+# Names under which models hold their output layer, where get_output_embeddings() does not tell.
 _HEADS = {"lm_head", "head", "classifier", "score", "qa_outputs", "fc_out", "output", "output_projection"}
 
 
@@ -93,6 +94,8 @@ def resolve_model(model: nn.Module, rules: Rules) -> Plan:
         head = _output_head(model)
         chosen = [parsed if _is_linear_weight(c) and not _owned_by(c, head) else None for c in candidates]
         if not any(chosen):
+            if not candidates:
+                raise SpecError(f"nothing to train: every parameter of {type(model).__name__} is frozen")
             raise SpecError(
                 f"no trainable Linear layer was found in {type(model).__name__} besides its output head; "
                 f"name the weights to transform by rules, such as {{'*.proj': '{spec.format(parsed)}'}}"
@@ -140,15 +143,20 @@ def parse_rules(rules: Rules) -> Transform | dict[str, Transform | None]:
     """
     if isinstance(rules, Transform):
         return rules
-    if isinstance(rules, str):
-        if ":" not in rules:
+    if isinstance(rules, str) and rules.strip():
+        parts = [_outside_brackets(line, ":") for line in _outside_brackets(rules, ";\n") if line.strip()]
+        if len(parts) == 1 and len(parts[0]) == 1:
             return spec.parse(rules)
-        parts = [line.partition(":") for line in rules.replace("\n", ";").split(";") if line.strip()]
-        globs = [glob.strip() for glob, _, _ in parts]
+        for part in parts:
+            if len(part) != 2:
+                raise SpecError(
+                    f"a rule is written 'glob: spec', and rules are separated by ';', not '{':'.join(part).strip()}'"
+                )
+        globs = [glob.strip() for glob, _ in parts]
         for glob in globs:
             if globs.count(glob) > 1:
                 raise SpecError(f"rule '{glob}' is given twice; the first match wins, so keep one of them")
-        rules = {glob: text.strip() for glob, (_, _, text) in zip(globs, parts, strict=True)}
+        rules = {glob: text.strip() for glob, (_, text) in zip(globs, parts, strict=True)}
     if not isinstance(rules, Mapping) or not rules:
         raise SpecError(
             f"expected a spec such as 'svd(rank=128)' or rules such as {{'*.attn.*': 'svd(rank=64)'}}, not {rules!r}"
@@ -159,10 +167,22 @@ def parse_rules(rules: Rules) -> Transform | dict[str, Transform | None]:
     return {glob: _rule_value(glob, value) for glob, value in rules.items()}
 
 
+def _outside_brackets(text: str, separators: str) -> list[str]:
+    """Split a text at separators that stand in no brackets: those of a spec are its own."""
+    parts, depth = [""], 0
+    for char in text:
+        depth += (char == "(") - (char == ")")
+        if char in separators and depth <= 0:
+            parts.append("")
+        else:
+            parts[-1] += char
+    return parts
+
+
 def _rule_value(glob: str, value: SpecLike | None) -> Transform | None:
     if value is None or isinstance(value, Transform):
         return value
-    if isinstance(value, str) and value.strip() == "none":
+    if isinstance(value, str) and value.strip().lower() == "none":
         return None
     try:
         return spec.parse(value)
@@ -189,11 +209,16 @@ def _is_linear_weight(candidate: _Candidate) -> bool:
 
 
 def _output_head(model: nn.Module) -> set[nn.Module]:
-    heads = {m for name, m in model.named_modules() if name.rpartition(".")[2] in _HEADS}
-    embeddings = getattr(model, "get_output_embeddings", lambda: None)()
-    if isinstance(embeddings, nn.Module):
-        heads.add(embeddings)
-    return heads
+    told = getattr(model, "get_output_embeddings", lambda: None)()
+    if isinstance(told, nn.Module):
+        return {told}
+    found = set()
+    for name, module in model.named_modules():
+        *path, last = name.split(".")
+        in_a_block = any(part.isdigit() for part in path)  # a layer of that name inside a block, such as GPT-J's fc_out
+        if last in _HEADS and not in_a_block:
+            found.add(module)
+    return found
 
 
 def _owned_by(candidate: _Candidate, heads: set[nn.Module]) -> bool:
@@ -208,11 +233,7 @@ def _match(candidates: list[_Candidate], rules: Mapping[str, Transform | None]) 
         matched = [i for i, c in enumerate(candidates) if any(fnmatchcase(name, glob) for name in c.known_as())]
         usable = [i for i in matched if transform is None or candidates[i].param.dim() >= 2]
         if not matched:
-            modules = sorted({name for c in candidates for name in c.known_as()})
-            raise SpecError(
-                f"rule '{glob}' matches no trainable parameter{did_you_mean(glob, modules)} "
-                f"Rules are globs over module names, such as '{max(modules, key=len, default='')}'."
-            )
+            raise SpecError(f"rule '{glob}' matches no trainable parameter{_near(glob, candidates)}")
         if not usable:
             raise SpecError(
                 f"rule '{glob}' matches nothing that can be transformed: '{candidates[matched[0]].names[0]}' has shape "
@@ -227,6 +248,23 @@ def _match(candidates: list[_Candidate], rules: Mapping[str, Transform | None]) 
     return chosen
 
 
+def _near(glob: str, candidates: list[_Candidate]) -> str:
+    """End a sentence about a glob that matches nothing: the same glob with its misspelt part mended, and an example."""
+    words = {word.lower(): word for c in candidates for name in c.known_as() for word in name.split(".")}
+    mended = []
+    for part in glob.split("."):
+        bare = part.strip("*?")
+        known = any(fnmatchcase(word, part) for word in words.values())
+        near = [] if known else get_close_matches(bare.lower(), words, n=1, cutoff=0.5)
+        mended.append(part.replace(bare, words[near[0]]) if near and bare else part)
+    guess = ".".join(mended)
+    names = {name for c in candidates if c.param.dim() >= 2 for name in c.known_as()}
+    tried = (guess, f"*.{guess}", f"*.{guess}.*", f"*{guess}*")
+    hit = next((f"; did you mean '{g}'?" for g in tried if any(fnmatchcase(name, g) for name in names)), ".")
+    owners = [name.rpartition(".")[0] for c in candidates if c.param.dim() >= 2 for name in c.names]
+    return f"{hit} Rules are globs over module names, such as '{max(owners, key=len, default='')}'."
+
+
 def _plan(candidates: list[_Candidate], chosen: list[Transform | None]) -> Plan:
     plan = Plan()
     for candidate, transform in zip(candidates, chosen, strict=True):
@@ -234,6 +272,8 @@ def _plan(candidates: list[_Candidate], chosen: list[Transform | None]) -> Plan:
         if transform is None:
             plan.full.append((name, candidate.param))
             continue
+        if candidate.param.is_complex():
+            raise SpecError(f"{name} is complex, and transforms are real; leave it out by a rule: 'none'")
         owners = tuple(candidate.owners)
         layout = layout_of(candidate.param, owners[0][0] if owners else None, name)
         try:

@@ -15,7 +15,7 @@ from lingrad import bases
 from lingrad.errors import SpecError, did_you_mean
 from lingrad.transforms import registry
 from lingrad.transforms.base import Transform
-from lingrad.transforms.options import kinds, written
+from lingrad.transforms.options import default, kinds, written
 
 _WORDS = {"true": True, "false": False, "none": None}
 
@@ -55,12 +55,7 @@ def format(transform: Transform) -> str:  # noqa: A001 - the inverse of parse; r
     options = []
     for option in dataclasses.fields(transform):
         value = getattr(transform, option.name)
-        if option.default is dataclasses.MISSING and option.default_factory is dataclasses.MISSING:
-            shown = True
-        else:
-            default = option.default if option.default_factory is dataclasses.MISSING else option.default_factory()
-            shown = value != default
-        if shown:
+        if value != default(option):
             options.append(f"{option.name}={_write(value)}")
     return f"{transform.name}({', '.join(options)})"
 
@@ -120,9 +115,7 @@ class _Reader:
             values[option] = self._value(keyword.value, kinds(cls)[option])
             places[option] = keyword.value
         missing = [
-            option.name
-            for option in options.values()
-            if option.default is option.default_factory is dataclasses.MISSING and option.name not in values
+            option.name for option in options.values() if default(option) is dataclasses.MISSING and option.name not in values
         ]
         if missing:
             self._fail_at(whole, f"{name.id} needs {' and '.join(missing)}", takes)

@@ -1,5 +1,6 @@
 """Base optimizers: found by name, used unmodified, refused where the duality would break."""
 
+import functools
 import sys
 
 import pytest
@@ -75,8 +76,14 @@ def test_wrong_options(base, options, message):
         ({"carry": "rotat"}, "carry must be one of keep, reset, rotate, not 'rotat'; did you mean 'rotate'?"),
         ({"compat": "galor"}, "compat must be 'galore' or None, not 'galor'; did you mean 'galore'?"),
         ({"compat": "galore", "base": "sgd"}, "compat='galore' reproduces galore_torch's AdamW; use base='adamw', not 'sgd'"),
-        ({"weight_decay": -1.0}, "weight_decay must be 0 or more, not -1.0"),
-        ({"scale": float("nan")}, "scale must be 0 or more, not nan"),
+        ({"weight_decay": -1.0}, "weight_decay must be a number, 0 or more, not -1.0"),
+        ({"weight_decay": "0.1"}, "weight_decay must be a number, 0 or more, not '0.1'"),
+        ({"scale": float("nan")}, "scale must be a number, 0 or more, not nan"),
+        ({"scale": float("inf")}, "scale must be a number, 0 or more, not inf"),
+        ({"seed": "abc"}, "seed must be a whole number, not 'abc'"),
+        ({"lr": -1.0}, "base 'adamw' refused its options (lr=-1.0, weight_decay=0.0): Invalid learning rate: -1.0"),
+        ({"betas": (0.9,)}, "base 'adamw' refused its options (betas=(0.9,), weight_decay=0.0): tuple index out of range"),
+        ({"base": nn.Identity}, "base 'Identity' made a Identity; expected a torch.optim.Optimizer"),
     ],
 )
 def test_wrong_arguments(options, message):
@@ -145,6 +152,25 @@ def test_decay_inside_a_factory_is_refused(stock, decay):
 
     with pytest.raises(DualityError, match="weight decay is the engine's"):
         lingrad.wrap(llama(), "svd(rank=4)", factory, lr=1e-5)
+
+
+@pytest.mark.parametrize("base", [functools.partial(torch.optim.AdamW, weight_decay=0.3), "function"])
+def test_a_decay_that_a_factory_brings_is_not_dropped(base):
+    def factory(params, lr=1e-3, weight_decay=0.3):
+        return torch.optim.AdamW(params, lr=lr, weight_decay=weight_decay)
+
+    with pytest.raises(
+        DualityError, match=r"has weight_decay=0.3; .* give it to the engine: lingrad.wrap\(..., weight_decay=...\)"
+    ):
+        lingrad.wrap(llama(), "svd(rank=4)", factory if base == "function" else base)
+
+
+@pytest.mark.parametrize("option", ["scale", "carry", "compat"])
+def test_options_of_transforms_are_refused_where_nothing_is_transformed(option):
+    value = {"scale": 0.5, "carry": "reset", "compat": "galore"}[option]
+    with pytest.raises(SpecError, match=f"'{option}' has no effect where nothing is transformed; leave it out"):
+        lingrad.wrap(llama(), {"*": "none"}, **{option: value})
+    lingrad.wrap(llama(), {"*": "none"})
 
 
 def test_a_base_that_needs_a_closure_is_refused():

@@ -50,7 +50,7 @@ def test_resuming_is_exact(spec, at, mode):
 
 
 @each_mode
-@pytest.mark.parametrize("base", [*BASES, "rmsprop", "adagrad", "adafactor", "muon", "adamw8bit"])
+@pytest.mark.parametrize("base", [*BASES, "adam", "rmsprop", "adagrad", "adafactor", "muon", "adamw8bit"])
 def test_resuming_is_exact_for_every_base(base, mode):
     options = BASES.get(base, {"lr": 1e-2})
     batches = text_batches(6, micro=1)
@@ -155,6 +155,13 @@ def test_a_damaged_checkpoint_is_refused_whole(damage, message):
         optimizer.load_state_dict(saved)
     assert all(torch.equal(a, sub.map().tensors[0]) for a, sub in zip(bases, optimizer.subspaces, strict=True))
     assert not optimizer.state
+
+
+@pytest.mark.parametrize("wrong", [{}, {"model": 1, "optimizer": 2}, "a path", {"state": {}}])
+def test_what_is_no_optimizer_s_state_is_refused(wrong):
+    optimizer = lingrad.wrap(llama(), "svd(rank=4)", lr=1e-2)
+    with pytest.raises(CheckpointError, match=r"this is no optimizer's state_dict, which has 'state' and 'param_groups'"):
+        optimizer.load_state_dict(wrong)
 
 
 def test_loading_restores_hyper_parameters():

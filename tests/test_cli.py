@@ -116,7 +116,14 @@ def test_errors_are_one_message_and_status_2(lingrad, arguments, message):
 def test_a_folder_without_a_config(lingrad, tmp_path):
     status, _, errors = lingrad("explain", "svd(rank=4)", "--model", tmp_path)
     assert status == 2
-    assert errors.startswith(f"lingrad: '{tmp_path}' holds no config that transformers can read")
+    assert errors.startswith(f"lingrad: '{tmp_path}' holds no config that transformers can build a model from")
+
+
+def test_a_config_no_model_can_be_built_from(lingrad, tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "llama", "hidden_size": 30, "num_attention_heads": 7}')
+    status, _, errors = lingrad("explain", "svd(rank=4)", "--model", tmp_path)
+    assert status == 2
+    assert "holds no config that transformers can build a model from" in errors
 
 
 def test_the_program_itself():
@@ -147,7 +154,7 @@ def check_results(folder, labels, steps):
 
 
 DEMO = [
-    "AdamW, full rank",
+    "adamw, full rank",
     "GaLore, optimizer mode",
     "GaLore, adapter mode",
     "GaLore, mode switched twice",
@@ -195,7 +202,7 @@ def test_train_on_the_users_own_text(lingrad, tiny, tmp_path):
     spec = "random(rank=4, every=2, kind=rows)"
     status, _, errors = lingrad("train", "--text", text, "--spec", spec, "--steps", "6", "--length", "16", "--out", out)
     assert status == 0, errors
-    labels = ["AdamW, full rank", *(f"{spec}, {way}" for way in ("optimizer mode", "adapter mode", "mode switched twice"))]
+    labels = ["adamw, full rank", *(f"{spec}, {way}" for way in ("optimizer mode", "adapter mode", "mode switched twice"))]
     result = check_results(out, [*labels, f"{spec}, batch rows reversed (control)"], 6)
     assert all(record.valid[-1][1] < record.valid[0][1] for record in result.records)
     assert result.text == "mine.txt"
@@ -209,7 +216,7 @@ def test_options_of_train_reach_the_run(tiny, tmp_path):
     common = {"base": "sgd", "lr": 0.1, "scale": 1.0, "carry": "keep", "steps": 3, "length": 16}
     losses = set()
     momentum = {"base": "adamw", "steps": 4}  # a carry shows where there are moments to carry
-    changes = ({}, {"base": "adamw"}, {"lr": 0.2}, {"scale": 0.5}, {"steps": 2}, {"length": 8}, momentum)
+    changes = ({}, {"base": "adamw"}, {"lr": 0.2}, {"scale": 0.5}, {"steps": 5}, {"length": 8}, momentum)
     changes += tuple(momentum | {"carry": carry} for carry in ("reset", "rotate"))
     for change in changes:
         result = jobs.train(text, "random(rank=2, every=1)", tmp_path / "out", **common | change)
@@ -238,9 +245,20 @@ def test_results_that_cannot_be_written(lingrad, tiny, tmp_path):
     (tmp_path / "file").write_text("in the way")
     text = tmp_path / "mine.txt"
     text.write_text("call me ishmael. " * 100)
-    status, _, errors = lingrad("train", "--text", text, "--steps", "1", "--length", "8", "--out", tmp_path / "file" / "out")
+    status, output, errors = lingrad(
+        "train", "--text", text, "--steps", "3", "--length", "8", "--out", tmp_path / "file" / "out"
+    )
     assert status == 2
     assert "lingrad: cannot write the results to" in errors
+    assert "step" not in output  # nothing was trained for nothing
+
+
+def test_a_learning_rate_that_cannot_be_meant(lingrad, tiny, tmp_path):
+    text = tmp_path / "mine.txt"
+    text.write_text("call me ishmael. " * 100)
+    status, _, errors = lingrad("train", "--text", text, "--lr", "-1", "--length", "8", "--out", tmp_path / "out")
+    assert status == 2
+    assert errors == "lingrad: base 'adamw' refused its options (lr=-1.0): Invalid learning rate: -1.0\n"
 
 
 def test_interrupting(lingrad, monkeypatch):

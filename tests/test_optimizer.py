@@ -1,6 +1,7 @@
 """The step: its order, what it reads, what it leaves behind, and what it refuses."""
 
 import copy
+import pickle
 import warnings
 
 import pytest
@@ -437,7 +438,7 @@ class TestStructure:
         optimizer.detach()
         optimizer.detach()
         assert optimizer.mode is None
-        for call in (optimizer.step, lambda: optimizer.switch("adapter")):
+        for call in (optimizer.step, lambda: optimizer.switch("adapter"), optimizer.state_dict):
             with pytest.raises(
                 ModeError, match="this optimizer was detached from its model; call lingrad.wrap or lingrad.adapt"
             ):
@@ -448,9 +449,19 @@ class TestStructure:
     def test_a_model_is_wrapped_once(self, mode):
         model = layer()
         MODES[mode](model, "svd(rank=2)", lr=0.1)
-        for again in (model, copy.deepcopy(model)):
-            with pytest.raises(ModeError, match="'0.weight' is wrapped already; call detach"):
-                MODES[mode](again, "svd(rank=2)", lr=0.1)
+        with pytest.raises(ModeError, match="'0.weight' is wrapped already; call detach"):
+            MODES[mode](model, "svd(rank=2)", lr=0.1)
+        with pytest.raises(ModeError, match="'0.weight' is in a copy of a wrapped model, which is good for evaluation only"):
+            MODES[mode](copy.deepcopy(model), "svd(rank=2)", lr=0.1)
+
+    @each_mode
+    def test_the_optimizer_is_not_copied_or_pickled(self, mode):
+        optimizer = MODES[mode](layer(), "svd(rank=2)", lr=0.1)
+        for duplicate in (copy.deepcopy, copy.copy, pickle.dumps):
+            with pytest.raises(
+                ModeError, match=r"cannot be copied or pickled; save opt.state_dict\(\) and model.state_dict\(\)"
+            ):
+                duplicate(optimizer)
 
     @pytest.mark.parametrize("build", [llama, zoo, lambda: llama(tie_word_embeddings=True)])
     @each_mode
@@ -489,6 +500,10 @@ class TestStructure:
         lingrad.wrap(other, "svd(rank=4)", lr=1e-2)
         with pytest.raises(RuntimeError, match=r"coords was saved in adapter mode, but this model is in optimizer mode"):
             other.load_state_dict(saved)
+        with pytest.raises(
+            RuntimeError, match=r"there is no .*coords: the file is of a plain model.*switch\('optimizer'\) before"
+        ):
+            model.load_state_dict(llama().state_dict())
 
     def test_switching_to_an_unknown_mode(self):
         optimizer = lingrad.wrap(layer(), "svd(rank=2)", lr=0.1)

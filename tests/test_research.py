@@ -133,7 +133,7 @@ class TestRunner:
         assert other.gaps[-1][1] > 1e-4
 
     def test_the_baseline_is_stock_adamw(self):
-        run = runner.Run(plans.full_rank(1e-2), TINY, torch.float32)
+        run = runner.Run(plans.full_rank(1e-2, 0.1), TINY, torch.float32)
         assert type(run.optimizer) is torch.optim.AdamW
         assert [g["initial_lr"] for g in run.optimizer.param_groups] == [pytest.approx(1e-3), 1e-2]
 
@@ -160,10 +160,11 @@ class TestRunner:
 class TestReport:
     def result(self):
         records = [
-            runner.Record("plain", None, [5.0, 4.0], [(0, 5.0), (2, 4.25)], [0.1, 0.2], [10, 10], 3_000_000),
+            runner.Record("plain", None, {"lr": 0.1}, [5.0, 4.0], [(0, 5.0), (2, 4.25)], [0.1, 0.2], [10, 10], 3_000_000),
             runner.Record(
                 "low",
                 "svd(rank=2)",
+                {"lr": 0.2, "scale": 0.25},
                 [5.0],
                 [(0, 5.0), (2, 4.5)],
                 [0.1],
@@ -184,6 +185,12 @@ class TestReport:
             ["plain", "5.00 → 4.250", "3.00", "0.00", "", "150.0", "", ""],
             ["low", "5.00 → 4.500", "0.00", "1.00", "2.00", "100.0", "2.0e-07", "3.0e-16"],
         ]
+
+    def test_caption(self):
+        lines = report.caption(self.result()).splitlines()
+        assert lines[0].startswith("A Llama of width 16 with 1 layers and 256 byte tokens, 6 steps of ")
+        assert lines[2:4] == ["- plain: every weight in full; lr=0.1", "- low: `svd(rank=2)`; lr=0.2, scale=0.25"]
+        assert lines[-1].startswith("2 s for all of it; torch ")
 
     def test_save_and_load(self, tmp_path):
         result = self.result()
@@ -227,4 +234,4 @@ def test_plans():
     )
     assert plans.refreshing("full()", 6) == "full()"
     rules = "*.mlp.*: svd(rank=4); *: none"
-    assert plans.refreshing(rules, 6) == rules
+    assert plans.refreshing(rules, 6) == "*.mlp.*: svd(rank=4, every=6); *: none"

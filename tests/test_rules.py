@@ -88,7 +88,24 @@ def test_a_rule_reaches_a_tied_weight_by_either_name():
         assert set(targets(model, {glob: "svd(rank=4)"})) == {"model.embed_tokens.weight"}
 
 
+def test_a_layer_with_the_name_of_a_head_inside_a_block():
+    """GPT-J's blocks have an mlp.fc_out, the largest of their matrices; get_output_embeddings() tells the head."""
+    block = nn.ModuleDict({"fc_out": nn.Linear(8, 4), "output": nn.Linear(4, 8)})
+    model = nn.ModuleDict({"blocks": nn.ModuleList([block]), "fc_out": nn.Linear(8, 3)})
+    assert set(targets(model, "svd(rank=2)")) == {"blocks.0.fc_out.weight", "blocks.0.output.weight"}
+
+
+def test_models_that_cannot_be_transformed():
+    frozen = nn.Sequential(nn.Linear(4, 4)).requires_grad_(False)
+    with pytest.raises(SpecError, match="nothing to train: every parameter of Sequential is frozen"):
+        lingrad.wrap(frozen, "svd(rank=2)")
+    with pytest.raises(SpecError, match="0.weight is complex, and transforms are real; leave it out by a rule: 'none'"):
+        lingrad.wrap(nn.Sequential(nn.Linear(4, 4, dtype=torch.complex64)), "svd(rank=2)")
+
+
 def test_rules_as_one_string():
+    assert parse_rules("svd(rank=4,\n every=3)") == SVD(rank=4, every=3)
+    assert parse_rules("*.mlp.*: pca(rank=4,\n  optimizer=adam(eps=1e-6))\n*: None")["*"] is None
     text = "*.self_attn.*: svd(rank=4); *.mlp.*: random(rank=3)\n*: none"
     assert parse_rules(text) == {"*.self_attn.*": SVD(rank=4), "*.mlp.*": Random(rank=3), "*": None}
 
@@ -103,7 +120,34 @@ REFUSED = [
     (
         {"model.layer.0.mlp.up_proj": "svd(rank=4)"},
         "rule 'model.layer.0.mlp.up_proj' matches no trainable parameter; did you mean 'model.layers.0.mlp.up_proj'? "
-        "Rules are globs over module names, such as 'model.layers.0.post_attention_layernorm.weight'.",
+        "Rules are globs over module names, such as 'model.layers.0.self_attn.q_proj'.",
+    ),
+    (
+        {"*.self_atn.*": "svd(rank=4)"},
+        "rule '*.self_atn.*' matches no trainable parameter; did you mean '*.self_attn.*'? "
+        "Rules are globs over module names, such as 'model.layers.0.self_attn.q_proj'.",
+    ),
+    (
+        {"MLP": "svd(rank=4)"},
+        "rule 'MLP' matches no trainable parameter; did you mean '*.mlp.*'? "
+        "Rules are globs over module names, such as 'model.layers.0.self_attn.q_proj'.",
+    ),
+    (
+        {"zzz": "svd(rank=4)"},
+        "rule 'zzz' matches no trainable parameter. "
+        "Rules are globs over module names, such as 'model.layers.0.self_attn.q_proj'.",
+    ),
+    (
+        "*.mlp.*: svd(rank=4), *.self_attn.*: none",
+        "a rule is written 'glob: spec', and rules are separated by ';', not '*.mlp.*: svd(rank=4), *.self_attn.*: none'",
+    ),
+    (
+        "svd(rank:4)",
+        "this is not a config string\n  svd(rank:4)\n          ^\nexpected name(option=value, ...)",
+    ),
+    (
+        " ",
+        "expected a spec such as 'svd(rank=128)' or rules such as {'*.attn.*': 'svd(rank=64)'}, not ' '",
     ),
     (
         {"*.self_attn.*": "svd(rank=4)", "*.q_proj": "svd(rank=2)"},
@@ -204,9 +248,24 @@ class TestNamedParameters:
     @pytest.mark.parametrize(
         ("groups", "message"),
         [
-            (lambda m: m.parameters(), "parameters must come with their names"),
-            (lambda m: [{"params": list(m.parameters())}], "parameters must come with their names"),
-            (lambda m: [*m.named_parameters(), *m.named_parameters()], "'embed.weight' is given twice"),
+            (lambda m: m.parameters(), r"expected a model, model.named_parameters\(\), or groups .* not a Parameter"),
+            (
+                lambda m: [{"params": list(m.parameters())}],
+                r"expected a model, model.named_parameters\(\), or groups .* not a Parameter",
+            ),
+            (lambda m: [*m.named_parameters(), *m.named_parameters()], "the parameter 'embed.weight' is given twice"),
+            (lambda m: [("x", m.head.weight), ("x", m.biased.weight)], "the name 'x' is given twice"),
+            (lambda m: None, "expected a model, .* not None"),
+            (lambda m: nn.Linear, "expected a model, .* not <class"),
+            (lambda m: [{"lr": 1.0}], "expected a model, .* not {'lr': 1.0}"),
+            (lambda m: [], "nothing to train: no parameter was given that requires a gradient"),
+            (lambda m: [("x", m.head.weight.requires_grad_(False))], "nothing to train"),
+            (lambda m: [{"params": list(m.named_parameters()), "fused": False}], "'fused' is one choice for the whole run"),
+            (
+                lambda m: [{"params": list(m.named_parameters()), "weight_decay": "x"}],
+                "weight_decay must be a number, 0 or more",
+            ),
+            (lambda m: [{"params": list(m.named_parameters()), "lr": -3}], "lr must be a number, 0 or more, not -3"),
             (
                 lambda m: [{"params": list(m.named_parameters()), "betass": (0, 0)}],
                 "unknown option 'betass' in a param group; did you mean 'betas'?",

@@ -3,13 +3,15 @@
 import dataclasses
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import lingrad
 from lingrad import spec
 from lingrad.bases import Choice
-from lingrad.errors import SpecError
-from lingrad.transforms import PCA, SVD, Full, Kron, Power, Random, registry
+from lingrad.errors import ShapeError, SpecError
+from lingrad.transforms import PCA, SVD, Bases, Full, GradientBasis, Kron, Power, Random, registry
 from tests.cases import SPECS
 
 ACCEPTED = {
@@ -152,6 +154,14 @@ a value is a number, a word, or a nested name(...)
 this is not a config string
   \n  ^
 expected name(option=value, ...)""",
+    "pca(rank=4, optimizer=adam(betas=(0.9,)))": """\
+base 'adam' refused its options (lr=0.001, betas=(0.9,)): tuple index out of range
+  pca(rank=4, optimizer=adam(betas=(0.9,)))
+                        ^^^^^^^^^^^^^^^^^^""",
+    "pca(rank=4, every=0, lam=0.5)": """\
+lam is used from the second refresh on, and every=0 has one only; leave it out
+  pca(rank=4, every=0, lam=0.5)
+                           ^^^""",
     "svd(rank=é, side=x)": """\
 rank must be a whole number, not é
   svd(rank=é, side=x)
@@ -193,15 +203,18 @@ sides = st.sampled_from(["short", "long", "left", "right", "both"])
 shared = {"rank": ranks, "every": steps, "side": sides, "clip": st.booleans()}
 floats = st.floats(1e-9, 1e9)
 values = st.recursive(st.integers() | floats | st.booleans() | st.none() | st.text(max_size=5), st.tuples)
-choices = st.just(Choice("adam")) | st.builds(
-    Choice, st.just("sgd"), st.tuples(st.tuples(st.just("momentum"), floats | st.tuples(floats, floats)))
+beta = st.floats(0.0, 0.999)
+choices = (
+    st.just(Choice("adam"))
+    | st.builds(Choice, st.just("sgd"), st.tuples(st.tuples(st.just("momentum"), floats)))
+    | st.builds(Choice, st.just("adamw"), st.tuples(st.tuples(st.just("betas"), st.tuples(beta, beta))))
 )
 one_sided = st.one_of(
     st.builds(SVD, **shared, solver=st.sampled_from(["exact", "gram"]), align=st.booleans()),
     st.builds(SVD, **shared, solver=st.just("randomized"), oversample=st.none() | steps, iters=st.none() | steps),
     st.builds(Power, **shared, iters=ranks),
     st.builds(Random, **shared, kind=st.sampled_from(["gaussian", "rademacher", "orthonormal", "rows"]), store=st.booleans()),
-    st.builds(PCA, **shared, lam=floats, lr=floats, optimizer=choices, orthonormalize=st.booleans()),
+    st.builds(PCA, **shared | {"every": ranks}, lam=floats, lr=floats, optimizer=choices, orthonormalize=st.booleans()),
 )
 
 
@@ -240,6 +253,56 @@ def test_deep_nesting_is_refused_not_a_crash(depth):
 
 
 class TestRegistry:
+    @pytest.mark.parametrize("name", ["", "none", 3, "my svd"])
+    def test_names_that_config_strings_could_not_say(self, name):
+        with pytest.raises(SpecError, match="a transform is registered under a word"):
+            registry.register(name)
+
+    def test_a_class_of_the_same_name_from_elsewhere_is_refused(self):
+        @dataclasses.dataclass(frozen=True, kw_only=True)
+        class Theirs(GradientBasis):
+            def bases(self, grad, old, when):
+                return old
+
+        Theirs.__qualname__ = "SVD"
+        with pytest.raises(SpecError, match="the transform name 'svd' is taken by lingrad.transforms.svd.SVD"):
+            registry.register("svd")(Theirs)
+
+    def test_what_is_forgotten_is_named(self):
+        with pytest.raises(SpecError, match=r"@register\('mine'\) is for subclasses of lingrad.Transform, not <class 'dict'>"):
+            registry.register("mine")(dict)
+
+        class Plain(GradientBasis):
+            def bases(self, grad, old, when):
+                return old
+
+        with pytest.raises(SpecError, match="Plain must be a dataclass: put @dataclass"):
+            registry.register("mine")(Plain)
+
+        @dataclasses.dataclass(frozen=True, kw_only=True)
+        class Misspelt(GradientBasis):
+            def basis(self, grad, old, when):
+                return old
+
+        with pytest.raises(SpecError, match="Misspelt has no bases, which every GradientBasis writes"):
+            registry.register("mine")(Misspelt)
+
+    def test_bases_of_the_wrong_shape_are_named(self):
+        @dataclasses.dataclass(frozen=True, kw_only=True)
+        class Narrow(GradientBasis):
+            sizes: tuple[int, int] = (1, 2)
+
+            def bases(self, grad, old, when):
+                return Bases(*(b if b is None else b[:, :1] for b in old))
+
+        Narrow.name = "narrow"
+        optimizer = lingrad.wrap(model := torch.nn.Sequential(torch.nn.Linear(4, 4)), Narrow(rank=2, sizes=(3, 4)))
+        model(torch.ones(1, 4)).sum().backward()
+        with pytest.raises(
+            ShapeError, match=r"the bases method of narrow gave a right basis of shape \(4, 1\); expected \(4, 2\)"
+        ):
+            optimizer.step()
+
     def test_names(self):
         assert {"svd", "power", "random", "pca", "kron", "full"} <= set(registry.names())
 
@@ -248,7 +311,7 @@ class TestRegistry:
             registry.register("svd")(Power)
 
     def test_a_name_must_be_an_identifier(self):
-        with pytest.raises(SpecError, match="must be an identifier, not 'my-svd'"):
+        with pytest.raises(SpecError, match=r"a transform is registered under a word, as in @register\('mine'\), not 'my-svd'"):
             registry.register("my-svd")
 
     def test_an_entry_point_must_be_a_transform(self, monkeypatch):

@@ -16,12 +16,7 @@ def main(folder: Path) -> None:
     kept.mkdir(parents=True, exist_ok=True)
     report.save(result, kept)
     readme = ROOT / "README.md"
-    machine = result.machine
-    block = (
-        f"<!-- demo:begin -->\n{report.markdown(result)}\n"
-        f"{result.setup['steps']} steps, {result.seconds:.0f} s for all of it; torch {machine['torch']}, "
-        f"{machine['threads']} threads, {machine['processor']}.\n<!-- demo:end -->"
-    )
+    block = f"<!-- demo:begin -->\n{report.markdown(result)}\n{report.caption(result)}<!-- demo:end -->"
     text, count = re.subn(r"<!-- demo:begin -->.*<!-- demo:end -->", lambda _: block, readme.read_text(), flags=re.DOTALL)
     if count != 1:
         sys.exit("README.md must hold <!-- demo:begin --> and <!-- demo:end --> once")

@@ -104,6 +104,11 @@ class Coords(nn.Module):
     ) -> None:
         if self.active:
             super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+            if strict and f"{prefix}coords" not in state_dict:
+                error_msgs.append(
+                    f"there is no {prefix}coords: the file is of a plain model, or was saved in optimizer mode; "
+                    "call opt.switch('optimizer') before loading it"
+                )
         elif f"{prefix}coords" in state_dict:
             error_msgs.append(
                 f"{prefix}coords was saved in adapter mode, but this model is in optimizer mode; "
@@ -123,9 +128,14 @@ def refuse_attached(name: str, param: nn.Parameter, module: nn.Module | None = N
         ModeError: It does.
     """
     # a copy of a model keeps modules and hooks, not attributes of parameters
-    children = getattr(module, "_modules", {}).values()
-    if hasattr(param, _MARK) or isinstance(module, Coords) or any(isinstance(child, Coords) for child in children):
+    if hasattr(param, _MARK):
         raise ModeError(f"'{name}' is wrapped already; call detach() on the optimizer that has it first")
+    children = getattr(module, "_modules", {}).values()
+    if isinstance(module, Coords) or any(isinstance(child, Coords) for child in children):
+        raise ModeError(
+            f"'{name}' is in a copy of a wrapped model, which is good for evaluation only; copy the model after detach(), "
+            "or load state_dict() of the wrapped one in optimizer mode into a new model"
+        )
 
 
 # torch.compile breaks its graph where an attachment's autograd function is called: what its backward hands to a refresh is a

@@ -3,8 +3,8 @@
 The layer itself runs as it is, with its weight frozen, so that its forward is the plain layer's to the bit and any kernel
 serves (nn.Linear, Conv1D of GPT-2). A forward hook then ties the output to the coordinates by an autograd function whose
 backward is project(dY^T X), at a cost of O(T r (m + n)) for T tokens; in adapter mode it also adds S z acting on the input.
-No m x n gradient exists at any time, but where a refresh asks for one. Off refresh steps a right map keeps X Q [T, q] of the
-input instead of X [T, n].
+No m x n gradient exists off refresh steps, where a right map also keeps X Q [T, q] of the input
+instead of X [T, n]; a step that refreshes keeps the two factors, or the matrix where it is smaller.
 """
 
 from __future__ import annotations

@@ -54,15 +54,16 @@ def train(
     shape = replace(plans.Setup().model, length=length)
     setup = replace(plans.Setup(), steps=steps, model=shape)
     methods = [
-        plans.full_rank(lr),
+        plans.full_rank(lr, scale, base),
         *plans.both_modes(spec, spec, base=base, lr=lr, scale=scale, carry=carry),
     ]
     return _job(methods, setup, corpus.tokenize(text.name, corpus.read_text(text)), out)
 
 
 def _job(methods: list[plans.Method], setup: plans.Setup, text: corpus.Corpus, out: Path) -> report.Result:
-    report.require_plots()
     twins, short = plans.in_float64(methods, setup)
+    corpus.check_length(text, setup.model.length)
+    report.prepare(out)
     started = time.perf_counter()
     with _progress(setup.steps, f"{len(methods)} methods, float32") as tick:
         records = runner.compare(methods, setup, text, on_step=tick)

@@ -116,13 +116,13 @@ def open_model(name: str) -> nn.Module:
                 "(models are read from disk only)"
             )
         transformers = _transformers()
-        try:
+        try:  # a config is the user's own text, and what a model does with a wrong one is anybody's guess
             config = transformers.AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-        except (OSError, ValueError, KeyError) as error:
-            raise DataError(f"'{name}' holds no config that transformers can read: {error}") from error
-        architecture = (config.architectures or [None])[0]
-        cls = getattr(transformers, architecture or "", None)
-        model: nn.Module = cls(config) if cls is not None else transformers.AutoModel.from_config(config)
+            architecture = (config.architectures or [None])[0]
+            cls = getattr(transformers, architecture or "", None)
+            model: nn.Module = cls(config) if cls is not None else transformers.AutoModel.from_config(config)
+        except Exception as error:
+            raise DataError(f"'{name}' holds no config that transformers can build a model from: {error}") from error
         return model
 
 

@@ -85,16 +85,26 @@ def demo_methods() -> list[Method]:
     """The methods of ``lingrad demo``: full rank, GaLore in both modes and switched, a random map, online PCA."""
     low_rank = {"lr": 5e-3, "scale": 0.25}
     return [
-        full_rank(lr=5e-3),
+        # linear layers at a tenth of the learning rate, as Adam's steps on all their entries are the larger
+        full_rank(lr=5e-3, scale=0.1),
         *both_modes("svd(rank=64, every=50)", "GaLore", **low_rank),
         Method("Random map", "random(rank=64, every=50)", options=low_rank),
         Method("Online PCA", "pca(rank=64)", options=low_rank),
     ]
 
 
-def full_rank(lr: float) -> Method:
-    """The baseline: torch's AdamW on every weight, linear layers at a tenth of the learning rate (the best of 1, 0.2, 0.1)."""
-    return Method("AdamW, full rank", options={"lr": lr, "scale": 0.1})
+def full_rank(lr: float, scale: float, base: str = "adamw") -> Method:
+    """The baseline: the stock optimizer on every weight.
+
+    Args:
+        lr: Learning rate.
+        scale: Factor on that of linear layers.
+        base: The optimizer, by name.
+
+    Returns:
+        The method.
+    """
+    return Method(f"{base}, full rank", base=base, options={"lr": lr, "scale": scale})
 
 
 def in_float64(methods: list[Method], setup: Setup) -> tuple[list[Method], Setup]:
@@ -121,10 +131,13 @@ def refreshing(text: str, every: int) -> str:
         every: Steps between refreshes.
 
     Returns:
-        The config string with each ``every`` replaced, those of the parts of a ``kron`` too; rules stay as they are.
+        The config string, or the rules, with each ``every`` replaced, those of the parts of a ``kron`` too.
     """
     parsed = parse_rules(text)
-    return spec.format(_refreshing(parsed, every)) if isinstance(parsed, Transform) else text
+    if isinstance(parsed, Transform):
+        return spec.format(_refreshing(parsed, every))
+    rules = {glob: "none" if t is None else spec.format(_refreshing(t, every)) for glob, t in parsed.items()}
+    return "; ".join(f"{glob}: {value}" for glob, value in rules.items())
 
 
 def _refreshing(transform: Transform, every: int) -> Transform:

@@ -129,6 +129,24 @@ def markdown(result: Result) -> str:
     return "".join(f"| {' | '.join(row)} |\n" for row in (header, rule, *rest))
 
 
+def caption(result: Result) -> str:
+    """What was trained on what, and with which options, in a few lines of Markdown."""
+    setup, model, machine = result.setup, result.setup["model"], result.machine
+    lines = [
+        f"A Llama of width {model['hidden']} with {model['layers']} layers and {model['vocabulary']} byte tokens, "
+        f"{setup['steps']} steps of {setup['rows']} x {model['length']} bytes of {result.text}, "
+        f"{setup['warmup']:.0%} warm-up, then a cosine to a tenth.",
+        "",
+    ]
+    methods = {record.label.split(",")[0]: record for record in reversed(result.records)}
+    for label, record in reversed(methods.items()):
+        options = ", ".join(f"{key}={value}" for key, value in record.options.items())
+        lines.append(f"- {label}: {f'`{record.spec}`' if record.spec else 'every weight in full'}; {options}")
+    versions = f"torch {machine['torch']}, {machine['threads']} threads, {machine['processor']}"
+    lines += ["", f"{result.seconds:.0f} s for all of it; {versions}."]
+    return "\n".join(lines) + "\n"
+
+
 def save(result: Result, folder: Path) -> list[Path]:
     """Write ``result.json``, ``table.md``, ``loss.png`` and ``gap.png``; each appears whole or not at all.
 
@@ -188,12 +206,22 @@ def _write_whole(path: Path, data: bytes) -> Path:
     return path
 
 
-def require_plots() -> None:
-    """Find out, before anything is measured, whether the results can be plotted.
+def prepare(folder: Path) -> None:
+    """Find out, before anything is measured, whether the results can be plotted and written.
 
-    A missing matplotlib raises `DependencyError`.
+    Args:
+        folder: Where; made if missing.
+
+    Raises:
+        DataError: The folder cannot be written. A missing matplotlib raises `DependencyError`.
     """
     optional("matplotlib", "plotting", "plot")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise DataError(f"cannot write the results to {folder}: {error.strerror}") from error
 
 
 def _figure(title: str, ylabel: str) -> tuple[Any, Any]:

@@ -28,6 +28,7 @@ class Record:
     Args:
         label: The method.
         spec: Its config string, or None.
+        options: Those of its optimizer: learning rate, scale and so on.
         train: Training loss of every step, nats a token.
         valid: (step, validation loss), from before the first step to after the last.
         seconds: Forward, backward and step, for every step.
@@ -41,6 +42,7 @@ class Record:
 
     label: str
     spec: str | None
+    options: dict[str, Any] = field(default_factory=dict)
     train: list[float] = field(default_factory=list)
     valid: list[tuple[int, float]] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
@@ -61,7 +63,7 @@ class Run:
 
     def __init__(self, method: Method, setup: Setup, dtype: torch.dtype) -> None:
         self.method = method
-        self.record = Record(method.label, method.spec)
+        self.record = Record(method.label, method.spec, method.options)
         self.model = build_llama(setup.model, seed=setup.seed, dtype=dtype)
         if method.spec is None:
             self.optimizer: Optimizer = stock_optimizer(self.model, method)

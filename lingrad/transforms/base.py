@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lingrad._typing import override
-from lingrad.errors import ShapeError, require
+from lingrad.errors import ShapeError, SpecError, require
 from lingrad.gradient import Gradient
 from lingrad.maps import KroneckerMap, LinearMap
 from lingrad.transforms import options
@@ -219,8 +219,17 @@ class GradientBasis(BasisTransform):
 
     @override
     def refresh(self, state: Bases, grad: Gradient | None, when: When) -> Bases:
-        assert grad is not None, f"{self.name} is refreshed from a gradient"  # noqa: S101
+        if grad is None:
+            raise SpecError(
+                f"{self.name} says that it reads no gradient; derive it from BasisTransform, not from GradientBasis"
+            )
         new = self.bases(grad, state, when)
+        for found, old, side in zip(new, state, ("left", "right"), strict=True):
+            shapes = [None if b is None else tuple(b.shape) for b in (found, old)]
+            if shapes[0] != shapes[1]:
+                raise ShapeError(
+                    f"the bases method of {self.name} gave a {side} basis of shape {shapes[0]}; expected {shapes[1]}"
+                )
         return Bases(*(b if b is None or o is None else b.to(o.dtype) for b, o in zip(new, state, strict=True)))
 
     @override

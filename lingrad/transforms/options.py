@@ -29,6 +29,11 @@ def kinds(cls: type) -> dict[str, tuple[Any, ...]]:
     }
 
 
+def default(option: dataclasses.Field[Any]) -> Any:
+    """An option's default value; ``dataclasses.MISSING`` where it must be given."""
+    return option.default if option.default_factory is dataclasses.MISSING else option.default_factory()
+
+
 def check(config: Any) -> None:
     """Check every option of a transform against its annotation; a whole number will do for a float.
 
@@ -62,7 +67,7 @@ def _fits(value: Any, kind: Any) -> bool:
         return value in get_args(kind)
     if kind in (int, float, bool, str):
         return type(value) is kind or (kind is float and type(value) is int)
-    return isinstance(value, kind)
+    return isinstance(value, get_origin(kind) or kind)
 
 
 def _name(kind: Any) -> str:

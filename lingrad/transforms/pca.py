@@ -1,8 +1,8 @@
-"""`pca`: online PCA of the gradient (Online Subspace Descent, Liang et al., NeurIPS 2024, arXiv 2408.12857, section 3)."""
+"""`pca`: online PCA of the gradient (Online Subspace Descent, Liang et al., NeurIPS 2024, arXiv 2408.12857, section 3.2)."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple, final
 
 import torch
@@ -13,6 +13,7 @@ from lingrad.bases import Choice
 from lingrad.errors import SpecError, require
 from lingrad.gradient import Gradient, wide
 from lingrad.maps import KroneckerMap, LinearMap
+from lingrad.transforms import options
 from lingrad.transforms.base import BasisTransform, When
 from lingrad.transforms.factorize import derive_seed, leading_vectors, orthonormalize
 from lingrad.transforms.registry import register
@@ -70,10 +71,18 @@ class PCA(BasisTransform):
             "optimizer",
             "the learning rate of the basis is the option lr of pca itself; leave it out of the optimizer's",
         )
-        try:
-            self.optimizer.base(lr=self.lr)  # an unknown name or option is found here, not in the first step
+        try:  # an unknown name, option or value is found here, not in the first step
+            self.optimizer.base(lr=self.lr).build([nn.Parameter(torch.zeros(1))])
         except SpecError as error:
             raise SpecError(str(error), option="optimizer") from error
+        if self.every == 0:
+            for option in fields(self):
+                unused = option.name in ("lam", "lr", "optimizer", "orthonormalize")
+                require(
+                    not unused or getattr(self, option.name) == options.default(option),
+                    option.name,
+                    f"{option.name} is used from the second refresh on, and every=0 has one only; leave it out",
+                )
 
     @override
     def init(self, shape: tuple[int, int], *, seed: int, device: torch.device, dtype: torch.dtype) -> Learned:
@@ -82,7 +91,7 @@ class PCA(BasisTransform):
 
     @override
     def refresh(self, state: Learned, grad: Gradient | None, when: When) -> Learned:
-        assert grad is not None, "pca is refreshed from a gradient"  # noqa: S101
+        assert grad is not None  # noqa: S101 - reads_gradient holds
         grad = grad.to(wide(grad.dtype))
         seed = derive_seed(when.seed, when.step)
         if when.refreshes == 0:

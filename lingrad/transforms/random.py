@@ -36,11 +36,12 @@ class Random(BasisTransform):
     """A random basis, regenerated from a seed: a checkpoint holds no basis.
 
     Columns have unit length (in expectation for ``gaussian``), so that a learning rate and ``scale`` mean the same for every
-    transform. Flora's N(0, 1/r) entries are this map times sqrt(m/r) (or n/r): multiply ``scale`` accordingly.
+    transform. Flora's N(0, 1/r) entries (its algorithm 2) are this map times sqrt(m/r), or n/r: multiply ``scale`` by as much
+    for Adam, whose steps do not grow with the gradient, and by its square for SGD.
 
     Args:
         rank: Columns of each basis.
-        every: Steps between redraws; 0 draws once (LoRA-FA: a frozen random factor).
+        every: Steps between redraws; 0 draws once (LoRA-FA, with side=right: a frozen random factor).
         side: Which side has the basis: short, long, left, right, both.
         clip: Lower the rank to min(m, n) where it does not fit.
         kind: ``gaussian`` N(0, 1/m), ``rademacher`` +-1/sqrt(m), ``orthonormal`` (QR of a Gaussian), or ``rows``: a random

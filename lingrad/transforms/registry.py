@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from importlib.metadata import EntryPoint, entry_points
 from typing import TypeVar
@@ -26,14 +27,22 @@ def register(name: str) -> Callable[[T], T]:
         The decorator; it returns the class unchanged but for its ``name``.
 
     Raises:
-        SpecError: The name is taken by another class, or is not an identifier.
+        SpecError: The name is taken by another class or is no word, or the class is no frozen dataclass of `Transform`.
     """
-    if not name.isidentifier():
-        raise SpecError(f"a transform's name must be an identifier, not '{name}'")
+    if not (isinstance(name, str) and name.isidentifier()) or name in ("true", "false", "none"):
+        raise SpecError(f"a transform is registered under a word, as in @register('mine'), not {name!r}")
 
     def keep(cls: T) -> T:
+        if not (isinstance(cls, type) and issubclass(cls, Transform)):
+            raise SpecError(f"@register('{name}') is for subclasses of lingrad.Transform, not {cls!r}")
+        # a subclass without the decorator inherits the fields of its parent
+        if "__dataclass_params__" not in vars(cls):
+            raise SpecError(f"{cls.__name__} must be a dataclass: put @dataclass(frozen=True, kw_only=True) under @register")
+        if inspect.isabstract(cls):
+            missing = ", ".join(sorted(cls.__abstractmethods__))
+            raise SpecError(f"{cls.__name__} has no {missing}, which every {cls.__mro__[1].__name__} writes")
         known = _registered.get(name)
-        if known is not None and known.__qualname__ != cls.__qualname__:
+        if known is not None and (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
             raise SpecError(f"the transform name '{name}' is taken by {known.__module__}.{known.__qualname__}")
         cls.name = name
         _registered[name] = cls
@@ -70,4 +79,13 @@ def find(name: str) -> type[Transform]:
 
 
 def _offered() -> dict[str, EntryPoint]:
-    return {point.name: point for point in entry_points(group=GROUP)}
+    offered: dict[str, EntryPoint] = {}
+    for point in entry_points(group=GROUP):
+        known = _registered.get(point.name)
+        holder = f"{known.__module__}:{known.__qualname__}" if known is not None else offered.get(point.name, point).value
+        if holder != point.value:
+            raise SpecError(
+                f"the transform name '{point.name}' is offered by {point.value} and by {holder}; remove one of them"
+            )
+        offered[point.name] = point
+    return offered

@@ -94,6 +94,21 @@ class Base:
             raise SpecError(f"base '{self.name}' made a {type(optimizer).__name__}; expected a torch.optim.Optimizer")
         return optimizer
 
+    def memory(self, param: Tensor) -> dict[str, Any]:
+        """What the optimizer keeps of a parameter after its first step, of no meaning but in names, dtypes and shapes.
+
+        Args:
+            param: The parameter; not touched.
+
+        Returns:
+            Its state entries.
+        """
+        trial = nn.Parameter(torch.zeros_like(param))
+        trial.grad = torch.zeros_like(trial)
+        optimizer = self.build([trial])
+        optimizer.step()
+        return dict(optimizer.state[trial])
+
 
 @dataclass(frozen=True)
 class Choice:

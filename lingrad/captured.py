@@ -91,6 +91,7 @@ class Captured:
             )
         if not left.any() or not left.isfinite().all():
             return None
+        left = left.to(now.dtype)  # model.to casts gradients
         if torch.equal(now, left):
             return 1.0
         if not now.isfinite().all():  # a clip by a norm that another weight's gradient made infinite

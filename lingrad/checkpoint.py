@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from lingrad import state as trees
+from lingrad.bases import Base
 from lingrad.errors import CheckpointError
 from lingrad.subspace import Subspace
 
@@ -45,12 +46,14 @@ def pack(sub: Subspace, step: int) -> dict[str, Any]:
         step: Steps finished.
 
     Returns:
-        ``subspace.step``, ``subspace.refreshes`` and ``subspace.state.*``.
+        ``subspace.step``, ``.refreshes``, the weight's ``.m`` and ``.n``, and ``subspace.state.*``.
     """
-    return {f"{PREFIX}step": step, f"{PREFIX}refreshes": sub.refreshes, **trees.flatten(sub.state, f"{PREFIX}state")}
+    m, n = sub.layout.shape
+    numbers = {"step": step, "refreshes": sub.refreshes, "m": m, "n": n}
+    return {**{f"{PREFIX}{key}": value for key, value in numbers.items()}, **trees.flatten(sub.state, f"{PREFIX}state")}
 
 
-def unpack(entries: Mapping[str, Any], param: Tensor, name: str, sub: Subspace | None) -> Loaded:
+def unpack(entries: Mapping[str, Any], param: Tensor, name: str, sub: Subspace | None, base: Base) -> Loaded:
     """Read one index of a checkpoint, changing nothing.
 
     Args:
@@ -58,23 +61,28 @@ def unpack(entries: Mapping[str, Any], param: Tensor, name: str, sub: Subspace |
         param: The parameter, or the coordinates.
         name: Its name.
         sub: Its subspace, if it has one.
+        base: The base that steps it.
 
     Returns:
         Copies on the parameter's device, in the dtypes they were saved in.
 
     Raises:
-        CheckpointError: An entry is missing or has another shape.
+        CheckpointError: An entry is missing, or of another type, dtype or shape.
     """
-    moments = {key: trees.copied(value, param.device) for key, value in entries.items() if not key.startswith(PREFIX)}
-    for key, value in moments.items():
-        if isinstance(value, Tensor) and value.dim() == param.dim() and value.numel() > 1 and value.shape != param.shape:
-            raise CheckpointError(
-                f"'{key}' of {name} is {tuple(value.shape)} in the checkpoint, and {tuple(param.shape)} in this run"
-            )
-    if sub is None:
-        return Loaded(moments)
-    step, refreshes = (int(trees.entry(entries, f"{PREFIX}{key}", name)) for key in ("step", "refreshes"))
-    return Loaded(moments, step, trees.restore(sub.state, entries, f"{PREFIX}state", name), refreshes)
+    loaded = Loaded({})
+    if sub is not None:
+        own = pack(sub, 0)
+        step, refreshes, *shape = (
+            trees.checked(own[f"{PREFIX}{key}"], entries, f"{PREFIX}{key}", name) for key in ("step", "refreshes", "m", "n")
+        )
+        if tuple(shape) != sub.layout.shape:
+            raise CheckpointError(f"{name} is {tuple(shape)} in the checkpoint, and {sub.layout.shape} in this run")
+        loaded = Loaded({}, step, trees.restore(sub.state, entries, f"{PREFIX}state", name), refreshes)
+    moments = {key: value for key, value in entries.items() if not key.startswith(PREFIX)}
+    if moments:  # none where the parameter has had no gradient yet
+        for key, like in base.memory(param).items():
+            trees.checked(like, moments, key, name)
+    return loaded._replace(moments={key: trees.copied(value, param.device) for key, value in moments.items()})
 
 
 def check_layout(state_dict: Any) -> None:
@@ -105,14 +113,13 @@ def check_groups(saved: list[dict[str, Any]], own: list[dict[str, Any]], identit
     Raises:
         CheckpointError: They differ; the first difference is named.
     """
+    for key in identity:
+        if any(key not in was for was in saved):
+            raise CheckpointError(f"the checkpoint's param groups have no '{key}': it was not written by lingrad's optimizer")
     if len(saved) != len(own):
         raise CheckpointError(f"the checkpoint has {len(saved)} param groups and this run {len(own)}")
     for was, now in zip(saved, own, strict=True):
         for key, new in identity.items():
-            if key not in was:
-                raise CheckpointError(
-                    f"the checkpoint's param groups have no '{key}': it was not written by lingrad's optimizer"
-                )
             if was[key] != new:
                 remedy = "; call opt.switch first" if key == "mode" else ""
                 raise CheckpointError(f"the checkpoint has {key} {was[key]!r}, this run has {new!r}{remedy}")

@@ -6,6 +6,7 @@ when coordinates are merged into weights: at every step (optimizer mode) or at e
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable
 from typing import Any, get_args
 
@@ -64,8 +65,11 @@ class SubspaceOptimizer(Optimizer):
         self._arithmetic = arithmetic(compat, self._base.name)
         self._seed, self._compat = seed, compat
         self._step = 0
+        self._dtypes: dict[int, torch.dtype] = {}
         self._stock: list[tuple[Optimizer, Pairs]] = []
         self._settled = False
+        self._base_state: defaultdict[Tensor, dict[str, Any]] = defaultdict(dict)
+        self._by_coords: dict[int, Attachment] = {}
         self.attachments: list[Attachment] = []
         self.mode: Mode | None = None
 
@@ -89,13 +93,29 @@ class SubspaceOptimizer(Optimizer):
         for option, unusual in (("scale", scale != 1.0), ("carry", carry != "keep"), ("compat", compat is not None)):
             idle = unusual and not self.attachments
             require(not idle, option, f"'{option}' has no effect where nothing is transformed; leave it out")
-        super().__init__(groups, {})
+        super().__init__([group | self._identity() for group in groups], {})
         self._settled = True
         self.defaults = {k: v for k, v in groups[0].items() if k != "params"}  # where schedulers look what they may cycle
         self._by_coords = {id(attachment.sub.coords): attachment for attachment in self.attachments}
         parallel.share(attachment.weight.data for attachment in self.attachments if attachment.averages)
         self._attach(mode)
         self._schedule()
+
+    @property
+    def state(self) -> defaultdict[Tensor, dict[str, Any]]:
+        """What the base and the subspaces keep, by parameter; a copy of the mapping, for reading.
+
+        torch.distributed.checkpoint learns from it what a checkpoint holds.
+        """
+        merged = defaultdict(dict, {param: dict(entries) for param, entries in self._base_state.items()})
+        if self._step or self._base_state:
+            for attachment in self.attachments:
+                merged[attachment.sub.coords].update(checkpoint.pack(attachment.sub, self._step))
+        return merged
+
+    @state.setter
+    def state(self, value: defaultdict[Tensor, dict[str, Any]]) -> None:
+        self._base_state = value
 
     @property
     def base(self) -> Optimizer:
@@ -127,6 +147,7 @@ class SubspaceOptimizer(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         stocks = self._stocks()
+        self._follow_casts()
         probe = self._is_probe()
         if not probe:
             self._choose()
@@ -137,7 +158,12 @@ class SubspaceOptimizer(Optimizer):
         for stock, pairs in stocks:
             for own, group in pairs:
                 push(own, group, self._arithmetic, self._step + 1)
-            stock.step()
+            try:
+                stock.step()
+            except BaseException:
+                if stock is stocks[0][0] and not self._arithmetic.decay_last:
+                    self._decay(undo=True)  # nothing was stepped: the weights stay as the step found them
+                raise
             for own, group in pairs:
                 pull(own, group)
         if self._arithmetic.decay_last:
@@ -228,8 +254,9 @@ class SubspaceOptimizer(Optimizer):
             set_to_none: Free them instead of filling them with zeros.
         """
         super().zero_grad(set_to_none)
-        for sub in self.subspaces:
-            sub.forget()
+        for attachment in self.attachments:
+            attachment.weight.grad = None  # from before it was ours, or from a backward that failed before our hook
+            attachment.sub.forget()
 
     @override
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -254,8 +281,6 @@ class SubspaceOptimizer(Optimizer):
         """
         self._require_attached()
         packed: dict[str, Any] = super().state_dict()
-        packed["state"] = {index: dict(state) for index, state in packed["state"].items()}
-        packed["param_groups"] = [{**group, **self._identity()} for group in packed["param_groups"]]
         for index, param in enumerate(self._params()):
             if id(param) in self._by_coords:
                 own = checkpoint.pack(self._by_coords[id(param)].sub, self._step)
@@ -282,13 +307,15 @@ class SubspaceOptimizer(Optimizer):
             attachment = self._by_coords.get(id(param))
             entries = state_dict["state"].get(index, {})
             sub = None if attachment is None else attachment.sub
-            loaded.append((param, sub, checkpoint.unpack(entries, param, name, sub)))
+            base = self._base if sub is not None else self._base.rest or self._base
+            loaded.append((param, sub, checkpoint.unpack(entries, param, name, sub, base)))
         for param, sub, found in loaded:
-            self.state.pop(param, None)
+            self._base_state.pop(param, None)
             if found.moments:
-                self.state[param] = found.moments
+                self._base_state[param] = found.moments
             if sub is not None and found.step is not None:
                 sub.replace_state(found.state, found.refreshes)
+                sub.coords.grad = None  # of weights and a basis that are gone
                 self._step = found.step
         for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
             group.update({key: value for key, value in saved.items() if key != "params" and key not in identity})
@@ -317,6 +344,8 @@ class SubspaceOptimizer(Optimizer):
                 attachment.detach()
             raise
         self.mode = mode
+        for group in self.param_groups:
+            group["mode"] = mode
         self._exempt(self.attachments)
 
     def _exempt(self, attachments: list[Attachment]) -> None:
@@ -344,12 +373,12 @@ class SubspaceOptimizer(Optimizer):
 
     def _stocks(self) -> list[tuple[Optimizer, Pairs]]:
         if not self._stock:
-            self._stock = build_stock(self.param_groups, self._base, self.state)
+            self._stock = build_stock(self.param_groups, self._base, self._base_state)
         return self._stock
 
     def _is_probe(self) -> bool:
         """Whether this is the step by which torch.distributed.checkpoint makes a fresh optimizer allocate its state."""
-        if self._step or self.state or any(float(group["lr"]) for group in self.param_groups):
+        if self._step or self._base_state or any(float(group["lr"]) for group in self.param_groups):
             return False
         return not any(bool(param.grad.any()) for param in self._params() if param.grad is not None)
 
@@ -357,7 +386,7 @@ class SubspaceOptimizer(Optimizer):
         def initial() -> dict[str, Any]:
             return dict(self._base.build([sub.coords]).state.get(sub.coords, {}))
 
-        return Moments(self.state.get(sub.coords, {}), self._carry, self._degrees, initial)
+        return Moments(self._base_state.get(sub.coords, {}), self._carry, self._degrees, initial)
 
     def _choose(self) -> None:
         """Choose the new basis of every weight that is due, from the gradient that backward captured."""
@@ -368,9 +397,23 @@ class SubspaceOptimizer(Optimizer):
         for sub, factor in zip(due, factors, strict=True):
             choose(sub, self._step, common if factor is None else factor)
 
-    def _decay(self) -> None:
+    def _follow_casts(self) -> None:
+        """Cast the base's memory where model.to has cast the parameter since the last step."""
+        for param in self._params():
+            was = self._dtypes.setdefault(id(param), param.dtype)
+            if was == param.dtype:
+                continue
+            self._dtypes[id(param)] = param.dtype
+            memory = self._base_state.get(param, {})
+            for key, value in memory.items():
+                if isinstance(value, Tensor) and value.dim() and value.dtype == was:
+                    memory[key] = value.to(param.dtype)
+
+    def _decay(self, *, undo: bool = False) -> None:
         for group in self.param_groups:
             factor = 1.0 - group["lr"] * group["weight_decay"]
+            if undo:
+                factor = 1.0 / factor if factor else 1.0
             for param in group["params"]:
                 if group["weight_decay"] == 0 or param.grad is None:
                     continue

@@ -145,6 +145,8 @@ class _Reader:
         return bases.Choice(node.func.id, tuple(options))
 
     def _literal(self, node: ast.expr) -> Any:
+        if isinstance(node, ast.Constant) and isinstance(node.value, int | float) and not abs(node.value) < 2**63:
+            self._fail_at(node, "this number is too large")
         if isinstance(node, ast.Constant) and isinstance(node.value, int | float | str | None):
             return node.value
         if isinstance(node, ast.Name):

@@ -34,7 +34,7 @@ def restore(like: Any, flat: Mapping[str, Any], key: str, owner: str) -> Any:
     """The value that `flatten` named ``key``.
 
     Args:
-        like: A state of the same kind, whose shapes, dtypes and devices are taken.
+        like: A state of the same kind.
         flat: Leaves by name.
         key: The name of its root.
         owner: Whose state it is, for messages.
@@ -43,21 +43,43 @@ def restore(like: Any, flat: Mapping[str, Any], key: str, owner: str) -> Any:
         A state that shares no memory with ``flat``.
 
     Raises:
-        CheckpointError: A leaf is missing or has another shape.
+        CheckpointError: A leaf is missing, or of another type, dtype or shape.
     """
     if like is None:
         return None
     if hasattr(like, "_asdict"):
         return type(like)(*(restore(item, flat, f"{key}.{field}", owner) for field, item in like._asdict().items()))
-    if isinstance(like, Mapping):  # what an optimizer keeps, empty before its first step
-        return {k[len(key) + 1 :]: copied(v) for k, v in flat.items() if k.startswith(f"{key}.")}
-    value = entry(flat, key, owner)
-    if not isinstance(like, Tensor):
-        return type(like)(value)
-    if not isinstance(value, Tensor) or value.shape != like.shape:
-        was = tuple(value.shape) if isinstance(value, Tensor) else value
-        raise CheckpointError(f"'{key}' of {owner} is {was} in the checkpoint, and {tuple(like.shape)} in this run")
-    return copied(value).to(device=like.device, dtype=like.dtype)
+    if isinstance(like, Mapping):
+        return {name: restore(item, flat, f"{key}.{name}", owner) for name, item in like.items()}
+    return copied(checked(like, flat, key, owner))
+
+
+def checked(like: Any, flat: Mapping[str, Any], key: str, owner: str) -> Any:
+    """One leaf by name.
+
+    Args:
+        like: What the run has in its place.
+        flat: Leaves by name.
+        key: The name.
+        owner: Whose it is, for messages.
+
+    Returns:
+        The leaf itself.
+
+    Raises:
+        CheckpointError: It is missing, or of another type, dtype or shape.
+    """
+    if key not in flat:
+        raise CheckpointError(f"the checkpoint has no '{key}' for {owner}")
+    if _kind(flat[key]) != _kind(like):
+        raise CheckpointError(f"'{key}' of {owner} is {_kind(flat[key])} in the checkpoint, and {_kind(like)} in this run")
+    return flat[key]
+
+
+def _kind(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}"
+    return f"a {type(value).__name__}"
 
 
 def moved(value: Any, device: torch.device) -> Any:
@@ -72,13 +94,6 @@ def moved(value: Any, device: torch.device) -> Any:
 def tensors(value: Any) -> list[Tensor]:
     """The tensors among the leaves."""
     return [leaf for leaf in flatten(value).values() if isinstance(leaf, Tensor)]
-
-
-def entry(flat: Mapping[str, Any], key: str, owner: str) -> Any:
-    """One leaf by name; raises `CheckpointError` where there is none."""
-    if key not in flat:
-        raise CheckpointError(f"the checkpoint has no '{key}' for {owner}")
-    return flat[key]
 
 
 def copied(value: Any, device: torch.device | None = None) -> Any:

@@ -76,6 +76,8 @@ def test_the_state_is_flat_and_plain():
     assert {k for k in coords if k.startswith("subspace.")} == {
         "subspace.step",
         "subspace.refreshes",
+        "subspace.m",
+        "subspace.n",
         "subspace.state.left.left",
         "subspace.state.right.seed",
         "subspace.state.right.m",
@@ -140,7 +142,7 @@ def test_a_checkpoint_of_another_run_is_refused_and_nothing_is_changed():
         ),
         (
             lambda s: s["state"][0].update({"subspace.state.right": torch.zeros(2, 2)}),
-            r"'subspace.state.right' of .*q_proj.weight is \(2, 2\) in the checkpoint, and \(32, 4\) in this run",
+            r"'subspace.state.right' of .*q_proj.weight is float32 \(2, 2\) in the checkpoint, and float64 \(32, 4\)",
         ),
         (lambda s: s["param_groups"][0]["param_names"].__setitem__(1, "y"), "entry 1: the checkpoint has param_name 'y'"),
     ],

@@ -32,7 +32,7 @@ def started(transform, shape, dtype=torch.float64, seed=3):
 
 
 def refresh(transform, state, grad, step, seed=3):
-    return transform.refresh(state, grad, When(step, refreshes=int(step > 0), seed=seed))
+    return transform.refresh(state, grad, When(step, refreshes=step, seed=seed))
 
 
 def refreshed(text, shape, grad=None, times=1, dtype=torch.float64):

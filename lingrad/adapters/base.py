@@ -44,7 +44,7 @@ class Attachment(ABC):
             mode: ``optimizer`` or ``adapter``. Raises `ModeError`, with nothing changed, where it cannot be had.
         """
         self._connect(mode)
-        setattr(self.weight, _MARK, True)
+        setattr(self.weight, _MARK, id(self.weight))  # a pickled copy keeps it, and is another object
 
     def detach(self) -> None:
         """Disconnect and leave the model's structure as it was found; weights and coordinates are not touched."""
@@ -82,6 +82,11 @@ class Coords(nn.Module):
     @override
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Coords:
         asked = fn(self.coords.detach()[:0])
+        if asked.is_meta:
+            raise ModeError(
+                f"{self.sub.name} is being trained, and a move to the meta device would throw away its basis and coordinates; "
+                "call detach() first"
+            )
         super()._apply(lambda t: t.to(device=asked.device, dtype=wide(asked.dtype)), recurse)  # type: ignore[no-untyped-call]
         self.sub.move(asked.device)
         return self
@@ -128,10 +133,12 @@ def refuse_attached(name: str, param: nn.Parameter, module: nn.Module | None = N
         ModeError: It does.
     """
     # a copy of a model keeps modules and hooks, not attributes of parameters
-    if hasattr(param, _MARK):
+    if getattr(param, _MARK, None) == id(param):
         raise ModeError(f"'{name}' is wrapped already; call detach() on the optimizer that has it first")
     children = getattr(module, "_modules", {}).values()
-    if isinstance(module, Coords) or any(isinstance(child, Coords) for child in children):
+    *_, owner, last = ["", *name.split(".")]
+    ours = last == "coords" and owner.partition("_")[0] == CHILD  # all that is known of a bare parameter is its name
+    if ours or hasattr(param, _MARK) or isinstance(module, Coords) or any(isinstance(child, Coords) for child in children):
         raise ModeError(
             f"'{name}' is in a copy of a wrapped model, which is good for evaluation only; copy the model after detach(), "
             "or load state_dict() of the wrapped one in optimizer mode into a new model"

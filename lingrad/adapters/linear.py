@@ -64,6 +64,11 @@ class LinearAttachment(Attachment):
         self.weight.requires_grad_(self.sub.coords.requires_grad)
 
     def _freeze(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        if self.attribute not in module._parameters:
+            raise ModeError(
+                f"{self.sub.name} was parametrized (weight_norm and the like) after it was wrapped, and its updates would be "
+                "lost; parametrize first, then call lingrad"
+            )
         # model.requires_grad_(True) means the coordinates, which it reaches too
         if self.weight.requires_grad:
             self.weight.requires_grad_(False)

@@ -202,4 +202,5 @@ def state_bytes(optimizer: Optimizer) -> int:
     held: list[Any] = [value for state in optimizer.state.values() for value in state.values()]
     if isinstance(optimizer, SubspaceOptimizer):
         held += [t for sub in optimizer.subspaces for t in sub.tensors()]
-    return sum(t.numel() * t.element_size() for t in held if isinstance(t, Tensor))
+    distinct = {t.data_ptr(): t for t in held if isinstance(t, Tensor) and t.numel()}
+    return sum(t.numel() * t.element_size() for t in distinct.values())

@@ -107,12 +107,12 @@ def leading_vectors(
     grad = grad.to(wide(grad.dtype))
     rank = max(left or 0, right or 0)
     if solver == "exact":
-        u, s, v = _exact(grad.dense(), rank)
+        u, s, v, digits = _exact(grad.dense(), rank)
     elif solver == "gram":
-        u, s, v = _gram(grad.dense(), rank)
+        u, s, v, digits = _gram(grad.dense(), rank)
     else:
-        u, s, v = _randomized(grad, rank, seed, oversample, iters)
-    floor = s[0] * max(grad.shape) * torch.finfo(s.dtype).eps ** (0.5 if solver == "gram" else 1.0)
+        u, s, v, digits = _randomized(grad, rank, seed, oversample, iters)
+    floor = s[0] * max(grad.shape) * torch.finfo(s.dtype).eps ** digits
 
     def settled(vectors: Tensor, count: int | None, side: str) -> Tensor | None:
         """Vectors that the gradient determines, completed by seeded ones where it does not."""
@@ -128,26 +128,30 @@ def leading_vectors(
     return settled(u, left, "left"), settled(v, right, "right")
 
 
-def _exact(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+# Left vectors, singular values, right vectors, and the share of the dtype's digits that the small ones of them have.
+Factors = tuple[Tensor, Tensor, Tensor, float]
+
+
+def _exact(matrix: Tensor, rank: int) -> Factors:
     try:
         u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
     except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
         warnings.warn(f"the SVD did not converge ({error}); the Gram matrix is used instead", RuntimeWarning, stacklevel=2)
         return _gram(matrix, rank)
-    return u, s, vh.t()
+    return u, s, vh.t(), 1.0
 
 
-def _gram(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+def _gram(matrix: Tensor, rank: int) -> Factors:
     if matrix.shape[0] > matrix.shape[1]:
-        v, s, u = _gram(matrix.t(), rank)
-        return u, s, v
+        v, s, u, digits = _gram(matrix.t(), rank)
+        return u, s, v, digits
     values, vectors = torch.linalg.eigh(matrix @ matrix.t())  # ascending
     s = values[-rank:].flip(0).clamp_min(0).sqrt()
     u = vectors[:, -rank:].flip(1)
-    return u, s, matrix.t() @ u / s.clamp_min(torch.finfo(s.dtype).tiny)
+    return u, s, matrix.t() @ u / s.clamp_min(torch.finfo(s.dtype).tiny), 0.5
 
 
-def _randomized(grad: Gradient, rank: int, seed: int, oversample: int, iters: int) -> tuple[Tensor, Tensor, Tensor]:
+def _randomized(grad: Gradient, rank: int, seed: int, oversample: int, iters: int) -> Factors:
     m, n = grad.shape
     width = min(rank + oversample, m, n)
     sketch = gaussian(n, width, seed=seed, device=grad.device, dtype=grad.dtype)
@@ -155,5 +159,5 @@ def _randomized(grad: Gradient, rank: int, seed: int, oversample: int, iters: in
     for _ in range(iters):
         right = orthonormalize(grad.rmatmul(q).t(), seed=seed)
         q = orthonormalize(grad.matmul(right), seed=seed)
-    u, s, vh = torch.linalg.svd(grad.rmatmul(q), full_matrices=False)
-    return q @ u, s, vh.t()
+    u, s, v, digits = _exact(grad.rmatmul(q), rank)
+    return q @ u, s, v, digits

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from functools import cache
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -65,8 +66,10 @@ def written(value: Any) -> str:
 def _fits(value: Any, kind: Any) -> bool:
     if get_origin(kind) is Literal:
         return value in get_args(kind)
-    if kind in (int, float, bool, str):
-        return type(value) is kind or (kind is float and type(value) is int)
+    if kind is float:
+        return type(value) in (int, float) and math.isfinite(value)
+    if kind in (int, bool, str):
+        return type(value) is kind
     return isinstance(value, get_origin(kind) or kind)
 
 

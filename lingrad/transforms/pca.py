@@ -20,7 +20,7 @@ from lingrad.transforms.registry import register
 
 
 class Learned(NamedTuple):
-    """State of `PCA`: the bases, and what the optimizer remembers of each."""
+    """State of `PCA`: the bases, and what the optimizer remembers of each; of no meaning before the second refresh."""
 
     left: Tensor | None
     right: Tensor | None
@@ -87,7 +87,9 @@ class PCA(BasisTransform):
     @override
     def init(self, shape: tuple[int, int], *, seed: int, device: torch.device, dtype: torch.dtype) -> Learned:
         # at least float32: a learning rate's worth of change would be lost in a bfloat16 basis
-        return Learned(*self.start(shape, seed=seed, device=device, dtype=wide(dtype)), {}, {})
+        left, right = self.start(shape, seed=seed, device=device, dtype=wide(dtype))
+        base = self.optimizer.base(lr=self.lr)
+        return Learned(left, right, *({} if b is None or self.every == 0 else base.memory(b) for b in (left, right)))
 
     @override
     def refresh(self, state: Learned, grad: Gradient | None, when: When) -> Learned:
@@ -98,8 +100,9 @@ class PCA(BasisTransform):
             ranks = [b if b is None else b.shape[1] for b in (state.left, state.right)]
             left, right = leading_vectors(grad, ranks[0], ranks[1], solver="randomized", seed=seed)
             return state._replace(left=left, right=right)
-        left, left_memory = self._learn(state.left, grad, state.left_memory, derive_seed(seed, "left"))
-        right, right_memory = self._learn(state.right, grad.T, state.right_memory, derive_seed(seed, "right"))
+        left_memory, right_memory = ({}, {}) if when.refreshes == 1 else (state.left_memory, state.right_memory)
+        left, left_memory = self._learn(state.left, grad, left_memory, derive_seed(seed, "left"))
+        right, right_memory = self._learn(state.right, grad.T, right_memory, derive_seed(seed, "right"))
         return Learned(left, right, left_memory, right_memory)
 
     @override

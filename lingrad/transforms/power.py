@@ -50,10 +50,16 @@ class Power(GradientBasis):
                 left = _span(grad.matmul(right), when, "left")
                 right = _span(grad.rmatmul(left).t(), when, "right")
             elif left is not None:
-                left = _span(grad.matmul(grad.rmatmul(left).t()), when, "left")
+                left = _iterate(grad, left, when, "left")
             elif right is not None:
-                right = _span(grad.rmatmul(grad.matmul(right)).t(), when, "right")
+                right = _iterate(grad.T, right, when, "right")
         return Bases(align_signs(left, old.left), align_signs(right, old.right))
+
+
+def _iterate(grad: Gradient, basis: Tensor, when: When, side: str) -> Tensor:
+    # a QR between the two products: of both at once the QR would see the square of the condition number
+    other = _span(grad.rmatmul(basis).t(), when, f"{side}, halfway")
+    return _span(grad.matmul(other), when, side)
 
 
 def _span(columns: Tensor, when: When, side: str) -> Tensor:

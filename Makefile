@@ -8,7 +8,7 @@ export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 SOURCES := pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo readme test slow check lint types layers clean
+.PHONY: help demo readme duality mutants test slow check lint types layers clean
 
 help:  ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -35,6 +35,12 @@ demo: $(VENV)/.run  ## train on Moby-Dick with every method: a table, two plots,
 
 readme: $(VENV)/.run  ## put the last demo's table and plots into README.md
 	$(BIN)/python tools/update_readme.py runs/demo
+
+duality: $(VENV)/.dev  ## measure how far the modes part, into docs/duality.md
+	$(BIN)/python tools/measure_duality.py
+
+mutants: $(VENV)/.dev  ## break the engine in every way we could think of, and see that the tests notice
+	$(BIN)/python tools/mutants.py
 
 test: $(VENV)/.dev  ## the default test suite
 	$(BIN)/python -m pytest -m "not slow"

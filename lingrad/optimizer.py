@@ -150,6 +150,9 @@ class SubspaceOptimizer(Optimizer):
         self._follow_casts()
         probe = self._is_probe()
         if not probe:
+            for sub in self.subspaces:
+                if not sub.due:
+                    sub.refuse_stale()
             self._choose()
             for attachment in self.attachments:
                 commit(attachment.sub, attachment.weight, self._moments(attachment.sub))

@@ -65,6 +65,7 @@ class Subspace:
         seed: The seed of everything random about this weight.
         refreshes: How many refreshes were committed.
         due: Whether the step being prepared refreshes the basis from its gradient.
+        stale: Whether ``coords.grad`` may still be that of a step before a refresh.
         captured: The gradient of a refresh step, between backward and step.
         proposal: A refresh chosen and not yet committed; ``coords.grad`` is its projection.
     """
@@ -77,6 +78,7 @@ class Subspace:
     seed: int
     refreshes: int = 0
     due: bool = False
+    stale: bool = False
     captured: Captured = field(init=False)
     proposal: Proposal | None = None
 
@@ -144,12 +146,25 @@ class Subspace:
         self.forget()
         now = self.transform.due(step) or (self.refreshes == 0 and self.transform.due(0))
         self.due = now and self.transform.reads_gradient
+        self.stale = now and self.coords.grad is not None
         return now and not self.due
 
     def forget(self) -> None:
         """Drop the gradient of a refresh step and what was chosen from it."""
         self.captured.forget()
         self.proposal = None
+
+    def refuse_stale(self) -> None:
+        """Make sure that ``coords.grad`` is not left from before a refresh.
+
+        Raises:
+            ModeError: It is: neither its sum with a new gradient nor a step along it would mean anything.
+        """
+        if self.stale and self.coords.grad is not None and bool(self.coords.grad.any()):
+            raise ModeError(
+                f"the gradient of {self.name} is from before its basis was refreshed; call zero_grad() after each step"
+            )
+        self.stale = False
 
     def warn_once(self, message: str) -> None:
         """Warn about this weight, once for each message."""
@@ -158,6 +173,7 @@ class Subspace:
             warnings.warn(f"{self.name}: {message}", RuntimeWarning, stacklevel=3)
 
     def _before_accumulate(self) -> None:
+        self.refuse_stale()
         if self.proposal is not None and self.coords.grad is not None:
             raise ModeError(
                 f"a backward reached {self.name} between clip_grad_norm_ and step, but its new basis is chosen, from the "

@@ -186,6 +186,12 @@ class TestDocs:
                 lines = [line for line in lines if "wrap" not in line]
             exec(compile("\n".join(lines), "docs/index.md", "exec"), names)  # noqa: S102 - our own text
 
+    def test_python_on_the_duality_page_runs(self):
+        import re
+
+        (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/duality.md").read_text(), flags=re.DOTALL)
+        exec(compile(block, "docs/duality.md", "exec"), {})  # noqa: S102 - our own text
+
     def test_config_page_shows_messages_as_they_are(self):
         page = (ROOT / "docs/config.md").read_text()
         for text in ("svd(rnak=128, every=200)", "random(rank=4, kind=gausian)"):

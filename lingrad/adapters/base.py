@@ -44,7 +44,7 @@ class Attachment(ABC):
             mode: ``optimizer`` or ``adapter``. Raises `ModeError`, with nothing changed, where it cannot be had.
         """
         self._connect(mode)
-        setattr(self.weight, _MARK, id(self.weight))  # a pickled copy keeps it, and is another object
+        setattr(self.weight, _MARK, id(self.weight))  # a saved copy keeps it, and is another object
 
     def detach(self) -> None:
         """Disconnect and leave the model's structure as it was found; weights and coordinates are not touched."""

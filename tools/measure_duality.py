@@ -1,0 +1,67 @@
+"""Measure how far the modes part, over the tests' matrix, and put the tables into docs/duality.md: ``make duality``."""
+
+import os
+import re
+import sys
+from collections import defaultdict
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import torch
+
+from lingrad._table import align
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+from tests import breakers, cases  # noqa: E402 - the tests' own cases
+
+DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}
+Case = tuple[str, str, str, tuple[str, dict], float | None]
+
+
+def measure(job: tuple[Case, str]) -> tuple[str, str, float, str]:
+    """Run one case in one dtype: (base, dtype, gap, label)."""
+    case, dtype = job
+    torch.set_num_threads(1)
+    return case[3][0], dtype, cases.run(case, DTYPES[dtype]), cases.label(case)
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table whose columns line up; the first is text, the others are figures."""
+    right = [i > 0 for i in range(len(header))]
+    first, *rest = align([header, *rows], right)
+    rule = ["-" * (len(cell) - 1) + (":" if figures else "-") for cell, figures in zip(first, right, strict=True)]
+    return "".join(f"| {' | '.join(row)} |\n" for row in (first, rule, *rest))
+
+
+def main() -> None:
+    """Run everything, with progress on the terminal, and write the page."""
+    pairs = cases.covering(cases.all_cases(), 2)
+    jobs = [(case, dtype) for dtype in DTYPES for case in pairs]
+    worst: dict[str, dict[str, tuple[float, str]]] = defaultdict(dict)
+    with ProcessPoolExecutor(os.cpu_count()) as pool:
+        for done, (base, dtype, gap, label) in enumerate(pool.map(measure, jobs, chunksize=4), 1):
+            worst[base][dtype] = max(worst[base].get(dtype, (0.0, "")), (gap, label))
+            if done % 40 == 0:
+                print(f"{done} of {len(jobs)} runs", flush=True)
+    rows = [[base, *(f"{worst[base][dtype][0]:.1e}" for dtype in DTYPES)] for base in sorted(worst)]
+    rows = [[*row, f"`{worst[row[0]]['float64'][1]}`"] for row in rows]
+    broken = [[what, f"{gap:.1e}"] for what, gap in breakers.measure()]
+    blocks = {
+        "gaps": f"{len(pairs)} combinations in each dtype.\n\n" + table(["base", *DTYPES, "the worst in float64"], rows),
+        "breakers": table(["what breaks it", "difference"], broken),
+    }
+    page = ROOT / "docs" / "duality.md"
+    text = page.read_text()
+    for name, block in blocks.items():
+        marks = f"<!-- {name}:begin -->\n", f"<!-- {name}:end -->"
+        text, count = re.subn(f"{marks[0]}.*{marks[1]}", lambda _, b=block, m=marks: m[0] + b + m[1], text, flags=re.DOTALL)
+        if count != 1:
+            sys.exit(f"docs/duality.md must hold the marks {marks} once")
+    page.write_text(text)
+    print(f"{page.relative_to(ROOT)} now holds these figures")
+
+
+if __name__ == "__main__":
+    main()

@@ -8,7 +8,7 @@ export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 SOURCES := pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo readme duality mutants test slow check lint types layers clean
+.PHONY: help demo readme duality mutants test coverage slow check lint types layers clean
 
 help:  ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -44,6 +44,9 @@ mutants: $(VENV)/.dev  ## break the engine in every way we could think of, and s
 
 test: $(VENV)/.dev  ## the default test suite
 	$(BIN)/python -m pytest -m "not slow"
+
+coverage: $(VENV)/.dev  ## the default tests, with what they leave out (processes they start are not counted)
+	$(BIN)/python -m pytest -m "not slow" --cov=lingrad --cov-branch --cov-report=term-missing:skip-covered
 
 slow: $(VENV)/.dev  ## the slow tests
 	$(BIN)/python -m pytest -m slow

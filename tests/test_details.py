@@ -8,6 +8,7 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
 import lingrad
+from lingrad import state as trees
 from lingrad.errors import CheckpointError, ModeError
 from lingrad.gradient import DenseGradient, FactoredGradient, accumulate
 from tests.test_maps import GRADIENTS
@@ -226,3 +227,20 @@ def test_gradients_kept_over_steps_between_refreshes_are_those_of_torch(mode):
             optimizer.step()
         weights.append(optimizer.weights() if wrapped else dict(model.named_parameters()))
     assert gap(*weights) <= 1e-12
+
+
+@pytest.mark.parametrize(
+    "spec", ["svd(rank=2)", "random(rank=2, kind=rows)", "pca(rank=2)", "kron(left=pca(rank=2), right=random(rank=2))"]
+)
+def test_a_state_moves_to_a_device_whole(spec):
+    """Meta stands for another device: every tensor arrives, numbers and structure stay."""
+    state = lingrad.spec.parse(spec).init((6, 5), seed=0, device=torch.device("cpu"), dtype=torch.float32)
+    moved = trees.moved(state, torch.device("meta"))
+    flat, there = trees.flatten(state), trees.flatten(moved)
+    assert type(moved) is type(state)
+    assert flat.keys() == there.keys()
+    for key, value in flat.items():
+        if isinstance(value, torch.Tensor):
+            assert (there[key].device.type, there[key].shape, there[key].dtype) == ("meta", value.shape, value.dtype)
+        else:
+            assert there[key] == value

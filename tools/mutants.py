@@ -27,7 +27,10 @@ BASES, TRANSFORMS = ("tests/test_bases.py",), ("tests/test_transforms.py",)
 
 # what a mutant meets that these let pass: everything fast that is about numbers, state and structure
 WIDE = (
+    "tests/test_details.py",
     *(MAPS + BACKWARD + OPTIMIZER + REFERENCE + CHECKPOINT + BASES + TRANSFORMS + GALORE),
+    "tests/test_faults.py",
+    "tests/test_resume.py",
     "tests/test_duality.py",
 )
 

@@ -19,7 +19,7 @@ from lingrad.transforms.registry import register
 @final
 @dataclass(frozen=True, kw_only=True)
 class Power(GradientBasis):
-    """Subspace iteration from the old basis: P <- qr(G (G^T P)), from two products of the gradient.
+    """Subspace iteration from the old basis: P <- qr(G qr(G^T P)), from two products of the gradient.
 
     With ``side=both`` one iteration is P <- qr(G Q), Q <- qr(G^T P), one product each.
 

@@ -126,13 +126,10 @@ def covering(cases, size):
 def tolerance(case, dtype):
     """The largest relative difference of any weight that a case may leave between the modes, and why."""
     text, side, carry, (base, _), _ = case
-    noise = base == "lion" and carry == "reset" and "random" not in text
     if dtype == torch.bfloat16:
         return 2e-2  # a weight is rounded to 2^-8 at each merge: at every step, or at each refresh
-    if noise and (side == "both" or "kron" in text):
-        return (
-            1e-2  # S^T G of both-sided singular vectors is diagonal but for rounding, and lion steps by the sign of each entry
-        )
+    if base == "lion" and carry == "reset" and side == "both" and not text.startswith("random("):
+        return 1e-2  # S^T G of both-sided singular vectors is diagonal but for rounding, and lion steps by each entry's sign
     if base == "adamw8bit":
         return 1e-2  # moments of 8 bits: rounding that crosses an edge comes back as up to 1 % of an entry's step
     if base == "muon":

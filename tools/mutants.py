@@ -243,9 +243,9 @@ MUTANTS = (
         "scale in the decay",
         HAND,
     ),
-    Mutant("optimizer.py", "                self._step = found.step\n", "", "a resumed run counts from 0", RESUMES),
+    Mutant("persistence.py", "                self._step = found.step\n", "", "a resumed run counts from 0", RESUMES),
     Mutant(
-        "optimizer.py",
+        "persistence.py",
         "            sub.schedule(self._step)  # a redraw",
         "            sub.forget()  # a redraw",
         "a resumed run forgets what is due",

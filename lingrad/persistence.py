@@ -1,0 +1,155 @@
+"""What a run keeps between steps, and how it is saved and loaded: the half of the optimizer that is not the step.
+
+torch's own layout, so that trainers and torch.distributed.checkpoint work unmodified; see `lingrad.checkpoint` for the entries.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lingrad import bases, checkpoint
+from lingrad._typing import override
+from lingrad.adapters import Attachment, Mode
+from lingrad.compat import Compat
+from lingrad.errors import ModeError
+from lingrad.subspace import Carry, Subspace
+
+
+class StatefulOptimizer(Optimizer):
+    """The state of a run and its way to and from a checkpoint; `lingrad.SubspaceOptimizer` adds the step.
+
+    Attributes:
+        mode: ``optimizer`` or ``adapter``; None once detached.
+        attachments: The connections to the model, one for each transformed weight; each has its ``sub``.
+    """
+
+    mode: Mode | None
+    attachments: list[Attachment]
+
+    _base: bases.Base
+    _carry: Carry
+    _seed: int
+    _compat: Compat | None
+    _step: int  # steps finished
+    _base_state: defaultdict[Tensor, dict[str, Any]]  # what the stock optimizers keep; they share this mapping
+    _by_coords: dict[int, Attachment]
+    _dtypes: dict[int, torch.dtype]  # of each parameter, as the base's memory of it was last cast
+
+    @property
+    def subspaces(self) -> list[Subspace]:
+        """The subspace of every transformed weight."""
+        return [attachment.sub for attachment in self.attachments]
+
+    @property
+    def state(self) -> defaultdict[Tensor, dict[str, Any]]:
+        """What the base and the subspaces keep, by parameter; a copy of the mapping, for reading.
+
+        torch.distributed.checkpoint learns from it what a checkpoint holds.
+        """
+        merged = defaultdict(dict, {param: dict(entries) for param, entries in self._base_state.items()})
+        if self._step or self._base_state:
+            for attachment in self.attachments:
+                merged[attachment.sub.coords].update(checkpoint.pack(attachment.sub, self._step))
+        return merged
+
+    @state.setter
+    def state(self, value: defaultdict[Tensor, dict[str, Any]]) -> None:
+        self._base_state = value
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        """The state in torch's layout: ``state`` by index, with ``subspace.*`` beside the base's entries, and groups.
+
+        Returns:
+            Tensors and plain values only; loads with ``weights_only=True``.
+        """
+        self._require_attached()
+        packed: dict[str, Any] = super().state_dict()
+        for index, param in enumerate(self._params()):
+            if id(param) in self._by_coords:
+                own = checkpoint.pack(self._by_coords[id(param)].sub, self._step)
+                packed["state"].setdefault(index, {}).update(own)
+        return packed
+
+    @override
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from a saved state; nothing is changed unless all of it fits.
+
+        Args:
+            state_dict: What `state_dict` gave, in the same mode. Raises `CheckpointError` where it belongs to other
+                parameters or another spec, base, carry, seed or mode; the first difference is named.
+        """
+        self._require_attached()
+        identity = self._identity()
+        checkpoint.check_layout(state_dict)
+        checkpoint.check_groups(state_dict["param_groups"], self.param_groups, identity)
+        names = [name for group in self.param_groups for name in group["param_names"]]
+        indices = [index for group in state_dict["param_groups"] for index in group["params"]]
+        loaded = []
+        for param, name, index in zip(self._params(), names, indices, strict=True):
+            attachment = self._by_coords.get(id(param))
+            entries = state_dict["state"].get(index, {})
+            sub = None if attachment is None else attachment.sub
+            base = self._base if sub is not None else self._base.rest or self._base
+            loaded.append((param, sub, checkpoint.unpack(entries, param, name, sub, base)))
+        for param, sub, found in loaded:
+            self._base_state.pop(param, None)
+            if found.moments:
+                self._base_state[param] = found.moments
+            if sub is not None and found.step is not None:
+                sub.replace_state(found.state, found.refreshes)
+                sub.coords.grad = None  # of weights and a basis that are gone
+                self._step = found.step
+        for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
+            group.update({key: value for key, value in saved.items() if key != "params" and key not in identity})
+        for sub in self.subspaces:
+            sub.schedule(self._step)  # a redraw that was due had happened before the state was saved
+
+    @override
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise ModeError(
+            "this optimizer is tied to its model by hooks and cannot be copied or pickled; "
+            "save opt.state_dict() and model.state_dict(), and load them into a new model and optimizer"
+        )
+
+    def _require_attached(self) -> None:
+        if self.mode is None:
+            raise ModeError("this optimizer was detached from its model; call lingrad.wrap or lingrad.adapt again")
+
+    def _identity(self) -> dict[str, Any]:
+        """What this run is, for checkpoints to compare."""
+        return {
+            "format": checkpoint.FORMAT,
+            "mode": self.mode,
+            "base": self._base.name,
+            "carry": self._carry,
+            "seed": self._seed,
+            "compat": self._compat,
+        }
+
+    def _params(self) -> list[Tensor]:
+        return [param for group in self.param_groups for param in group["params"]]
+
+    def _is_probe(self) -> bool:
+        """Whether this is the step by which torch.distributed.checkpoint makes a fresh optimizer allocate its state."""
+        if self._step or self._base_state or any(float(group["lr"]) for group in self.param_groups):
+            return False
+        return not any(bool(param.grad.any()) for param in self._params() if param.grad is not None)
+
+    def _follow_casts(self) -> None:
+        """Cast the base's memory where model.to has cast the parameter since the last step."""
+        for param in self._params():
+            was = self._dtypes.setdefault(id(param), param.dtype)
+            if was == param.dtype:
+                continue
+            self._dtypes[id(param)] = param.dtype
+            memory = self._base_state.get(param, {})
+            for key, value in memory.items():
+                if isinstance(value, Tensor) and value.dim() and value.dtype == was:
+                    memory[key] = value.to(param.dtype)

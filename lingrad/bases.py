@@ -1,7 +1,6 @@
 """Base optimizers: stock classes, found by name, that step the coordinates and whatever trains in full.
 
-A base is used as it is; nothing here subclasses one. What the duality asks of it is that its update reads only gradients
-(Torroba-Hennigen et al., ICML 2025, arXiv 2502.13811, section 3), which `check_reads_only_gradients` finds out by running it.
+A base is used as it is; nothing here subclasses one. What the duality asks of it `lingrad.trials` finds out by running it.
 """
 
 from __future__ import annotations
@@ -10,17 +9,20 @@ import inspect
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
+from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.optim import optimizer as torch_optimizer
 
 from lingrad.errors import DualityError, SpecError, did_you_mean, optional
+from lingrad.gradient import wide
+from lingrad.stored import Stored
 
-# Large enough to be quantised, where a base does that from 4096 numbers on.
-TRIAL_SHAPE = (64, 64)
-TRIAL_STEPS = 3
+# Shape, dtype and the base's options -> what it keeps of such a parameter on CUDA
+Row = Callable[[tuple[int, ...], torch.dtype, Mapping[str, Any]], list[Stored]]
 
 BaseLike = str | type[Optimizer] | Callable[..., Optimizer]
 
@@ -33,23 +35,59 @@ class _Stock:
     options: Mapping[str, Any] = field(default_factory=dict)
     extra: str = "all"
     rest: str | None = None  # the base for parameters this one cannot step
+    moments: Row | None = None  # its row in the memory ledger
+
+
+def _adam(shape: tuple[int, ...], dtype: torch.dtype, options: Mapping[str, Any]) -> list[Stored]:
+    kept = [Stored(shape, dtype)] * (3 if options.get("amsgrad") else 2)
+    fused = options.get("fused", not ({"foreach", "differentiable"} & options.keys())) or options.get("capturable")
+    return [*kept, Stored((), torch.float32)] if fused else kept  # otherwise the step is counted on the CPU
+
+
+def _sgd(shape: tuple[int, ...], dtype: torch.dtype, options: Mapping[str, Any]) -> list[Stored]:
+    return [Stored(shape, dtype)] if options.get("momentum") else []
+
+
+def _rmsprop(shape: tuple[int, ...], dtype: torch.dtype, options: Mapping[str, Any]) -> list[Stored]:
+    kept = [Stored(shape, dtype)] * (1 + bool(options.get("momentum")) + bool(options.get("centered")))
+    return [*kept, Stored((), torch.float32)] if options.get("capturable") else kept
+
+
+def _one(shape: tuple[int, ...], dtype: torch.dtype, options: Mapping[str, Any]) -> list[Stored]:
+    return [Stored(shape, dtype)]
+
+
+def _adafactor(shape: tuple[int, ...], dtype: torch.dtype, options: Mapping[str, Any]) -> list[Stored]:
+    dtype = wide(dtype)
+    mean = [Stored(shape, dtype)] if options.get("beta1") is not None else []
+    squares = [shape] if len(shape) < 2 else [shape[:-1], (*shape[:-2], shape[-1])]
+    return [*mean, *(Stored(part, dtype) for part in squares), Stored((), dtype)]  # the last is the parameter's RMS
+
+
+def _adamw8bit(shape: tuple[int, ...], dtype: torch.dtype, options: Mapping[str, Any]) -> list[Stored]:
+    count = prod(shape)
+    if count < options.get("min_8bit_size", 4096):
+        return [Stored(shape, torch.float32)] * 2
+    blocks = -(-count // 256)
+    return [Stored(shape, torch.uint8), Stored((blocks,), torch.float32)] * 2
 
 
 _STOCK: dict[str, _Stock] = {
-    "adamw": _Stock("torch.optim.AdamW"),
-    "adam": _Stock("torch.optim.Adam"),
-    "sgd": _Stock("torch.optim.SGD"),
-    "rmsprop": _Stock("torch.optim.RMSprop"),
-    "adagrad": _Stock("torch.optim.Adagrad"),
+    "adamw": _Stock("torch.optim.AdamW", moments=_adam),
+    "adam": _Stock("torch.optim.Adam", moments=_adam),
+    "sgd": _Stock("torch.optim.SGD", moments=_sgd),
+    "rmsprop": _Stock("torch.optim.RMSprop", moments=_rmsprop),
+    "adagrad": _Stock("torch.optim.Adagrad", moments=_one),
     # Muon steps matrices only; its update is rescaled to AdamW's so that one learning rate serves both.
-    "muon": _Stock("torch.optim.Muon", {"adjust_lr_fn": "match_rms_adamw"}, rest="adamw"),
-    "lion": _Stock("lion_pytorch.Lion", extra="lion"),
+    "muon": _Stock("torch.optim.Muon", {"adjust_lr_fn": "match_rms_adamw"}, rest="adamw", moments=_one),
+    "lion": _Stock("lion_pytorch.Lion", extra="lion", moments=_one),
     "adafactor": _Stock(
         "transformers.optimization.Adafactor",
         {"lr": 1e-3, "scale_parameter": False, "relative_step": False, "warmup_init": False},
         extra="hf",
+        moments=_adafactor,
     ),
-    "adamw8bit": _Stock("bitsandbytes.optim.AdamW8bit", extra="bnb"),
+    "adamw8bit": _Stock("bitsandbytes.optim.AdamW8bit", extra="bnb", moments=_adamw8bit),
 }
 
 
@@ -62,12 +100,30 @@ class Base:
         factory: The optimizer class, or any callable ``factory(params, **options)``.
         options: Keyword arguments for the factory.
         rest: The base that steps untransformed parameters, where this one cannot; None means this one.
+        row: Its row in the memory ledger, if it has one.
     """
 
     name: str
     factory: Callable[..., Optimizer]
     options: Mapping[str, Any] = field(default_factory=dict)
     rest: Base | None = None
+    row: Row | None = None
+
+    def moments(self, shape: tuple[int, ...], dtype: torch.dtype) -> list[Stored]:
+        """What the base keeps of one parameter on its device, tensor by tensor: its row in the memory ledger.
+
+        Args:
+            shape: The parameter's shape.
+            dtype: Its dtype.
+
+        Returns:
+            The tensors, as on CUDA; of a base without a row of its own, those of a step on the meta device. What all
+            parameters share, such as the code book of 8-bit moments, is not among them.
+        """
+        if self.row is not None:
+            return self.row(shape, dtype, self.options)
+        found = self.memory(torch.empty(shape, dtype=dtype, device="meta"))
+        return [Stored(tuple(t.shape), t.dtype) for t in found.values() if isinstance(t, Tensor) and t.is_meta]
 
     def build(self, params: Iterable[Any]) -> Optimizer:
         """Build the optimizer.
@@ -83,8 +139,9 @@ class Base:
         """
         params = list(params)
         options = dict(self.options)
-        if _has_fused(self.factory) and not {"fused", "foreach", "capturable", "differentiable"} & options.keys():
-            options["fused"] = all(_fusible(p) for p in _flatten(params))
+        devices = _fused_on(self.factory)
+        if devices and not {"fused", "foreach", "capturable", "differentiable"} & options.keys():
+            options["fused"] = all(_fusible(p, devices) for p in _flatten(params))
         try:
             optimizer = self.factory(params, **options)
         except (TypeError, ValueError, IndexError, AssertionError, RuntimeError) as error:
@@ -176,63 +233,10 @@ def find(base: BaseLike, options: Mapping[str, Any], *, decay: bool = True) -> B
         _refuse_own_decay(name, factory)
         merged["weight_decay"] = 0.0
     if stock.rest is None:
-        return Base(name, factory, merged)
+        return Base(name, factory, merged, row=stock.moments)
     # one learning rate serves both; any other option belongs to the base itself, or else to the one beside it
     kept = {k: v for k, v in options.items() if k == "lr" or k not in accepted}
-    return Base(name, factory, merged, find(stock.rest, kept, decay=decay))
-
-
-def check_reads_only_gradients(base: Base) -> None:
-    """Run a base on a parameter that its own steps alone move and on one that is moved elsewhere before each step.
-
-    Given equal gradients its updates must be equal: adapter mode is the first parameter, optimizer mode, which merges after
-    each step, the second. Whatever the run's learning rate is, the trial's is 1.
-
-    Args:
-        base: The base to try; a few steps on a 64 x 64 parameter, in float64 where the base takes that.
-
-    Raises:
-        DualityError: The updates differ, so the two modes would part.
-        SpecError: The base cannot step on gradients alone.
-    """
-    places = torch.randn(TRIAL_STEPS, *TRIAL_SHAPE, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    moved, _ = _trial(base, [torch.zeros(TRIAL_SHAPE)])
-    other, _ = _trial(base, list(places))
-    # bitsandbytes rounds to float32, which leaves 4e-7 of updates of about 1; a decay of 1e-5 would leave 3e-5
-    if not torch.allclose(moved, other, rtol=0, atol=2e-6 * float(moved.abs().max())):
-        raise DualityError(
-            f"the update of base '{base.name}' reads the parameter, not only its gradient (a trust ratio, parameter "
-            "scaling, a decay of its own, or a memory of where the parameter was), so optimizer mode and adapter mode would "
-            "differ. Switch that off in the base (weight decay is the engine's: weight_decay=...), or choose another base."
-        )
-
-
-def moment_degrees(base: Base) -> dict[str, int]:
-    """Find how each moment of a base grows with the gradient: 1 for means, 2 for squares.
-
-    Args:
-        base: The base to try, as `check_reads_only_gradients` does.
-
-    Returns:
-        State key -> degree, for every state tensor that has the parameter's shape.
-
-    Raises:
-        DualityError: A state tensor is neither, so that it cannot be rotated into another basis.
-    """
-    start = [torch.zeros(TRIAL_SHAPE)]
-    once, twice = (_trial(base, start, factor)[1] for factor in (1.0, 2.0))
-    degrees = {}
-    for key, value in once.items():
-        if not isinstance(value, Tensor) or value.numel() == 1:
-            continue
-        degree = next((d for d in (1, 2) if _grew(value, twice[key], 2.0**d)), None)
-        if value.shape != TRIAL_SHAPE or degree is None:
-            raise DualityError(
-                f"carry='rotate' cannot rotate the state '{key}' of base '{base.name}' (it is quantised, factored or "
-                "not a moment of the gradient); use carry='keep' or carry='reset'"
-            )
-        degrees[key] = degree
-    return degrees
+    return Base(name, factory, merged, find(stock.rest, kept, decay=decay), stock.moments)
 
 
 def _load(name: str, stock: _Stock) -> Callable[..., Optimizer]:
@@ -272,9 +276,13 @@ def _refuse_own_decay(name: str, factory: Callable[..., Optimizer]) -> None:
         )
 
 
-def _has_fused(factory: Callable[..., Optimizer]) -> bool:
+def _fused_on(factory: Callable[..., Optimizer]) -> set[str]:
+    """The devices on which torch has a fused kernel of a class that is worth its while."""
     # not SGD: its fused kernel fails where a parameter gets its first gradient late, or a sparse one
-    return isinstance(factory, type) and issubclass(factory, (torch.optim.Adam, torch.optim.Adagrad))
+    if not (isinstance(factory, type) and issubclass(factory, (torch.optim.Adam, torch.optim.Adagrad))):
+        return set()
+    devices = set(torch_optimizer._get_fused_kernels_supported_devices()) & {"cpu", "cuda", "meta"}  # type: ignore[attr-defined]
+    return devices - {"cuda", "meta"} if issubclass(factory, torch.optim.Adagrad) else devices
 
 
 def _flatten(params: Iterable[Any]) -> Iterable[Tensor]:
@@ -285,43 +293,5 @@ def _flatten(params: Iterable[Any]) -> Iterable[Tensor]:
             yield item[1] if isinstance(item, tuple) else item
 
 
-def _fusible(param: Tensor) -> bool:
-    return type(param) in (Tensor, nn.Parameter) and param.is_floating_point() and param.device.type in ("cpu", "cuda")
-
-
-def _trial(base: Base, places: list[Tensor], factor: float = 1.0) -> tuple[Tensor, dict[str, Any]]:
-    """A few steps on the same gradients, from the places given in turn, or on from wherever the last step led.
-
-    Returns:
-        The updates [steps, rows, columns], and the state that is left.
-
-    Raises:
-        SpecError: The base cannot step on gradients alone.
-    """
-    for dtype in (torch.float64, torch.float32):
-        param = nn.Parameter(places[0].to(dtype))
-        optimizer = base.build([param])
-        for group in optimizer.param_groups:
-            group["lr"] = torch.ones_like(group["lr"]) if isinstance(group.get("lr"), Tensor) else 1.0
-        try:
-            return _updates(optimizer, param, places, factor), dict(optimizer.state[param])
-        except (TypeError, ValueError, RuntimeError) as error:
-            failure = error  # bitsandbytes has no float64
-    raise SpecError(f"base '{base.name}' cannot be used: its step(), without a closure, failed with: {failure}") from failure
-
-
-def _updates(optimizer: Optimizer, param: nn.Parameter, places: list[Tensor], factor: float) -> Tensor:
-    gradients = torch.randn(TRIAL_STEPS, *TRIAL_SHAPE, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    updates = []
-    for i, gradient in enumerate(gradients.to(param.dtype)):
-        if i < len(places):
-            param.data.copy_(places[i])
-        before = param.detach().clone()
-        param.grad = factor * gradient
-        optimizer.step()
-        updates.append(param.detach() - before)
-    return torch.stack(updates)
-
-
-def _grew(once: Tensor, twice: Tensor, factor: float) -> bool:
-    return once.is_floating_point() and torch.allclose(twice, factor * once, rtol=1e-3, atol=0.0)
+def _fusible(param: Tensor, devices: set[str]) -> bool:
+    return type(param) in (Tensor, nn.Parameter) and param.is_floating_point() and param.device.type in devices

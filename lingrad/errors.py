@@ -45,6 +45,10 @@ class DataError(LingradError, ValueError):
     """A text, a model folder or a results folder cannot be used."""
 
 
+class MemoryModelError(LingradError, RuntimeError):
+    """The memory of a run cannot be told without running it on a real device, or cannot be measured on this one."""
+
+
 class DependencyError(LingradError, ImportError):
     """An optional package is missing; the message names the extra that brings it."""
 

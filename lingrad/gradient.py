@@ -249,15 +249,22 @@ def accumulate(total: Gradient | None, part: Gradient) -> Gradient:
     """
     if total is None:
         if isinstance(part, FactoredGradient) and not part.smaller_than_dense:
-            return DenseGradient(part.dense())
+            return DenseGradient(_formed(part))
         return part
     if isinstance(total, FactoredGradient) and isinstance(part, FactoredGradient):
         joined = FactoredGradient(torch.cat((total.out_grad, part.out_grad)), torch.cat((total.input, part.input)))
         if joined.smaller_than_dense:
             return joined
-    matrix = total.dense()
+    matrix = _formed(total)
     if isinstance(part, FactoredGradient):
+        part = part.to(matrix.dtype)
         matrix.addmm_(part.out_grad.t(), part.input)
     else:
         matrix.add_(part.dense())
     return DenseGradient(matrix)
+
+
+def _formed(grad: Gradient) -> Tensor:
+    """The matrix; in float16 a factored one's entries may overflow where its projection does not, so that it is widened."""
+    half = isinstance(grad, FactoredGradient) and grad.dtype == torch.float16
+    return (grad.to(torch.float32) if half else grad).dense()

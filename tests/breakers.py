@@ -4,7 +4,7 @@ from contextlib import contextmanager
 
 import torch
 
-from lingrad import bases
+from lingrad import trials
 from lingrad.testing import token_batches, token_loss, train, trajectories
 from tests.training import gap, zoo
 
@@ -15,12 +15,12 @@ RUN = {"lr": 1e-2, "scale": 0.25}
 @contextmanager
 def unchecked():
     """Switch off what refuses a base, to measure what the refusal is for."""
-    check = bases.check_reads_only_gradients
-    bases.check_reads_only_gradients = lambda base: None
+    check = trials.check_reads_only_gradients
+    trials.check_reads_only_gradients = lambda base: None
     try:
         yield
     finally:
-        bases.check_reads_only_gradients = check
+        trials.check_reads_only_gradients = check
 
 
 def part(rules=RULES, base="adamw", **options):

@@ -6,7 +6,7 @@ from typing import Literal, get_origin
 
 import torch
 
-from lingrad import bases, spec
+from lingrad import bases, spec, trials
 from lingrad.errors import DualityError
 from lingrad.testing import assert_dual, token_batches
 from lingrad.transforms import BasisTransform, registry
@@ -88,7 +88,7 @@ def base_options():
 def rotates(base, options):
     """Whether carry=rotate is accepted: moments that are quantised, factored or normalised cannot be rotated."""
     try:
-        bases.moment_degrees(bases.find(base, options))
+        trials.moment_degrees(bases.find(base, options))
     except DualityError:
         return False
     return True

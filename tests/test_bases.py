@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import lingrad
-from lingrad import bases
+from lingrad import bases, trials
 from lingrad.errors import DependencyError, DualityError, SpecError
 from tests.training import llama, text_batches, train
 
@@ -26,7 +26,7 @@ def test_every_name_is_a_stock_class_without_decay_that_reads_only_gradients():
     for name in bases.names():
         for lr in (1.0, 1e-3, 1e-5, 1e-7, 1e-2):  # a learning rate says nothing about what an update reads
             base = bases.find(name, {"lr": lr}, decay=False)
-            bases.check_reads_only_gradients(base)
+            trials.check_reads_only_gradients(base)
         optimizer = base.build([nn.Parameter(torch.zeros(2, 2))])
         assert not type(optimizer).__module__.startswith("lingrad")
         if name in NAMED:
@@ -228,7 +228,7 @@ def test_muon_steps_matrices_and_adamw_the_rest():
     ],
 )
 def test_moments_are_told_apart_by_how_they_grow(base, options, degrees):
-    assert bases.moment_degrees(bases.find(base, options)) == degrees
+    assert trials.moment_degrees(bases.find(base, options)) == degrees
 
 
 @pytest.mark.parametrize(("base", "state"), [("adafactor", "exp_avg_sq_row"), ("adamw8bit", "state1")])

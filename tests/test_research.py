@@ -9,8 +9,8 @@ import torch
 
 import lingrad
 from lingrad.errors import DataError
+from lingrad.models import LlamaShape, build_llama, next_token_loss
 from lingrad.research import corpus, plans, report, runner
-from lingrad.research.models import LlamaShape, build_llama, next_token_loss
 from tests.training import llama, text_batches, text_loss, train
 
 TINY = plans.Setup(
@@ -208,7 +208,7 @@ class TestReport:
         def full(*_):
             raise OSError(28, "No space left on device")
 
-        monkeypatch.setattr(report.os, "fdopen", full)
+        monkeypatch.setattr("lingrad._files.os.fdopen", full)
         with pytest.raises(DataError, match="No space left on device"):
             report.save(dataclasses.replace(result, text="other"), tmp_path)
         monkeypatch.undo()

@@ -4,7 +4,7 @@ import torch
 
 from lingrad import testing
 from lingrad.compare import weight_gap
-from lingrad.research.models import next_token_loss, norm_in_own_dtype
+from lingrad.models import next_token_loss, norm_in_own_dtype
 from lingrad.testing import every_kind, token_batches, token_loss
 
 VOCABULARY = 64

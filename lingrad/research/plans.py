@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
 from lingrad import spec
-from lingrad.research.models import LlamaShape
+from lingrad.models import LlamaShape
 from lingrad.rules import parse_rules
 from lingrad.transforms import Transform
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
 import tempfile
 from collections.abc import Callable
@@ -14,6 +13,7 @@ from typing import Any
 
 import torch
 
+from lingrad._files import write_whole
 from lingrad._table import align
 from lingrad.errors import DataError, optional
 from lingrad.research.plans import Setup
@@ -168,7 +168,7 @@ def save(result: Result, folder: Path) -> list[Path]:
     }
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        return [_write_whole(folder / name, make()) for name, make in contents.items()]
+        return [write_whole(folder / name, make()) for name, make in contents.items()]
     except OSError as error:
         raise DataError(f"cannot write the results to {folder}: {error.strerror}") from error
 
@@ -191,19 +191,6 @@ def load(folder: Path) -> Result:
         return Result(records=records, double=double, **raw)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"{folder} holds no result of a lingrad comparison: {error}") from error
-
-
-def _write_whole(path: Path, data: bytes) -> Path:
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-        Path(temporary).chmod(0o644)
-        Path(temporary).replace(path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-    return path
 
 
 def prepare(folder: Path) -> None:

@@ -14,9 +14,9 @@ from torch.optim import Optimizer
 
 from lingrad import api, bases
 from lingrad.compare import weight_gap
+from lingrad.models import build_llama, next_token_loss
 from lingrad.optimizer import SubspaceOptimizer
 from lingrad.research.corpus import Corpus, check_length, training_batches, validation_batches
-from lingrad.research.models import build_llama, next_token_loss
 from lingrad.research.plans import Method, Setup
 from lingrad.rules import resolve_model
 

@@ -18,6 +18,7 @@ from lingrad._typing import override
 from lingrad.errors import ShapeError, SpecError, require
 from lingrad.gradient import Gradient
 from lingrad.maps import KroneckerMap, LinearMap
+from lingrad.stored import Stored
 from lingrad.transforms import options
 from lingrad.transforms.factorize import derive_seed, start_basis
 
@@ -115,6 +116,18 @@ class Transform(ABC):
     def basis_shapes(self, shape: tuple[int, int]) -> tuple[tuple[int, int] | None, tuple[int, int] | None]:
         """Shapes of the left and right basis that stay in memory, [m, p] and [n, q]; None where there is none."""
 
+    @abstractmethod
+    def storage(self, shape: tuple[int, int], dtype: torch.dtype) -> list[Stored]:
+        """What stays in memory between steps, tensor by tensor: the row of this transform in the memory ledger.
+
+        Args:
+            shape: (m, n), the weight's shape.
+            dtype: The weight's dtype.
+
+        Returns:
+            Shape and dtype of each tensor of the state after the first refresh, and of the map where it is kept.
+        """
+
 
 class Bases(NamedTuple):
     """The state of a transform that is nothing but its bases."""
@@ -179,6 +192,10 @@ class BasisTransform(Transform):
     def basis_shapes(self, shape: tuple[int, int]) -> tuple[tuple[int, int] | None, tuple[int, int] | None]:
         left, right = self.ranks(shape)
         return None if left is None else (shape[0], left), None if right is None else (shape[1], right)
+
+    @override
+    def storage(self, shape: tuple[int, int], dtype: torch.dtype) -> list[Stored]:
+        return [Stored(basis, dtype) for basis in self.basis_shapes(shape) if basis is not None]
 
     @override
     def due(self, step: int) -> bool:

@@ -27,8 +27,10 @@ def derive_seed(seed: int, *parts: object) -> int:
 
 def gaussian(rows: int, columns: int, *, seed: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     """Standard normal numbers, [rows, columns]; drawn on the CPU, so that a seed means the same on every device."""
+    if device.type == "meta":  # nothing to draw, and a large model's bases would take minutes
+        return torch.empty(rows, columns, dtype=torch.float32, device=device).to(dtype)
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(rows, columns, generator=generator, dtype=torch.float32).to(device=device, dtype=dtype)
+    return torch.randn(rows, columns, generator=generator, dtype=torch.float32, device="cpu").to(device=device, dtype=dtype)
 
 
 def start_basis(size: int, rank: int, *, seed: int, device: torch.device, dtype: torch.dtype) -> Tensor:
@@ -52,10 +54,10 @@ def orthonormalize(columns: Tensor, *, seed: int) -> Tensor:
     q, r = torch.linalg.qr(columns)
     diagonal = r.diagonal()
     floor = diagonal.abs().max() * columns.shape[0] * torch.finfo(columns.dtype).eps
-    dependent = diagonal.abs() <= floor
-    if bool(dependent.any()):
+    independent = ~(diagonal.abs() <= floor)  # a NaN is for the caller to see
+    if not bool(independent.all()):
         filler = gaussian(*columns.shape, seed=seed, device=columns.device, dtype=columns.dtype)
-        q, r = torch.linalg.qr(torch.where(dependent, filler, q))
+        q, r = torch.linalg.qr(torch.where(independent, q, filler))
         diagonal = r.diagonal()
     return torch.where(diagonal < 0, -q, q).contiguous()
 
@@ -118,12 +120,12 @@ def leading_vectors(
         """Vectors that the gradient determines, completed by seeded ones where it does not."""
         if count is None:
             return None
-        vectors, noise = vectors[:, :count], s[:count] <= floor
-        if not bool(noise.any()):
+        vectors, clear = vectors[:, :count], ~(s[:count] <= floor)
+        if bool(clear.all()):
             return vectors.clone(memory_format=torch.contiguous_format)  # a slice would keep the whole factor alive
         fill = derive_seed(seed, side)
         filler = gaussian(*vectors.shape, seed=fill, device=vectors.device, dtype=vectors.dtype)
-        return orthonormalize(torch.where(noise, filler, vectors), seed=fill)
+        return orthonormalize(torch.where(clear, vectors, filler), seed=fill)
 
     return settled(u, left, "left"), settled(v, right, "right")
 

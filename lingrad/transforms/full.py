@@ -10,6 +10,7 @@ import torch
 from lingrad._typing import override
 from lingrad.gradient import Gradient
 from lingrad.maps import KroneckerMap, LinearMap
+from lingrad.stored import Stored
 from lingrad.transforms.base import Bases, Transform, When
 from lingrad.transforms.registry import register
 
@@ -27,6 +28,10 @@ class Full(Transform):
     @override
     def basis_shapes(self, shape: tuple[int, int]) -> tuple[None, None]:
         return None, None
+
+    @override
+    def storage(self, shape: tuple[int, int], dtype: torch.dtype) -> list[Stored]:
+        return []
 
     @override
     def init(self, shape: tuple[int, int], *, seed: int, device: torch.device, dtype: torch.dtype) -> Bases:

@@ -12,6 +12,7 @@ from lingrad._typing import override
 from lingrad.errors import SpecError, require
 from lingrad.gradient import Gradient
 from lingrad.maps import LinearMap, two_sided
+from lingrad.stored import Stored
 from lingrad.transforms.base import BasisTransform, Transform, When
 from lingrad.transforms.registry import register
 
@@ -65,6 +66,12 @@ class Kron(Transform):
     def basis_shapes(self, shape: tuple[int, int]) -> tuple[tuple[int, int] | None, tuple[int, int] | None]:
         left, right = self._factors
         return left.basis_shapes(shape)[0], right.basis_shapes(shape)[1]
+
+    @override
+    def storage(self, shape: tuple[int, int], dtype: torch.dtype) -> list[Stored]:
+        # a factor drawn from a seed lives in the map alone
+        kept = [factor for factor in self._factors if self.stores_map or factor.reads_gradient]
+        return [stored for factor in kept for stored in factor.storage(shape, dtype)]
 
     @override
     def init(self, shape: tuple[int, int], *, seed: int, device: torch.device, dtype: torch.dtype) -> Pair:

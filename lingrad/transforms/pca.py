@@ -13,6 +13,7 @@ from lingrad.bases import Choice
 from lingrad.errors import SpecError, require
 from lingrad.gradient import Gradient, wide
 from lingrad.maps import KroneckerMap, LinearMap
+from lingrad.stored import Stored
 from lingrad.transforms import options
 from lingrad.transforms.base import BasisTransform, When
 from lingrad.transforms.factorize import derive_seed, leading_vectors, orthonormalize
@@ -90,6 +91,14 @@ class PCA(BasisTransform):
         left, right = self.start(shape, seed=seed, device=device, dtype=wide(dtype))
         base = self.optimizer.base(lr=self.lr)
         return Learned(left, right, *({} if b is None or self.every == 0 else base.memory(b) for b in (left, right)))
+
+    @override
+    def storage(self, shape: tuple[int, int], dtype: torch.dtype) -> list[Stored]:
+        learned = super().storage(shape, wide(dtype))
+        if self.every == 0:
+            return learned
+        base = self.optimizer.base(lr=self.lr)
+        return [*learned, *(moment for basis in learned for moment in base.moments(*basis))]
 
     @override
     def refresh(self, state: Learned, grad: Gradient | None, when: When) -> Learned:

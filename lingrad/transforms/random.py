@@ -11,6 +11,7 @@ from torch import Tensor
 from lingrad._typing import override
 from lingrad.gradient import Gradient, wide
 from lingrad.maps import KroneckerMap, LinearMap, SelectionMap
+from lingrad.stored import Stored
 from lingrad.transforms.base import BasisTransform, When
 from lingrad.transforms.factorize import derive_seed, gaussian, orthonormalize
 from lingrad.transforms.registry import register
@@ -71,6 +72,12 @@ class Random(BasisTransform):
         return super().basis_shapes(shape) if self.store and self.kind != "rows" else (None, None)
 
     @override
+    def storage(self, shape: tuple[int, int], dtype: torch.dtype) -> list[Stored]:
+        if self.kind != "rows" or not self.store:
+            return super().storage(shape, dtype)
+        return [Stored((rank,), torch.int64) for rank in self.ranks(shape) if rank is not None]
+
+    @override
     def init(self, shape: tuple[int, int], *, seed: int, device: torch.device, dtype: torch.dtype) -> Drawn:
         return Drawn(seed, *shape, *self.ranks(shape), torch.empty(0, device=device, dtype=dtype))
 
@@ -99,5 +106,5 @@ class Random(BasisTransform):
 
 
 def _choose(size: int, rank: int, *, seed: int, like: Tensor) -> Tensor:
-    chosen = torch.randperm(size, generator=torch.Generator().manual_seed(seed))[:rank]
+    chosen = torch.randperm(size, generator=torch.Generator().manual_seed(seed), device="cpu")[:rank]
     return chosen.sort().values.to(like.device)

@@ -1,4 +1,4 @@
-"""Models to train or to look at: the demo's small Llama, and any transformers config on the meta device."""
+"""Models to train or to look at: Llamas of all sizes, and any transformers config on the meta device."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lingrad.errors import DataError, optional
+from lingrad.errors import DataError, did_you_mean, optional
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,7 @@ class LlamaShape:
         layers: Number of layers.
         heads: Attention heads.
         length: Longest window.
+        groups: Heads of keys and values, where they are fewer; 0 for as many as ``heads``.
     """
 
     vocabulary: int = 256
@@ -31,6 +32,19 @@ class LlamaShape:
     layers: int = 3
     heads: int = 4
     length: int = 64
+    groups: int = 0
+
+
+# Those of the GaLore paper (arXiv 2403.03507, table 11) up to 7B, and Llama 2 above; vocabulary 32,000.
+LLAMAS = {
+    "llama-60m": LlamaShape(32000, 512, 1376, 8, 8, 2048),
+    "llama-130m": LlamaShape(32000, 768, 2048, 12, 12, 2048),
+    "llama-350m": LlamaShape(32000, 1024, 2736, 24, 16, 2048),
+    "llama-1b": LlamaShape(32000, 2048, 5461, 24, 32, 2048),
+    "llama-7b": LlamaShape(32000, 4096, 11008, 32, 32, 4096),
+    "llama-13b": LlamaShape(32000, 5120, 13824, 40, 40, 4096),
+    "llama-70b": LlamaShape(32000, 8192, 28672, 80, 64, 4096, groups=8),
+}
 
 
 def build_llama(shape: LlamaShape, *, seed: int, dtype: torch.dtype = torch.float32) -> nn.Module:
@@ -51,7 +65,7 @@ def build_llama(shape: LlamaShape, *, seed: int, dtype: torch.dtype = torch.floa
         intermediate_size=shape.intermediate,
         num_hidden_layers=shape.layers,
         num_attention_heads=shape.heads,
-        num_key_value_heads=shape.heads,
+        num_key_value_heads=shape.groups or shape.heads,
         max_position_embeddings=shape.length,
         tie_word_embeddings=False,
     )
@@ -98,7 +112,7 @@ def open_model(name: str) -> nn.Module:
     """A model without weights, on the meta device.
 
     Args:
-        name: ``demo``, or a local ``config.json`` of transformers, or the folder that holds one.
+        name: ``demo``, a name from `LLAMAS`, a local ``config.json`` of transformers, or the folder that holds one.
 
     Returns:
         The model; nothing is downloaded and no weight is read.
@@ -107,13 +121,14 @@ def open_model(name: str) -> nn.Module:
         DataError: There is no such config, or it is not one of transformers.
     """
     with torch.device("meta"):
-        if name == "demo":
-            return build_llama(LlamaShape(), seed=0)
+        known = {"demo": LlamaShape(), **LLAMAS}
+        if name in known:
+            return build_llama(known[name], seed=0)
         path = Path(name)
         if not path.exists():
             raise DataError(
-                f"no model '{name}': expected 'demo', a config.json of transformers, or a folder that holds one "
-                "(models are read from disk only)"
+                f"no model '{name}'{did_you_mean(name, known)} Expected {', '.join(known)}, a config.json of transformers, or "
+                "a folder that holds one (models are read from disk only)"
             )
         transformers = _transformers()
         try:  # a config is the user's own text, and what a model does with a wrong one is anybody's guess

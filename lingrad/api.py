@@ -7,9 +7,9 @@ from typing import Any
 from lingrad.bases import BaseLike
 from lingrad.compat import Compat
 from lingrad.groups import Trainable
+from lingrad.moments import Carry
 from lingrad.optimizer import SubspaceOptimizer
 from lingrad.rules import Rules
-from lingrad.subspace import Carry
 
 
 def wrap(
@@ -22,6 +22,7 @@ def wrap(
     carry: Carry = "keep",
     seed: int = 0,
     compat: Compat | None = None,
+    layerwise: bool = False,
     **base_kwargs: Any,
 ) -> SubspaceOptimizer:
     """Train in subspaces as an optimizer: W <- W + S opt(S^T G) (GaLore's form).
@@ -40,6 +41,9 @@ def wrap(
         carry: What happens to the base's moments at a refresh: ``keep``, ``reset``, or ``rotate`` into the new basis.
         seed: Seed of everything random; each weight derives its own from it and its name.
         compat: ``galore`` follows galore_torch's arithmetic to the last digit.
+        layerwise: Step each weight inside the backward, as soon as its gradient is there, and free that: no two gradients need
+            exist at once. Every backward is then a step, to be finished by ``step()``; there is no accumulation over
+            micro-batches, no clipping by a norm and no loss scaling.
         **base_kwargs: Options of the base, such as ``lr``, ``betas``, ``momentum``.
 
     Returns:
@@ -62,6 +66,7 @@ def wrap(
         carry=carry,
         seed=seed,
         compat=compat,
+        layerwise=layerwise,
         **base_kwargs,
     )
 
@@ -76,6 +81,7 @@ def adapt(
     carry: Carry = "keep",
     seed: int = 0,
     compat: Compat | None = None,
+    layerwise: bool = False,
     **base_kwargs: Any,
 ) -> SubspaceOptimizer:
     """Train in subspaces as one-sided adapters: W = W0 + S z, z trained, merged at each refresh.
@@ -91,6 +97,7 @@ def adapt(
         carry: See `wrap`.
         seed: See `wrap`.
         compat: See `wrap`.
+        layerwise: See `wrap`.
         **base_kwargs: See `wrap`.
 
     Returns:
@@ -106,5 +113,6 @@ def adapt(
         carry=carry,
         seed=seed,
         compat=compat,
+        layerwise=layerwise,
         **base_kwargs,
     )

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from lingrad import state as trees
@@ -64,7 +65,7 @@ def unpack(entries: Mapping[str, Any], param: Tensor, name: str, sub: Subspace |
         base: The base that steps it.
 
     Returns:
-        Copies on the parameter's device, in the dtypes they were saved in.
+        Copies in the dtypes they were saved in, where the base keeps them: step counters may be on the CPU.
 
     Raises:
         CheckpointError: An entry is missing, or of another type, dtype or shape.
@@ -79,10 +80,25 @@ def unpack(entries: Mapping[str, Any], param: Tensor, name: str, sub: Subspace |
             raise CheckpointError(f"{name} is {tuple(shape)} in the checkpoint, and {sub.layout.shape} in this run")
         loaded = Loaded({}, step, trees.restore(sub.state, entries, f"{PREFIX}state", name), refreshes)
     moments = {key: value for key, value in entries.items() if not key.startswith(PREFIX)}
-    if moments:  # none where the parameter has had no gradient yet
-        for key, like in base.memory(param).items():
-            trees.checked(like, moments, key, name)
-    return loaded._replace(moments={key: trees.copied(value, param.device) for key, value in moments.items()})
+    fresh = base.memory(param) if moments else {}  # none where the parameter has had no gradient yet
+    for key, like in fresh.items():
+        trees.checked(like, moments, key, name)
+    return loaded._replace(moments=placed(moments, fresh, param.device))
+
+
+def placed(memory: Mapping[str, Any], like: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+    """A base's entries for one parameter on the devices where it keeps them.
+
+    Args:
+        memory: The entries, on any device.
+        like: What the base keeps of such a parameter.
+        device: The parameter's, for entries that ``like`` does not have.
+
+    Returns:
+        Copies.
+    """
+    places = {key: value.device for key, value in like.items() if isinstance(value, Tensor)}
+    return {key: trees.copied(value, places.get(key, device)) for key, value in memory.items()}
 
 
 def check_layout(state_dict: Any) -> None:

@@ -19,6 +19,8 @@ from lingrad._typing import override
 from lingrad.errors import DualityError
 from lingrad.gradient import DenseGradient, Gradient
 
+BLOCK = 2**22  # numbers of a lift that are formed at a time
+
 
 class LinearMap(ABC):
     """An immutable linear map S from coordinates z [p, q] to a weight [m, n].
@@ -142,7 +144,13 @@ class KroneckerMap(LinearMap):
     def add_lift_(self, weight: Tensor, coords: Tensor) -> None:
         factors = [f for f in (self.left, coords, None if self.right is None else self.right.t()) if f is not None]
         if len(factors) == 1 or any(f.dtype != weight.dtype for f in factors):
-            weight.add_(self.lift(coords))  # mixed dtypes: lifted in the coords' dtype and rounded once, in the sum
+            # mixed dtypes: lifted in the coords' dtype and rounded once, in the sum; in blocks of rows, since the lift of a
+            # bfloat16 weight takes twice its memory
+            rows = max(1, BLOCK // weight.shape[1])
+            for start in range(0, len(weight), rows):
+                block = slice(start, start + rows)
+                part = self if self.left is None else KroneckerMap(self.left[block], self.right)
+                weight[block].add_(part.lift(coords[block] if self.left is None else coords))
             return
         if len(factors) == 3:
             factors = [factors[0] @ factors[1], factors[2]]
@@ -217,10 +225,12 @@ class SelectionMap(LinearMap):
     @override
     def add_lift_(self, weight: Tensor, coords: Tensor) -> None:
         chosen = [(side, indices) for side, indices in enumerate((self.rows, self.columns)) if indices is not None]
-        if len(chosen) == 1 and coords.dtype == weight.dtype:
-            weight.index_add_(*chosen[0], coords)
-        else:
+        if len(chosen) != 1:
             weight.add_(self.lift(coords))
+        elif coords.dtype == weight.dtype:
+            weight.index_add_(*chosen[0], coords)
+        else:  # summed in the wider dtype and rounded once
+            weight.index_copy_(*chosen[0], weight.index_select(*chosen[0]).add_(coords))
 
     @override
     def transport_squares(self, old: LinearMap, squares: Tensor) -> Tensor:

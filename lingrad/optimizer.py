@@ -8,21 +8,24 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable
+from functools import partial
 from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lingrad import bases, parallel
+from lingrad import bases, parallel, trials
 from lingrad._typing import override
 from lingrad.adapters import Attachment, Mode, make_attachment
 from lingrad.compat import Compat, arithmetic, as_published
 from lingrad.errors import ModeError, require, require_one_of
 from lingrad.groups import Pairs, Trainable, build_stock, check_not_negative, make_groups, pull, push, resolve_groups
+from lingrad.layerwise import Layerwise
+from lingrad.moments import Carry, Moments
 from lingrad.persistence import StatefulOptimizer
 from lingrad.rules import Rules, Target
-from lingrad.subspace import Carry, Moments, Subspace, choose, commit, decay, lifted, merge, redraw
+from lingrad.subspace import Subspace, choose, commit, decay, lifted, merge, redraw
 
 
 class SubspaceOptimizer(StatefulOptimizer):
@@ -48,22 +51,29 @@ class SubspaceOptimizer(StatefulOptimizer):
         carry: Carry = "keep",
         seed: int = 0,
         compat: Compat | None = None,
+        layerwise: bool = False,
         **base_kwargs: Any,
     ) -> None:
         require_one_of(mode, get_args(Mode), "mode")
         require_one_of(carry, get_args(Carry), "carry")
         for option, value in (("weight_decay", weight_decay), ("scale", scale)):
             check_not_negative(option, value)
+        require(type(layerwise) is bool, "layerwise", f"layerwise must be True or False, not {layerwise!r}")
         require(type(seed) is int, "seed", f"seed must be a whole number, not {seed!r}")
         self._base = bases.find(base, base_kwargs, decay=False)
-        bases.check_reads_only_gradients(self._base)
+        trials.check_reads_only_gradients(self._base)
         self._carry = carry
-        self._degrees = bases.moment_degrees(self._base) if carry == "rotate" else {}
+        self._degrees = trials.moment_degrees(self._base) if carry == "rotate" else {}
         self._arithmetic = arithmetic(compat, self._base.name)
         self._seed, self._compat = seed, compat
         self._step = 0
-        self._dtypes: dict[int, torch.dtype] = {}
+        self._places: dict[int, tuple[torch.dtype, torch.device]] = {}
         self._stock: list[tuple[Optimizer, Pairs]] = []
+        self._stock_of: dict[int, list[tuple[Optimizer, Pairs]]] = {}  # of one parameter each, where layerwise
+        self._layerwise = Layerwise(self._advance_one) if layerwise else None
+        if layerwise:
+            trials.check_keeps_nothing_for_all(self._base)
+        self._handles: list[Any] = []
         self._settled = False
         self._base_state: defaultdict[Tensor, dict[str, Any]] = defaultdict(dict)
         self._by_coords: dict[int, Attachment] = {}
@@ -122,18 +132,35 @@ class SubspaceOptimizer(StatefulOptimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        stocks = self._stocks()
-        self._follow_casts()
+        if self._follow(self._params()):
+            self._stock.clear()
+            self._stock_of.clear()
         probe = self._is_probe()
+        if self._layerwise is not None:
+            self._layerwise.flush()
+        self._advance(self._stocks(), self.attachments, probe=probe)
         if not probe:
-            for sub in self.subspaces:
-                if not sub.due:
-                    sub.refuse_stale()
-            self._choose()
-            for attachment in self.attachments:
+            self._step += 1
+            self._schedule()
+        if self._layerwise is not None:
+            self._layerwise.begin()
+        return loss
+
+    def _advance(self, stocks: list[tuple[Optimizer, Pairs]], attachments: list[Attachment], *, probe: bool = False) -> None:
+        """Refresh where due, decay, step and merge whatever of these has a gradient."""
+        served = [(own, param) for _, pairs in stocks for own, group in pairs for param in group["params"]]
+        if not probe:
+            for attachment in attachments:
+                if not attachment.sub.due:
+                    attachment.sub.refuse_stale()
+            self._choose(attachments)
+            for attachment in attachments:
                 commit(attachment.sub, attachment.weight, self._moments(attachment.sub))
+        for attachment in attachments:
+            if attachment.sub.coords.grad is not None:
+                attachment.sub.hold()
         if not self._arithmetic.decay_last:
-            self._decay()
+            self._decay(served)
         for stock, pairs in stocks:
             for own, group in pairs:
                 push(own, group, self._arithmetic, self._step + 1)
@@ -141,20 +168,30 @@ class SubspaceOptimizer(StatefulOptimizer):
                 stock.step()
             except BaseException:
                 if stock is stocks[0][0] and not self._arithmetic.decay_last:
-                    self._decay(undo=True)  # nothing was stepped: the weights stay as the step found them
+                    self._decay(served, undo=True)  # nothing was stepped: the weights stay as the step found them
                 raise
             for own, group in pairs:
                 pull(own, group)
         if self._arithmetic.decay_last:
-            self._decay()
+            self._decay(served)
         if self.mode == "optimizer":
-            for attachment in self.attachments:
+            for attachment in attachments:
                 if attachment.sub.coords.grad is not None:
                     merge(attachment.sub, attachment.weight)
-        if not probe:
-            self._step += 1
-            self._schedule()
-        return loss
+                    attachment.sub.release()
+
+    def _advance_one(self, param: Tensor) -> None:
+        """Step one parameter inside the backward and free its gradient."""
+        attachment = self._by_coords.get(id(param))
+        if self._follow([param]):
+            self._stock.clear()
+            self._stock_of.pop(id(param), None)
+        if id(param) not in self._stock_of:
+            group = next(group for group in self.param_groups if any(param is other for other in group["params"]))
+            stock, pairs = build_stock([{**group, "params": [param]}], self._base, self._base_state)[0]
+            self._stock_of[id(param)] = [(stock, [(group, served) for _, served in pairs])]
+        self._advance(self._stock_of[id(param)], [] if attachment is None else [attachment])
+        param.grad = None
 
     def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0) -> Tensor:
         """Clip the gradient of all that trains by its norm, coordinates counting as they are, in the small space.
@@ -168,9 +205,17 @@ class SubspaceOptimizer(StatefulOptimizer):
 
         Returns:
             The norm before clipping, 0-d.
+
+        Raises:
+            ModeError: The run is layerwise, so that gradients never exist together.
         """
+        if self._layerwise is not None:
+            raise ModeError(
+                "with layerwise=True each gradient is stepped and freed inside the backward, and there is no norm to clip by; "
+                "leave layerwise out to clip"
+            )
         with torch.no_grad():
-            self._choose()
+            self._choose(self.attachments)
         params = [p for group in self.param_groups for p in group["params"]]
         return torch.nn.utils.clip_grad_norm_(params, max_norm, norm_type)
 
@@ -222,6 +267,9 @@ class SubspaceOptimizer(StatefulOptimizer):
         for attachment in self.attachments:
             merge(attachment.sub, attachment.weight)
             attachment.detach()
+            attachment.sub.arrived = None
+        while self._handles:
+            self._handles.pop().remove()
         self.mode = None
         self._exempt([])
 
@@ -236,6 +284,20 @@ class SubspaceOptimizer(StatefulOptimizer):
         for attachment in self.attachments:
             attachment.weight.grad = None  # from before it was ours, or from a backward that failed before our hook
             attachment.sub.forget()
+        if self._layerwise is not None:
+            self._layerwise.begin()
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from a saved state; nothing is changed unless all of it fits.
+
+        Args:
+            state_dict: What `state_dict` gave, in the same mode. Raises `CheckpointError` where it belongs to other
+                parameters or another spec, base, carry, seed or mode; the first difference is named.
+        """
+        super().load_state_dict(state_dict)
+        if self._layerwise is not None:
+            self._layerwise.begin()
 
     @override
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -268,7 +330,25 @@ class SubspaceOptimizer(StatefulOptimizer):
         self.mode = mode
         for group in self.param_groups:
             group["mode"] = mode
+        for attachment in self.attachments:
+            attachment.sub.release() if mode == "optimizer" else attachment.sub.hold()
+        self._listen()
         self._exempt(self.attachments)
+
+    def _listen(self) -> None:
+        """Have gradients reported as they arrive, where each is stepped at once."""
+        layerwise = self._layerwise
+        if layerwise is None:
+            return
+        for group in self.param_groups:
+            for name, param in zip(group["param_names"], group["params"], strict=True):
+                attachment = self._by_coords.get(id(param))
+                if attachment is None:
+                    report, trains = partial(layerwise.arrived, name=name, wait=False), param.requires_grad
+                    self._handles.append(param.requires_grad_(True).register_post_accumulate_grad_hook(report))
+                    param.requires_grad_(trains)
+                else:
+                    attachment.sub.arrived = partial(layerwise.arrived, param, name, wait=True)
 
     def _exempt(self, attachments: list[Attachment]) -> None:
         if self._model is not None:
@@ -286,28 +366,27 @@ class SubspaceOptimizer(StatefulOptimizer):
 
         return Moments(self._base_state.get(sub.coords, {}), self._carry, self._degrees, initial)
 
-    def _choose(self) -> None:
+    def _choose(self, attachments: list[Attachment]) -> None:
         """Choose the new basis of every weight that is due, from the gradient that backward captured."""
-        due = [s for s in self.subspaces if s.due and s.proposal is None and s.coords.grad is not None]
+        due = [s for s in (a.sub for a in attachments) if s.due and s.proposal is None and s.coords.grad is not None]
         factors = [sub.captured.outside_factor(sub.coords) for sub in due]
         # where backward left zeros, the factor is the one seen everywhere else
         common = next((factor for factor in factors if factor is not None), 1.0)
         for sub, factor in zip(due, factors, strict=True):
             choose(sub, self._step, common if factor is None else factor)
 
-    def _decay(self, *, undo: bool = False) -> None:
-        for group in self.param_groups:
+    def _decay(self, served: list[tuple[dict[str, Any], Tensor]], *, undo: bool = False) -> None:
+        for group, param in served:
             factor = 1.0 - group["lr"] * group["weight_decay"]
             if undo:
                 factor = 1.0 / factor if factor else 1.0
-            for param in group["params"]:
-                if group["weight_decay"] == 0 or param.grad is None:
-                    continue
-                attachment = self._by_coords.get(id(param))
-                if attachment is None:
-                    param.mul_(factor)
-                else:
-                    decay(attachment.sub, attachment.weight, factor)
+            if group["weight_decay"] == 0 or param.grad is None:
+                continue
+            attachment = self._by_coords.get(id(param))
+            if attachment is None:
+                param.mul_(factor)
+            else:
+                decay(attachment.sub, attachment.weight, factor)
 
     @torch.no_grad()
     def _schedule(self) -> None:

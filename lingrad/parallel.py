@@ -21,7 +21,12 @@ from lingrad.gradient import DenseGradient, Gradient
 
 def ranks() -> int:
     """The number of processes that share each step."""
-    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
+    return distributed.get_world_size() if together() else 1
+
+
+def together() -> bool:
+    """Whether torch.distributed runs, even with one process only."""
+    return distributed.is_available() and distributed.is_initialized()
 
 
 def average(tensor: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ torch's own layout, so that trainers and torch.distributed.checkpoint work unmod
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -17,7 +18,8 @@ from lingrad._typing import override
 from lingrad.adapters import Attachment, Mode
 from lingrad.compat import Compat
 from lingrad.errors import ModeError
-from lingrad.subspace import Carry, Subspace
+from lingrad.moments import Carry
+from lingrad.subspace import Subspace
 
 
 class StatefulOptimizer(Optimizer):
@@ -38,12 +40,25 @@ class StatefulOptimizer(Optimizer):
     _step: int  # steps finished
     _base_state: defaultdict[Tensor, dict[str, Any]]  # what the stock optimizers keep; they share this mapping
     _by_coords: dict[int, Attachment]
-    _dtypes: dict[int, torch.dtype]  # of each parameter, as the base's memory of it was last cast
+    _places: dict[int, tuple[torch.dtype, torch.device]]  # of each parameter, as the base's memory of it last followed
 
     @property
     def subspaces(self) -> list[Subspace]:
         """The subspace of every transformed weight."""
         return [attachment.sub for attachment in self.attachments]
+
+    def held(self) -> Iterator[tuple[Tensor, str]]:
+        """The tensors that stay in memory between steps, for memory reports.
+
+        Yields:
+            (tensor, what it is): ``weight`` for those that are transformed, ``coords``, ``basis``, ``moments``.
+        """
+        for attachment in self.attachments:
+            yield attachment.weight, "weight"
+            yield attachment.sub.coords, "coords"
+            yield from ((tensor, "basis") for tensor in attachment.sub.tensors())
+        for entries in self._base_state.values():
+            yield from ((value, "moments") for value in entries.values() if isinstance(value, Tensor))
 
     @property
     def state(self) -> defaultdict[Tensor, dict[str, Any]]:
@@ -106,6 +121,7 @@ class StatefulOptimizer(Optimizer):
                 sub.replace_state(found.state, found.refreshes)
                 sub.coords.grad = None  # of weights and a basis that are gone
                 self._step = found.step
+        self._places = {id(param): (param.dtype, param.device) for param in self._params()}
         for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
             group.update({key: value for key, value in saved.items() if key != "params" and key not in identity})
         for sub in self.subspaces:
@@ -142,14 +158,27 @@ class StatefulOptimizer(Optimizer):
             return False
         return not any(bool(param.grad.any()) for param in self._params() if param.grad is not None)
 
-    def _follow_casts(self) -> None:
-        """Cast the base's memory where model.to has cast the parameter since the last step."""
-        for param in self._params():
-            was = self._dtypes.setdefault(id(param), param.dtype)
-            if was == param.dtype:
+    def _follow(self, params: list[Tensor]) -> bool:
+        """Cast and move the base's memory where model.to has cast or moved the parameter since the last step.
+
+        Returns:
+            Whether any was moved: which kernels a stock optimizer uses is a matter of the device.
+        """
+        moved = False
+        for param in params:
+            now = (param.dtype, param.device)
+            dtype, device = self._places.setdefault(id(param), now)
+            if (dtype, device) == now:
                 continue
-            self._dtypes[id(param)] = param.dtype
+            self._places[id(param)] = now
             memory = self._base_state.get(param, {})
+            base = self._base if id(param) in self._by_coords else self._base.rest or self._base
+            fresh = base.memory(param) if memory else {}
+            if device != param.device:
+                memory.update(checkpoint.placed(memory, fresh, param.device))
             for key, value in memory.items():
-                if isinstance(value, Tensor) and value.dim() and value.dtype == was:
-                    memory[key] = value.to(param.dtype)
+                like = fresh.get(key)
+                if isinstance(value, Tensor) and isinstance(like, Tensor) and value.dtype == dtype != like.dtype:
+                    memory[key] = value.to(like.dtype)  # not every base keeps its memory in the parameter's dtype
+            moved = moved or device != param.device
+        return moved

@@ -40,7 +40,7 @@ def restore(like: Any, flat: Mapping[str, Any], key: str, owner: str) -> Any:
         owner: Whose state it is, for messages.
 
     Returns:
-        A state that shares no memory with ``flat``.
+        A state that shares no memory with ``flat``, on the devices of ``like``.
 
     Raises:
         CheckpointError: A leaf is missing, or of another type, dtype or shape.
@@ -51,7 +51,7 @@ def restore(like: Any, flat: Mapping[str, Any], key: str, owner: str) -> Any:
         return type(like)(*(restore(item, flat, f"{key}.{field}", owner) for field, item in like._asdict().items()))
     if isinstance(like, Mapping):
         return {name: restore(item, flat, f"{key}.{name}", owner) for name, item in like.items()}
-    return copied(checked(like, flat, key, owner))
+    return copied(checked(like, flat, key, owner), like.device if isinstance(like, Tensor) else None)
 
 
 def checked(like: Any, flat: Mapping[str, Any], key: str, owner: str) -> Any:

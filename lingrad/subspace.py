@@ -9,24 +9,25 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Mapping
+import weakref
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from lingrad import parallel
 from lingrad import state as trees
 from lingrad.captured import Captured
-from lingrad.errors import DualityError, ModeError
+from lingrad.errors import ModeError
 from lingrad.gradient import FactoredGradient, Gradient, wide
 from lingrad.layout import Layout
 from lingrad.maps import LinearMap
+from lingrad.moments import Moments
 from lingrad.parallel import average, averaged, ranks, share
 from lingrad.transforms.base import Transform, When
 from lingrad.transforms.factorize import derive_seed
-
-Carry = Literal["keep", "reset", "rotate"]
 
 
 class Proposal(NamedTuple):
@@ -34,22 +35,6 @@ class Proposal(NamedTuple):
 
     state: Any
     map: LinearMap
-
-
-class Moments(NamedTuple):
-    """The base optimizer's memory of one weight's coordinates, and how a refresh carries it over.
-
-    Args:
-        state: Its entries; changed in place.
-        carry: ``keep`` (GaLore), ``reset`` (as ReLoRA does), or ``rotate`` into the new basis.
-        degrees: For ``rotate``, which entries are means (1) and which are squares (2).
-        initial: Gives the entries a base has before its first step; most have none.
-    """
-
-    state: dict[str, Any]
-    carry: Carry
-    degrees: Mapping[str, int]
-    initial: Callable[[], Mapping[str, Any]]
 
 
 @dataclass(eq=False)
@@ -61,13 +46,14 @@ class Subspace:
         layout: How the weight is read as a matrix [m, n].
         transform: How the basis is chosen.
         state: The transform's state.
-        coords: z [p, q], zero at the start, float32 unless the weight is float64.
+        coords: z [p, q], zero at the start, float32 unless the weight is float64; see `release`.
         seed: The seed of everything random about this weight.
         refreshes: How many refreshes were committed.
         due: Whether the step being prepared refreshes the basis from its gradient.
         stale: Whether ``coords.grad`` may still be that of a step before a refresh.
         captured: The gradient of a refresh step, between backward and step.
         proposal: A refresh chosen and not yet committed; ``coords.grad`` is its projection.
+        arrived: Called when ``coords.grad`` holds the gradient of one more backward.
     """
 
     name: str
@@ -81,6 +67,7 @@ class Subspace:
     stale: bool = False
     captured: Captured = field(init=False)
     proposal: Proposal | None = None
+    arrived: Callable[[], None] | None = None
 
     _map: LinearMap | None = None
     _said: set[str] = field(default_factory=set)
@@ -107,8 +94,10 @@ class Subspace:
     def __post_init__(self) -> None:
         """Follow what autograd adds to the coordinates' gradient, where a layer's backward produces it."""
         self.captured = Captured(self.name)
-        self.coords.register_hook(lambda _: self._before_accumulate())
-        self.coords.register_post_accumulate_grad_hook(lambda _: self._after_accumulate())
+        # a cycle through a tensor's hooks would never be freed
+        before, after = weakref.WeakMethod(self._before_accumulate), weakref.WeakMethod(self._after_accumulate)
+        self.coords.register_hook(lambda _: call(before))
+        self.coords.register_post_accumulate_grad_hook(lambda _: call(after))
 
     def map(self) -> LinearMap:
         """The map S of the current basis."""
@@ -122,7 +111,22 @@ class Subspace:
     def tensors(self) -> list[Tensor]:
         """The tensors that hold the basis between steps: of the transform's state, and of the map where it is kept."""
         held = [*trees.tensors(self.state), *(self._map.tensors if self._map is not None else ())]
-        return list({t.untyped_storage().data_ptr(): t for t in held if t.numel()}.values())
+        return list({t.untyped_storage()._cdata: t for t in held if t.numel()}.values())
+
+    @property
+    def released(self) -> bool:
+        """Whether the coordinates, all zero, hold no memory."""
+        return self.coords.stride() == (0, 0)
+
+    def release(self) -> None:
+        """Give back the memory of coordinates that are zero: one zero stands for all. They can be read, not written."""
+        if not parallel.together():  # DistributedDataParallel writes into parameters
+            self.coords.data = self.coords.new_zeros(()).expand(self.coords.shape)
+
+    def hold(self) -> None:
+        """Give released coordinates memory of their own."""
+        if self.released:
+            self.coords.data = self.coords.new_zeros(self.coords.shape)
 
     def replace_state(self, state: Any, refreshes: int) -> None:
         """Take over a state from a refresh or a checkpoint."""
@@ -185,6 +189,15 @@ class Subspace:
     def _after_accumulate(self) -> None:
         if self.due:
             self.captured.after_accumulate(self.coords)
+        if self.arrived is not None:
+            self.arrived()
+
+
+def call(method: weakref.WeakMethod[Callable[..., None]] | None, *args: Any) -> None:
+    """Call a method whose object a hook does not keep alive, if that lives."""
+    found = None if method is None else method()
+    if found is not None:
+        found(*args)
 
 
 def capture(sub: Subspace, grad: Gradient) -> None:
@@ -263,7 +276,7 @@ def commit(sub: Subspace, weight: Tensor, moments: Moments) -> None:
     """
     if sub.proposal is None:
         return
-    carried = _carried(sub, moments)
+    carried = moments.rotated(sub.map(), sub.proposal.map, sub.name, sub.coords.shape)
     merge(sub, weight)
     if moments.carry == "reset":
         moments.state.clear()
@@ -279,7 +292,8 @@ def commit(sub: Subspace, weight: Tensor, moments: Moments) -> None:
 def decay(sub: Subspace, weight: Tensor, factor: float) -> None:
     """Decoupled weight decay of W + S z: ``weight *= factor`` and ``coords *= factor``."""
     weight.mul_(factor)
-    sub.coords.mul_(factor)
+    if not sub.released:
+        sub.coords.mul_(factor)
 
 
 def merge(sub: Subspace, weight: Tensor) -> None:
@@ -289,8 +303,10 @@ def merge(sub: Subspace, weight: Tensor) -> None:
         sub: The subspace.
         weight: The weight, in its own shape; written in place.
     """
+    if sub.released:
+        return
     matrix = sub.layout.matrix(weight)
-    if matrix.untyped_storage().data_ptr() == weight.untyped_storage().data_ptr():
+    if matrix.untyped_storage()._cdata == weight.untyped_storage()._cdata:
         sub.map().add_lift_(matrix, sub.coords)
     else:  # the strides allowed no view, as in a channels_last convolution
         weight.add_(sub.layout.restore(sub.map().lift(sub.coords)))
@@ -299,7 +315,7 @@ def merge(sub: Subspace, weight: Tensor) -> None:
 
 def lifted(sub: Subspace, weight: Tensor) -> Tensor:
     """The weight of the forward, W + S z, in the weight's shape; the weight itself where the coordinates are zero."""
-    if not sub.coords.any():
+    if sub.released or not sub.coords.any():
         return weight
     return weight + sub.layout.restore(sub.map().lift(sub.coords)).to(weight.dtype)
 
@@ -309,18 +325,3 @@ def _propose(sub: Subspace, grad: Gradient | None, step: int) -> Proposal:
     if grad is not None:
         share(trees.tensors(state))
     return Proposal(state, sub.transform.map(state))
-
-
-def _carried(sub: Subspace, moments: Moments) -> dict[str, Tensor]:
-    """The moments in the coordinates of the proposal, where they are rotated."""
-    if moments.carry != "rotate" or sub.proposal is None:
-        return {}
-    old, new = sub.map(), sub.proposal.map
-    carried = {}
-    for key, value in moments.state.items():
-        if not isinstance(value, Tensor) or (key not in moments.degrees and value.numel() == 1):  # a step counter
-            continue
-        if key not in moments.degrees or value.shape != sub.coords.shape:
-            raise DualityError(f"carry='rotate' cannot rotate the state '{key}' of {sub.name}; use keep or reset")
-        carried[key] = new.transport(old, value) if moments.degrees[key] == 1 else new.transport_squares(old, value)
-    return carried

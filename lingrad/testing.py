@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lingrad import api, bases
+from lingrad import api, bases, trials
 from lingrad.compare import weight_gap
 from lingrad.errors import DualityError
 from lingrad.gradient import FactoredGradient
@@ -83,7 +83,7 @@ def assert_reads_only_gradients(base: bases.BaseLike, **options: Any) -> None:
         AssertionError: It does.
     """
     try:
-        bases.check_reads_only_gradients(bases.find(base, options, decay=False))
+        trials.check_reads_only_gradients(bases.find(base, options, decay=False))
     except DualityError as error:
         raise AssertionError(str(error)) from None
 
@@ -273,7 +273,10 @@ def token_batches(
 ) -> Batches:
     """Random token ids, int64 [rows, length]: for each step ``micro`` micro-batches."""
     generator = torch.Generator().manual_seed(seed)
-    return [[torch.randint(0, tokens, (rows, length), generator=generator) for _ in range(micro)] for _ in range(steps)]
+    return [
+        [torch.randint(0, tokens, (rows, length), generator=generator, device="cpu") for _ in range(micro)]
+        for _ in range(steps)
+    ]
 
 
 def token_loss(model: nn.Module, ids: Tensor) -> Tensor:
@@ -282,4 +285,4 @@ def token_loss(model: nn.Module, ids: Tensor) -> Tensor:
 
 
 def _draw(*shape: int, seed: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64, device="cpu")

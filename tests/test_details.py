@@ -1,6 +1,8 @@
 """Details of the engine that no other test would miss."""
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ from lingrad import state as trees
 from lingrad.errors import CheckpointError, ModeError
 from lingrad.gradient import DenseGradient, FactoredGradient, accumulate
 from tests.test_maps import GRADIENTS
-from tests.training import gap, llama, text_batches, train, zoo
+from tests.training import gap, llama, text_batches, train, zoo, zoo_batches, zoo_loss
 
 MODES = {"optimizer": lingrad.wrap, "adapter": lingrad.adapt}
 each_mode = pytest.mark.parametrize("mode", MODES)
@@ -244,3 +246,22 @@ def test_a_state_moves_to_a_device_whole(spec):
             assert (there[key].device.type, there[key].shape, there[key].dtype) == ("meta", value.shape, value.dtype)
         else:
             assert there[key] == value
+
+
+@each_mode
+@pytest.mark.parametrize("layerwise", [False, True])
+def test_a_run_that_is_dropped_is_freed(mode, layerwise):
+    def run():
+        model = zoo()
+        optimizer = MODES[mode](model, {"head": "none", "*": "svd(rank=2, every=2)"}, "adamw", lr=1e-3, layerwise=layerwise)
+        for (batch,) in zoo_batches(3, micro=1):
+            zoo_loss(model, batch).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        kept = [model, *model.parameters(), *(sub.coords for sub in optimizer.subspaces), *optimizer.subspaces]
+        kept += [tensor for sub in optimizer.subspaces for tensor in sub.tensors()]
+        return [weakref.ref(item) for item in kept]
+
+    dropped = run()
+    gc.collect()
+    assert [item() for item in dropped if item() is not None] == []

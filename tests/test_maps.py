@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from lingrad import maps
 from lingrad.errors import DualityError
 from lingrad.gradient import DenseGradient, FactoredGradient, accumulate
 from lingrad.maps import KroneckerMap, SelectionMap, TwoSidedMap, two_sided
@@ -93,8 +94,10 @@ def test_reduced_inputs_are_enough(smap):
 
 
 @each_map
+@pytest.mark.parametrize("block", [2**22, 1, 3 * N])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_add_lift_in_place(smap, dtype):
+def test_add_lift_in_place(smap, dtype, block, monkeypatch):
+    monkeypatch.setattr(maps, "BLOCK", block)
     coords = draw(*coords_shape(smap), seed=5)
     weight = draw(M, N, seed=8).to(dtype)
     expected = (weight.double() + smap.lift(coords)).to(dtype)
@@ -182,3 +185,12 @@ def test_low_precision_gradients_multiply_in_their_own_dtype():
     grad = FactoredGradient(OUT_GRAD.bfloat16(), INPUT.bfloat16())
     assert KroneckerMap(LEFT.float(), None).project(grad).dtype == torch.bfloat16
     assert grad.norm().dtype == torch.float32
+
+
+def test_a_selection_is_merged_into_bfloat16_with_one_rounding():
+    smap = SelectionMap(torch.tensor([0, 2, 6]), None, (M, N))
+    coords = draw(3, N, seed=5).float()
+    weight = draw(M, N, seed=8).bfloat16()
+    expected = (weight.float() + smap.lift(coords)).bfloat16()
+    smap.add_lift_(weight, coords)
+    assert torch.equal(weight, expected)

@@ -59,8 +59,8 @@ MUTANTS = (
     Mutant("maps.py", "return TwoSidedMap(self.right.T, self.left.T)", "return self", "T of a joined map is the map", MAPS),
     Mutant(
         "maps.py",
-        "weight.add_(self.lift(coords))  # mixed dtypes",
-        "weight.add_(self.lift(coords.to(weight.dtype)))  # mixed dtypes",
+        "part.lift(coords[block] if self.left is None else coords)",
+        "part.lift((coords[block] if self.left is None else coords).to(weight.dtype))",
         "merge lifts in the weight's dtype",
         MAPS,
     ),
@@ -189,13 +189,13 @@ MUTANTS = (
     Mutant("subspace.py", "    sub.coords.zero_()\n\n\ndef lifted", "\n\ndef lifted", "coordinates are merged twice", HAND),
     Mutant(
         "subspace.py",
-        "if matrix.untyped_storage().data_ptr() == weight.untyped_storage().data_ptr():",
+        "if matrix.untyped_storage()._cdata == weight.untyped_storage()._cdata:",
         "if True:",
         "a merge into a copy of the weight is lost",
         BACKWARD,
     ),
     Mutant("subspace.py", "When(step, sub.refreshes", "When(0, sub.refreshes", "every draw is the first", BACKWARD),
-    Mutant("subspace.py", "if moments.degrees[key] == 1 else", "if True else", "squares rotate as means", REFERENCE),
+    Mutant("moments.py", "if self.degrees[key] == 1 else", "if True else", "squares rotate as means", REFERENCE),
     Mutant(
         "subspace.py",
         "chosen if sub.transform.stores_map else None",
@@ -203,6 +203,29 @@ MUTANTS = (
         "a map that is made again is kept too",
         TRANSFORMS,
     ),
+    Mutant(
+        "subspace.py",
+        "    if sub.released:\n        return\n    matrix",
+        "    matrix",
+        "coordinates that hold no memory are merged",
+        ("tests/test_layerwise.py",),
+    ),
+    # layerwise
+    Mutant(
+        "layerwise.py",
+        "        self._stepped.add(id(param))\n",
+        "",
+        "a second backward steps again",
+        ("tests/test_layerwise.py",),
+    ),
+    Mutant(
+        "layerwise.py",
+        "        if not wait:\n",
+        "        if True:\n",
+        "a weight is merged before its layer has used it",
+        ("tests/test_layerwise.py",),
+    ),
+    Mutant("optimizer.py", "        param.grad = None\n", "", "a stepped gradient stays", ("tests/test_layerwise.py",)),
     # optimizer
     Mutant(
         "optimizer.py", "self._arithmetic, self._step + 1)", "self._arithmetic, self._step + 2)", "eps of the next step", GALORE
@@ -216,7 +239,7 @@ MUTANTS = (
     ),
     Mutant(
         "optimizer.py",
-        "with torch.no_grad():\n            self._choose()",
+        "with torch.no_grad():\n            self._choose(self.attachments)",
         "pass",
         "a clip reads the old basis's gradient",
         CLIPPING,
@@ -321,12 +344,14 @@ MUTANTS = (
     # checkpoint
     Mutant(
         "checkpoint.py",
-        "            trees.checked(like, moments, key, name)\n",
-        "            pass\n",
+        "        trees.checked(like, moments, key, name)\n",
+        "        pass\n",
         "moments of another shape are loaded",
         CHECKPOINT,
     ),
-    Mutant("checkpoint.py", "trees.copied(value, param.device)", "value", "a run writes into what it loaded", CHECKPOINT),
+    Mutant(
+        "checkpoint.py", "trees.copied(value, places.get(key, device))", "value", "a run writes into what it loaded", CHECKPOINT
+    ),
     Mutant("checkpoint.py", '("param_names", "specs")', '("param_names",)', "another spec is loaded", CHECKPOINT),
     Mutant("checkpoint.py", 'refreshes": sub.refreshes', 'refreshes": 0', "refreshes are not saved", RESUMES),
     # parallel

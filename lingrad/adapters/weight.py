@@ -6,7 +6,9 @@ mode the weight is parametrized as W + S z (``torch.nn.utils.parametrize``), and
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,7 +21,7 @@ from lingrad.adapters.base import CHILD, Attachment, Coords, Mode, uncompiled
 from lingrad.errors import ModeError
 from lingrad.gradient import DenseGradient
 from lingrad.parallel import average
-from lingrad.subspace import Subspace, capture
+from lingrad.subspace import Subspace, call, capture
 
 # A module of these calls every child in its forward, and holds parameters of its own only in a subclass.
 _RUN_THEIR_CHILDREN = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
@@ -61,7 +63,8 @@ class WeightAttachment(Attachment):
         if mode == "optimizer":
             weight, trains = self.weight, self.weight.requires_grad
             self.sub.coords.requires_grad_(trains)
-            self.handle = weight.requires_grad_(True).register_post_accumulate_grad_hook(self._capture)
+            arrived = weakref.WeakMethod(self._capture)  # a cycle through a tensor's hooks would never be freed
+            self.handle = weight.requires_grad_(True).register_post_accumulate_grad_hook(partial(call, arrived))
             weight.requires_grad_(trains)
             for module, attribute in self.owners[:1]:
                 if not isinstance(module, _RUN_THEIR_CHILDREN):

@@ -9,8 +9,9 @@ import typer
 
 from lingrad import __version__
 from lingrad.explain import explain as explain_
+from lingrad.memory import jobs as memory_jobs
+from lingrad.models import open_model
 from lingrad.research import jobs
-from lingrad.research.models import open_model
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__, pretty_exceptions_enable=False)
 
@@ -56,6 +57,32 @@ def explain(
 ) -> None:
     """Show which parameters a spec or rules transform, and to what sizes."""
     typer.echo(explain_(open_model(model), spec, every_parameter=every_parameter))
+
+
+@app.command()
+def memory(
+    model: Annotated[str, typer.Option(help="llama-60m ... llama-70b, a config.json of transformers, or a folder with one.")],
+    spec: Spec = "svd(rank=128)",
+    base: Annotated[str, typer.Option(help="Base optimizer.")] = "adamw",
+    mode: Annotated[str, typer.Option(help="optimizer or adapter.")] = "optimizer",
+    batch: Annotated[int, typer.Option(help="Rows of a batch.")] = 1,
+    seq: Annotated[int, typer.Option(help="Tokens in a row.")] = 256,
+    dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
+    checkpointing: Annotated[bool, typer.Option("--checkpointing", help="Recompute layers in the backward.")] = False,
+    layerwise: Annotated[bool, typer.Option("--layerwise", help="Step each weight inside the backward.")] = False,
+    capacity: Annotated[str | None, typer.Option(help="Memory of the device, such as 24GiB, for a verdict.")] = None,
+    expandable: Annotated[bool, typer.Option("--expandable", help="Model CUDA's expandable segments.")] = False,
+    compare: Annotated[bool, typer.Option("--compare", help="Beside full AdamW, galore_torch and LoRA.")] = False,
+    max_batch: Annotated[bool, typer.Option("--max-batch", help="Find the largest batch that fits.")] = False,
+    closed_form: Annotated[bool, typer.Option("--closed-form", help="Only what stays between steps; runs nothing.")] = False,
+    json: Annotated[Path | None, typer.Option(help="Write the report here.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw the run, or the comparison, here.")] = None,
+    snapshot: Annotated[Path | None, typer.Option(help="Write a snapshot for pytorch.org/memory_viz here.")] = None,
+) -> None:
+    """Show where a run's memory would go, and whether it fits, without running it."""
+    asked = memory_jobs.Asked(model, spec, base, mode, batch, seq, dtype, checkpointing, layerwise, capacity, expandable)
+    outputs = memory_jobs.Outputs(json, plot, snapshot)
+    typer.echo(memory_jobs.answer(asked, outputs, compare_all=compare, max_batch=max_batch, closed_form=closed_form))
 
 
 @app.command()

@@ -13,8 +13,8 @@ from typer.testing import CliRunner
 from lingrad import __main__
 from lingrad.cli import app
 from lingrad.explain import explain
+from lingrad.models import LlamaShape
 from lingrad.research import plans, report
-from lingrad.research.models import LlamaShape
 from tests.training import llama, zoo
 
 
@@ -103,8 +103,8 @@ def test_explain_counts_what_the_optimizer_trains():
         ),
         (
             ["explain", "svd(rank=4)", "--model", "nowhere"],
-            "lingrad: no model 'nowhere': expected 'demo', a config.json of transformers, or a folder that holds one "
-            "(models are read from disk only)\n",
+            "lingrad: no model 'nowhere'. Expected demo, llama-60m, llama-130m, llama-350m, llama-1b, llama-7b, llama-13b, "
+            "llama-70b, a config.json of transformers, or a folder that holds one (models are read from disk only)\n",
         ),
         (["train", "--text", "nowhere.txt"], "lingrad: cannot read the text nowhere.txt: No such file or directory\n"),
     ],

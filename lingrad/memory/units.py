@@ -1,0 +1,34 @@
+"""Bytes as people write and read them."""
+
+from __future__ import annotations
+
+import re
+
+from lingrad.errors import SpecError
+
+_UNITS = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40, "kB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+
+
+def readable(nbytes: int) -> str:
+    """Bytes in the binary unit that suits them, such as ``21.35 GiB``."""
+    unit = next((unit for unit in ("TiB", "GiB", "MiB", "KiB") if abs(nbytes) >= _UNITS[unit]), "B")
+    return f"{nbytes} B" if unit == "B" else f"{nbytes / _UNITS[unit]:.2f} {unit}"
+
+
+def parse_bytes(text: str) -> int:
+    """Read a size such as ``24GiB`` or ``80 GB``.
+
+    Args:
+        text: A number and a unit, binary (KiB, MiB, GiB, TiB) or decimal (kB, MB, GB, TB).
+
+    Returns:
+        Bytes.
+
+    Raises:
+        SpecError: It is no size.
+    """
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
+    units = {unit.lower(): size for unit, size in _UNITS.items()}
+    if found is None or found[2].lower() not in units:
+        raise SpecError(f"'{text}' is no size in bytes; write a number and a unit, such as 24GiB or 80GB")
+    return round(float(found[1]) * units[found[2].lower()])

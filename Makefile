@@ -8,7 +8,7 @@ export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 SOURCES := pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo readme duality mutants test coverage slow check lint types layers clean
+.PHONY: help demo readme duality memory mutants test coverage slow check lint types layers clean
 
 help:  ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -38,6 +38,9 @@ readme: $(VENV)/.run  ## put the last demo's table and plots into README.md
 
 duality: $(VENV)/.dev  ## measure how far the modes part, into docs/duality.md
 	$(BIN)/python tools/measure_duality.py
+
+memory: $(VENV)/.dev  ## simulate the runs of docs/memory.md and fill its tables
+	$(BIN)/python tools/measure_memory.py
 
 mutants: $(VENV)/.dev  ## break the engine in every way we could think of, and see that the tests notice
 	$(BIN)/python tools/mutants.py

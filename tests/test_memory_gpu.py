@@ -74,24 +74,32 @@ def test_an_ordinary_loop_is_tracked():
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_the_model_of_the_allocator_is_the_allocator(seed):
-    """Sizes as in training, few and repeated, so that blocks are cached and used again; from an empty cache."""
+def test_the_model_of_the_allocator_is_near_the_allocator(seed):
+    """Sizes as in training, few and repeated, so that blocks are cached and used again; from an empty cache.
+
+    Between free blocks of one size the address decides, and so the driver, which puts segments where earlier ones were: what is
+    handed out (with the rests that are not split off) and what is reserved differ by that.
+    """
     gc.collect()
     torch._C._cuda_clearCublasWorkspaces()
     torch.cuda.empty_cache()
     at_first = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
     if at_first != (0, 0):
         pytest.skip(f"something else holds memory of the device: {at_first}")
+    torch.cuda.reset_peak_memory_stats()
     generator = torch.Generator().manual_seed(seed)
     sizes = [int(2 ** (9 + 16 * float(torch.rand((), generator=generator)))) for _ in range(20)]
-    model, live = CachingAllocator(), []
+    model, live, asked = CachingAllocator(), [], 0
     for _ in range(2000):
         if live and float(torch.rand((), generator=generator)) < 0.48:
             tensor, block = live.pop(int(torch.randint(len(live), (), generator=generator)))
+            asked -= tensor.nbytes
             model.free(block)
             del tensor
         else:
             size = sizes[int(torch.randint(len(sizes), (), generator=generator))]
             live.append((torch.empty(size, dtype=torch.uint8, device="cuda"), model.malloc(size)))
-        assert torch.cuda.memory_allocated() == model.allocated
+            asked += size
+        assert torch.cuda.memory_stats()["requested_bytes.all.current"] == model.requested == asked
+        assert abs(torch.cuda.memory_allocated() - model.allocated) <= 0.01 * model.allocated + 2**20
     assert abs(torch.cuda.max_memory_reserved() - model.peak_reserved) <= 0.06 * model.peak_reserved

@@ -23,6 +23,7 @@ def wrap(
     seed: int = 0,
     compat: Compat | None = None,
     layerwise: bool = False,
+    stagger: bool = False,
     **base_kwargs: Any,
 ) -> SubspaceOptimizer:
     """Train in subspaces as an optimizer: W <- W + S opt(S^T G) (GaLore's form).
@@ -44,6 +45,8 @@ def wrap(
         layerwise: Step each weight inside the backward, as soon as its gradient is there, and free that: no two gradients need
             exist at once. Every backward is then a step, to be finished by ``step()``; there is no accumulation over
             micro-batches, no clipping by a norm and no loss scaling.
+        stagger: Refresh the weights in turns, spread over the steps between two refreshes of one, so that no step pays for all.
+            Until its first turn a weight is trained in a random basis.
         **base_kwargs: Options of the base, such as ``lr``, ``betas``, ``momentum``.
 
     Returns:
@@ -67,6 +70,7 @@ def wrap(
         seed=seed,
         compat=compat,
         layerwise=layerwise,
+        stagger=stagger,
         **base_kwargs,
     )
 
@@ -82,6 +86,7 @@ def adapt(
     seed: int = 0,
     compat: Compat | None = None,
     layerwise: bool = False,
+    stagger: bool = False,
     **base_kwargs: Any,
 ) -> SubspaceOptimizer:
     """Train in subspaces as one-sided adapters: W = W0 + S z, z trained, merged at each refresh.
@@ -98,6 +103,7 @@ def adapt(
         seed: See `wrap`.
         compat: See `wrap`.
         layerwise: See `wrap`.
+        stagger: See `wrap`.
         **base_kwargs: See `wrap`.
 
     Returns:
@@ -114,5 +120,6 @@ def adapt(
         seed=seed,
         compat=compat,
         layerwise=layerwise,
+        stagger=stagger,
         **base_kwargs,
     )

@@ -19,7 +19,7 @@ from lingrad.bases import Base
 from lingrad.errors import CheckpointError
 from lingrad.subspace import Subspace
 
-FORMAT = 1
+FORMAT = 2
 PREFIX = "subspace."
 
 

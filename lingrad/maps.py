@@ -13,6 +13,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import final
 
+import torch
 from torch import Tensor
 
 from lingrad._typing import override
@@ -68,6 +69,11 @@ class LinearMap(ABC):
     def add_lift_(self, weight: Tensor, coords: Tensor) -> None:
         """``weight += lift(coords)`` in place, [m, n]; without a temporary where the dtypes allow it."""
         weight.add_(self.lift(coords))
+
+    def norm(self, coords: Tensor) -> Tensor:
+        """|S z|_F, 0-d; without the lift where the map allows it."""
+        norm: Tensor = torch.linalg.vector_norm(self.lift(coords))
+        return norm
 
     def transport(self, old: LinearMap, coords: Tensor) -> Tensor:
         """S^T S_old z: coordinates of another map's lift under this one (the ``rotate`` carry), [p, q]."""
@@ -157,6 +163,10 @@ class KroneckerMap(LinearMap):
         weight.addmm_(factors[0], factors[1])
 
     @override
+    def norm(self, coords: Tensor) -> Tensor:
+        return _both_sides(self, self, coords, power=1).mul(coords).sum().clamp_min(0).sqrt()
+
+    @override
     def transport(self, old: LinearMap, coords: Tensor) -> Tensor:
         if not isinstance(old, KroneckerMap):
             return super().transport(old, coords)
@@ -231,6 +241,11 @@ class SelectionMap(LinearMap):
             weight.index_add_(*chosen[0], coords)
         else:  # summed in the wider dtype and rounded once
             weight.index_copy_(*chosen[0], weight.index_select(*chosen[0]).add_(coords))
+
+    @override
+    def norm(self, coords: Tensor) -> Tensor:
+        norm: Tensor = torch.linalg.vector_norm(coords)
+        return norm
 
     @override
     def transport_squares(self, old: LinearMap, squares: Tensor) -> Tensor:

@@ -24,8 +24,10 @@ from lingrad.groups import Pairs, Trainable, build_stock, check_not_negative, ma
 from lingrad.layerwise import Layerwise
 from lingrad.moments import Carry, Moments
 from lingrad.persistence import StatefulOptimizer
+from lingrad.refresh import choose, commit, redraw, renew
 from lingrad.rules import Rules, Target
-from lingrad.subspace import Subspace, choose, commit, decay, lifted, merge, redraw
+from lingrad.subspace import Subspace, decay, lifted, merge
+from lingrad.transforms.sketch import forget_draws
 
 
 class SubspaceOptimizer(StatefulOptimizer):
@@ -52,20 +54,22 @@ class SubspaceOptimizer(StatefulOptimizer):
         seed: int = 0,
         compat: Compat | None = None,
         layerwise: bool = False,
+        stagger: bool = False,
         **base_kwargs: Any,
     ) -> None:
         require_one_of(mode, get_args(Mode), "mode")
         require_one_of(carry, get_args(Carry), "carry")
         for option, value in (("weight_decay", weight_decay), ("scale", scale)):
             check_not_negative(option, value)
-        require(type(layerwise) is bool, "layerwise", f"layerwise must be True or False, not {layerwise!r}")
+        for option, value in (("layerwise", layerwise), ("stagger", stagger)):
+            require(type(value) is bool, option, f"{option} must be True or False, not {value!r}")
         require(type(seed) is int, "seed", f"seed must be a whole number, not {seed!r}")
         self._base = bases.find(base, base_kwargs, decay=False)
         trials.check_reads_only_gradients(self._base)
         self._carry = carry
         self._degrees = trials.moment_degrees(self._base) if carry == "rotate" else {}
         self._arithmetic = arithmetic(compat, self._base.name)
-        self._seed, self._compat = seed, compat
+        self._seed, self._compat, self._stagger = seed, compat, stagger
         self._step = 0
         self._places: dict[int, tuple[torch.dtype, torch.device]] = {}
         self._stock: list[tuple[Optimizer, Pairs]] = []
@@ -100,6 +104,10 @@ class SubspaceOptimizer(StatefulOptimizer):
         for option, unusual in (("scale", scale != 1.0), ("carry", carry != "keep"), ("compat", compat is not None)):
             idle = unusual and not self.attachments
             require(not idle, option, f"'{option}' has no effect where nothing is transformed; leave it out")
+        leads = [attachment.sub for attachment in self.attachments if attachment.sub.leader is None]
+        for i, lead in enumerate(leads if stagger else ()):
+            for sub in lead.members:
+                sub.offset = i * lead.transform.period // len(leads)
         super().__init__([group | self._identity() for group in groups], {})
         self._settled = True
         self.defaults = {k: v for k, v in groups[0].items() if k != "params"}  # where schedulers look what they may cycle
@@ -140,6 +148,7 @@ class SubspaceOptimizer(StatefulOptimizer):
             self._layerwise.flush()
         self._advance(self._stocks(), self.attachments, probe=probe)
         if not probe:
+            self._renew()
             self._step += 1
             self._schedule()
         if self._layerwise is not None:
@@ -151,11 +160,11 @@ class SubspaceOptimizer(StatefulOptimizer):
         served = [(own, param) for _, pairs in stocks for own, group in pairs for param in group["params"]]
         if not probe:
             for attachment in attachments:
-                if not attachment.sub.due:
+                if not (attachment.sub.due and attachment.sub.transform.reads == "gradient"):
                     attachment.sub.refuse_stale()
             self._choose(attachments)
-            for attachment in attachments:
-                commit(attachment.sub, attachment.weight, self._moments(attachment.sub))
+            for attachment in reversed(attachments):  # who leads holds the old map, which the others merge through
+                self._commit(attachment.sub)
         for attachment in attachments:
             if attachment.sub.coords.grad is not None:
                 attachment.sub.hold()
@@ -232,6 +241,16 @@ class SubspaceOptimizer(StatefulOptimizer):
                 attachment = self._by_coords.get(id(param))
                 found[name] = param if attachment is None else lifted(attachment.sub, attachment.weight)
         return found
+
+    def captured_energy(self) -> dict[str, float]:
+        """How much of its gradient each weight's basis captured at its last refresh, |S S^T G| / |G|.
+
+        Returns:
+            Parameter name -> the share; of a refresh from a sketch an estimate. Weights whose basis reads nothing of the
+            gradient, or was not refreshed in this process yet, are left out.
+        """
+        found = ((sub.name, (sub.leader or sub).energy) for sub in self.subspaces)
+        return {name: energy for name, energy in found if energy is not None}
 
     def switch(self, mode: Mode) -> None:
         """Go on in the other mode from here; the trajectory does not notice.
@@ -368,12 +387,26 @@ class SubspaceOptimizer(StatefulOptimizer):
 
     def _choose(self, attachments: list[Attachment]) -> None:
         """Choose the new basis of every weight that is due, from the gradient that backward captured."""
-        due = [s for s in (a.sub for a in attachments) if s.due and s.proposal is None and s.coords.grad is not None]
+        found = (a.sub for a in attachments if a.sub.due and a.sub.transform.reads == "gradient")
+        due = [sub for sub in found if sub.proposal is None and sub.coords.grad is not None]
         factors = [sub.captured.outside_factor(sub.coords) for sub in due]
         # where backward left zeros, the factor is the one seen everywhere else
         common = next((factor for factor in factors if factor is not None), 1.0)
-        for sub, factor in zip(due, factors, strict=True):
-            choose(sub, self._step, common if factor is None else factor)
+        seen = {id(sub): common if factor is None else factor for sub, factor in zip(due, factors, strict=True)}
+        for lead in dict.fromkeys(sub.leader or sub for sub in due):
+            choose(lead.members, next(seen[id(sub)] for sub in lead.members if id(sub) in seen))
+
+    def _renew(self) -> None:
+        """Change the bases that are learned from what this step's backwards gathered."""
+        due = (a.sub for a in self.attachments if a.sub.due and a.sub.transform.reads == "sketch")
+        found = (s for s in due if s.captured.total is not None or (parallel.ranks() > 1 and s.coords.grad is not None))
+        leads = dict.fromkeys(sub.leader or sub for sub in found)
+        if leads:
+            renew([lead.members for lead in leads], self._commit)
+            forget_draws()
+
+    def _commit(self, sub: Subspace) -> None:
+        commit(sub, self._by_coords[id(sub.coords)].weight, self._moments(sub))
 
     def _decay(self, served: list[tuple[dict[str, Any], Tensor]], *, undo: bool = False) -> None:
         for group, param in served:
@@ -390,6 +423,6 @@ class SubspaceOptimizer(StatefulOptimizer):
 
     @torch.no_grad()
     def _schedule(self) -> None:
-        for attachment in self.attachments:
-            if attachment.sub.schedule(self._step):
-                redraw(attachment.sub, attachment.weight, self._step, self._moments(attachment.sub))
+        drawn = [attachment.sub for attachment in self.attachments if attachment.sub.schedule(self._step)]
+        for lead in dict.fromkeys(sub.leader or sub for sub in drawn):
+            redraw(lead.members, self._commit)

@@ -37,6 +37,7 @@ class StatefulOptimizer(Optimizer):
     _carry: Carry
     _seed: int
     _compat: Compat | None
+    _stagger: bool
     _step: int  # steps finished
     _base_state: defaultdict[Tensor, dict[str, Any]]  # what the stock optimizers keep; they share this mapping
     _by_coords: dict[int, Attachment]
@@ -147,6 +148,7 @@ class StatefulOptimizer(Optimizer):
             "carry": self._carry,
             "seed": self._seed,
             "compat": self._compat,
+            "stagger": self._stagger,
         }
 
     def _params(self) -> list[Tensor]:

@@ -1,13 +1,12 @@
-"""The engine: one weight's subspace, and what happens to it in a step.
+"""The engine: one weight's subspace, and what happens to it in every step.
 
-A step of either mode is (`choose` and `commit` where a refresh is due, else the gradient that `capture` gathered) -> clip ->
-`decay` -> base -> `merge` in optimizer mode. Everything here is about one weight W [m, n] and its coordinates z [p, q]; the
-weight of an adapter-mode forward is W + S z.
+A step of either mode is (a new basis, where the transform reads the gradient) -> clip -> `decay` -> base -> `merge` in
+optimizer mode -> (a new basis, where it reads a sketch, or nothing); `lingrad.refresh` tells how a basis changes. Everything
+here is about one weight W [m, n] and its coordinates z [p, q]; the weight of an adapter-mode forward is W + S z.
 """
 
 from __future__ import annotations
 
-import math
 import warnings
 import weakref
 from collections.abc import Callable
@@ -21,11 +20,9 @@ from lingrad import parallel
 from lingrad import state as trees
 from lingrad.captured import Captured
 from lingrad.errors import ModeError
-from lingrad.gradient import FactoredGradient, Gradient, wide
+from lingrad.gradient import wide
 from lingrad.layout import Layout
 from lingrad.maps import LinearMap
-from lingrad.moments import Moments
-from lingrad.parallel import average, averaged, ranks, share
 from lingrad.transforms.base import Transform, When
 from lingrad.transforms.factorize import derive_seed
 
@@ -45,15 +42,19 @@ class Subspace:
         name: The parameter's name.
         layout: How the weight is read as a matrix [m, n].
         transform: How the basis is chosen.
-        state: The transform's state.
+        state: The transform's state; None where another subspace has it, which then leads.
         coords: z [p, q], zero at the start, float32 unless the weight is float64; see `release`.
-        seed: The seed of everything random about this weight.
+        when: The step being prepared, as its refresh would see it.
+        offset: Steps by which its refreshes are late, where weights take turns.
         refreshes: How many refreshes were committed.
-        due: Whether the step being prepared refreshes the basis from its gradient.
+        due: Whether the step being prepared gathers what a refresh needs.
         stale: Whether ``coords.grad`` may still be that of a step before a refresh.
-        captured: The gradient of a refresh step, between backward and step.
+        captured: What the backwards of a refresh step found, between backward and step.
         proposal: A refresh chosen and not yet committed; ``coords.grad`` is its projection.
         arrived: Called when ``coords.grad`` holds the gradient of one more backward.
+        energy: |S S^T G| / |G| of the last refresh; None where it was not measured.
+        leader: The subspace whose right basis this one shares.
+        members: Those that share this one's basis, itself first; their weights are stacked to one of shape ``when.shape``.
     """
 
     name: str
@@ -61,19 +62,25 @@ class Subspace:
     transform: Transform
     state: Any
     coords: nn.Parameter
-    seed: int
+    when: When
+    offset: int = 0
     refreshes: int = 0
     due: bool = False
     stale: bool = False
     captured: Captured = field(init=False)
     proposal: Proposal | None = None
     arrived: Callable[[], None] | None = None
+    energy: float | None = None
+    leader: Subspace | None = None
+    members: list[Subspace] = field(init=False)
 
     _map: LinearMap | None = None
     _said: set[str] = field(default_factory=set)
 
     @classmethod
-    def create(cls, name: str, layout: Layout, transform: Transform, weight: Tensor, seed: int) -> Subspace:
+    def create(
+        cls, name: str, layout: Layout, transform: Transform, weight: Tensor, seed: int, *, stacked: int = 0
+    ) -> Subspace:
         """The subspace of a weight before its first step: zero coordinates, the transform's starting basis.
 
         Args:
@@ -82,18 +89,38 @@ class Subspace:
             transform: How the basis is chosen.
             weight: The weight, for device and dtype.
             seed: The run's seed.
+            stacked: Rows of the other weights that will share its right basis, by `join`.
 
         Returns:
             The subspace.
         """
-        own = derive_seed(seed, name)
-        state = transform.init(layout.shape, seed=own, device=weight.device, dtype=weight.dtype)
-        zeros = torch.zeros(transform.coords_shape(layout.shape), device=weight.device, dtype=wide(weight.dtype))
-        return cls(name, layout, transform, state, nn.Parameter(zeros), own)
+        own, (m, n) = derive_seed(seed, name), layout.shape
+        shape = m + stacked, n
+        state = transform.init(shape, seed=own, device=weight.device, dtype=weight.dtype)
+        p, q = transform.coords_shape(shape)
+        zeros = torch.zeros((p - stacked, q), device=weight.device, dtype=wide(weight.dtype))
+        return cls(name, layout, transform, state, nn.Parameter(zeros), When(0, 0, own, shape, seed))
+
+    def join(self, name: str, layout: Layout, weight: Tensor) -> Subspace:
+        """The subspace of another weight, on the right basis of this one.
+
+        Args:
+            name: The other parameter's name.
+            layout: How it is read as a matrix.
+            weight: The weight, for device and dtype.
+
+        Returns:
+            Its subspace, with coordinates of its own.
+        """
+        zeros = torch.zeros((layout.shape[0], self.coords.shape[1]), device=weight.device, dtype=wide(weight.dtype))
+        joined = Subspace(name, layout, self.transform, None, nn.Parameter(zeros), self.when, leader=self)
+        self.members.append(joined)
+        return joined
 
     def __post_init__(self) -> None:
         """Follow what autograd adds to the coordinates' gradient, where a layer's backward produces it."""
         self.captured = Captured(self.name)
+        self.members = [self] if self.leader is None else []
         # a cycle through a tensor's hooks would never be freed
         before, after = weakref.WeakMethod(self._before_accumulate), weakref.WeakMethod(self._after_accumulate)
         self.coords.register_hook(lambda _: call(before))
@@ -101,6 +128,8 @@ class Subspace:
 
     def map(self) -> LinearMap:
         """The map S of the current basis."""
+        if self.leader is not None:
+            return self.leader.map()
         if self._map is not None:
             return self._map
         current = self.transform.map(self.state)
@@ -128,9 +157,10 @@ class Subspace:
         if self.released:
             self.coords.data = self.coords.new_zeros(self.coords.shape)
 
-    def replace_state(self, state: Any, refreshes: int) -> None:
-        """Take over a state from a refresh or a checkpoint."""
-        self.state, self.refreshes, self._map = state, refreshes, None
+    def replace_state(self, state: Any, refreshes: int, chosen: LinearMap | None = None) -> None:
+        """Take over a state from a refresh or a checkpoint, and its map if that was made."""
+        self.state, self.refreshes = state, refreshes
+        self._map = chosen if self.transform.stores_map and self.leader is None else None
 
     def move(self, device: torch.device) -> None:
         """Follow the coordinates to a device; the basis keeps its dtype."""
@@ -144,13 +174,17 @@ class Subspace:
             step: Steps finished.
 
         Returns:
-            Whether the basis must be redrawn before its forward, by `redraw`. A refresh that needs that step's gradient sets
+            Whether the basis must be redrawn before its forward. A refresh that needs something of that step's gradient sets
             ``due`` instead; a weight that has seen no usable gradient yet stays due until it does.
         """
         self.forget()
-        now = self.transform.due(step) or (self.refreshes == 0 and self.transform.due(0))
-        self.due = now and self.transform.reads_gradient
-        self.stale = now and self.coords.grad is not None
+        clock = step - self.offset
+        now = clock >= 0 and (self.transform.due(clock) or (self.refreshes == 0 and self.transform.due(0)))
+        # a basis learned from a sketch has changed at the end of the last step, any other changes in this one
+        changes = self.refreshes != self.when.refreshes if self.transform.reads == "sketch" else now
+        self.stale = changes and self.coords.grad is not None
+        self.when = self.when._replace(step=clock, refreshes=self.refreshes)
+        self.due = now and self.transform.reads != "nothing"
         return now and not self.due
 
     def forget(self) -> None:
@@ -188,7 +222,7 @@ class Subspace:
 
     def _after_accumulate(self) -> None:
         if self.due:
-            self.captured.after_accumulate(self.coords)
+            self.captured.after_accumulate(self.coords, compare=self.transform.reads == "gradient")
         if self.arrived is not None:
             self.arrived()
 
@@ -198,95 +232,6 @@ def call(method: weakref.WeakMethod[Callable[..., None]] | None, *args: Any) -> 
     found = None if method is None else method()
     if found is not None:
         found(*args)
-
-
-def capture(sub: Subspace, grad: Gradient) -> None:
-    """``coords.grad += project(grad)``: linear, so that micro-batches, and ranks, add up in the small space.
-
-    Args:
-        sub: The subspace.
-        grad: G [m, n] of one micro-batch; kept until the step where a refresh is due.
-    """
-    sub._before_accumulate()
-    if sub.due:
-        sub.captured.stage(grad)
-    projected = average(sub.map().project(grad).to(sub.coords.dtype))
-    if sub.coords.grad is None:
-        sub.coords.grad = projected
-    else:
-        sub.coords.grad.add_(projected)
-    sub._after_accumulate()
-
-
-def choose(sub: Subspace, step: int, factor: float) -> None:
-    """Choose a new basis from the captured gradient; ``coords.grad`` becomes its projection.
-
-    A gradient that is not finite, or a basis that would not be, leaves the old basis in place and says so once; a zero gradient
-    leaves it silently.
-
-    Args:
-        sub: The subspace, ``due``.
-        step: Steps finished so far.
-        factor: The factor by which other programs scaled ``coords.grad`` since backward.
-    """
-    grad = sub.captured.total
-    if sub.proposal is not None:
-        return
-    if grad is None:
-        if ranks() == 1:
-            return
-        m, n = sub.layout.shape  # the other ranks found something
-        grad = FactoredGradient(sub.coords.new_empty(0, m), sub.coords.new_empty(0, n))
-    norm = float(average(grad.norm())) * factor  # of the parts, which is not that of their mean, but zero or not finite with it
-    grad = averaged(grad)
-    if not math.isfinite(norm):
-        sub.warn_once("the gradient at a refresh is not finite; the old basis stays until the next one")
-    if norm == 0.0 or not math.isfinite(norm):
-        return
-    proposal = _propose(sub, grad, step)
-    if not all(bool(t.isfinite().all()) for t in proposal.map.tensors if t.is_floating_point()):
-        sub.warn_once(f"{sub.transform.name} gave a basis that is not finite; the old one stays until the next refresh")
-        return
-    projected = proposal.map.project(grad).to(sub.coords.dtype)
-    sub.coords.grad = projected if factor == 1.0 else projected * factor
-    sub.captured.forget()
-    sub.proposal = proposal
-
-
-def redraw(sub: Subspace, weight: Tensor, step: int, moments: Moments) -> None:
-    """Refresh a basis that no gradient decides, before the forward that will use it.
-
-    Args:
-        sub: The subspace.
-        weight: The weight, in its own shape.
-        step: Steps finished so far.
-        moments: The base optimizer's memory of the coordinates.
-    """
-    sub.proposal = _propose(sub, None, step)
-    commit(sub, weight, moments)
-
-
-def commit(sub: Subspace, weight: Tensor, moments: Moments) -> None:
-    """Move over to the basis that was chosen, if one was: merge through the old map, carry the moments.
-
-    Args:
-        sub: The subspace.
-        weight: The weight, in its own shape.
-        moments: The base optimizer's memory of the coordinates.
-    """
-    if sub.proposal is None:
-        return
-    carried = moments.rotated(sub.map(), sub.proposal.map, sub.name, sub.coords.shape)
-    merge(sub, weight)
-    if moments.carry == "reset":
-        moments.state.clear()
-        moments.state.update(moments.initial())
-    for key, value in carried.items():
-        moments.state[key].copy_(value)
-    state, chosen = sub.proposal
-    sub.replace_state(state, sub.refreshes + 1)
-    sub._map = chosen if sub.transform.stores_map else None
-    sub.proposal, sub.due = None, False
 
 
 def decay(sub: Subspace, weight: Tensor, factor: float) -> None:
@@ -318,10 +263,3 @@ def lifted(sub: Subspace, weight: Tensor) -> Tensor:
     if sub.released or not sub.coords.any():
         return weight
     return weight + sub.layout.restore(sub.map().lift(sub.coords)).to(weight.dtype)
-
-
-def _propose(sub: Subspace, grad: Gradient | None, step: int) -> Proposal:
-    state = sub.transform.refresh(sub.state, grad, When(step, sub.refreshes, sub.seed))
-    if grad is not None:
-        share(trees.tensors(state))
-    return Proposal(state, sub.transform.map(state))

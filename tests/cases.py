@@ -20,6 +20,7 @@ SIDED = (
     "svd(rank=4, every=7, side={side})",
     "svd(rank=4, every=7, side={side}, solver=gram)",
     "svd(rank=4, every=7, side={side}, solver=randomized)",
+    "svd(rank=4, every=7, side={side}, solver=randomized, oversample=1)",
     "power(rank=4, every=7, side={side})",
     "random(rank=4, every=7, side={side}, kind=gaussian)",
     "random(rank=4, every=7, side={side}, kind=rademacher)",

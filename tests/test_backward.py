@@ -3,12 +3,12 @@
 import pytest
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import lingrad
 from lingrad.errors import ModeError
 from tests.training import gap, gpt2, llama, text_batches, text_loss, train, zoo, zoo_batches, zoo_loss
+from tests.watch import NoTensorOfShape
 
 MODES = {"optimizer": lingrad.wrap, "adapter": lingrad.adapt}
 each_mode = pytest.mark.parametrize("mode", MODES)
@@ -52,24 +52,6 @@ def test_coordinate_gradient_is_the_projection_of_the_dense_one(mode, side, shap
     torch.testing.assert_close(sub.coords.grad, sub.map().project(expected), rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(x.grad, x_grad, rtol=1e-12, atol=1e-12)
     assert model[0].weight.grad is None
-
-
-class NoTensorOfShape(TorchDispatchMode):
-    """Fails on any operation that makes a tensor of one of some shapes."""
-
-    def __init__(self, shapes):
-        super().__init__()
-        self.shapes = {tuple(s) for s in shapes} | {tuple(s)[::-1] for s in shapes}
-        self.found = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for tensor in out if isinstance(out, tuple | list) else (out,):
-            # a view of an existing tensor, such as weight.t(), makes nothing
-            fresh = isinstance(tensor, torch.Tensor) and not tensor._is_view() and func.namespace == "aten"
-            if fresh and tuple(tensor.shape) in self.shapes and func._schema.name not in ("aten::t", "aten::detach"):
-                self.found.append((func._schema.name, tuple(tensor.shape)))
-        return out
 
 
 @each_mode

@@ -85,7 +85,7 @@ class TestExamplePackage:
         transform = spec.parse("topnorm(rank=2, side=left)")
         state = transform.init((4, 3), seed=0, device=torch.device("cpu"), dtype=torch.float32)
         grad = torch.tensor([[1.0, 0, 0], [0, 3, 0], [0, 0, 0], [2, 2, 0]])
-        state = transform.refresh(state, DenseGradient(grad), When(0, 0, 0))
+        state = transform.refresh(state, DenseGradient(grad), When(0, 0, 0, grad.shape))
         assert state.left.t().tolist() == [[0, 1, 0, 0], [0, 0, 0, 1]]
 
 

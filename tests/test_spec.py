@@ -18,11 +18,11 @@ ACCEPTED = {
     "svd(rank=128)": SVD(rank=128),
     "svd(rank=128, every=200)": SVD(rank=128),
     " svd ( rank = 1_000 , side = left ) ": SVD(rank=1000, side="left"),
-    "svd(rank=8, solver=randomized, oversample=0, iters=3)": SVD(rank=8, solver="randomized", oversample=0, iters=3),
+    "svd(rank=8, solver=randomized, oversample=0)": SVD(rank=8, solver="randomized", oversample=0),
     "svd(rank=8, clip=true)": SVD(rank=8, clip=True),
     "svd(rank=8, clip=True, oversample=none)": SVD(rank=8, clip=True),
     "svd(rank=8,\n    side='both')": SVD(rank=8, side="both"),
-    "power(rank=4, iters=2)": Power(rank=4, iters=2),
+    "power(rank=4, side=both)": Power(rank=4, side="both"),
     "random(rank=4, kind=rows, store=false)": Random(rank=4, kind="rows", store=False),
     "pca(rank=4)": PCA(rank=4),
     "pca(rank=4, lam=1, lr=1e-2)": PCA(rank=4, lam=1.0, lr=1e-2),
@@ -48,7 +48,7 @@ REFUSED = {
 unknown option 'rnak' of svd; did you mean 'rank'?
   svd(rnak=128, every=200)
       ^^^^
-svd takes: rank, every, side, clip, solver, oversample, iters, precision, align.""",
+svd takes: rank, every, side, clip, solver, oversample, precision, align.""",
     "sdv(rank=128)": """\
 unknown transform 'sdv'; did you mean 'svd'? Known: KNOWN.
   sdv(rank=128)
@@ -57,7 +57,7 @@ unknown transform 'sdv'; did you mean 'svd'? Known: KNOWN.
 svd needs rank
   svd(every=200)
   ^^^^^^^^^^^^^^
-svd takes: rank, every, side, clip, solver, oversample, iters, precision, align.""",
+svd takes: rank, every, side, clip, solver, oversample, precision, align.""",
     "svd(rank=4.5)": """\
 rank must be a whole number, not 4.5
   svd(rank=4.5)
@@ -86,10 +86,10 @@ side must be one of short, long, left, right, both, not 'lefft'; did you mean 'l
 solver must be one of exact, gram, randomized, not 5
   svd(rank=4, solver=5)
                      ^""",
-    "svd(rank=4, iters=3)": """\
-iters is used by solver=randomized only, not by solver=exact; leave it out
-  svd(rank=4, iters=3)
-                    ^""",
+    "svd(rank=4, oversample=3)": """\
+oversample is used by solver=randomized only, not by solver=exact; leave it out
+  svd(rank=4, oversample=3)
+                         ^""",
     "random(rank=4, kind=gausian)": """\
 kind must be one of gaussian, rademacher, orthonormal, rows, not 'gausian'; did you mean 'gaussian'?
   random(rank=4, kind=gausian)
@@ -119,7 +119,7 @@ left must be a transform with one basis, such as svd(rank=64), not full
 unknown option 'rnak' of svd; did you mean 'rank'?
   kron(left=svd(rank=4), right=svd(rnak=4))
                                    ^^^^
-svd takes: rank, every, side, clip, solver, oversample, iters, precision, align.""",
+svd takes: rank, every, side, clip, solver, oversample, precision, align.""",
     "svd(128)": """\
 options are written option=value
   svd(128)
@@ -211,10 +211,18 @@ choices = (
 )
 one_sided = st.one_of(
     st.builds(SVD, **shared, solver=st.sampled_from(["exact", "gram"]), align=st.booleans()),
-    st.builds(SVD, **shared, solver=st.just("randomized"), oversample=st.none() | steps, iters=st.none() | steps),
-    st.builds(Power, **shared, iters=ranks),
+    st.builds(SVD, **shared, solver=st.just("randomized"), oversample=st.none() | steps),
+    st.builds(Power, **shared),
     st.builds(Random, **shared, kind=st.sampled_from(["gaussian", "rademacher", "orthonormal", "rows"]), store=st.booleans()),
-    st.builds(PCA, **shared | {"every": ranks}, lam=floats, lr=floats, optimizer=choices, orthonormalize=st.booleans()),
+    st.builds(
+        PCA,
+        **shared | {"every": ranks},
+        lam=floats,
+        lr=floats,
+        optimizer=choices,
+        orthonormalize=st.booleans(),
+        oversample=steps,
+    ),
 )
 
 

@@ -18,6 +18,7 @@ from torch.autograd.function import once_differentiable
 from lingrad._typing import override
 from lingrad.adapters.base import CHILD, Attachment, Coords, Mode, uncompiled
 from lingrad.errors import ModeError
+from lingrad.gather import note
 from lingrad.gradient import FactoredGradient
 from lingrad.subspace import Subspace
 
@@ -111,9 +112,9 @@ class _Projected(torch.autograd.Function):
         current = sub.map()
         x_grad = current.T.apply(out_grad, coords.t()) if ctx.active and ctx.needs_input_grad[1] else None
         grad = FactoredGradient(out_grad.reshape(-1, out_grad.shape[-1]), kept.reshape(-1, kept.shape[-1]))
-        if ctx.due:  # until step; an input that no layer made may be a buffer its owner fills again
-            sub.captured.stage(FactoredGradient(grad.out_grad, grad.input.clone()) if ctx.borrowed else grad)
         projected = (current if ctx.due else current.inner).project(grad)
+        if ctx.due:  # an input that no layer made may be a buffer its owner fills again
+            note(sub, grad, projected, (lambda: FactoredGradient(grad.out_grad, grad.input.clone())) if ctx.borrowed else None)
         return out_grad, x_grad, projected.to(sub.coords.dtype), None, None
 
 

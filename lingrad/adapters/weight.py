@@ -19,9 +19,10 @@ from torch.nn.utils import parametrize
 from lingrad._typing import override
 from lingrad.adapters.base import CHILD, Attachment, Coords, Mode, uncompiled
 from lingrad.errors import ModeError
+from lingrad.gather import capture, note
 from lingrad.gradient import DenseGradient
 from lingrad.parallel import average
-from lingrad.subspace import Subspace, call, capture
+from lingrad.subspace import Subspace, call
 
 # A module of these calls every child in its forward, and holds parameters of its own only in a subclass.
 _RUN_THEIR_CHILDREN = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
@@ -142,10 +143,10 @@ class _LiftedWeight(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, None]:
         sub: Subspace = ctx.sub
         matrix = DenseGradient(sub.layout.matrix(_dense(grad)))
-        if sub.due:
-            # autograd may use its buffer again; a sum writes into ours
-            sub.captured.stage(DenseGradient(matrix.dense().clone()))
-        return None, average(sub.map().project(matrix).to(sub.coords.dtype)), None
+        projected = sub.map().project(matrix)
+        if sub.due:  # autograd may use its buffer again; a sum writes into ours
+            note(sub, matrix, projected, lambda: DenseGradient(matrix.dense().clone()))
+        return None, average(projected.to(sub.coords.dtype)), None
 
 
 @uncompiled

@@ -192,8 +192,7 @@ def gradient_bytes(model: nn.Module, optimizer: Optimizer) -> int:
     params |= {id(p): p for group in optimizer.param_groups for p in group["params"]}
     total = sum(p.grad.numel() * p.grad.element_size() for p in params.values() if p.grad is not None)
     if isinstance(optimizer, SubspaceOptimizer):
-        captured = [sub.captured.total for sub in optimizer.subspaces]
-        total += sum(grad.nbytes for grad in captured if grad is not None)
+        total += sum(sub.captured.nbytes for sub in optimizer.subspaces)
     return total
 
 

@@ -1,10 +1,13 @@
 """How a basis is chosen and refreshed: one file a transform, found by the name in a config string."""
 
-from lingrad.transforms.base import Bases as Bases
-from lingrad.transforms.base import BasisTransform as BasisTransform
-from lingrad.transforms.base import GradientBasis as GradientBasis
+from lingrad.transforms.base import Probe as Probe
+from lingrad.transforms.base import Sketch as Sketch
 from lingrad.transforms.base import Transform as Transform
 from lingrad.transforms.base import When as When
+from lingrad.transforms.basis import Bases as Bases
+from lingrad.transforms.basis import BasisTransform as BasisTransform
+from lingrad.transforms.basis import GradientBasis as GradientBasis
+from lingrad.transforms.basis import SketchBasis as SketchBasis
 from lingrad.transforms.full import Full as Full
 from lingrad.transforms.kron import Kron as Kron
 from lingrad.transforms.pca import PCA as PCA

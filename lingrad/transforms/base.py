@@ -1,8 +1,8 @@
 """What a transform is: an immutable choice of how a weight's basis is picked and refreshed.
 
 A transform holds no tensors, no optimizer and no mode. Its state is a NamedTuple of tensors, ints and dicts of them, passed
-in and out. `Transform` is the whole interface; `BasisTransform` adds the options and the orientation that every transform
-with a basis of given rank shares, so that a new one writes only how its basis is found.
+in and out. `Transform` is the whole interface; `lingrad.transforms.basis` adds the options and the orientation that every
+transform with a basis of given rank shares, so that a new one writes only how its basis is found.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from lingrad._typing import override
-from lingrad.errors import ShapeError, SpecError, require
 from lingrad.gradient import Gradient
-from lingrad.maps import KroneckerMap, LinearMap
+from lingrad.maps import LinearMap
 from lingrad.stored import Stored
 from lingrad.transforms import options
-from lingrad.transforms.factorize import derive_seed, start_basis
 
-Side = Literal["short", "long", "left", "right", "both"]
+# What a refresh looks at. ``gradient``: G itself, kept until the step, which is the first to use the new basis. ``sketch``:
+# products of G with matrices that were fixed before the step; they add up over micro-batches, no G exists, and the new basis
+# serves from the next step on, since its own projection of a G that is gone cannot be had. ``nothing``: drawn beforehand.
+Reads = Literal["gradient", "sketch", "nothing"]
 
 
 class When(NamedTuple):
@@ -32,11 +32,30 @@ class When(NamedTuple):
         step: Steps finished so far.
         refreshes: Refreshes of this weight so far; 0 at the first.
         seed: The seed of this weight, the same on every rank; mix ``step`` into it for anything random.
+        shape: (m, n), the weight's shape.
+        run_seed: The seed of the run, for what all weights may draw alike.
     """
 
     step: int
     refreshes: int
     seed: int
+    shape: tuple[int, int]
+    run_seed: int = 0
+
+
+class Probe(NamedTuple):
+    """A product that a refresh asks of the gradient, ``left.T @ G @ right``, a missing factor meaning the identity.
+
+    Args:
+        left: [m, a], or None.
+        right: [n, b], or None.
+    """
+
+    left: Tensor | None
+    right: Tensor | None
+
+
+Sketch = tuple[Tensor, ...]  # the products, in the order of the probes, in at least float32
 
 
 @dataclass(frozen=True)
@@ -87,12 +106,37 @@ class Transform(ABC):
 
         Args:
             state: The state that `init` or the last refresh gave; left as it is.
-            grad: G [m, n], finite and not zero; None where ``reads_gradient`` is false.
+            grad: G [m, n], finite and not zero; None where it reads nothing.
             when: The step, the number of refreshes so far, the weight's seed.
 
         Returns:
             The new state.
         """
+
+    def probes(self, state: Any, when: When) -> tuple[Probe, ...]:
+        """The products that `learn` needs, fixed before the step; none unless it reads a sketch.
+
+        Args:
+            state: The state that `init` or the last refresh gave.
+            when: As for `refresh`.
+
+        Returns:
+            The probes. One that has the factors of the current map costs nothing: it is what the coordinates get.
+        """
+        return ()
+
+    def learn(self, state: Any, sketch: Sketch, when: When) -> Any:
+        """Choose a new basis from a sketch; what reads nothing needs none.
+
+        Args:
+            state: The state that `init` or the last refresh gave; left as it is.
+            sketch: The products of `probes` for the same ``when``; finite, not all zero.
+            when: As for `refresh`.
+
+        Returns:
+            The new state.
+        """
+        return self.refresh(state, None, when)
 
     @abstractmethod
     def map(self, state: Any) -> LinearMap:
@@ -103,9 +147,14 @@ class Transform(ABC):
         """Whether the basis is refreshed in the step that follows ``step`` finished ones."""
 
     @property
-    def reads_gradient(self) -> bool:
-        """Whether `refresh` looks at the gradient; one that does not is refreshed before the step's forward, at no cost."""
-        return True
+    @abstractmethod
+    def period(self) -> int:
+        """Steps between refreshes, over which ``stagger`` spreads the weights; 0 where there is no second one."""
+
+    @property
+    def reads(self) -> Reads:
+        """What a refresh looks at; a transform that reads nothing is refreshed before the step's forward, at no cost."""
+        return "gradient"
 
     @property
     def stores_map(self) -> bool:
@@ -127,128 +176,3 @@ class Transform(ABC):
         Returns:
             Shape and dtype of each tensor of the state after the first refresh, and of the map where it is kept.
         """
-
-
-class Bases(NamedTuple):
-    """The state of a transform that is nothing but its bases."""
-
-    left: Tensor | None
-    right: Tensor | None
-
-
-@dataclass(frozen=True, kw_only=True)
-class BasisTransform(Transform):
-    """A transform with one basis of ``rank`` columns on one side of the weight, or on both.
-
-    Args:
-        rank: Columns of each basis.
-        every: Steps between refreshes; 0 refreshes once, in the first step.
-        side: ``short`` puts the basis on the shorter dimension (right for a square weight), ``long`` on the other;
-            ``left`` on the m rows, ``right`` on the n columns, ``both`` on both.
-        clip: Lower the rank to min(m, n) where it does not fit, instead of raising.
-    """
-
-    rank: int
-    every: int = 200
-    side: Side = "short"
-    clip: bool = False
-
-    def __post_init__(self) -> None:
-        """Check the shared options; a subclass that adds some calls this first."""
-        super().__post_init__()
-        require(self.rank >= 1, "rank", f"rank must be at least 1, not {self.rank}")
-        require(self.every >= 0, "every", f"every must be 0 (refresh once) or more, not {self.every}")
-
-    def ranks(self, shape: tuple[int, int]) -> tuple[int | None, int | None]:
-        """Columns of the left and the right basis; None where that side has none.
-
-        Args:
-            shape: (m, n), the weight's shape.
-
-        Returns:
-            (p, q); this is the one place where ``side`` meets a shape.
-
-        Raises:
-            ShapeError: The rank exceeds min(m, n) and ``clip`` is off.
-        """
-        m, n = shape
-        if self.rank > min(m, n) and not self.clip:
-            raise ShapeError(
-                f"rank {self.rank} is larger than min(m, n) = {min(m, n)} of a {m} x {n} weight; "
-                "lower the rank, or let it be lowered where needed: clip=true"
-            )
-        rank = min(self.rank, m, n)
-        right_is_short = m >= n
-        left = self.side in ("left", "both") or self.side == ("long" if right_is_short else "short")
-        right = self.side in ("right", "both") or self.side == ("short" if right_is_short else "long")
-        return rank if left else None, rank if right else None
-
-    @override
-    def coords_shape(self, shape: tuple[int, int]) -> tuple[int, int]:
-        left, right = self.ranks(shape)
-        return left or shape[0], right or shape[1]
-
-    @override
-    def basis_shapes(self, shape: tuple[int, int]) -> tuple[tuple[int, int] | None, tuple[int, int] | None]:
-        left, right = self.ranks(shape)
-        return None if left is None else (shape[0], left), None if right is None else (shape[1], right)
-
-    @override
-    def storage(self, shape: tuple[int, int], dtype: torch.dtype) -> list[Stored]:
-        return [Stored(basis, dtype) for basis in self.basis_shapes(shape) if basis is not None]
-
-    @override
-    def due(self, step: int) -> bool:
-        return step == 0 or (self.every > 0 and step % self.every == 0)
-
-    def start(self, shape: tuple[int, int], *, seed: int, device: torch.device, dtype: torch.dtype) -> Bases:
-        """Random bases of the right shapes, for a transform that has seen no gradient yet."""
-        left, right = (
-            None if s is None else start_basis(*s, seed=derive_seed(seed, side), device=device, dtype=dtype)
-            for side, s in zip(("left", "right"), self.basis_shapes(shape), strict=True)
-        )
-        return Bases(left, right)
-
-
-@dataclass(frozen=True, kw_only=True)
-class GradientBasis(BasisTransform):
-    """A transform whose bases are functions of the gradient and the old bases, and whose state is just those bases.
-
-    A subclass writes `bases`; orientation, start, dtype and map are done here.
-    """
-
-    @abstractmethod
-    def bases(self, grad: Gradient, old: Bases, when: When) -> Bases:
-        """The new bases.
-
-        Args:
-            grad: G [m, n]; use ``grad.T`` to write a right basis with the code of a left one.
-            old: The bases in use; None on the side that has none, where the result must be None too.
-            when: The step, the number of refreshes so far, the weight's seed.
-
-        Returns:
-            Bases of the old shapes, in any floating dtype.
-        """
-
-    @override
-    def init(self, shape: tuple[int, int], *, seed: int, device: torch.device, dtype: torch.dtype) -> Bases:
-        return self.start(shape, seed=seed, device=device, dtype=dtype)
-
-    @override
-    def refresh(self, state: Bases, grad: Gradient | None, when: When) -> Bases:
-        if grad is None:
-            raise SpecError(
-                f"{self.name} says that it reads no gradient; derive it from BasisTransform, not from GradientBasis"
-            )
-        new = self.bases(grad, state, when)
-        for found, old, side in zip(new, state, ("left", "right"), strict=True):
-            shapes = [None if b is None else tuple(b.shape) for b in (found, old)]
-            if shapes[0] != shapes[1]:
-                raise ShapeError(
-                    f"the bases method of {self.name} gave a {side} basis of shape {shapes[0]}; expected {shapes[1]}"
-                )
-        return Bases(*(b if b is None or o is None else b.to(o.dtype) for b, o in zip(new, state, strict=True)))
-
-    @override
-    def map(self, state: Bases) -> LinearMap:
-        return KroneckerMap(state.left, state.right)

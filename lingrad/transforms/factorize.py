@@ -41,8 +41,8 @@ def start_basis(size: int, rank: int, *, seed: int, device: torch.device, dtype:
 def orthonormalize(columns: Tensor, *, seed: int) -> Tensor:
     """Orthonormal columns with the same span, by a QR whose R has a positive diagonal.
 
-    Columns that depend on the others to working precision are replaced by seeded random directions before the QR: left
-    to rounding noise they would differ between two runs that are otherwise equal.
+    Columns that depend on those before them to working precision are replaced by seeded random directions, which are made
+    orthogonal last: left to rounding noise they would differ between two runs that are otherwise equal.
 
     Args:
         columns: [size, rank], rank <= size, at least float32.
@@ -51,15 +51,54 @@ def orthonormalize(columns: Tensor, *, seed: int) -> Tensor:
     Returns:
         [size, rank], owning its memory.
     """
-    q, r = torch.linalg.qr(columns)
-    diagonal = r.diagonal()
-    floor = diagonal.abs().max() * columns.shape[0] * torch.finfo(columns.dtype).eps
-    independent = ~(diagonal.abs() <= floor)  # a NaN is for the caller to see
-    if not bool(independent.all()):
-        filler = gaussian(*columns.shape, seed=seed, device=columns.device, dtype=columns.dtype)
-        q, r = torch.linalg.qr(torch.where(independent, q, filler))
-        diagonal = r.diagonal()
-    return torch.where(diagonal < 0, -q, q).contiguous()
+    factors = _Factors(columns)
+    diagonal = factors.diagonal
+    floor = diagonal.max() * columns.shape[0] * torch.finfo(columns.dtype).eps
+    independent = ~(diagonal <= floor)  # a NaN is for the caller to see
+    if bool(independent.all()):
+        return factors.q()
+    kept = independent.nonzero().flatten()
+    missing = independent.logical_not().nonzero().flatten()
+    filler = gaussian(len(columns), len(missing), seed=seed, device=columns.device, dtype=columns.dtype)
+    q = _Factors(torch.cat((columns.index_select(1, kept), filler), dim=1)).q()
+    return torch.empty_like(q).index_copy_(1, torch.cat((kept, missing)), q)
+
+
+class _Factors:
+    """Q and R of some columns, the diagonal of R made positive.
+
+    Of float32 columns R is taken from their Gram matrix in float64 (CholeskyQR), a few large products where Householder's QR is
+    many thin ones. Q is orthogonal to eps(float64) times the squared condition number, 1e-8 down to the floor above.
+    """
+
+    def __init__(self, columns: Tensor) -> None:
+        self.dtype = columns.dtype
+        self.by_gram = columns.dtype == torch.float32 and columns.device.type != "mps"
+        if not self.by_gram:
+            q, r = torch.linalg.qr(columns)
+            self.diagonal = r.diagonal().abs()
+            self.columns = torch.where(r.diagonal() < 0, -q, q)
+            return
+        exact = columns.double()
+        lengths = torch.linalg.vector_norm(exact, dim=0).clamp_min(torch.finfo(exact.dtype).tiny ** 0.5)
+        self.columns = exact.div_(lengths)
+        gram = self.columns.t() @ self.columns
+        shift = 0.0
+        self.r, failed = torch.linalg.cholesky_ex(gram, upper=True)
+        if bool(failed > 0):  # rounding has left the pivot of a dependent column negative, by eps for each column at most
+            shift = 4 * len(gram) * torch.finfo(gram.dtype).eps
+            gram.diagonal().add_(shift)
+            self.r, failed = torch.linalg.cholesky_ex(gram, upper=True)
+            self.r = torch.where(failed > 0, torch.nan, self.r)  # it is not finite
+        diagonal = (self.r.diagonal().square() - shift).clamp_min(0).sqrt() * lengths
+        self.diagonal = diagonal.to(columns.dtype)
+
+    def q(self) -> Tensor:
+        """Q, owning its memory."""
+        if not self.by_gram:
+            return self.columns.contiguous()
+        q: Tensor = torch.linalg.solve_triangular(self.r, self.columns, upper=True, left=False)
+        return q.to(self.dtype).contiguous()
 
 
 def align_signs(new: Tensor | None, old: Tensor | None) -> Tensor | None:
@@ -87,8 +126,6 @@ def leading_vectors(
     *,
     solver: str,
     seed: int,
-    oversample: int = 8,
-    iters: int = 2,
 ) -> tuple[Tensor | None, Tensor | None]:
     """The leading singular vectors of a gradient, on the sides asked for.
 
@@ -96,24 +133,16 @@ def leading_vectors(
         grad: G [m, n].
         left: How many left singular vectors, at most min(m, n), or None.
         right: How many right singular vectors, at most min(m, n), or None.
-        solver: ``exact`` (SVD of the matrix), ``gram`` (eigenvectors of the smaller Gram matrix: faster, blind below
-            sqrt(eps) of the largest singular value) or ``randomized`` (Halko, Martinsson, Tropp 2011, algorithms 4.4
-            and 5.1: products only).
-        seed: Seed of the sketch and of directions the gradient does not determine.
-        oversample: Extra sketch columns of ``randomized``.
-        iters: Power iterations of ``randomized``.
+        solver: ``exact`` (SVD of the matrix) or ``gram`` (eigenvectors of the smaller Gram matrix: faster, blind below
+            sqrt(eps) of the largest singular value).
+        seed: Seed of directions the gradient does not determine.
 
     Returns:
         Orthonormal columns [m, left] and [n, right] in at least float32, owning their memory.
     """
     grad = grad.to(wide(grad.dtype))
     rank = max(left or 0, right or 0)
-    if solver == "exact":
-        u, s, v, digits = _exact(grad.dense(), rank)
-    elif solver == "gram":
-        u, s, v, digits = _gram(grad.dense(), rank)
-    else:
-        u, s, v, digits = _randomized(grad, rank, seed, oversample, iters)
+    u, s, v, digits = (_gram if solver == "gram" else _exact)(grad.dense(), rank)
     floor = s[0] * max(grad.shape) * torch.finfo(s.dtype).eps ** digits
 
     def settled(vectors: Tensor, count: int | None, side: str) -> Tensor | None:
@@ -151,15 +180,3 @@ def _gram(matrix: Tensor, rank: int) -> Factors:
     s = values[-rank:].flip(0).clamp_min(0).sqrt()
     u = vectors[:, -rank:].flip(1)
     return u, s, matrix.t() @ u / s.clamp_min(torch.finfo(s.dtype).tiny), 0.5
-
-
-def _randomized(grad: Gradient, rank: int, seed: int, oversample: int, iters: int) -> Factors:
-    m, n = grad.shape
-    width = min(rank + oversample, m, n)
-    sketch = gaussian(n, width, seed=seed, device=grad.device, dtype=grad.dtype)
-    q = orthonormalize(grad.matmul(sketch), seed=seed)
-    for _ in range(iters):
-        right = orthonormalize(grad.rmatmul(q).t(), seed=seed)
-        q = orthonormalize(grad.matmul(right), seed=seed)
-    u, s, v, digits = _exact(grad.rmatmul(q), rank)
-    return q @ u, s, v, digits

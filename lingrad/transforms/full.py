@@ -11,7 +11,8 @@ from lingrad._typing import override
 from lingrad.gradient import Gradient
 from lingrad.maps import KroneckerMap, LinearMap
 from lingrad.stored import Stored
-from lingrad.transforms.base import Bases, Transform, When
+from lingrad.transforms.base import Reads, Transform, When
+from lingrad.transforms.basis import Bases
 from lingrad.transforms.registry import register
 
 
@@ -47,8 +48,13 @@ class Full(Transform):
 
     @property
     @override
-    def reads_gradient(self) -> bool:
-        return False
+    def reads(self) -> Reads:
+        return "nothing"
+
+    @property
+    @override
+    def period(self) -> int:
+        return 0
 
     @override
     def due(self, step: int) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, NamedTuple, final
+from typing import Any, NamedTuple, final, get_args
 
 import torch
 
@@ -13,7 +13,8 @@ from lingrad.errors import SpecError, require
 from lingrad.gradient import Gradient
 from lingrad.maps import LinearMap, two_sided
 from lingrad.stored import Stored
-from lingrad.transforms.base import BasisTransform, Transform, When
+from lingrad.transforms.base import Probe, Reads, Sketch, Transform, When
+from lingrad.transforms.basis import BasisTransform
 from lingrad.transforms.registry import register
 
 
@@ -70,7 +71,7 @@ class Kron(Transform):
     @override
     def storage(self, shape: tuple[int, int], dtype: torch.dtype) -> list[Stored]:
         # a factor drawn from a seed lives in the map alone
-        kept = [factor for factor in self._factors if self.stores_map or factor.reads_gradient]
+        kept = [factor for factor in self._factors if self.stores_map or factor.reads != "nothing"]
         return [stored for factor in kept for stored in factor.storage(shape, dtype)]
 
     @override
@@ -79,9 +80,26 @@ class Kron(Transform):
 
     @override
     def refresh(self, state: Pair, grad: Gradient | None, when: When) -> Pair:
-        both = when.refreshes == 0  # also where the first gradient came late, when neither schedule says so
-        sides = zip(self._factors, state, strict=True)
-        return Pair(*(t.refresh(s, grad, when) if both or t.due(when.step) else s for t, s in sides))
+        return Pair(*(t.refresh(s, grad, when) if due else s for t, s, due in self._now(state, when)))
+
+    @override
+    def probes(self, state: Pair, when: When) -> tuple[Probe, ...]:
+        asked = [t.probes(s, when) for t, s, due in self._now(state, when) if due]
+        return tuple(probe for probes in asked for probe in probes)
+
+    @override
+    def learn(self, state: Pair, sketch: Sketch, when: When) -> Pair:
+        found = []
+        for factor, own, due in self._now(state, when):
+            count = len(factor.probes(own, when)) if due else 0
+            found.append(factor.learn(own, sketch[:count], when) if due else own)
+            sketch = sketch[count:]
+        return Pair(*found)
+
+    def _now(self, state: Pair, when: When) -> list[tuple[Transform, Any, bool]]:
+        """The factors with their states, and which of them are due: both at the first refresh, however late it comes."""
+        both = when.refreshes == 0
+        return [(t, s, both or t.due(when.step)) for t, s in zip(self._factors, state, strict=True)]
 
     @override
     def map(self, state: Pair) -> LinearMap:
@@ -90,13 +108,19 @@ class Kron(Transform):
 
     @property
     @override
-    def reads_gradient(self) -> bool:
-        return self.left.reads_gradient or self.right.reads_gradient
+    def reads(self) -> Reads:
+        found = {self.left.reads, self.right.reads}
+        return next(kind for kind in get_args(Reads) if kind in found)  # the one that reads most decides for both
 
     @property
     @override
     def stores_map(self) -> bool:
         return self.left.stores_map and self.right.stores_map
+
+    @property
+    @override
+    def period(self) -> int:
+        return max(self.left.period, self.right.period)
 
     @override
     def due(self, step: int) -> bool:

@@ -15,9 +15,11 @@ from lingrad.gradient import Gradient, wide
 from lingrad.maps import KroneckerMap, LinearMap
 from lingrad.stored import Stored
 from lingrad.transforms import options
-from lingrad.transforms.base import BasisTransform, When
+from lingrad.transforms.base import Probe, Sketch, When
+from lingrad.transforms.basis import SketchBasis
 from lingrad.transforms.factorize import derive_seed, leading_vectors, orthonormalize
 from lingrad.transforms.registry import register
+from lingrad.transforms.sketch import by_side, range_probes
 
 
 class Learned(NamedTuple):
@@ -32,13 +34,13 @@ class Learned(NamedTuple):
 @register("pca")
 @final
 @dataclass(frozen=True, kw_only=True)
-class PCA(BasisTransform):
+class PCA(SketchBasis):
     """A basis trained beside the weights: one optimizer step on its reconstruction error at each refresh.
 
     The objective of a left basis P is |P P^T N - N|_F^2 + lam |P^T P - I|_F^2 with N = G / |G|_F (section 3.2); a right basis
-    is the same of N^T. Its gradient needs two products of G and none of the m x m matrices. The first refresh takes singular
-    vectors instead. The published loop steps P after the weights; here, as for every transform, P is refreshed from this
-    step's gradient before it projects it.
+    is the same of N^T. It depends on G through G G^T alone, for which a sketch G Omega stands, drawn anew at each refresh:
+    E[G Omega Omega^T G^T] is G G^T but for a factor that N does not see. As published, P is used for a step and then stepped
+    itself. The first refresh takes the singular vectors of the sketch instead.
 
     Args:
         rank: Columns of each basis.
@@ -49,6 +51,7 @@ class PCA(BasisTransform):
         lr: Learning rate of the basis.
         optimizer: A stock optimizer by name, with options if need be: ``adam``, ``sgd(momentum=0.9)``.
         orthonormalize: Replace the basis by its QR factor after each step.
+        oversample: Columns of the sketch beyond ``rank``.
 
     Raises:
         SpecError: An option is out of range, or the optimizer is unknown.
@@ -59,6 +62,7 @@ class PCA(BasisTransform):
     lr: float = 1e-3
     optimizer: Choice = field(default_factory=lambda: Choice("adam"))
     orthonormalize: bool = False
+    oversample: int = 0
 
     def __post_init__(self) -> None:
         """Check the options."""
@@ -66,6 +70,7 @@ class PCA(BasisTransform):
             object.__setattr__(self, "optimizer", Choice(self.optimizer))
         super().__post_init__()
         require(self.lam >= 0, "lam", f"lam must be 0 or more, not {self.lam}")
+        require(self.oversample >= 0, "oversample", f"oversample must be 0 or more, not {self.oversample}")
         require(self.lr > 0, "lr", f"lr must be positive, not {self.lr}")
         require(
             "lr" not in dict(self.optimizer.options),
@@ -101,17 +106,20 @@ class PCA(BasisTransform):
         return [*learned, *(moment for basis in learned for moment in base.moments(*basis))]
 
     @override
-    def refresh(self, state: Learned, grad: Gradient | None, when: When) -> Learned:
-        assert grad is not None  # noqa: S101 - reads_gradient holds
-        grad = grad.to(wide(grad.dtype))
-        seed = derive_seed(when.seed, when.step)
+    def probes(self, state: Learned, when: When) -> tuple[Probe, ...]:
+        return range_probes((state.left, state.right), self.oversample, when)
+
+    @override
+    def learn(self, state: Learned, sketch: Sketch, when: When) -> Learned:
+        bases = state.left, state.right
+        memories = ({}, {}) if when.refreshes <= 1 else (state.left_memory, state.right_memory)
+        found = [
+            (basis, memory) if basis is None or grad is None else self._learn(basis, grad, memory, side, when)
+            for basis, grad, memory, side in zip(bases, by_side(bases, sketch), memories, ("left", "right"), strict=True)
+        ]
+        (left, left_memory), (right, right_memory) = found
         if when.refreshes == 0:
-            ranks = [b if b is None else b.shape[1] for b in (state.left, state.right)]
-            left, right = leading_vectors(grad, ranks[0], ranks[1], solver="randomized", seed=seed)
             return state._replace(left=left, right=right)
-        left_memory, right_memory = ({}, {}) if when.refreshes == 1 else (state.left_memory, state.right_memory)
-        left, left_memory = self._learn(state.left, grad, left_memory, derive_seed(seed, "left"))
-        right, right_memory = self._learn(state.right, grad.T, right_memory, derive_seed(seed, "right"))
         return Learned(left, right, left_memory, right_memory)
 
     @override
@@ -119,13 +127,14 @@ class PCA(BasisTransform):
         return KroneckerMap(state.left, state.right)
 
     def _learn(
-        self, basis: Tensor | None, grad: Gradient, memory: dict[str, Any], seed: int
+        self, basis: Tensor, grad: Gradient, memory: dict[str, Any], side: str, when: When
     ) -> tuple[Tensor | None, dict[str, Any]]:
-        if basis is None:
-            return None, memory
-        slope = objective_grad(basis, grad, self.lam)
+        """The next basis of one side, whose gradient has this side in its rows."""
+        seed = derive_seed(when.seed, when.step, side)
+        if when.refreshes == 0:
+            return leading_vectors(grad, basis.shape[1], None, solver="exact", seed=seed)[0], memory
         param = nn.Parameter(basis.clone())
-        param.grad = slope.to(basis.dtype)
+        param.grad = objective_grad(basis, grad, self.lam).to(basis.dtype)
         optimizer = self.optimizer.base(lr=self.lr).build([param])
         optimizer.state[param] = {k: v.clone() if isinstance(v, Tensor) else v for k, v in memory.items()}
         optimizer.step()

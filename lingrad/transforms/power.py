@@ -1,66 +1,97 @@
-"""`power`: warm-started subspace iteration (PowerSGD, Vogels et al. 2019, arXiv 1905.13727; LDAdam, arXiv 2410.16103)."""
+"""`power`: warm-started subspace iteration, one product a side (PowerSGD, Vogels et al. 2019, arXiv 1905.13727, section 3)."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import final
+from typing import NamedTuple, final
 
+import torch
 from torch import Tensor
 
 from lingrad._typing import override
-from lingrad.errors import require
-from lingrad.gradient import Gradient, wide
-from lingrad.transforms.base import Bases, GradientBasis, When
+from lingrad.maps import KroneckerMap, LinearMap
+from lingrad.stored import Stored
+from lingrad.transforms.base import Probe, Sketch, When
+from lingrad.transforms.basis import SketchBasis
 from lingrad.transforms.factorize import align_signs, derive_seed, orthonormalize
 from lingrad.transforms.registry import register
+
+
+class Iterated(NamedTuple):
+    """State of `Power`: the bases, and for a basis on one side its companion on the other."""
+
+    left: Tensor | None
+    right: Tensor | None
+    companion: Tensor | None
+
+    @property
+    def pair(self) -> tuple[Tensor, Tensor]:
+        """P [m, r] and Q [n, r], whichever of them is the companion."""
+        left = self.companion if self.left is None else self.left
+        right = self.companion if self.right is None else self.right
+        assert left is not None  # noqa: S101 - one of three is missing
+        assert right is not None  # noqa: S101
+        return left, right
 
 
 @register("power")
 @final
 @dataclass(frozen=True, kw_only=True)
-class Power(GradientBasis):
-    """Subspace iteration from the old basis: P <- qr(G qr(G^T P)), from two products of the gradient.
+class Power(SketchBasis):
+    """Subspace iteration on both sides at once: P <- qr(G Q), Q <- qr(G^T P), each with the other's old basis.
 
-    With ``side=both`` one iteration is P <- qr(G Q), Q <- qr(G^T P), one product each.
+    Both are fixed before the step, so that the products add up over micro-batches. Where the weight has a basis on one side,
+    the one on the other is a companion, which is kept for the next refresh. Its product is the coordinates' own gradient.
 
     Args:
         rank: Columns of each basis.
         every: Steps between refreshes; 0 refreshes once.
         side: Which side has the basis: short, long, left, right, both.
         clip: Lower the rank to min(m, n) where it does not fit.
-        iters: Iterations at each refresh.
 
     Raises:
         SpecError: An option is out of range.
     """
 
-    iters: int = 1
-
-    def __post_init__(self) -> None:
-        """Check the options."""
-        super().__post_init__()
-        require(self.iters >= 1, "iters", f"iters must be at least 1, not {self.iters}")
+    @override
+    def init(self, shape: tuple[int, int], *, seed: int, device: torch.device, dtype: torch.dtype) -> Iterated:
+        left, right = self.start(shape, seed=seed, device=device, dtype=dtype)
+        size, rank = self._companion(shape)
+        if rank is None:
+            return Iterated(left, right, None)
+        return Iterated(left, right, self.drawn(size, rank, seed=derive_seed(seed, "companion"), device=device, dtype=dtype))
 
     @override
-    def bases(self, grad: Gradient, old: Bases, when: When) -> Bases:
-        grad = grad.to(wide(grad.dtype))
-        left, right = old
-        for _ in range(self.iters):
-            if left is not None and right is not None:
-                left = _span(grad.matmul(right), when, "left")
-                right = _span(grad.rmatmul(left).t(), when, "right")
-            elif left is not None:
-                left = _iterate(grad, left, when, "left")
-            elif right is not None:
-                right = _iterate(grad.T, right, when, "right")
-        return Bases(align_signs(left, old.left), align_signs(right, old.right))
+    def storage(self, shape: tuple[int, int], dtype: torch.dtype) -> list[Stored]:
+        size, rank = self._companion(shape)
+        return [*super().storage(shape, dtype), *([] if rank is None else [Stored((size, rank), dtype)])]
+
+    @override
+    def probes(self, state: Iterated, when: When) -> tuple[Probe, ...]:
+        left, right = state.pair
+        return Probe(None, right), Probe(left, None)
+
+    @override
+    def learn(self, state: Iterated, sketch: Sketch, when: When) -> Iterated:
+        left, right = (
+            _next(columns, old, derive_seed(when.seed, when.step, side))
+            for columns, old, side in zip((sketch[0], sketch[1].t()), state.pair, ("left", "right"), strict=True)
+        )
+        if state.right is None:
+            return Iterated(left, None, right)
+        return Iterated(None, right, left) if state.left is None else Iterated(left, right, None)
+
+    @override
+    def map(self, state: Iterated) -> LinearMap:
+        return KroneckerMap(state.left, state.right)
+
+    def _companion(self, shape: tuple[int, int]) -> tuple[int, int | None]:
+        """Size and rank of the basis on the side that has none."""
+        p, q = self.ranks(shape)
+        return (shape[1], p) if q is None else (shape[0], q if p is None else None)
 
 
-def _iterate(grad: Gradient, basis: Tensor, when: When, side: str) -> Tensor:
-    # a QR between the two products: of both at once the QR would see the square of the condition number
-    other = _span(grad.rmatmul(basis).t(), when, f"{side}, halfway")
-    return _span(grad.matmul(other), when, side)
-
-
-def _span(columns: Tensor, when: When, side: str) -> Tensor:
-    return orthonormalize(columns, seed=derive_seed(when.seed, when.step, side))
+def _next(columns: Tensor, old: Tensor, seed: int) -> Tensor:
+    found = align_signs(orthonormalize(columns, seed=seed), old)
+    assert found is not None  # noqa: S101 - neither was None
+    return found.to(old.dtype)

@@ -12,7 +12,8 @@ from lingrad._typing import override
 from lingrad.gradient import Gradient, wide
 from lingrad.maps import KroneckerMap, LinearMap, SelectionMap
 from lingrad.stored import Stored
-from lingrad.transforms.base import BasisTransform, When
+from lingrad.transforms.base import Reads, When
+from lingrad.transforms.basis import BasisTransform
 from lingrad.transforms.factorize import derive_seed, gaussian, orthonormalize
 from lingrad.transforms.registry import register
 
@@ -59,8 +60,8 @@ class Random(BasisTransform):
 
     @property
     @override
-    def reads_gradient(self) -> bool:
-        return False
+    def reads(self) -> Reads:
+        return "nothing"
 
     @property
     @override

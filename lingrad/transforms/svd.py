@@ -10,11 +10,11 @@ import torch
 from lingrad._typing import override
 from lingrad.errors import require
 from lingrad.gradient import Gradient
-from lingrad.transforms.base import Bases, GradientBasis, When
+from lingrad.transforms.base import Probe, Reads, Sketch, When
+from lingrad.transforms.basis import Bases, GradientBasis
 from lingrad.transforms.factorize import align_signs, derive_seed, leading_vectors
 from lingrad.transforms.registry import register
-
-OVERSAMPLE, ITERS = 8, 2
+from lingrad.transforms.sketch import by_side, range_probes, sketched
 
 
 @register("svd")
@@ -29,9 +29,9 @@ class SVD(GradientBasis):
         side: Which side has the basis: short, long, left, right, both.
         clip: Lower the rank to min(m, n) where it does not fit.
         solver: ``exact`` forms the gradient and takes its SVD; ``gram`` takes the eigenvectors of its smaller Gram matrix;
-            ``randomized`` needs only products (Halko, Martinsson, Tropp 2011).
-        oversample: Extra columns of the randomized sketch; None is 8. Only with ``solver=randomized``.
-        iters: Power iterations of the randomized sketch; None is 2. Only with ``solver=randomized``.
+            ``randomized`` takes the leading singular vectors of a sketch of it (Halko, Martinsson, Tropp 2011, section 4.1, in
+            one pass), which serve from the next step on.
+        oversample: Columns of the sketch beyond ``rank``; None is as many again. Only with ``solver=randomized``.
         precision: ``auto`` computes in at least float32, ``float32`` in float32 always, as galore_torch does.
         align: Keep the signs of the old basis's columns, which the moments refer to.
 
@@ -41,35 +41,52 @@ class SVD(GradientBasis):
 
     solver: Literal["exact", "gram", "randomized"] = "exact"
     oversample: int | None = None
-    iters: int | None = None
     precision: Literal["auto", "float32"] = "auto"
     align: bool = True
 
     def __post_init__(self) -> None:
         """Check the options."""
         super().__post_init__()
-        for option in ("oversample", "iters"):
-            value = getattr(self, option)
-            require(
-                value is None or self.solver == "randomized",
-                option,
-                f"{option} is used by solver=randomized only, not by solver={self.solver}; leave it out",
-            )
-            require(value is None or value >= 0, option, f"{option} must be 0 or more, not {value}")
+        require(
+            self.oversample is None or self.solver == "randomized",
+            "oversample",
+            f"oversample is used by solver=randomized only, not by solver={self.solver}; leave it out",
+        )
+        require(
+            self.oversample is None or self.oversample >= 0,
+            "oversample",
+            f"oversample must be 0 or more, not {self.oversample}",
+        )
+
+    @property
+    @override
+    def reads(self) -> Reads:
+        return "sketch" if self.solver == "randomized" else "gradient"
 
     @override
     def bases(self, grad: Gradient, old: Bases, when: When) -> Bases:
+        if self.reads == "sketch":
+            return self.learn(old, sketched(grad, self.probes(old, when)), when)
+        return self._leading(grad, old, when)
+
+    @override
+    def probes(self, state: Bases, when: When) -> tuple[Probe, ...]:
+        return range_probes(state, self.oversample, when)
+
+    @override
+    def learn(self, state: Bases, sketch: Sketch, when: When) -> Bases:
+        left, right = by_side(state, sketch)
+        found = Bases(
+            None if left is None else self._leading(left, Bases(state.left, None), when).left,
+            None if right is None else self._leading(right.T, Bases(None, state.right), when).right,
+        )
+        return self.in_dtype(found, state)
+
+    def _leading(self, grad: Gradient, old: Bases, when: When) -> Bases:
+        """Singular vectors on the sides that have an old basis, as many as it has columns."""
         if self.precision == "float32":
             grad = grad.to(torch.float32)
-        left, right = leading_vectors(
-            grad,
-            old.left if old.left is None else old.left.shape[1],
-            old.right if old.right is None else old.right.shape[1],
-            solver=self.solver,
-            seed=derive_seed(when.seed, when.step),
-            oversample=OVERSAMPLE if self.oversample is None else self.oversample,
-            iters=ITERS if self.iters is None else self.iters,
-        )
-        if not self.align:
-            return Bases(left, right)
-        return Bases(align_signs(left, old.left), align_signs(right, old.right))
+        ranks = (None if basis is None else basis.shape[1] for basis in old)
+        solver = "gram" if self.solver == "gram" else "exact"
+        found = leading_vectors(grad, *ranks, solver=solver, seed=derive_seed(when.seed, when.step))
+        return Bases(*map(align_signs, found, old)) if self.align else Bases(*found)

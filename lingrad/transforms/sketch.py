@@ -1,0 +1,93 @@
+"""Sketches of a gradient: its products with random matrices that are fixed before the step.
+
+With G Omega for a Gaussian Omega [n, k] the span of the leading left singular vectors of G is known nearly (Halko, Martinsson,
+Tropp 2011, section 4.1), and E[G Omega Omega^T G^T] is G G^T but for a factor. Products are linear in G, so that micro-batches
+and processes add up, and with k numbers a row they are small.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from lingrad.gradient import DenseGradient, Gradient, wide
+from lingrad.transforms.base import Probe, Sketch, When
+from lingrad.transforms.factorize import derive_seed
+
+
+def sketched(grad: Gradient, probes: Sequence[Probe]) -> Sketch:
+    """The products of a gradient with some probes, in at least float32."""
+    return tuple(grad.product(left, right).to(wide(grad.dtype)) for left, right in probes)
+
+
+def range_probes(bases: Sequence[Tensor | None], oversample: int | None, when: When) -> tuple[Probe, ...]:
+    """The probes whose products span, nearly, the leading singular vectors on each side that has a basis.
+
+    Args:
+        bases: The left basis [m, p] and the right one [n, q], as many columns as are wanted; None on a side that has none.
+        oversample: Columns beyond those wanted; None is as many again.
+        when: The weight's shape, the step and the run's seed: weights of equal size share the draw.
+
+    Returns:
+        Of the left side G Omega, [m, k], then of the right one Omega^T G, [k, n]; the gradient itself where a sketch would not
+        be smaller.
+    """
+    probes = []
+    for side, basis, across in zip(("left", "right"), bases, reversed(when.shape), strict=True):
+        if basis is None:
+            continue
+        columns = basis.shape[1] * 2 if oversample is None else basis.shape[1] + oversample
+        if columns >= across:
+            probes.append(Probe(None, None))
+            continue
+        seed = derive_seed(when.run_seed, "sketch", when.step, side)
+        omega = test_matrix(across, columns, seed=seed, device=basis.device, dtype=basis.dtype)
+        probes.append(Probe(None, omega) if side == "left" else Probe(omega, None))
+    return tuple(probes)
+
+
+def by_side(bases: Sequence[Tensor | None], sketch: Sketch) -> tuple[Gradient | None, Gradient | None]:
+    """The products of `range_probes`, each with the side it tells of as its rows.
+
+    Args:
+        bases: As for `range_probes`.
+        sketch: The products.
+
+    Returns:
+        G Omega [m, k] and (Omega^T G)^T [n, k]; None for a side without a basis.
+    """
+    products = [DenseGradient(product) for product in sketch]
+    left = products.pop(0) if bases[0] is not None else None
+    return left, products.pop(0).T if bases[1] is not None else None
+
+
+@lru_cache(maxsize=8)
+def test_matrix(rows: int, columns: int, *, seed: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Gaussian columns of unit length in expectation, [rows, columns]; not to be written into.
+
+    They are drawn on their device: unlike a basis that is kept as a seed, they need not mean the same on another. The last
+    few are remembered until `forget_draws`, since the weights of a step share them.
+
+    Args:
+        rows: Rows.
+        columns: Columns.
+        seed: Decides the numbers, with the device.
+        device: Where they are.
+        dtype: What they are rounded to.
+
+    Returns:
+        The matrix.
+    """
+    if device.type == "meta":
+        return torch.empty(rows, columns, dtype=dtype, device=device)
+    generator = torch.Generator(device).manual_seed(seed)
+    drawn = torch.randn(rows, columns, generator=generator, dtype=wide(dtype), device=device)
+    return drawn.div_(rows**0.5).to(dtype)
+
+
+def forget_draws() -> None:
+    """Free the test matrices of a step that is over."""
+    test_matrix.cache_clear()

@@ -1,0 +1,36 @@
+"""Dispatch modes that look over an operation's shoulder."""
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+
+class NoTensorOfShape(TorchDispatchMode):
+    """Notes any operation that makes a tensor of one of some shapes."""
+
+    def __init__(self, shapes):
+        super().__init__()
+        self.shapes = {tuple(s) for s in shapes} | {tuple(s)[::-1] for s in shapes}
+        self.found = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, tuple | list) else (out,):
+            # a view of an existing tensor, such as weight.t(), makes nothing
+            fresh = isinstance(tensor, torch.Tensor) and not tensor._is_view() and func.namespace == "aten"
+            if fresh and tuple(tensor.shape) in self.shapes and func._schema.name not in ("aten::t", "aten::detach"):
+                self.found.append((func._schema.name, tuple(tensor.shape)))
+        return out
+
+
+# What makes the host wait for a device: a number read back, a shape that depends on numbers, a copy from device to host.
+WAITS = {"_local_scalar_dense", "item", "equal", "nonzero", "is_nonzero", "unique", "masked_select", "_unique2"}
+
+
+class NoWaiting(TorchDispatchMode):
+    """Fails on an operation that would make the host wait for a GPU."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func._schema.name.partition("::")[2]
+        assert name not in WAITS, f"{name} waits for the device"
+        assert name != "_to_copy" or "device" not in (kwargs or {}), "a copy between devices waits for the device"
+        return func(*args, **(kwargs or {}))

@@ -10,6 +10,7 @@ from lingrad.groups import Trainable
 from lingrad.moments import Carry
 from lingrad.optimizer import SubspaceOptimizer
 from lingrad.rules import Rules
+from lingrad.sharing import Share
 
 
 def wrap(
@@ -24,6 +25,7 @@ def wrap(
     compat: Compat | None = None,
     layerwise: bool = False,
     stagger: bool = False,
+    share: Share | None = None,
     **base_kwargs: Any,
 ) -> SubspaceOptimizer:
     """Train in subspaces as an optimizer: W <- W + S opt(S^T G) (GaLore's form).
@@ -47,6 +49,8 @@ def wrap(
             micro-batches, no clipping by a norm and no loss scaling.
         stagger: Refresh the weights in turns, spread over the steps between two refreshes of one, so that no step pays for all.
             Until its first turn a weight is trained in a random basis.
+        share: ``input`` gives linear layers that read the same input (q, k, v; gate, up; see `lingrad.sharing`) one right
+            basis, chosen for all their gradients together, and one saved x @ Q.
         **base_kwargs: Options of the base, such as ``lr``, ``betas``, ``momentum``.
 
     Returns:
@@ -71,6 +75,7 @@ def wrap(
         compat=compat,
         layerwise=layerwise,
         stagger=stagger,
+        share=share,
         **base_kwargs,
     )
 
@@ -87,6 +92,8 @@ def adapt(
     compat: Compat | None = None,
     layerwise: bool = False,
     stagger: bool = False,
+    share: Share | None = None,
+    merge_every: int | None = None,
     **base_kwargs: Any,
 ) -> SubspaceOptimizer:
     """Train in subspaces as one-sided adapters: W = W0 + S z, z trained, merged at each refresh.
@@ -104,6 +111,9 @@ def adapt(
         compat: See `wrap`.
         layerwise: See `wrap`.
         stagger: See `wrap`.
+        share: See `wrap`.
+        merge_every: Merge coordinates into the weights every so many steps, beside each refresh; None leaves it at those. With
+            1 it is optimizer mode's schedule on adapter mode's forward. The trajectory is the same.
         **base_kwargs: See `wrap`.
 
     Returns:
@@ -121,5 +131,7 @@ def adapt(
         compat=compat,
         layerwise=layerwise,
         stagger=stagger,
+        share=share,
+        merge_every=merge_every,
         **base_kwargs,
     )

@@ -129,6 +129,9 @@ def check_groups(saved: list[dict[str, Any]], own: list[dict[str, Any]], identit
     Raises:
         CheckpointError: They differ; the first difference is named.
     """
+    older = [was["format"] for was in saved if was.get("format", identity["format"]) != identity["format"]]
+    if older:
+        raise CheckpointError(f"the checkpoint has format {older[0]!r}, this run has {identity['format']!r}")
     for key in identity:
         if any(key not in was for was in saved):
             raise CheckpointError(f"the checkpoint's param groups have no '{key}': it was not written by lingrad's optimizer")

@@ -54,9 +54,10 @@ def explain(
     spec: Annotated[str, typer.Argument(help="Config string, or rules: '*.attn.*: svd(rank=64); *: none'.")],
     model: Annotated[str, typer.Option(help="'demo', a config.json of transformers, or a folder with one.")] = "demo",
     every_parameter: Annotated[bool, typer.Option("--all", help="One line for every parameter.")] = False,
+    share: Annotated[bool, typer.Option("--share", help="Share right bases among layers that read one input.")] = False,
 ) -> None:
     """Show which parameters a spec or rules transform, and to what sizes."""
-    typer.echo(explain_(open_model(model), spec, every_parameter=every_parameter))
+    typer.echo(explain_(open_model(model), spec, share="input" if share else None, every_parameter=every_parameter))
 
 
 @app.command()
@@ -71,6 +72,8 @@ def memory(
     checkpointing: Annotated[bool, typer.Option("--checkpointing", help="Recompute layers in the backward.")] = False,
     layerwise: Annotated[bool, typer.Option("--layerwise", help="Step each weight inside the backward.")] = False,
     capacity: Annotated[str | None, typer.Option(help="Memory of the device, such as 24GiB, for a verdict.")] = None,
+    share: Annotated[bool, typer.Option("--share", help="Share right bases among layers that read one input.")] = False,
+    stagger: Annotated[bool, typer.Option("--stagger", help="Refresh weights in turns.")] = False,
     expandable: Annotated[bool, typer.Option("--expandable", help="Model CUDA's expandable segments.")] = False,
     compare: Annotated[bool, typer.Option("--compare", help="Beside full AdamW, galore_torch and LoRA.")] = False,
     max_batch: Annotated[bool, typer.Option("--max-batch", help="Find the largest batch that fits.")] = False,
@@ -80,7 +83,9 @@ def memory(
     snapshot: Annotated[Path | None, typer.Option(help="Write a snapshot for pytorch.org/memory_viz here.")] = None,
 ) -> None:
     """Show where a run's memory would go, and whether it fits, without running it."""
-    asked = memory_jobs.Asked(model, spec, base, mode, batch, seq, dtype, checkpointing, layerwise, capacity, expandable)
+    asked = memory_jobs.Asked(
+        *(model, spec, base, mode, batch, seq, dtype, checkpointing, layerwise, capacity, expandable, share, stagger)
+    )
     outputs = memory_jobs.Outputs(json, plot, snapshot)
     typer.echo(memory_jobs.answer(asked, outputs, compare_all=compare, max_batch=max_batch, closed_form=closed_form))
 

@@ -9,7 +9,8 @@ from torch import nn
 
 from lingrad import spec
 from lingrad._table import align
-from lingrad.rules import Rules, Target, resolve_model
+from lingrad.rules import Rules, resolve_model
+from lingrad.sharing import Place, Share, places
 
 HEADERS = ("parameter", "weight", "transform", "coords", "basis", "gradient", "trained")
 
@@ -66,12 +67,15 @@ class Explanation:
         return "\n".join(text)
 
 
-def explain(model: nn.Module, spec_or_rules: Rules, *, every_parameter: bool = False) -> Explanation:
+def explain(
+    model: nn.Module, spec_or_rules: Rules, *, share: Share | None = None, every_parameter: bool = False
+) -> Explanation:
     """Show what `lingrad.wrap` would do.
 
     Args:
         model: The model; the meta device will do.
         spec_or_rules: As for `lingrad.wrap`.
+        share: As for `lingrad.wrap`.
         every_parameter: Give each parameter its own line, instead of one to the parameters that differ in nothing but the
             numbers in their names.
 
@@ -79,7 +83,7 @@ def explain(model: nn.Module, spec_or_rules: Rules, *, every_parameter: bool = F
         A table; its ``str`` is for reading. Errors are those of `lingrad.wrap`.
     """
     plan = resolve_model(model, spec_or_rules)
-    targets = {target.name: _transformed(target) for target in plan.targets}
+    targets = {place.target.name: _transformed(place) for place in places(plan.targets, share)}
     untouched = {name: _untouched(name, param) for name, param in plan.full}
     order = [name for name, _ in model.named_parameters() if name in targets or name in untouched]
     lines = [targets.get(name) or untouched[name] for name in order]
@@ -88,10 +92,11 @@ def explain(model: nn.Module, spec_or_rules: Rules, *, every_parameter: bool = F
     return Explanation(tuple(lines if every_parameter else _alike(lines)), parameters, trained)
 
 
-def _transformed(target: Target) -> Line:
-    shape = target.layout.shape
-    coords = target.transform.coords_shape(shape)
-    bases = [_by(s) for s in target.transform.basis_shapes(shape) if s is not None]
+def _transformed(place: Place) -> Line:
+    target, coords, shape = place.target, place.coords, place.target.layout.shape
+    bases = [_by(s) for s in target.transform.basis_shapes(place.shape) if s is not None]
+    if not place.leads:
+        bases = [f"that of {place.group[0].name.removesuffix('.weight').rpartition('.')[2]}"]
     gradient = "projected" if target.road == "projected" else "hook"
     text = spec.format(target.transform)
     return Line(target.name, 1, _by(shape), text, _by(coords), ", ".join(bases) or "-", gradient, coords[0] * coords[1])

@@ -1,13 +1,12 @@
 """The optimizer: one class for both modes, round any base.
 
-Order of a step: refresh where due -> (clip) -> decay -> base -> merge in optimizer mode. The modes differ in nothing else than
-when coordinates are merged into weights: at every step (optimizer mode) or at each refresh (adapter mode).
+The modes differ in nothing else than when coordinates are merged into weights: at every step (optimizer mode), at each refresh
+(adapter mode), or every few steps between the two (``merge_every``). The order of a step is told in `lingrad.stepping`.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable
 from functools import partial
 from typing import Any, get_args
 
@@ -20,17 +19,16 @@ from lingrad._typing import override
 from lingrad.adapters import Attachment, Mode, make_attachment
 from lingrad.compat import Compat, arithmetic, as_published
 from lingrad.errors import ModeError, require, require_one_of
-from lingrad.groups import Pairs, Trainable, build_stock, check_not_negative, make_groups, pull, push, resolve_groups
+from lingrad.groups import Pairs, Trainable, check_not_negative, make_groups, resolve_groups
 from lingrad.layerwise import Layerwise
-from lingrad.moments import Carry, Moments
-from lingrad.persistence import StatefulOptimizer
-from lingrad.refresh import choose, commit, redraw, renew
-from lingrad.rules import Rules, Target
-from lingrad.subspace import Subspace, decay, lifted, merge
-from lingrad.transforms.sketch import forget_draws
+from lingrad.moments import Carry
+from lingrad.rules import Rules
+from lingrad.sharing import Place, Share, places, require_shared
+from lingrad.stepping import SteppingOptimizer
+from lingrad.subspace import Subspace, lifted, merge
 
 
-class SubspaceOptimizer(StatefulOptimizer):
+class SubspaceOptimizer(SteppingOptimizer):
     """A ``torch.optim.Optimizer`` whose parameters are coordinates, and the untransformed parameters of the model.
 
     Made by `lingrad.wrap` and `lingrad.adapt`, whose arguments it takes. ``param_groups`` are ``coords``, ``matrices`` and
@@ -55,6 +53,8 @@ class SubspaceOptimizer(StatefulOptimizer):
         compat: Compat | None = None,
         layerwise: bool = False,
         stagger: bool = False,
+        share: Share | None = None,
+        merge_every: int | None = None,
         **base_kwargs: Any,
     ) -> None:
         require_one_of(mode, get_args(Mode), "mode")
@@ -64,16 +64,20 @@ class SubspaceOptimizer(StatefulOptimizer):
         for option, value in (("layerwise", layerwise), ("stagger", stagger)):
             require(type(value) is bool, option, f"{option} must be True or False, not {value!r}")
         require(type(seed) is int, "seed", f"seed must be a whole number, not {seed!r}")
+        _check_sharing(share, layerwise)
+        _check_merging(merge_every, mode)
         self._base = bases.find(base, base_kwargs, decay=False)
         trials.check_reads_only_gradients(self._base)
         self._carry = carry
         self._degrees = trials.moment_degrees(self._base) if carry == "rotate" else {}
         self._arithmetic = arithmetic(compat, self._base.name)
-        self._seed, self._compat, self._stagger = seed, compat, stagger
+        self._merge_every = merge_every
+        self._seed, self._compat, self._stagger, self._share = seed, compat, stagger, share
         self._step = 0
         self._places: dict[int, tuple[torch.dtype, torch.device]] = {}
         self._stock: list[tuple[Optimizer, Pairs]] = []
         self._stock_of: dict[int, list[tuple[Optimizer, Pairs]]] = {}  # of one parameter each, where layerwise
+        self._compiled: dict[str, Any] | None = None
         self._layerwise = Layerwise(self._advance_one) if layerwise else None
         if layerwise:
             trials.check_keeps_nothing_for_all(self._base)
@@ -89,8 +93,14 @@ class SubspaceOptimizer(StatefulOptimizer):
             parallel.refuse_wrapped(self._model)
         groups = []
         plans = resolve_groups(model, spec_or_rules)
+        placed = [places(plan.targets, share) for plan, _ in plans]
+        if share is not None:
+            require_shared([place for found in placed for place in found])
         for i, (plan, options) in enumerate(plans):
-            made = [make_attachment(target, self._subspace(target)) for target in plan.targets]
+            subs: dict[str, Subspace] = {}
+            for place in placed[i]:
+                subs[place.target.name] = self._subspace(place, subs.get(place.group[0].name))
+            made = [make_attachment(target, subs[target.name]) for target in plan.targets]
             self.attachments += made
             groups += make_groups(
                 plan,
@@ -116,92 +126,6 @@ class SubspaceOptimizer(StatefulOptimizer):
         self._attach(mode)
         self._schedule()
 
-    @property
-    def base(self) -> Optimizer:
-        """The stock optimizer that steps the coordinates; built at the first use."""
-        return self._stocks()[0][0]
-
-    @override
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One step of the run.
-
-        Args:
-            closure: Evaluates the model once and returns the loss, as in torch.
-
-        Returns:
-            What the closure returned.
-
-        Raises:
-            ModeError: On a refresh step the gradient of some coordinates was changed by more than one factor.
-        """
-        self._require_attached()
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        if self._follow(self._params()):
-            self._stock.clear()
-            self._stock_of.clear()
-        probe = self._is_probe()
-        if self._layerwise is not None:
-            self._layerwise.flush()
-        self._advance(self._stocks(), self.attachments, probe=probe)
-        if not probe:
-            self._renew()
-            self._step += 1
-            self._schedule()
-        if self._layerwise is not None:
-            self._layerwise.begin()
-        return loss
-
-    def _advance(self, stocks: list[tuple[Optimizer, Pairs]], attachments: list[Attachment], *, probe: bool = False) -> None:
-        """Refresh where due, decay, step and merge whatever of these has a gradient."""
-        served = [(own, param) for _, pairs in stocks for own, group in pairs for param in group["params"]]
-        if not probe:
-            for attachment in attachments:
-                if not (attachment.sub.due and attachment.sub.transform.reads == "gradient"):
-                    attachment.sub.refuse_stale()
-            self._choose(attachments)
-            for attachment in reversed(attachments):  # who leads holds the old map, which the others merge through
-                self._commit(attachment.sub)
-        for attachment in attachments:
-            if attachment.sub.coords.grad is not None:
-                attachment.sub.hold()
-        if not self._arithmetic.decay_last:
-            self._decay(served)
-        for stock, pairs in stocks:
-            for own, group in pairs:
-                push(own, group, self._arithmetic, self._step + 1)
-            try:
-                stock.step()
-            except BaseException:
-                if stock is stocks[0][0] and not self._arithmetic.decay_last:
-                    self._decay(served, undo=True)  # nothing was stepped: the weights stay as the step found them
-                raise
-            for own, group in pairs:
-                pull(own, group)
-        if self._arithmetic.decay_last:
-            self._decay(served)
-        if self.mode == "optimizer":
-            for attachment in attachments:
-                if attachment.sub.coords.grad is not None:
-                    merge(attachment.sub, attachment.weight)
-                    attachment.sub.release()
-
-    def _advance_one(self, param: Tensor) -> None:
-        """Step one parameter inside the backward and free its gradient."""
-        attachment = self._by_coords.get(id(param))
-        if self._follow([param]):
-            self._stock.clear()
-            self._stock_of.pop(id(param), None)
-        if id(param) not in self._stock_of:
-            group = next(group for group in self.param_groups if any(param is other for other in group["params"]))
-            stock, pairs = build_stock([{**group, "params": [param]}], self._base, self._base_state)[0]
-            self._stock_of[id(param)] = [(stock, [(group, served) for _, served in pairs])]
-        self._advance(self._stock_of[id(param)], [] if attachment is None else [attachment])
-        param.grad = None
-
     def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0) -> Tensor:
         """Clip the gradient of all that trains by its norm, coordinates counting as they are, in the small space.
 
@@ -224,7 +148,7 @@ class SubspaceOptimizer(StatefulOptimizer):
                 "leave layerwise out to clip"
             )
         with torch.no_grad():
-            self._choose(self.attachments)
+            self._choose(sub for sub in self.subspaces if sub.due and sub.transform.reads == "gradient")
         params = [p for group in self.param_groups for p in group["params"]]
         return torch.nn.utils.clip_grad_norm_(params, max_norm, norm_type)
 
@@ -332,9 +256,13 @@ class SubspaceOptimizer(StatefulOptimizer):
             raise ModeError("param groups cannot be added to a running optimizer; pass them all to lingrad.wrap")
         super().add_param_group(param_group)
 
-    def _subspace(self, target: Target) -> Subspace:
-        transform = as_published(self._compat, target.transform)
-        return Subspace.create(target.name, target.layout, transform, target.param, self._seed)
+    def _subspace(self, place: Place, lead: Subspace | None) -> Subspace:
+        """The subspace of a weight; on the basis of another that leads, if there is one."""
+        name, layout, param = place.target.name, place.target.layout, place.target.param
+        if lead is not None:
+            return lead.join(name, layout, param)
+        transform = as_published(self._compat, place.target.transform)
+        return Subspace.create(name, layout, transform, param, self._seed, stacked=place.shape[0] - layout.shape[0])
 
     def _attach(self, mode: Mode) -> None:
         done: list[Attachment] = []
@@ -374,55 +302,21 @@ class SubspaceOptimizer(StatefulOptimizer):
             ours = [p for a in attachments if a.averages for p in (a.weight, a.sub.coords)]
             parallel.exempt(self._model, ours)
 
-    def _stocks(self) -> list[tuple[Optimizer, Pairs]]:
-        if not self._stock:
-            self._stock = build_stock(self.param_groups, self._base, self._base_state)
-        return self._stock
 
-    def _moments(self, sub: Subspace) -> Moments:
-        def initial() -> dict[str, Any]:
-            return dict(self._base.build([sub.coords]).state.get(sub.coords, {}))
+def _check_sharing(share: Any, layerwise: bool) -> None:
+    require(share is None or share in get_args(Share), "share", f"share must be 'input' or None, not {share!r}")
+    require(
+        share is None or not layerwise,
+        "share",
+        "share='input' refreshes several weights together, and layerwise=True steps one after the other; leave one of them out",
+    )
 
-        return Moments(self._base_state.get(sub.coords, {}), self._carry, self._degrees, initial)
 
-    def _choose(self, attachments: list[Attachment]) -> None:
-        """Choose the new basis of every weight that is due, from the gradient that backward captured."""
-        found = (a.sub for a in attachments if a.sub.due and a.sub.transform.reads == "gradient")
-        due = [sub for sub in found if sub.proposal is None and sub.coords.grad is not None]
-        factors = [sub.captured.outside_factor(sub.coords) for sub in due]
-        # where backward left zeros, the factor is the one seen everywhere else
-        common = next((factor for factor in factors if factor is not None), 1.0)
-        seen = {id(sub): common if factor is None else factor for sub, factor in zip(due, factors, strict=True)}
-        for lead in dict.fromkeys(sub.leader or sub for sub in due):
-            choose(lead.members, next(seen[id(sub)] for sub in lead.members if id(sub) in seen))
-
-    def _renew(self) -> None:
-        """Change the bases that are learned from what this step's backwards gathered."""
-        due = (a.sub for a in self.attachments if a.sub.due and a.sub.transform.reads == "sketch")
-        found = (s for s in due if s.captured.total is not None or (parallel.ranks() > 1 and s.coords.grad is not None))
-        leads = dict.fromkeys(sub.leader or sub for sub in found)
-        if leads:
-            renew([lead.members for lead in leads], self._commit)
-            forget_draws()
-
-    def _commit(self, sub: Subspace) -> None:
-        commit(sub, self._by_coords[id(sub.coords)].weight, self._moments(sub))
-
-    def _decay(self, served: list[tuple[dict[str, Any], Tensor]], *, undo: bool = False) -> None:
-        for group, param in served:
-            factor = 1.0 - group["lr"] * group["weight_decay"]
-            if undo:
-                factor = 1.0 / factor if factor else 1.0
-            if group["weight_decay"] == 0 or param.grad is None:
-                continue
-            attachment = self._by_coords.get(id(param))
-            if attachment is None:
-                param.mul_(factor)
-            else:
-                decay(attachment.sub, attachment.weight, factor)
-
-    @torch.no_grad()
-    def _schedule(self) -> None:
-        drawn = [attachment.sub for attachment in self.attachments if attachment.sub.schedule(self._step)]
-        for lead in dict.fromkeys(sub.leader or sub for sub in drawn):
-            redraw(lead.members, self._commit)
+def _check_merging(merge_every: Any, mode: Mode) -> None:
+    fits = merge_every is None or (type(merge_every) is int and merge_every >= 1)
+    require(fits, "merge_every", f"merge_every must be a number of steps, 1 or more, or None, not {merge_every!r}")
+    require(
+        merge_every is None or mode == "adapter",
+        "merge_every",
+        "merge_every is for adapter mode; optimizer mode merges at every step. Use lingrad.adapt(..., merge_every=...)",
+    )

@@ -38,6 +38,7 @@ class StatefulOptimizer(Optimizer):
     _seed: int
     _compat: Compat | None
     _stagger: bool
+    _share: str | None
     _step: int  # steps finished
     _base_state: defaultdict[Tensor, dict[str, Any]]  # what the stock optimizers keep; they share this mapping
     _by_coords: dict[int, Attachment]
@@ -119,7 +120,7 @@ class StatefulOptimizer(Optimizer):
             if found.moments:
                 self._base_state[param] = found.moments
             if sub is not None and found.step is not None:
-                sub.replace_state(found.state, found.refreshes)
+                sub.replace_state(found.state, found.refreshes)  # of one that is led there is none
                 sub.coords.grad = None  # of weights and a basis that are gone
                 self._step = found.step
         self._places = {id(param): (param.dtype, param.device) for param in self._params()}
@@ -149,6 +150,7 @@ class StatefulOptimizer(Optimizer):
             "seed": self._seed,
             "compat": self._compat,
             "stagger": self._stagger,
+            "share": self._share,
         }
 
     def _params(self) -> list[Tensor]:

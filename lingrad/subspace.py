@@ -1,6 +1,6 @@
 """The engine: one weight's subspace, and what happens to it in every step.
 
-A step of either mode is (a new basis, where the transform reads the gradient) -> clip -> `decay` -> base -> `merge` in
+A step of either mode is (a new basis, where the transform reads the gradient) -> clip -> decay -> base -> `merge` in
 optimizer mode -> (a new basis, where it reads a sketch, or nothing); `lingrad.refresh` tells how a basis changes. Everything
 here is about one weight W [m, n] and its coordinates z [p, q]; the weight of an adapter-mode forward is W + S z.
 """
@@ -72,6 +72,7 @@ class Subspace:
     arrived: Callable[[], None] | None = None
     energy: float | None = None
     leader: Subspace | None = None
+    memo: Any = None  # of the input that members share in the forward that is running
     members: list[Subspace] = field(init=False)
 
     _map: LinearMap | None = None
@@ -190,7 +191,7 @@ class Subspace:
     def forget(self) -> None:
         """Drop the gradient of a refresh step and what was chosen from it."""
         self.captured.forget()
-        self.proposal = None
+        self.proposal = self.memo = None
 
     def refuse_stale(self) -> None:
         """Make sure that ``coords.grad`` is not left from before a refresh.
@@ -234,19 +235,18 @@ def call(method: weakref.WeakMethod[Callable[..., None]] | None, *args: Any) -> 
         found(*args)
 
 
-def decay(sub: Subspace, weight: Tensor, factor: float) -> None:
-    """Decoupled weight decay of W + S z: ``weight *= factor`` and ``coords *= factor``."""
-    weight.mul_(factor)
-    if not sub.released:
-        sub.coords.mul_(factor)
+def decaying(sub: Subspace, weight: Tensor) -> list[Tensor]:
+    """What a decoupled weight decay of W + S z multiplies: the weight, and the coordinates where they are not zero."""
+    return [weight] if sub.released else [weight, sub.coords]
 
 
-def merge(sub: Subspace, weight: Tensor) -> None:
+def merge(sub: Subspace, weight: Tensor, *, release: bool = False) -> None:
     """``weight += lift(coords)``, then ``coords = 0``: the weight of the forward stays what it was.
 
     Args:
         sub: The subspace.
         weight: The weight, in its own shape; written in place.
+        release: Give the coordinates' memory back.
     """
     if sub.released:
         return
@@ -255,7 +255,10 @@ def merge(sub: Subspace, weight: Tensor) -> None:
         sub.map().add_lift_(matrix, sub.coords)
     else:  # the strides allowed no view, as in a channels_last convolution
         weight.add_(sub.layout.restore(sub.map().lift(sub.coords)))
-    sub.coords.zero_()
+    if release:
+        sub.release()
+    if not sub.released:
+        sub.coords.zero_()
 
 
 def lifted(sub: Subspace, weight: Tensor) -> Tensor:

@@ -60,7 +60,7 @@ def test_coordinate_gradient_is_the_projection_of_the_dense_one(mode, side, shap
 def test_no_full_gradient_is_ever_made_off_refresh_steps(mode, side, build):
     model = build()
     optimizer = MODES[mode](model, f"svd(rank=4, every=7, side={side})", lr=1e-2)
-    batches = text_batches(2)
+    batches = text_batches(2, rows=1)  # of so few tokens that adapter mode applies S z rather than forms it
     train(model, optimizer, batches[:1], schedule=False)
     shapes = [sub.layout.shape for sub in optimizer.subspaces]
     optimizer.zero_grad()
@@ -69,6 +69,22 @@ def test_no_full_gradient_is_ever_made_off_refresh_steps(mode, side, build):
             text_loss(model, batch).backward()
     assert watch.found == []
     assert all(a.weight.grad is None for a in optimizer.attachments)
+
+
+@pytest.mark.parametrize("side", ["left", "right", "both"])
+@pytest.mark.parametrize("build", [llama, gpt2])
+def test_in_adapter_mode_with_many_tokens_the_only_matrices_are_w_plus_s_z(side, build):
+    """Formed in the forward and again in the backward of each layer, by one addmm; never two at once."""
+    model = build()
+    optimizer = lingrad.adapt(model, f"svd(rank=4, every=7, side={side})", lr=1e-2)
+    batches = text_batches(2, micro=1, rows=9)
+    train(model, optimizer, batches[:1], schedule=False)
+    optimizer.zero_grad()
+    with NoTensorOfShape([sub.layout.shape for sub in optimizer.subspaces]) as watch:
+        text_loss(model, batches[1][0]).backward()
+    assert {name for name, _ in watch.found} == {"aten::addmm"}
+    assert len(watch.found) == 2 * len(optimizer.subspaces)
+    assert watch.most_alive == 1
 
 
 def test_the_watch_sees_a_full_gradient():

@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from lingrad import maps
 from lingrad.errors import DualityError
 from lingrad.gradient import DenseGradient, FactoredGradient, accumulate
 from lingrad.maps import KroneckerMap, SelectionMap, TwoSidedMap, two_sided
@@ -97,7 +96,7 @@ def test_reduced_inputs_are_enough(smap):
 @pytest.mark.parametrize("block", [2**22, 1, 3 * N])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_add_lift_in_place(smap, dtype, block, monkeypatch):
-    monkeypatch.setattr(maps, "BLOCK", block)
+    monkeypatch.setattr("lingrad.maps.kronecker.BLOCK", block)
     coords = draw(*coords_shape(smap), seed=5)
     weight = draw(M, N, seed=8).to(dtype)
     expected = (weight.double() + smap.lift(coords)).to(dtype)

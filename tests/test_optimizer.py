@@ -225,7 +225,7 @@ class TestClipping:
         model[0].bias.grad[0] = float("nan")
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         with pytest.warns(RuntimeWarning, match="0.weight: the gradient at a refresh is not finite; the old basis stays"):
-            optimizer._choose(optimizer.attachments)
+            optimizer._choose(optimizer.subspaces)
         assert sub.due
         assert sub.proposal is None
         assert torch.equal(sub.map().tensors[0], before)
@@ -343,7 +343,7 @@ class TestUnusualGradients:
             (model(inputs()).sum() * value).backward()
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
-                optimizer._choose(optimizer.attachments)
+                optimizer._choose(optimizer.subspaces)
             messages += [str(w.message) for w in caught]
             optimizer.zero_grad()
         assert messages == ["0.weight: the gradient at a refresh is not finite; the old basis stays until the next one"]

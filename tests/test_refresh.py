@@ -54,7 +54,8 @@ class TestSketches:
             with NoTensorOfShape(shapes) as watch:
                 for batch in micro_batches:
                     text_loss(model, batch).backward()
-            assert watch.found == []
+            # adapter mode forms W + S z where there are so many tokens
+            assert {name for name, _ in watch.found} == ({"aten::addmm"} if mode == "adapter" else set())
             optimizer.step()
         assert {sub.refreshes for sub in optimizer.subspaces} == {2}
 

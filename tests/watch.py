@@ -1,7 +1,10 @@
 """Dispatch modes that look over an operation's shoulder."""
 
+import weakref
+
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 
 class NoTensorOfShape(TorchDispatchMode):
@@ -11,15 +14,24 @@ class NoTensorOfShape(TorchDispatchMode):
         super().__init__()
         self.shapes = {tuple(s) for s in shapes} | {tuple(s)[::-1] for s in shapes}
         self.found = []
+        self.most_alive = self._alive = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
+        given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
         for tensor in out if isinstance(out, tuple | list) else (out,):
             # a view of an existing tensor, such as weight.t(), makes nothing
-            fresh = isinstance(tensor, torch.Tensor) and not tensor._is_view() and func.namespace == "aten"
-            if fresh and tuple(tensor.shape) in self.shapes and func._schema.name not in ("aten::t", "aten::detach"):
+            if not isinstance(tensor, torch.Tensor) or tensor.untyped_storage()._cdata in given:
+                continue
+            if tuple(tensor.shape) in self.shapes and func.namespace == "aten":
                 self.found.append((func._schema.name, tuple(tensor.shape)))
+                self._alive += 1
+                self.most_alive = max(self.most_alive, self._alive)
+                weakref.finalize(tensor.untyped_storage(), self._freed)
         return out
+
+    def _freed(self):
+        self._alive -= 1
 
 
 # What makes the host wait for a device: a number read back, a shape that depends on numbers, a copy from device to host.

@@ -1,15 +1,22 @@
 """Projected backward: the weight gradient of a linear layer is born in the small space.
 
-The layer itself runs as it is, with its weight frozen, so that its forward is the plain layer's to the bit and any kernel
-serves (nn.Linear, Conv1D of GPT-2). A forward hook then ties the output to the coordinates by an autograd function whose
-backward is project(dY^T X), at a cost of O(T r (m + n)) for T tokens; in adapter mode it also adds S z acting on the input.
-No m x n gradient exists off refresh steps, where a right map also keeps X Q [T, q] of the input
-instead of X [T, n]; a step that refreshes keeps the two factors, or the matrix where it is smaller.
+In optimizer mode the layer itself runs as it is, with its weight frozen, so that its forward is the plain layer's to the bit; a
+forward hook then ties the output to the coordinates by an autograd function whose backward is project(dY^T X). In adapter mode
+the layer's forward is replaced by one that acts as W + S z (where something else has replaced it already, the tie adds S z).
+
+What a step costs, of T tokens, in multiplications and additions: the forward, 2 T m n, and the gradient of the input, 2 T m n,
+as in the plain layer; in place of the weight gradient, 2 T m n, its projection: 2 T r (m + n) with a basis on one side,
+2 T (n q + m p + p q) with bases on both. No m x n gradient exists, but where a refresh reads it; off refresh steps a right map
+keeps X Q [T, q] of the input instead of X [T, n]. Adapter mode adds the product with S z to the forward and to the gradient of
+the input: by way of the coordinates, 2 T r (2 m + n) with a right basis, 2 T r (m + 2 n) with a left one, or by forming W + S z
+twice, 4 m n r, one layer at a time, whichever is less (`LinearMap.lifts_cheaper`). Coordinates of a wider dtype than the
+weight's are never rounded into it so: they go the first way.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import weakref
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +27,7 @@ from lingrad.adapters.base import CHILD, Attachment, Coords, Mode, uncompiled
 from lingrad.errors import ModeError
 from lingrad.gather import note
 from lingrad.gradient import FactoredGradient
+from lingrad.maps import LinearMap
 from lingrad.subspace import Subspace
 
 
@@ -28,7 +36,7 @@ class LinearAttachment(Attachment):
 
     Args:
         sub: The subspace of the layer's weight.
-        module: The layer; its ``forward`` maps x [..., n] to [..., m] and uses the weight in no other way.
+        module: The layer; its ``forward`` maps x [..., n] to x W^T + b [..., m] and uses the weight in no other way.
         attribute: The weight's name in the layer.
     """
 
@@ -50,17 +58,19 @@ class LinearAttachment(Attachment):
         self.holder.active = mode == "adapter"
         self.sub.coords.requires_grad_(self.weight.requires_grad)
         self.module.add_module(CHILD, self.holder)
-        # first of all hooks: those of others see the layer's output as it will be
-        self.handles = [
-            self.module.register_forward_pre_hook(self._freeze, prepend=True),
-            self.module.register_forward_hook(self._tie, prepend=True, with_kwargs=True),
-        ]
+        self.handles = [self.module.register_forward_pre_hook(self._freeze, prepend=True)]
+        if mode == "adapter" and "forward" not in vars(self.module):
+            vars(self.module)["forward"] = self._forward
+        else:  # first of all hooks: those of others see the layer's output as it will be
+            self.handles.append(self.module.register_forward_hook(self._tie, prepend=True, with_kwargs=True))
         self.weight.requires_grad_(False)
 
     @override
     def _disconnect(self) -> None:
         for handle in self.handles:
             handle.remove()
+        if vars(self.module).get("forward") == self._forward:
+            del vars(self.module)["forward"]
         delattr(self.module, CHILD)
         self.weight.requires_grad_(self.sub.coords.requires_grad)
 
@@ -74,26 +84,59 @@ class LinearAttachment(Attachment):
         if self.weight.requires_grad:
             self.weight.requires_grad_(False)
 
+    def _forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        x = args[0] if args else next(iter(kwargs.values()))
+        trains = torch.is_grad_enabled() and self.sub.coords.requires_grad
+        acted: Tensor = _adapted(x, self.module.bias, self.sub.coords, self.weight, self.sub, trains)
+        return acted
+
     def _tie(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> Tensor:
         x = args[0] if args else next(iter(kwargs.values()))
         active = self.holder.active
         if not active and not (torch.is_grad_enabled() and self.sub.coords.requires_grad):
             return out
-        tied: Tensor = _projected(out, x, self.sub.coords, self.sub, active)
+        tied: Tensor = _tied(out, x, self.sub.coords, self.sub, active)
         return tied
 
 
-class _Projected(torch.autograd.Function):
+class _Kept:
+    """What the backward of one layer's forward goes by."""
+
+    def __init__(self, sub: Subspace, x: Tensor) -> None:
+        self.sub, self.due, self.refreshes = sub, sub.due, sub.refreshes
+        self.borrowed = x.is_leaf  # an input that no layer made may be a buffer its owner fills again
+
+    def map(self) -> LinearMap:
+        """The map of the forward."""
+        if self.sub.refreshes != self.refreshes:
+            raise ModeError(
+                f"the basis of {self.sub.name} was refreshed between this forward and its backward; "
+                "run step() after the backward of every forward of the step"
+            )
+        return self.sub.map()
+
+    def project(self, current: LinearMap, out_grad: Tensor, reduced_grad: Tensor, x: Tensor) -> Tensor:
+        """The gradient of the coordinates, and whatever a refresh wants of the gradient."""
+        x = x.reshape(-1, x.shape[-1])
+        reduced = current.reduce(x) if self.due else x
+        projected = current.core.project(FactoredGradient(reduced_grad, reduced))
+        if self.due:
+            grad = FactoredGradient(out_grad, x)
+            note(self.sub, grad, projected, (lambda: FactoredGradient(out_grad, x.clone())) if self.borrowed else None)
+        return projected.to(self.sub.coords.dtype)
+
+
+class _Tied(torch.autograd.Function):
     """``out`` (+ x lifted(z)^T in adapter mode), with project(dY^T X) as the gradient of z."""
 
     @staticmethod
     @override
     def forward(ctx: Any, out: Tensor, x: Tensor, coords: Tensor, sub: Subspace, active: bool) -> Tensor:
         current = sub.map()
-        x = x.to(out.dtype)  # under autocast the layer computed in out's dtype, and so does its gradient
-        reduced = current.reduce(x)
-        ctx.sub, ctx.active, ctx.due, ctx.refreshes = sub, active, sub.due, sub.refreshes
-        ctx.borrowed = x.is_leaf
+        given, x = x, x.to(out.dtype)  # under autocast the layer computed in out's dtype, and so does its gradient
+        reduced = _reduced(sub, current, x, given) if active or not sub.due else x
+        ctx.kept = _Kept(sub, x)
+        ctx.active = active
         ctx.save_for_backward(x if sub.due else reduced, coords if active else None)
         # out.detach(): returned as it is, an input would come back as a view that later in-place layers must not touch
         return out + current.inner.apply(reduced, coords) if active else out.detach()
@@ -102,22 +145,97 @@ class _Projected(torch.autograd.Function):
     @once_differentiable
     @override
     def backward(ctx: Any, out_grad: Tensor) -> tuple[Tensor | None, ...]:
-        sub: Subspace = ctx.sub
-        if sub.refreshes != ctx.refreshes:
-            raise ModeError(
-                f"the basis of {sub.name} was refreshed between this forward and its backward; "
-                "run step() after the backward of every forward of the step"
-            )
-        kept, coords = ctx.saved_tensors
-        current = sub.map()
-        x_grad = current.T.apply(out_grad, coords.t()) if ctx.active and ctx.needs_input_grad[1] else None
-        grad = FactoredGradient(out_grad.reshape(-1, out_grad.shape[-1]), kept.reshape(-1, kept.shape[-1]))
-        projected = (current if ctx.due else current.inner).project(grad)
-        if ctx.due:  # an input that no layer made may be a buffer its owner fills again
-            note(sub, grad, projected, (lambda: FactoredGradient(grad.out_grad, grad.input.clone())) if ctx.borrowed else None)
-        return out_grad, x_grad, projected.to(sub.coords.dtype), None, None
+        current = ctx.kept.map()
+        x, coords = ctx.saved_tensors
+        grad = out_grad.reshape(-1, out_grad.shape[-1])
+        reduced_grad = current.T.reduce(grad)
+        x_grad = None
+        if ctx.active and ctx.needs_input_grad[1]:
+            x_grad = current.T.inner.apply(reduced_grad, coords.t()).view(*out_grad.shape[:-1], -1)
+        return out_grad, x_grad, ctx.kept.project(current, grad, reduced_grad, x), None, None
+
+
+class _Adapted(torch.autograd.Function):
+    """x (W + S z)^T + b, with project(dY^T X) as the gradient of z and none of W."""
+
+    @staticmethod
+    @override
+    def forward(
+        ctx: Any, x: Tensor, bias: Tensor | None, coords: Tensor, weight: Tensor, sub: Subspace, trains: bool
+    ) -> Tensor:
+        current, matrix = sub.map(), sub.layout.matrix(weight)
+        tokens = x.numel() // max(1, x.shape[-1])
+        ctx.lifted = coords.dtype == weight.dtype and current.lifts_cheaper(tokens, sub.layout.shape)
+        out = nn.functional.linear(x, _sum(current, matrix, coords) if ctx.lifted else matrix, bias)
+        given, x = x, x.to(out.dtype)  # under autocast the layer computes in another dtype, and so does its gradient
+        reduced = x if ctx.lifted and (sub.due or not trains) else _reduced(sub, current, x, given)
+        if not ctx.lifted:
+            current.inner.add_apply_(out, reduced, coords)
+        ctx.kept = _Kept(sub, x)
+        ctx.save_for_backward(x if sub.due else reduced, coords, weight)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    @override
+    def backward(ctx: Any, out_grad: Tensor) -> tuple[Tensor | None, ...]:
+        current, sub = ctx.kept.map(), ctx.kept.sub
+        x, coords, weight = ctx.saved_tensors
+        grad = out_grad.reshape(-1, out_grad.shape[-1])
+        reduced_grad = current.T.reduce(grad)
+        x_grad = bias_grad = None
+        if ctx.needs_input_grad[0]:
+            matrix = sub.layout.matrix(weight)
+            x_grad = grad @ (_sum(current, matrix, coords) if ctx.lifted else matrix).to(grad.dtype)
+            if not ctx.lifted:
+                current.T.inner.add_apply_(x_grad, reduced_grad, coords.t())
+            x_grad = x_grad.view(*out_grad.shape[:-1], -1)
+        if ctx.needs_input_grad[1]:
+            bias_grad = grad.sum(0)
+        coords_grad = ctx.kept.project(current, grad, reduced_grad, x) if ctx.needs_input_grad[2] else None
+        return x_grad, bias_grad, coords_grad, None, None, None
+
+
+class _Memo(NamedTuple):
+    """An input that several layers share, reduced once."""
+
+    given: weakref.ref[Tensor]
+    version: int
+    map: LinearMap
+    reduced: Tensor
+    still: set[int]  # members that have not asked for it yet
+
+    def holds(self, sub: Subspace, current: LinearMap, x: Tensor, given: Tensor) -> bool:
+        """Whether this is the very input, and the member has not had it."""
+        same = self.given() is given and self.version == given._version and self.map is current
+        return same and id(sub) in self.still and self.reduced.dtype == x.dtype
+
+
+def _reduced(sub: Subspace, current: LinearMap, x: Tensor, given: Tensor) -> Tensor:
+    """All that the map needs of x, which is ``given`` in another dtype; once for layers that share basis and input."""
+    lead = sub.leader or sub
+    if len(lead.members) == 1 or given.is_inference():
+        return current.reduce(x)
+    memo: _Memo | None = lead.memo
+    if memo is None or not memo.holds(sub, current, x, given):
+        others = {id(member) for member in lead.members} - {id(sub)}
+        memo = _Memo(weakref.ref(given), given._version, current, current.reduce(x), others)
+    memo.still.discard(id(sub))
+    lead.memo = memo if memo.still else None
+    return memo.reduced
+
+
+def _sum(current: LinearMap, matrix: Tensor, coords: Tensor) -> Tensor:
+    """W + S z as it is summed at a merge, whatever autocast would make of the product."""
+    with torch.no_grad(), torch.autocast(matrix.device.type, enabled=False):
+        return current.add_lift(matrix, coords)
 
 
 @uncompiled
-def _projected(*args: Any) -> Any:
-    return _Projected.apply(*args)  # type: ignore[no-untyped-call]
+def _tied(*args: Any) -> Any:
+    return _Tied.apply(*args)  # type: ignore[no-untyped-call]
+
+
+@uncompiled
+def _adapted(*args: Any) -> Any:
+    return _Adapted.apply(*args)  # type: ignore[no-untyped-call]

@@ -22,7 +22,8 @@ from lingrad.gradient import wide
 from lingrad.memory.log import CATEGORIES
 from lingrad.memory.units import readable
 from lingrad.optimizer import SubspaceOptimizer
-from lingrad.rules import Rules, Target, resolve_model
+from lingrad.rules import Rules, resolve_model
+from lingrad.sharing import Place, Share, places
 from lingrad.stored import Stored
 
 SHARED = "(shared by all)"
@@ -127,6 +128,7 @@ def ledger(
     *,
     tokens: int = 0,
     layerwise: bool = False,
+    share: Share | None = None,
     **options: Any,
 ) -> Ledger:
     """What `lingrad.wrap` or `lingrad.adapt` would take between steps, by shapes alone.
@@ -138,6 +140,7 @@ def ledger(
         mode: ``optimizer`` or ``adapter``.
         tokens: Tokens of a forward, for what transformed layers save of them.
         layerwise: Whether gradients are freed inside the backward.
+        share: As for `lingrad.wrap`.
         **options: Options of the base, and of `lingrad.wrap`, which change nothing here.
 
     Returns:
@@ -148,18 +151,17 @@ def ledger(
     found = bases.find(base, {key: value for key, value in options.items() if key not in ours}, decay=False)
     rest = found.rest or found
     plan = resolve_model(model, rules)
-    targets = {id(target.param): target for target in plan.targets}
+    placed = {id(place.target.param): place for place in places(plan.targets, share)}
     full = {id(param) for _, param in plan.full}
     rows = []
     trained = quantised = 0
     for name, param in model.named_parameters():
         nbytes = param.numel() * param.element_size()
-        target = targets.get(id(param))
-        if target is not None:
-            coords = target.transform.coords_shape(target.layout.shape)
-            moments = found.moments(coords, wide(param.dtype))
-            rows.append(_transformed(target, moments, mode, tokens=tokens, layerwise=layerwise))
-            trained += prod(coords)
+        place = placed.get(id(param))
+        if place is not None:
+            moments = found.moments(place.coords, wide(param.dtype))
+            rows.append(_transformed(place, moments, mode, tokens=tokens, layerwise=layerwise))
+            trained += prod(place.coords)
         elif id(param) in full:
             moments = rest.moments(tuple(param.shape), param.dtype)
             rows.append(Row(name, weight=nbytes, gradient=0 if layerwise else nbytes, moments=_sum(moments)))
@@ -179,18 +181,18 @@ def _sum(kept: list[Stored]) -> int:
     return sum(stored.nbytes for stored in kept)
 
 
-def _transformed(target: Target, moments: list[Stored], mode: Mode, *, tokens: int, layerwise: bool) -> Row:
-    param, shape = target.param, target.layout.shape
-    p, q = target.transform.coords_shape(shape)
+def _transformed(place: Place, moments: list[Stored], mode: Mode, *, tokens: int, layerwise: bool) -> Row:
+    target, param = place.target, place.target.param
+    p, q = place.coords
     dtype = wide(param.dtype)
     numbers = p * q * dtype.itemsize
-    saved = q * tokens * param.element_size() if target.road == "projected" else 0
+    saved = q * tokens * param.element_size() if target.road == "projected" and place.leads else 0
     return Row(
         target.name,
         weight=param.numel() * param.element_size(),
         coords=numbers if mode == "adapter" else dtype.itemsize,
         coords_gradient=0 if layerwise else numbers,
-        basis=_sum(target.transform.storage(shape, param.dtype)),
+        basis=_sum(target.transform.storage(place.shape, param.dtype)) if place.leads else 0,
         moments=_sum(moments),
         activations=saved,
     )

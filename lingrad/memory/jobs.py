@@ -21,6 +21,7 @@ from lingrad.memory.runs import simulate
 from lingrad.memory.units import parse_bytes, readable
 from lingrad.models import open_model
 from lingrad.rules import parse_rules
+from lingrad.sharing import Share
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 LARGEST = 2**16  # rows; no batch beyond is tried
@@ -42,6 +43,8 @@ class Asked:
         layerwise: Step inside the backward.
         capacity: The device's memory, such as ``24GiB``; None for no verdict.
         expandable: Model expandable segments.
+        share: Share right bases among layers that read one input.
+        stagger: Refresh weights in turns.
     """
 
     model: str
@@ -55,6 +58,8 @@ class Asked:
     layerwise: bool = False
     capacity: str | None = None
     expandable: bool = False
+    share: bool = False
+    stagger: bool = False
 
     def __post_init__(self) -> None:
         """Check what can be wrong."""
@@ -66,7 +71,8 @@ class Asked:
     @property
     def method(self) -> Method:
         """The run of lingrad that is meant."""
-        return Lingrad(self.spec, self.base, cast("Mode", self.mode), {"lr": 1e-4})
+        options = {"lr": 1e-4, "stagger": self.stagger, "share": "input" if self.share else None}
+        return Lingrad(self.spec, self.base, cast("Mode", self.mode), options)
 
     def simulate(self, method: Method) -> MemoryReport:
         """The memory of a method under these circumstances."""
@@ -166,7 +172,8 @@ def closed(asked: Asked, *, json: Path | None = None) -> str:
     """
     model = open_model(asked.model).to(DTYPES[asked.dtype])
     tokens, mode = asked.batch * asked.length, cast("Mode", asked.mode)
-    found = ledger(model, asked.spec, asked.base, mode, tokens=tokens, layerwise=asked.layerwise, lr=1e-4)
+    share: Share | None = "input" if asked.share else None
+    found = ledger(model, asked.spec, asked.base, mode, tokens=tokens, layerwise=asked.layerwise, share=share, lr=1e-4)
     _written(json, found.to_json)
     return str(found)
 

@@ -18,7 +18,7 @@ from lingrad.errors import ShapeError, SpecError, require
 from lingrad.gradient import Gradient, wide
 from lingrad.maps import KroneckerMap, LinearMap
 from lingrad.stored import Stored
-from lingrad.transforms.base import Reads, Transform, When
+from lingrad.transforms.base import Probe, Reads, Sketch, Transform, When
 from lingrad.transforms.factorize import derive_seed, orthonormalize, start_basis
 from lingrad.transforms.sketch import sketched
 
@@ -177,6 +177,16 @@ class SketchBasis(BasisTransform):
     @override
     def reads(self) -> Reads:
         return "sketch"
+
+    @abstractmethod
+    @override
+    def probes(self, state: Any, when: When) -> tuple[Probe, ...]:
+        """The products to learn from; see `Transform.probes`."""
+
+    @abstractmethod
+    @override
+    def learn(self, state: Any, sketch: Sketch, when: When) -> Any:
+        """The new state; see `Transform.learn`."""
 
     @override
     def refresh(self, state: Any, grad: Gradient | None, when: When) -> Any:

@@ -1,0 +1,118 @@
+"""What every map offers, and the laws it keeps."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor
+
+from lingrad.errors import DualityError
+from lingrad.gradient import DenseGradient, Gradient
+
+
+class LinearMap(ABC):
+    """An immutable linear map S from coordinates z [p, q] to a weight [m, n].
+
+    Laws, for any coordinates z, gradient G and layer input x:
+
+    - adjoint: ``<lift(z), G> == <z, project(G)>``, so that autograd of ``lift`` is ``project``;
+    - action: ``apply(x, z) == x @ lift(z).T``;
+    - transpose: ``T.lift(z.T) == lift(z).T``;
+    - reduction: ``inner.apply(reduce(x), z) == apply(x, z)`` and, for G = dY^T X,
+      ``inner.project(dY^T reduce(X)) == project(G) == core.project(T.reduce(dY)^T reduce(X))``.
+    """
+
+    @abstractmethod
+    def lift(self, coords: Tensor) -> Tensor:
+        """S z: [p, q] -> [m, n], in the dtype of ``coords``."""
+
+    @abstractmethod
+    def project(self, grad: Gradient | Tensor) -> Tensor:
+        """S^T G, the adjoint of ``lift``: [m, n] -> [p, q], in the dtype of ``grad``."""
+
+    @property
+    @abstractmethod
+    def T(self) -> LinearMap:  # noqa: N802 - the name torch and numpy give a transpose
+        """The map whose lift of z^T is the transpose of this one's lift of z."""
+
+    @property
+    @abstractmethod
+    def tensors(self) -> tuple[Tensor, ...]:
+        """The tensors the map holds."""
+
+    @property
+    def inner(self) -> LinearMap:
+        """The map that is left for ``reduce(x)`` in place of x; this map itself where nothing can be reduced."""
+        return self
+
+    def reduce(self, x: Tensor) -> Tensor:
+        """All that the map's products need of a layer input: [..., n] -> [..., q] where a right factor allows it."""
+        return x
+
+    @property
+    def core(self) -> LinearMap:
+        """The map that is left for ``reduce(x)`` and ``T.reduce(dY)`` in place of x and dY."""
+        return self.inner.T.inner.T
+
+    def apply(self, x: Tensor, coords: Tensor) -> Tensor:
+        """Act as the layer with weight ``lift(coords)``: [..., n] -> [..., m], in the dtype of ``x``."""
+        return x @ self.lift(coords).to(x.dtype).t()
+
+    def add_apply_(self, out: Tensor, x: Tensor, coords: Tensor) -> None:
+        """``out += apply(x, coords)`` in place, [..., m], contiguous."""
+        out.add_(self.apply(x, coords))
+
+    def add_lift(self, weight: Tensor, coords: Tensor) -> Tensor:
+        """``weight + lift(coords)``, [m, n], in the weight's dtype."""
+        return weight + self.lift(coords).to(weight.dtype)
+
+    def add_lift_(self, weight: Tensor, coords: Tensor) -> None:
+        """``weight += lift(coords)`` in place, [m, n]; without a temporary where the dtypes allow it."""
+        weight.add_(self.lift(coords))
+
+    def lifts_cheaper(self, tokens: int, shape: tuple[int, int]) -> bool:
+        """Whether a layer that acts as W + S z has fewer products to compute if it forms that matrix.
+
+        It then forms it in its forward and again in its backward; else it applies the map to the tokens and to their
+        gradients. What the gradient of the coordinates takes anyway, x and dY reduced, is not counted.
+
+        Args:
+            tokens: How many.
+            shape: (m, n).
+
+        Returns:
+            True where `apply` itself forms the lift.
+        """
+        return True
+
+    def norm(self, coords: Tensor) -> Tensor:
+        """|S z|_F, 0-d; without the lift where the map allows it."""
+        norm: Tensor = torch.linalg.vector_norm(self.lift(coords))
+        return norm
+
+    def transport(self, old: LinearMap, coords: Tensor) -> Tensor:
+        """S^T S_old z: coordinates of another map's lift under this one (the ``rotate`` carry), [p, q]."""
+        return self.project(old.lift(coords))
+
+    def transport_squares(self, old: LinearMap, squares: Tensor) -> Tensor:
+        """The matching transport of elementwise second moments: (C o C) v for C = S^T S_old, which keeps v >= 0.
+
+        This is the variance of C g for a g with uncorrelated entries of variance v.
+
+        Args:
+            old: The map the second moments belong to.
+            squares: v [p, q], non-negative.
+
+        Raises:
+            DualityError: The map has no cheap elementwise square; one that has returns [p, q], non-negative.
+        """
+        raise DualityError(
+            f"carry='rotate' needs the square of S_new^T S_old, which {type(self).__name__} does not offer; "
+            "use carry='keep' or carry='reset'"
+        )
+
+
+def as_gradient(grad: Gradient | Tensor) -> Gradient:
+    """Read a plain matrix [m, n] as a gradient."""
+    return DenseGradient(grad) if isinstance(grad, Tensor) else grad

@@ -1,0 +1,143 @@
+"""Bases as matrices: P z Q^T."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import final
+
+import torch
+from torch import Tensor
+
+from lingrad._typing import override
+from lingrad.gradient import Gradient
+from lingrad.maps.base import LinearMap, as_gradient
+
+BLOCK = 2**22  # numbers of a lift that are formed at a time
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class KroneckerMap(LinearMap):
+    """``lift(z) = left @ z @ right.T``: left, right and two-sided bases are the same lines with a None.
+
+    Args:
+        left: P [m, p], or None for the identity.
+        right: Q [n, q], or None for the identity.
+    """
+
+    left: Tensor | None
+    right: Tensor | None
+
+    @override
+    def lift(self, coords: Tensor) -> Tensor:
+        if self.left is not None:
+            coords = self.left.to(coords.dtype) @ coords
+        if self.right is not None:
+            coords = coords @ self.right.to(coords.dtype).t()
+        return coords
+
+    @override
+    def project(self, grad: Gradient | Tensor) -> Tensor:
+        return as_gradient(grad).product(self.left, self.right)
+
+    @property
+    @override
+    def T(self) -> KroneckerMap:  # noqa: N802
+        return KroneckerMap(self.right, self.left)
+
+    @property
+    @override
+    def tensors(self) -> tuple[Tensor, ...]:
+        return tuple(t for t in (self.left, self.right) if t is not None)
+
+    @property
+    @override
+    def inner(self) -> KroneckerMap:
+        return KroneckerMap(self.left, None)
+
+    @override
+    def reduce(self, x: Tensor) -> Tensor:
+        return x if self.right is None else x @ self.right.to(x.dtype)
+
+    @override
+    def apply(self, x: Tensor, coords: Tensor) -> Tensor:
+        y = self.reduce(x) @ coords.to(x.dtype).t()
+        return y if self.left is None else y @ self.left.to(x.dtype).t()
+
+    @override
+    def add_apply_(self, out: Tensor, x: Tensor, coords: Tensor) -> None:
+        y = self.reduce(x)
+        y = y.reshape(-1, y.shape[-1])
+        first = coords.to(out.dtype).t()
+        rows = out.view(-1, out.shape[-1])
+        if self.left is None:
+            rows.addmm_(y, first)
+        else:
+            rows.addmm_(y @ first, self.left.to(out.dtype).t())
+
+    @override
+    def add_lift(self, weight: Tensor, coords: Tensor) -> Tensor:
+        factors = self._factors(coords)
+        if len(factors) == 1 or any(f.dtype != weight.dtype for f in factors):
+            return super().add_lift(weight, coords)
+        return torch.addmm(weight, *_two(factors))
+
+    @override
+    def lifts_cheaper(self, tokens: int, shape: tuple[int, int]) -> bool:
+        m, n = shape
+        p = None if self.left is None else self.left.shape[1]
+        q = None if self.right is None else self.right.shape[1]
+        if p is None or q is None:
+            rank, across, along = (p or 0, n, m) if q is None else (q, m, n)
+            return rank > 0 and tokens * (2 * across + along) > 2 * m * n
+        return tokens * (2 * p * q + p * m + q * n) > 2 * (m * p * q + m * q * n)
+
+    def _factors(self, coords: Tensor) -> list[Tensor]:
+        return [f for f in (self.left, coords, None if self.right is None else self.right.t()) if f is not None]
+
+    @override
+    def add_lift_(self, weight: Tensor, coords: Tensor) -> None:
+        factors = self._factors(coords)
+        if len(factors) == 1 or any(f.dtype != weight.dtype for f in factors):
+            # mixed dtypes: lifted in the coords' dtype and rounded once, in the sum; in blocks of rows, since the lift of a
+            # bfloat16 weight takes twice its memory
+            rows = max(1, BLOCK // weight.shape[1])
+            for start in range(0, len(weight), rows):
+                block = slice(start, start + rows)
+                part = self if self.left is None else KroneckerMap(self.left[block], self.right)
+                weight[block].add_(part.lift(coords[block] if self.left is None else coords))
+            return
+        weight.addmm_(*_two(factors))
+
+    @override
+    def norm(self, coords: Tensor) -> Tensor:
+        return _both_sides(self, self, coords, power=1).mul(coords).sum().clamp_min(0).sqrt()
+
+    @override
+    def transport(self, old: LinearMap, coords: Tensor) -> Tensor:
+        if not isinstance(old, KroneckerMap):
+            return super().transport(old, coords)
+        return _both_sides(self, old, coords, power=1)
+
+    @override
+    def transport_squares(self, old: LinearMap, squares: Tensor) -> Tensor:
+        if not isinstance(old, KroneckerMap):
+            return super().transport_squares(old, squares)
+        return _both_sides(self, old, squares, power=2)
+
+
+def _two(factors: list[Tensor]) -> list[Tensor]:
+    return factors if len(factors) == 2 else [factors[0] @ factors[1], factors[2]]
+
+
+def _both_sides(new: KroneckerMap, old: KroneckerMap, coords: Tensor, *, power: int) -> Tensor:
+    """Apply (new.T @ old)**power, elementwise, from each side that has a basis."""
+
+    def overlap(a: Tensor, b: Tensor) -> Tensor:
+        return (a.to(coords.dtype).t() @ b.to(coords.dtype)) ** power
+
+    if new.left is not None and old.left is not None:
+        coords = overlap(new.left, old.left) @ coords
+    if new.right is not None and old.right is not None:
+        coords = coords @ overlap(new.right, old.right).t()
+    return coords

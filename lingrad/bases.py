@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from math import prod
 from typing import Any
@@ -150,6 +150,13 @@ class Base:
         if not isinstance(optimizer, Optimizer):
             raise SpecError(f"base '{self.name}' made a {type(optimizer).__name__}; expected a torch.optim.Optimizer")
         return optimizer
+
+    def unfused(self) -> Base:
+        """The same base without a fused kernel, which compilers do not see into; a choice of the user's stays."""
+        chosen = {"fused", "foreach", "capturable", "differentiable"} & self.options.keys()
+        rest = None if self.rest is None else self.rest.unfused()
+        options = self.options if chosen or not _fused_on(self.factory) else {**self.options, "fused": False}
+        return replace(self, options=options, rest=rest)
 
     def memory(self, param: Tensor) -> dict[str, Any]:
         """What the optimizer keeps of a parameter after its first step, of no meaning but in names, dtypes and shapes.

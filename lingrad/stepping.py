@@ -93,7 +93,7 @@ class SteppingOptimizer(StatefulOptimizer):
                 "schedule changes it; make the optimizer with a tensor: lr=torch.tensor(1e-3)",
                 option="lr",
             )
-        self._compiled = options
+        self._compiled, self._base = options, self._base.unfused()
         self._stock.clear()
 
     def _advance(self, stocks: list[tuple[Optimizer, Pairs]], attachments: list[Attachment], *, probe: bool = False) -> None:

@@ -1,0 +1,1 @@
+"""Benchmarks: lingrad beside other implementations, on the same work, in one process."""

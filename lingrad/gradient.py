@@ -152,7 +152,9 @@ class DenseGradient(Gradient):
 
     @override
     def norm(self) -> Tensor:
-        norm: Tensor = torch.linalg.vector_norm(self.matrix, dtype=wide(self.dtype))
+        # of the rows' norms: one sum of so many squares in float32 is right to 1e-3 only
+        rows = torch.linalg.vector_norm(self.matrix, dim=1, dtype=wide(self.dtype))
+        norm: Tensor = torch.linalg.vector_norm(rows)
         return norm
 
     @override

@@ -221,7 +221,7 @@ one_sided = st.one_of(
         lr=floats,
         optimizer=choices,
         orthonormalize=st.booleans(),
-        oversample=steps,
+        sketch=st.none() | ranks,
     ),
 )
 

@@ -291,8 +291,8 @@ def test_pca_gradient_is_that_of_the_published_objective(lam, shape):
     ],
 )
 def test_pca_follows_a_stock_optimizer_over_many_steps(options, make):
-    # 3 + 9 columns would be no smaller than the gradient, which then stands for itself
-    transform = spec.parse(f"pca(rank=3, side=left, oversample=9{', ' if options else ''}{options})")
+    # a sketch of 12 columns would be no smaller than the gradient, which then stands for itself
+    transform = spec.parse(f"pca(rank=3, side=left, sketch=12{', ' if options else ''}{options})")
     grads = [DenseGradient(matrix((12, 7), seed=seed)) for seed in range(9)]
     state = refresh(transform, started(transform, (12, 7)), grads[0], 0)
     basis = torch.nn.Parameter(state.left.clone())
@@ -309,7 +309,7 @@ def test_pca_learns_from_a_sketch_as_from_the_gradient(side):
     """The slope by G Omega is that by G but for the draw: over 4,000 draws of 3 columns its mean has the same direction.
 
     N = G / |G| is told by the sketch too, which tilts the mean by less than a per cent here; one draw is off by half."""
-    grad, transform = matrix((40, 30), decay=0.9), PCA(rank=3, side=side)
+    grad, transform = matrix((40, 30), decay=0.9), PCA(rank=3, side=side, sketch=3)
     state = started(transform, (40, 30))
     basis = state.left if side == "left" else state.right
     rows = grad if side == "left" else grad.t()
@@ -326,7 +326,7 @@ def test_pca_learns_from_a_sketch_as_from_the_gradient(side):
 
 def test_pca_finds_the_leading_subspace():
     grad = DenseGradient(matrix((12, 7)))
-    _, state = refreshed("pca(rank=3, side=left, lr=0.01, oversample=9)", (12, 7), grad, times=300)
+    _, state = refreshed("pca(rank=3, side=left, lr=0.01, sketch=12)", (12, 7), grad, times=300)
     gain = grad.rmatmul(orthonormalize(state.left, seed=0)).norm() / torch.linalg.svdvals(grad.matrix)[:3].norm()
     assert gain > 0.999
 

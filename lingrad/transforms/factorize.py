@@ -133,8 +133,8 @@ def leading_vectors(
         grad: G [m, n].
         left: How many left singular vectors, at most min(m, n), or None.
         right: How many right singular vectors, at most min(m, n), or None.
-        solver: ``exact`` (SVD of the matrix) or ``gram`` (eigenvectors of the smaller Gram matrix: faster, blind below
-            sqrt(eps) of the largest singular value).
+        solver: ``exact`` (SVD of the matrix) or ``gram`` (eigenvectors of the smaller Gram matrix in float64: faster, blind
+            below 1e-8 of the largest singular value).
         seed: Seed of directions the gradient does not determine.
 
     Returns:
@@ -142,8 +142,8 @@ def leading_vectors(
     """
     grad = grad.to(wide(grad.dtype))
     rank = max(left or 0, right or 0)
-    u, s, v, digits = (_gram if solver == "gram" else _exact)(grad.dense(), rank)
-    floor = s[0] * max(grad.shape) * torch.finfo(s.dtype).eps ** digits
+    u, s, v, resolved = (_gram if solver == "gram" else _exact)(grad.dense(), rank)
+    floor = s[0] * max(grad.shape) * resolved
 
     def settled(vectors: Tensor, count: int | None, side: str) -> Tensor | None:
         """Vectors that the gradient determines, completed by seeded ones where it does not."""
@@ -159,7 +159,7 @@ def leading_vectors(
     return settled(u, left, "left"), settled(v, right, "right")
 
 
-# Left vectors, singular values, right vectors, and the share of the dtype's digits that the small ones of them have.
+# Left vectors, singular values, right vectors, and the smallest singular value, of 1, that is told from rounding.
 Factors = tuple[Tensor, Tensor, Tensor, float]
 
 
@@ -169,14 +169,17 @@ def _exact(matrix: Tensor, rank: int) -> Factors:
     except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
         warnings.warn(f"the SVD did not converge ({error}); the Gram matrix is used instead", RuntimeWarning, stacklevel=2)
         return _gram(matrix, rank)
-    return u, s, vh.t(), 1.0
+    return u, s, vh.t(), torch.finfo(s.dtype).eps
 
 
 def _gram(matrix: Tensor, rank: int) -> Factors:
+    """By the eigenvectors of the smaller Gram matrix, which squares the condition number: in float64, where there is one."""
     if matrix.shape[0] > matrix.shape[1]:
-        v, s, u, digits = _gram(matrix.t(), rank)
-        return u, s, v, digits
-    values, vectors = torch.linalg.eigh(matrix @ matrix.t())  # ascending
+        v, s, u, resolved = _gram(matrix.t(), rank)
+        return u, s, v, resolved
+    exact = matrix if matrix.device.type == "mps" else matrix.double()
+    values, vectors = torch.linalg.eigh(exact @ exact.t())  # ascending
     s = values[-rank:].flip(0).clamp_min(0).sqrt()
     u = vectors[:, -rank:].flip(1)
-    return u, s, matrix.t() @ u / s.clamp_min(torch.finfo(s.dtype).tiny), 0.5
+    v = exact.t() @ u / s.clamp_min(torch.finfo(s.dtype).tiny)
+    return u.to(matrix.dtype), s.to(matrix.dtype), v.to(matrix.dtype), torch.finfo(s.dtype).eps ** 0.5

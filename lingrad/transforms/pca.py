@@ -51,7 +51,7 @@ class PCA(SketchBasis):
         lr: Learning rate of the basis.
         optimizer: A stock optimizer by name, with options if need be: ``adam``, ``sgd(momentum=0.9)``.
         orthonormalize: Replace the basis by its QR factor after each step.
-        oversample: Columns of the sketch beyond ``rank``.
+        sketch: Columns of the sketch; None is a quarter of ``rank``. The first refresh has as many as the basis.
 
     Raises:
         SpecError: An option is out of range, or the optimizer is unknown.
@@ -62,7 +62,7 @@ class PCA(SketchBasis):
     lr: float = 1e-3
     optimizer: Choice = field(default_factory=lambda: Choice("adam"))
     orthonormalize: bool = False
-    oversample: int = 0
+    sketch: int | None = None
 
     def __post_init__(self) -> None:
         """Check the options."""
@@ -70,7 +70,7 @@ class PCA(SketchBasis):
             object.__setattr__(self, "optimizer", Choice(self.optimizer))
         super().__post_init__()
         require(self.lam >= 0, "lam", f"lam must be 0 or more, not {self.lam}")
-        require(self.oversample >= 0, "oversample", f"oversample must be 0 or more, not {self.oversample}")
+        require(self.sketch is None or self.sketch >= 1, "sketch", f"sketch must be 1 or more, not {self.sketch}")
         require(self.lr > 0, "lr", f"lr must be positive, not {self.lr}")
         require(
             "lr" not in dict(self.optimizer.options),
@@ -83,7 +83,7 @@ class PCA(SketchBasis):
             raise SpecError(str(error), option="optimizer") from error
         if self.every == 0:
             for option in fields(self):
-                unused = option.name in ("lam", "lr", "optimizer", "orthonormalize")
+                unused = option.name in ("lam", "lr", "optimizer", "orthonormalize", "sketch")
                 require(
                     not unused or getattr(self, option.name) == options.default(option),
                     option.name,
@@ -107,7 +107,10 @@ class PCA(SketchBasis):
 
     @override
     def probes(self, state: Learned, when: When) -> tuple[Probe, ...]:
-        return range_probes((state.left, state.right), self.oversample, when)
+        bases = state.left, state.right
+        rank = next(basis.shape[1] for basis in bases if basis is not None)
+        columns = max(1, rank // 4) if self.sketch is None else self.sketch
+        return range_probes(bases, max(rank, columns) if when.refreshes == 0 else columns, when)
 
     @override
     def learn(self, state: Learned, sketch: Sketch, when: When) -> Learned:
@@ -147,7 +150,8 @@ class PCA(SketchBasis):
 def objective_grad(basis: Tensor, grad: Gradient, lam: float) -> Tensor:
     """Gradient of the online PCA objective with respect to a left basis, in closed form from two products.
 
-    With N = G / |G|_F, Y = N (N^T P), M = P^T P:  2 (P (P^T Y) + Y M - 2 Y) + 4 lam P (M - I).
+    With N = G / |G|_F, C = N^T P, M = P^T P it is 2 (P C^T C + N C M - 2 N C) + 4 lam P (M - I), that is
+    P (2 C^T C + 4 lam (M - I)) + N (2 C (M - 2 I)).
 
     Args:
         basis: P [m, r].
@@ -158,7 +162,9 @@ def objective_grad(basis: Tensor, grad: Gradient, lam: float) -> Tensor:
         [m, r], in the gradient's dtype.
     """
     basis = basis.to(grad.dtype)
-    y = grad.matmul(grad.rmatmul(basis).t()) / grad.norm().to(grad.dtype) ** 2
-    gram = basis.t() @ basis
     identity = torch.eye(basis.shape[1], device=basis.device, dtype=basis.dtype)
-    return 2 * (basis @ (basis.t() @ y) + y @ gram - 2 * y) + 4 * lam * basis @ (gram - identity)
+    square = grad.norm().to(grad.dtype).square()
+    product = grad.rmatmul(basis).t()  # |G| C
+    gram = basis.t() @ basis
+    inner = 2 / square * (product.t() @ product) + 4 * lam * (gram - identity)
+    return grad.matmul(2 / square * (product @ (gram - 2 * identity))).addmm_(basis, inner)

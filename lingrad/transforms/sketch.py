@@ -23,12 +23,12 @@ def sketched(grad: Gradient, probes: Sequence[Probe]) -> Sketch:
     return tuple(grad.product(left, right).to(wide(grad.dtype)) for left, right in probes)
 
 
-def range_probes(bases: Sequence[Tensor | None], oversample: int | None, when: When) -> tuple[Probe, ...]:
+def range_probes(bases: Sequence[Tensor | None], columns: int, when: When) -> tuple[Probe, ...]:
     """The probes whose products span, nearly, the leading singular vectors on each side that has a basis.
 
     Args:
-        bases: The left basis [m, p] and the right one [n, q], as many columns as are wanted; None on a side that has none.
-        oversample: Columns beyond those wanted; None is as many again.
+        bases: The left basis [m, p] and the right one [n, q], for device and dtype; None on a side that has none.
+        columns: Columns of the sketch, k.
         when: The weight's shape, the step and the run's seed: weights of equal size share the draw.
 
     Returns:
@@ -39,7 +39,6 @@ def range_probes(bases: Sequence[Tensor | None], oversample: int | None, when: W
     for side, basis, across in zip(("left", "right"), bases, reversed(when.shape), strict=True):
         if basis is None:
             continue
-        columns = basis.shape[1] * 2 if oversample is None else basis.shape[1] + oversample
         if columns >= across:
             probes.append(Probe(None, None))
             continue

@@ -71,7 +71,8 @@ class SVD(GradientBasis):
 
     @override
     def probes(self, state: Bases, when: When) -> tuple[Probe, ...]:
-        return range_probes(state, self.oversample, when)
+        rank = next(basis.shape[1] for basis in state if basis is not None)
+        return range_probes(state, rank + (rank if self.oversample is None else self.oversample), when)
 
     @override
     def learn(self, state: Bases, sketch: Sketch, when: When) -> Bases:
@@ -87,6 +88,8 @@ class SVD(GradientBasis):
         if self.precision == "float32":
             grad = grad.to(torch.float32)
         ranks = (None if basis is None else basis.shape[1] for basis in old)
-        solver = "gram" if self.solver == "gram" else "exact"
+        # of a sketch in float32 the Gram matrix, which is in float64, tells all that there is to tell
+        by_gram = self.solver == "gram" or (self.solver == "randomized" and grad.dtype != torch.float64)
+        solver = "gram" if by_gram else "exact"
         found = leading_vectors(grad, *ranks, solver=solver, seed=derive_seed(when.seed, when.step))
         return Bases(*map(align_signs, found, old)) if self.align else Bases(*found)

@@ -1,0 +1,276 @@
+"""What is measured: workloads, methods, goals. Data only."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import torch
+
+from benchmarks.peers import Apollo, Frozen, LinearsOnly, PublishedOSD, PytorchOptimizerGaLore
+from lingrad.memory.methods import Full, GaloreTorch, Lingrad, Lora, Method
+from lingrad.models import LlamaShape
+
+PERIOD = 200  # steps over which the cost of a refresh is spread
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A model and a batch.
+
+    Args:
+        name: What reports call it.
+        model: The Llama's shape.
+        rows: Windows in a batch; a window has ``model.length`` tokens.
+        rank: The rank of all methods.
+        dtype: Of the weights.
+    """
+
+    name: str
+    model: LlamaShape
+    rows: int
+    rank: int = 128
+    dtype: torch.dtype = torch.float32
+
+    @property
+    def tokens(self) -> int:
+        """Tokens in a step."""
+        return self.rows * self.model.length
+
+
+LLAMA_1024 = Workload("llama1024", LlamaShape(256, 1024, 2736, 4, 16, 256), 8)
+LLAMA_512 = Workload("llama512", LlamaShape(256, 512, 1376, 4, 8, 256), 8)
+LLAMA_2048 = Workload("llama2048", LlamaShape(256, 2048, 5461, 4, 32, 256), 32, rank=256)  # for a GPU
+
+FULL, FROZEN, OPTIMIZER, SHARED, EXACT = "full", "frozen", "optimizer", "optimizer, shared", "optimizer, exact svd"
+ADAPTER, LORA_ONE, LORA, GALORE = "adapter", "lora, one side", "lora", "galore_torch"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A method in a comparison.
+
+    Args:
+        key: Its short name, by which goals refer to it.
+        make: Builds the method for a rank and a number of steps between refreshes.
+        every: Whether it refreshes at all; False where ``every`` means nothing to it.
+    """
+
+    key: str
+    make: Callable[[int, int], Method]
+    every: bool = True
+
+
+def ours(text: str, mode: Literal["optimizer", "adapter"] = "optimizer", **options: Any) -> Callable[[int, int], Method]:
+    """A method of lingrad.
+
+    Args:
+        text: A config string with ``{rank}`` and ``{every}``.
+        mode: The mode.
+        **options: Options of `lingrad.wrap`.
+
+    Returns:
+        What builds it.
+    """
+    return lambda rank, every: Lingrad(text.format(rank=rank, every=every), "adamw", mode, {"lr": 1e-4, **options})
+
+
+RANDOMIZED = "svd(rank={rank}, every={every}, solver=randomized)"
+
+ENTRIES = {
+    entry.key: entry
+    for entry in (
+        Entry(FULL, lambda rank, every: Full("adamw"), every=False),
+        Entry(FROZEN, lambda rank, every: Frozen(), every=False),
+        Entry(OPTIMIZER, ours(RANDOMIZED)),
+        Entry(SHARED, ours(RANDOMIZED, share="input")),
+        Entry(EXACT, ours("svd(rank={rank}, every={every})")),
+        Entry("optimizer, power", ours("power(rank={rank}, every={every})")),
+        Entry("optimizer, random", ours("random(rank={rank}, every={every})")),
+        Entry("optimizer, online pca", ours("pca(rank={rank})"), every=False),
+        Entry("adapter, all trained", ours(RANDOMIZED, "adapter")),
+        Entry(ADAPTER, lambda rank, every: LinearsOnly(ours(RANDOMIZED, "adapter")(rank, every), rank)),
+        Entry(
+            "adapter, shared", lambda rank, every: LinearsOnly(ours(RANDOMIZED, "adapter", share="input")(rank, every), rank)
+        ),
+        Entry(LORA_ONE, lambda rank, every: Lora(rank, one_sided=True), every=False),
+        Entry(LORA, lambda rank, every: Lora(rank), every=False),
+        Entry(GALORE, GaloreTorch),
+        Entry("pytorch_optimizer", PytorchOptimizerGaLore),
+        Entry("apollo_torch", Apollo),
+        Entry("osd, autograd", lambda rank, every: PublishedOSD(rank), every=False),
+    )
+}
+
+MAIN = (FULL, FROZEN, OPTIMIZER, SHARED, EXACT, ADAPTER, LORA_ONE, LORA, GALORE)
+CURVES = (FULL, OPTIMIZER, SHARED, ADAPTER, LORA_ONE, GALORE)
+
+
+@dataclass(frozen=True)
+class Steps:
+    """A comparison of whole steps.
+
+    Args:
+        workload: The model and the batch.
+        keys: Of the methods.
+        blocks: How often a step that refreshes is followed by some that do not, two steps of warm-up included.
+        ordinary: How many do not, in each block.
+    """
+
+    workload: Workload
+    keys: tuple[str, ...]
+    blocks: int = 4
+    ordinary: int = 4
+
+
+@dataclass(frozen=True)
+class Capture:
+    """Gradients of a real training run.
+
+    Args:
+        model: The model.
+        rows: Windows in a batch.
+        steps: The steps whose gradients are kept, counted from 0; the last one ends the run.
+        layers: (name of the layer, rank).
+        exact_runs: How often the exact SVD is timed.
+    """
+
+    model: LlamaShape
+    rows: int
+    steps: tuple[int, ...]
+    layers: tuple[tuple[str, int], ...]
+    exact_runs: int = 3
+
+
+def captured(
+    hidden: int, intermediate: int, heads: int, rows: int, steps: tuple[int, ...], rank: int, runs: int = 3
+) -> Capture:
+    """A Llama of two layers, three of whose gradients are kept: square, tall and wide."""
+    shape = LlamaShape(256, hidden, intermediate, 2, heads, 256)
+    names = ("model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.o_proj", "model.layers.1.mlp.down_proj")
+    return Capture(shape, rows, steps, tuple((name, rank) for name in names), runs)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All of a run.
+
+    Args:
+        name: ``quick``, ``full`` or ``gpu``.
+        steps: Comparisons of whole steps.
+        refreshes: Gradients on which refreshes are compared.
+        curves: (what changes, comparisons).
+        memory: The workload whose memory is told, if any.
+        overhead: The workload whose overhead is told.
+        rounds: How often short pieces of work are timed.
+    """
+
+    name: str
+    steps: tuple[Steps, ...]
+    refreshes: tuple[Capture, ...]
+    curves: tuple[tuple[str, tuple[Steps, ...]], ...]
+    memory: Workload | None
+    overhead: Workload
+    rounds: int = 7
+
+
+def curves(base: Workload, keys: tuple[str, ...] = CURVES) -> tuple[tuple[str, tuple[Steps, ...]], ...]:
+    """Over rank, tokens, layers and width, one at a time."""
+
+    def shaped(**changes: Any) -> Workload:
+        return replace(base, model=replace(base.model, **changes))
+
+    widths = ((256, 688), (512, 1376), (768, 2048), (1024, 2736))
+    found = {
+        "rank": [replace(base, rank=rank) for rank in (16, 32, 64, 128, 256)],
+        "tokens": [replace(base, rows=rows) for rows in (1, 2, 4, 8, 16)],
+        "layers": [shaped(layers=layers) for layers in (1, 2, 4, 8)],
+        "hidden": [shaped(hidden=hidden, intermediate=inner, heads=hidden // 64) for hidden, inner in widths],
+    }
+    return tuple((what, tuple(Steps(w, keys, 2, 4) for w in loads)) for what, loads in found.items())
+
+
+BFLOAT16 = (FULL, FROZEN, OPTIMIZER, SHARED, ADAPTER, LORA_ONE, LORA, GALORE)
+
+QUICK = Plan(
+    "quick",
+    (Steps(LLAMA_512, MAIN, 2, 4),),
+    (captured(256, 688, 4, 8, (5, 10, 20), 32), captured(1024, 2736, 16, 4, (5, 10, 20), 128)),
+    (),
+    LLAMA_512,
+    LLAMA_512,
+)
+WHOLE = Plan(
+    "full",
+    (
+        Steps(LLAMA_1024, tuple(ENTRIES)),
+        Steps(LLAMA_512, tuple(ENTRIES)),
+        Steps(replace(LLAMA_1024, name="llama1024-bf16", dtype=torch.bfloat16), BFLOAT16),
+    ),
+    (
+        captured(256, 688, 4, 8, (20, 40, 80, 160), 32),
+        captured(1024, 2736, 16, 8, (10, 20, 40, 80), 128),
+        captured(2048, 5461, 32, 8, (10, 20, 30, 40), 256),
+        captured(4096, 11008, 32, 4, (2, 4, 6, 8), 512, runs=1),
+    ),
+    curves(LLAMA_512),
+    LLAMA_1024,
+    LLAMA_512,
+)
+GPU = Plan(
+    "gpu",
+    (
+        Steps(LLAMA_1024, tuple(ENTRIES)),
+        Steps(replace(LLAMA_1024, name="llama1024-bf16", rows=64, dtype=torch.bfloat16), BFLOAT16),
+        Steps(replace(LLAMA_2048, name="llama2048-bf16", dtype=torch.bfloat16), BFLOAT16),
+    ),
+    (captured(2048, 5461, 32, 32, (10, 20, 30, 40), 256), captured(4096, 11008, 32, 8, (2, 4, 6, 8), 512, runs=1)),
+    (),
+    LLAMA_1024,
+    LLAMA_512,
+    rounds=20,
+)
+PLANS = {plan.name: plan for plan in (QUICK, WHOLE, GPU)}
+
+
+@dataclass(frozen=True)
+class Goal:
+    """A figure to reach.
+
+    Args:
+        figure: The key of the figure.
+        what: What it is.
+        goal: At most so much; at least, where ``least``.
+        least: Whether more is better.
+    """
+
+    figure: str
+    what: str
+    goal: float
+    least: bool = False
+
+
+GOALS = (
+    Goal("optimizer/full", "optimizer mode / fused full AdamW, refresh spread over 200 steps", 0.80),
+    Goal("optimizer/galore_torch", "optimizer mode / galore_torch, refresh spread over 200 steps", 0.72),
+    Goal("optimizer/frozen", "optimizer mode / the frozen-linears limit, refresh spread over 200 steps", 1.12),
+    Goal("adapter/lora", "adapter mode / PEFT LoRA with one side frozen", 0.90),
+    Goal("power/exact", "refresh of 2048 x 2048, r = 256: power / exact SVD", 0.03),
+    Goal("power energy", "energy that power captures of what exact SVD does, after 3 refreshes", 0.97, least=True),
+    Goal("pca/autograd", "online PCA update / the published autograd form, 2736 x 1024, r = 128", 0.10),
+    Goal("memory", "tensor bytes beyond weights and activations at the step's peak / galore_torch", 0.60),
+    Goal("saved", "what a layer with a right map saves / the plain layer, in units of r/n", 1.0),
+    Goal("overhead", "engine overhead (step minus base) / full AdamW step, llama512", 0.05),
+)
+
+
+@dataclass
+class Figures:
+    """What was measured, by suite.
+
+    Args:
+        values: Key -> figure; a goal without one was not measured in this run.
+    """
+
+    values: dict[str, float] = field(default_factory=dict)

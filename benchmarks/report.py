@@ -1,0 +1,226 @@
+"""Results: JSON, tables in Markdown, plots, and their way into the docs."""
+
+from __future__ import annotations
+
+import json
+import platform
+import re
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+from benchmarks import plots
+from benchmarks.measure import ratio
+from benchmarks.plan import FROZEN, FULL, GALORE, GOALS, PERIOD, Workload
+from lingrad._files import write_whole
+from lingrad._table import align
+
+ROOT = Path(__file__).parents[1]
+OUT = ROOT / "benchmarks" / "out"
+DOCS = ROOT / "docs" / "performance.md"
+PACKAGES = ("torch", "transformers", "peft", "galore-torch", "pytorch_optimizer", "apollo-torch", "lingrad")
+
+
+def machine(device: str) -> dict[str, Any]:
+    """Where it was measured, and with which versions."""
+    name = torch.cuda.get_device_name() if device == "cuda" else _processor()
+    found: dict[str, Any] = {"device": name, "threads": torch.get_num_threads(), "python": platform.python_version()}
+    found["when"] = time.strftime("%Y-%m-%d %H:%M:%S")
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def _processor() -> str:
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.exists() else []
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def described(workload: Workload) -> dict[str, Any]:
+    """A workload in plain values."""
+    return asdict(workload) | {"dtype": str(workload.dtype).removeprefix("torch."), "tokens": workload.tokens}
+
+
+def save(found: dict[str, Any], folder: Path) -> None:
+    """Write ``latest.json``, ``table.md`` and the plots, each whole.
+
+    Args:
+        found: What was measured.
+        folder: Where to; made if it is not there.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    write_whole(folder / "latest.json", json.dumps(found, indent=1).encode())
+    write_whole(folder / "table.md", markdown(found).encode())
+    plots.draw(found, folder)
+
+
+def table(rows: Sequence[Sequence[str]]) -> str:
+    """Rows, the first of them a header, as a Markdown table whose columns line up."""
+    right = [index > 0 for index in range(len(rows[0]))]
+    header, *lines = align(rows, right=right)
+    rule = ["-" * (len(cell) - 1) + (":" if r else "-") for cell, r in zip(header, right, strict=True)]
+    return "".join(f"| {' | '.join(line)} |\n" for line in (header, rule, *lines))
+
+
+def markdown(found: dict[str, Any]) -> str:
+    """All tables of a run."""
+    about = found["machine"]
+    versions = ", ".join(f"{package} {about[package]}" for package in PACKAGES[:-1])
+    parts = [
+        f"Plan `{found['plan']}` on {about['device']}, {about['threads']} threads, {about['when']}, in "
+        f"{found['seconds'] / 60:.1f} minutes; {versions}.\n",
+        goals(found["figures"]),
+    ]
+    for name, timings in found["steps"].items():
+        parts.append(f"**{name}**, one step:\n\n{steps_table(timings)}")
+    if found["refreshes"]:
+        parts.append(f"**Refreshes** on gradients of a training run:\n\n{refresh_table(found['refreshes'])}")
+    if "pca" in found:
+        parts.append(f"**Online PCA**, one update of a 2736 x 1024 gradient at rank 128:\n\n{pca_table(found['pca'])}")
+    if "memory" in found:
+        parts.append(f"**Memory** of a step with checkpointing, in MB:\n\n{memory_table(found['memory'])}")
+        parts.append(
+            f"**Saved** for the backward by q, k, v, o, gate and up, numbers a token:\n\n{saved_table(found['saved'])}"
+        )
+    if "overhead" in found:
+        parts.append(f"**Overhead** of the engine's step, in ms:\n\n{overhead_table(found['overhead'])}")
+    for what, points in found["curves"].items():
+        parts.append(f"**Over {what}**, ratios to full AdamW:\n\n{curve_table(what, points)}")
+    return "\n".join(parts)
+
+
+def goals(figures: dict[str, float]) -> str:
+    """Each goal with what was measured."""
+    rows = [("figure", "goal", "measured", "")]
+    for goal in GOALS:
+        if goal.figure not in figures:
+            continue
+        value = figures[goal.figure]
+        reached = value >= goal.goal if goal.least else value <= goal.goal
+        sign = ">=" if goal.least else "<="
+        rows.append((goal.what, f"{sign} {goal.goal:.2f}", f"{value:.3f}", "reached" if reached else "not reached"))
+    return table(rows)
+
+
+def _spread(timing: dict[str, Any]) -> list[float]:
+    return [taken + timing["extra"] / PERIOD for taken in timing["seconds"]]
+
+
+def steps_table(timings: list[dict[str, Any]]) -> str:
+    """Whole steps, each beside full AdamW, galore_torch and the limit."""
+    by_key = {timing["key"]: timing for timing in timings}
+    beside = [key for key in (FULL, GALORE, FROZEN) if key in by_key]
+    rows = [("method", "ms", *(f"/ {key}" for key in beside), "refresh ms", "GFLOP", "GB moved", "GFLOP/s", "state MB")]
+    for timing in timings:
+        middle = median(timing["seconds"])
+        ratios = [str(ratio(_spread(timing), _spread(by_key[key]))) for key in beside]
+        work, moved = timing["flops"] / 1e9, timing["bytes"] / 1e9
+        refresh = f"{1e3 * timing['extra']:.0f}" if timing["refreshes"] else ""
+        rows.append(
+            (
+                timing["key"],
+                f"{1e3 * middle:.1f}",
+                *ratios,
+                refresh,
+                f"{work:.1f}",
+                f"{moved:.2f}",
+                f"{work / middle:.0f}",
+                f"{timing['state'] / 1e6:.1f}",
+            )
+        )
+    return table(rows)
+
+
+def refresh_table(records: list[dict[str, Any]]) -> str:
+    """Refreshes of each shape beside the exact SVD's; energies are the least of its layers, after the last capture."""
+    shapes: dict[tuple[int, ...], dict[str, list[dict[str, Any]]]] = {}
+    for record in records:
+        group = shapes.setdefault((*record["shape"], record["rank"], record["tokens"]), {})
+        group.setdefault(record["transform"], []).append(record)
+    rows = [("gradient, rank, tokens", "transform", "ms", "/ exact", "energy / exact's")]
+    for (m, n, rank, tokens), group in shapes.items():
+        exact = median(t for record in next(iter(group.values())) for t in record["seconds"])
+        for text, members in group.items():
+            taken = median(t for record in members for t in record["seconds"])
+            energy = min(record["energy"][-1] / record["best"][-1] for record in members)
+            shown = f"`{text.replace('{rank}', str(rank))}`"
+            rows.append((f"{m} x {n}, {rank}, {tokens}", shown, f"{1e3 * taken:.1f}", f"{taken / exact:.3f}", f"{energy:.3f}"))
+    return table(rows)
+
+
+def pca_table(seconds: dict[str, list[float]]) -> str:
+    """Updates of online PCA."""
+    rows = [("update", "ms", "/ autograd")]
+    for key, taken in seconds.items():
+        beside = "autograd, from factors" if "factors" in key else "autograd"
+        rows.append((key, f"{1e3 * median(taken):.2f}", str(ratio(taken, seconds[beside]))))
+    return table(rows)
+
+
+def memory_table(found: dict[str, dict[str, Any]]) -> str:
+    """What is alive at the peak of an ordinary step, and beyond weights and activations at that of one that refreshes."""
+    names = ("gradient", "coords", "coords gradient", "basis", "moments")
+    rows = [("method", *names, "temporaries", "beyond weights and activations", "/ galore_torch", "in a refresh")]
+    beside = found[GALORE]["beyond"]
+    for key, entry in found.items():
+        at = entry["ordinary"]
+        other = entry["beyond"] - sum(at.get(name, 0) for name in names)
+        cells = [f"{at.get(name, 0) / 1e6:.1f}" for name in names]
+        total, refresh = entry["beyond"], entry["at refresh"]
+        rows.append((key, *cells, f"{other / 1e6:.1f}", f"{total / 1e6:.1f}", f"{total / beside:.2f}", f"{refresh / 1e6:.1f}"))
+    return table(rows)
+
+
+def saved_table(found: dict[str, float]) -> str:
+    """Numbers saved a token."""
+    rows = [("", "numbers a token", "/ plain")]
+    rows += [(key, f"{found[key]:.0f}", f"{found[key] / found['plain']:.3f}") for key in ("plain", "ours", "ours, shared")]
+    return table(rows)
+
+
+def overhead_table(found: dict[str, float]) -> str:
+    """What a step of the engine takes beside the base's."""
+    rows = [("opt.step()", "of it the base", "a whole step of full AdamW", "(step - base) / full")]
+    rows.append((*(f"{1e3 * found[key]:.2f}" for key in ("step", "base", "full")), f"{found['share']:.3f}"))
+    return table(rows)
+
+
+def curve_table(what: str, points: list[dict[str, Any]]) -> str:
+    """Ratios to full AdamW along one axis."""
+    keys = [timing["key"] for timing in points[0]["steps"] if timing["key"] != FULL]
+    rows = [(what, *keys)]
+    for point in points:
+        by_key = {timing["key"]: timing for timing in point["steps"]}
+        at = plots.place(what, point["workload"])
+        rows.append((str(at), *(str(ratio(_spread(by_key[key]), _spread(by_key[FULL]))) for key in keys)))
+    return table(rows)
+
+
+def into_docs() -> None:
+    """Put the tables of every results folder into docs/performance.md, between its marks.
+
+    Raises:
+        ValueError: The page has no place for them.
+    """
+    text = DOCS.read_text()
+    for folder in (OUT, *sorted(path.parent for path in OUT.glob("*/latest.json"))):
+        if not (folder / "latest.json").exists():
+            continue
+        name = "cpu" if folder == OUT else folder.name
+        found = json.loads((folder / "latest.json").read_text())
+        block = f"<!-- {name}:begin -->\n{markdown(found)}<!-- {name}:end -->"
+        text, count = re.subn(f"<!-- {name}:begin -->.*<!-- {name}:end -->", lambda _, b=block: b, text, flags=re.DOTALL)
+        if count != 1:
+            raise ValueError(f"{DOCS} must hold <!-- {name}:begin --> and <!-- {name}:end --> once")
+        plots.draw(found, ROOT / "docs" / "performance" / name)
+    write_whole(DOCS, text.encode())

@@ -1,0 +1,188 @@
+"""Whole training steps of many methods, in turn, on the same real text."""
+
+from __future__ import annotations
+
+import gc
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from statistics import median
+from typing import Any
+
+from torch import Tensor
+
+from benchmarks import flops, measure
+from benchmarks.plan import ENTRIES, PERIOD, Steps, Workload
+from lingrad.memory.methods import Training
+from lingrad.models import build_llama, next_token_loss
+from lingrad.research.corpus import moby_dick, tokenize, training_batches
+
+WARM_UP = 2
+
+
+def batches(workload: Workload, steps: int, device: str) -> Iterator[Tensor]:
+    """Windows of Moby-Dick, byte by byte."""
+    text = tokenize("Moby-Dick", moby_dick())
+    for batch in training_batches(text, steps=steps, rows=workload.rows, length=workload.model.length, seed=0):
+        yield batch.to(device)
+
+
+class Run:
+    """One method under way.
+
+    Args:
+        key: Of the method.
+        workload: The model and the batch.
+        every: Steps between refreshes.
+        device: Where.
+    """
+
+    def __init__(self, key: str, workload: Workload, every: int, device: str) -> None:
+        model = build_llama(workload.model, seed=0, dtype=workload.dtype).to(device)
+        self.method = ENTRIES[key].make(workload.rank, every)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # galore_torch's AdamW announces its own deprecation
+            self.training: Training = self.method.prepare(model)
+
+    def step(self, batch: Tensor) -> None:
+        """Forward, backward, step."""
+        self.training.zero_grad()
+        next_token_loss(self.training.model, batch).backward()
+        self.training.step()
+
+    def state_bytes(self) -> int:
+        """Bytes that the optimizers keep between steps: moments, bases, coordinates that are held."""
+        distinct: dict[int, Tensor] = {}
+        for optimizer in self.training.optimizers:
+            held: list[Any] = [value for state in optimizer.state.values() for value in state.values()]
+            held += [getattr(value, "ortho_matrix", None) for value in held]  # projectors of others
+            held += getattr(optimizer, "tensors", list)()  # of one that keeps them elsewhere
+            held += [tensor for sub in getattr(optimizer, "subspaces", ()) for tensor in (*sub.tensors(), sub.coords)]
+            for value in held:
+                if isinstance(value, Tensor) and value.numel():
+                    distinct[value.untyped_storage()._cdata] = value
+        return sum(tensor.untyped_storage().nbytes() for tensor in distinct.values())
+
+
+@dataclass
+class Timing:
+    """What was measured of one method.
+
+    Args:
+        key: The method's short name.
+        label: Its long one.
+        seconds: Steps that refresh nothing.
+        refresh: Steps that do; of a method without refreshes, steps like any.
+        flops: Of a step that refreshes nothing.
+        bytes: That its operators read and write.
+        state: Bytes kept between steps.
+        refreshes: Whether the method has refreshes.
+    """
+
+    key: str
+    label: str
+    seconds: list[float]
+    refresh: list[float]
+    flops: int
+    bytes: int
+    state: int
+    refreshes: bool
+
+    @property
+    def extra(self) -> float:
+        """Seconds that a refresh adds to a step."""
+        return max(0.0, median(self.refresh) - median(self.seconds)) if self.refreshes else 0.0
+
+    @property
+    def spread(self) -> list[float]:
+        """Seconds a step, the refresh spread over `PERIOD` steps."""
+        return [taken + self.extra / PERIOD for taken in self.seconds]
+
+
+def compare(plan: Steps, device: str) -> dict[str, Timing]:
+    """Time the steps of some methods in turn.
+
+    Args:
+        plan: The methods and the workload.
+        device: Where.
+
+    Returns:
+        Key -> what was measured.
+    """
+    workload, every = plan.workload, plan.ordinary + 1
+    measure.say(f"{workload.name}: {workload.tokens} tokens, rank {workload.rank}, {len(plan.keys)} methods")
+    runs = {key: Run(key, workload, every, device) for key in plan.keys}
+    total = plan.blocks * every  # of the first block the refresh and one step warm everything up
+    seconds: dict[str, list[float]] = {key: [] for key in runs}
+    refresh: dict[str, list[float]] = {key: [] for key in runs}
+    given = list(batches(workload, total + 1, device))
+    for number, batch in enumerate(given[:total]):
+        for key, run in runs.items():
+            taken = measure.timed(lambda run=run, batch=batch: run.step(batch))
+            if number >= WARM_UP:
+                (refresh if number % every == 0 else seconds)[key].append(taken)
+    found = {}
+    for key, run in runs.items():
+        run.step(given[0])  # this one refreshes; the two that are counted do not
+        found[key] = Timing(
+            key,
+            run.method.label,
+            seconds[key],
+            refresh[key],
+            flops.count(lambda run=run: run.step(given[1])),
+            measure.traffic(lambda run=run: run.step(given[2])),
+            run.state_bytes(),
+            ENTRIES[key].every,
+        )
+    runs.clear()
+    gc.collect()
+    return found
+
+
+def plain(found: dict[str, Timing]) -> list[dict[str, Any]]:
+    """The timings as plain values."""
+    return [asdict(timing) | {"extra": timing.extra} for timing in found.values()]
+
+
+def overhead(workload: Workload, rounds: int, device: str) -> dict[str, float]:
+    """What the engine's own step takes beside the base's.
+
+    Args:
+        workload: The model and the batch.
+        rounds: How many steps are timed.
+        device: Where.
+
+    Returns:
+        Medians in seconds: ``step``, ``base``, ``full`` (a whole step of full AdamW), and ``share``, the median over rounds of
+        (step - base) / full.
+    """
+    measure.say(f"{workload.name}: overhead of the engine's step")
+    full, ours = (Run(key, workload, 10**6, device) for key in ("full", "optimizer"))
+    (optimizer,) = ours.training.optimizers
+    spent = {"base": 0.0, "step": 0.0}
+
+    def watch(owner: Any, name: str) -> None:
+        inner: Callable[[], Any] = owner.step
+
+        def outer(*args: Any) -> Any:
+            started = measure.synchronized()
+            value = inner(*args)
+            spent[name] += measure.synchronized() - started
+            return value
+
+        vars(owner)["step"] = outer
+
+    times: dict[str, list[float]] = {"base": [], "step": [], "full": []}
+    for number, batch in enumerate(batches(workload, rounds + 3, device)):
+        if number == 2:  # the first two steps make bases and moments
+            watch(optimizer.base, "base")
+            watch(optimizer, "step")
+        taken = measure.timed(lambda batch=batch: full.step(batch))
+        spent.update(base=0.0, step=0.0)
+        ours.step(batch)
+        if number > 2:
+            times["full"].append(taken)
+            for name in spent:
+                times[name].append(spent[name])
+    share = median((s - b) / f for s, b, f in zip(times["step"], times["base"], times["full"], strict=True))
+    return {name: median(values) for name, values in times.items()} | {"share": share}

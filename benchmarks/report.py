@@ -24,7 +24,7 @@ from lingrad._table import align
 ROOT = Path(__file__).parents[1]
 OUT = ROOT / "benchmarks" / "out"
 DOCS = ROOT / "docs" / "performance.md"
-PACKAGES = ("torch", "transformers", "peft", "galore-torch", "pytorch_optimizer", "apollo-torch", "lingrad")
+PACKAGES = ("torch", "transformers", "peft", "galore-torch", "pytorch_optimizer", "apollo-torch")
 
 
 def machine(device: str) -> dict[str, Any]:
@@ -75,7 +75,7 @@ def table(rows: Sequence[Sequence[str]]) -> str:
 def markdown(found: dict[str, Any]) -> str:
     """All tables of a run."""
     about = found["machine"]
-    versions = ", ".join(f"{package} {about[package]}" for package in PACKAGES[:-1])
+    versions = ", ".join(f"{package} {about[package]}" for package in PACKAGES)
     parts = [
         f"Plan `{found['plan']}` on {about['device']}, {about['threads']} threads, {about['when']}, in "
         f"{found['seconds'] / 60:.1f} minutes; {versions}.\n",

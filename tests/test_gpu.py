@@ -197,6 +197,8 @@ class TestTheSameAsOnTheCPU:
             "svd(rank=4, every=3)",
             "svd(rank=4, every=3, solver=gram)",
             "svd(rank=4, every=3, solver=randomized)",
+            "svd(rank=4, every=3, solver=randomized, oversample=1)",
+            "pca(rank=4, side=left)",
             "power(rank=4, every=3, side=left)",
             "power(rank=4, every=3, side=right)",
         ],

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lingrad.gradient import DenseGradient, Gradient, wide
 from lingrad.transforms.base import Probe, Sketch, When
-from lingrad.transforms.factorize import derive_seed
+from lingrad.transforms.factorize import derive_seed, start_basis
 
 
 def sketched(grad: Gradient, probes: Sequence[Probe]) -> Sketch:
@@ -67,24 +67,19 @@ def by_side(bases: Sequence[Tensor | None], sketch: Sketch) -> tuple[Gradient | 
 def test_matrix(rows: int, columns: int, *, seed: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     """Gaussian columns of unit length in expectation, [rows, columns]; not to be written into.
 
-    They are drawn on their device: unlike a basis that is kept as a seed, they need not mean the same on another. The last
-    few are remembered until `forget_draws`, since the weights of a step share them.
+    The last few are remembered until `forget_draws`, since the weights of a step share them.
 
     Args:
         rows: Rows.
         columns: Columns.
-        seed: Decides the numbers, with the device.
+        seed: Decides the numbers, the same on every device.
         device: Where they are.
         dtype: What they are rounded to.
 
     Returns:
         The matrix.
     """
-    if device.type == "meta":
-        return torch.empty(rows, columns, dtype=dtype, device=device)
-    generator = torch.Generator(device).manual_seed(seed)
-    drawn = torch.randn(rows, columns, generator=generator, dtype=wide(dtype), device=device)
-    return drawn.div_(rows**0.5).to(dtype)
+    return start_basis(rows, columns, seed=seed, device=device, dtype=dtype)
 
 
 def forget_draws() -> None:

@@ -32,10 +32,14 @@ class Captured:
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self.forget()
+        self._clear()
 
     def forget(self) -> None:
         """Drop everything: it was used, or thrown away."""
+        if self._backward >= 0 or self._seen is not None:  # else there is nothing
+            self._clear()
+
+    def _clear(self) -> None:
         self.total: Found | None = None
         self._staged: Found | None = None  # of the backward that is running, not yet in coords.grad
         self._backward = -1

@@ -136,9 +136,9 @@ class DenseGradient(Gradient):
     def product(self, left: Tensor | None, right: Tensor | None) -> Tensor:
         result = self.matrix
         if left is not None:
-            result = left.to(self.dtype).t() @ result
+            result = cast(left, self.dtype).t() @ result
         if right is not None:
-            result = result @ right.to(self.dtype)
+            result = result @ cast(right, self.dtype)
         return result
 
     @override
@@ -202,8 +202,8 @@ class FactoredGradient(Gradient):
 
     @override
     def product(self, left: Tensor | None, right: Tensor | None) -> Tensor:
-        out_grad = self.out_grad if left is None else self.out_grad @ left.to(self.dtype)
-        return out_grad.t() @ (self.input if right is None else self.input @ right.to(self.dtype))
+        out_grad = self.out_grad if left is None else self.out_grad @ cast(left, self.dtype)
+        return out_grad.t() @ (self.input if right is None else self.input @ cast(right, self.dtype))
 
     @override
     def select(self, rows: Tensor | None, columns: Tensor | None) -> FactoredGradient:
@@ -232,6 +232,11 @@ class FactoredGradient(Gradient):
         """Whether the two factors hold fewer numbers than the matrix would."""
         m, n = self.shape
         return self.out_grad.shape[0] * (m + n) < m * n
+
+
+def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """``tensor.to(dtype)``, which takes its time to find that there is nothing to do."""
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:

@@ -25,7 +25,7 @@ from lingrad.moments import Carry
 from lingrad.rules import Rules
 from lingrad.sharing import Place, Share, places, require_shared
 from lingrad.stepping import SteppingOptimizer
-from lingrad.subspace import Subspace, lifted, merge
+from lingrad.subspace import Subspace, hold, lifted, merge
 
 
 class SubspaceOptimizer(SteppingOptimizer):
@@ -277,8 +277,11 @@ class SubspaceOptimizer(SteppingOptimizer):
         self.mode = mode
         for group in self.param_groups:
             group["mode"] = mode
-        for attachment in self.attachments:
-            attachment.sub.release() if mode == "optimizer" else attachment.sub.hold()
+        if mode == "adapter":
+            hold(self.subspaces)
+        else:
+            for sub in self.subspaces:
+                sub.release()
         self._listen()
         self._exempt(self.attachments)
 

@@ -23,7 +23,7 @@ from lingrad.layerwise import Layerwise
 from lingrad.moments import Moments
 from lingrad.persistence import StatefulOptimizer
 from lingrad.refresh import choose, commit, redraw, renew
-from lingrad.subspace import Subspace, decaying, merge
+from lingrad.subspace import Subspace, decaying, hold, merge
 from lingrad.transforms.sketch import forget_draws
 
 
@@ -104,8 +104,7 @@ class SteppingOptimizer(StatefulOptimizer):
         live = [attachment for attachment in attachments if attachment.sub.coords.grad is not None]
         if not self._arithmetic.decay_last:
             self._decay(served)
-        for attachment in live:
-            attachment.sub.hold()
+        hold(attachment.sub for attachment in live)
         for stock, pairs in stocks:
             for own, group in pairs:
                 push(own, group, self._arithmetic, self._step + 1)
@@ -161,6 +160,11 @@ class SteppingOptimizer(StatefulOptimizer):
                 due.append(attachment.sub)
             else:
                 attachment.sub.refuse_stale()
+            if attachment.sub.coords.grad is None and attachment.replaced:
+                attachment.sub.warn_once(
+                    "it has no gradient. The forward of its layer was replaced after lingrad had wrapped it; if the new one "
+                    "does not call the one it found, the weight is not trained: replace forwards first, then call lingrad"
+                )
         self._choose(due)
         for sub in reversed(due):  # who leads holds the old map, which the others merge through
             self._commit(sub)

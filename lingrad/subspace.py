@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -76,6 +76,7 @@ class Subspace:
     members: list[Subspace] = field(init=False)
 
     _map: LinearMap | None = None
+    _zero: Tensor | None = None  # what released coordinates are
     _said: set[str] = field(default_factory=set)
 
     @classmethod
@@ -151,12 +152,10 @@ class Subspace:
     def release(self) -> None:
         """Give back the memory of coordinates that are zero: one zero stands for all. They can be read, not written."""
         if not parallel.together():  # DistributedDataParallel writes into parameters
-            self.coords.data = self.coords.new_zeros(()).expand(self.coords.shape)
-
-    def hold(self) -> None:
-        """Give released coordinates memory of their own."""
-        if self.released:
-            self.coords.data = self.coords.new_zeros(self.coords.shape)
+            zero = self._zero
+            if zero is None or zero.dtype != self.coords.dtype or zero.device != self.coords.device:
+                zero = self._zero = self.coords.new_zeros(()).expand(self.coords.shape)
+            self.coords.data = zero
 
     def replace_state(self, state: Any, refreshes: int, chosen: LinearMap | None = None) -> None:
         """Take over a state from a refresh or a checkpoint, and its map if that was made."""
@@ -184,7 +183,7 @@ class Subspace:
         # a basis learned from a sketch has changed at the end of the last step, any other changes in this one
         changes = self.refreshes != self.when.refreshes if self.transform.reads == "sketch" else now
         self.stale = changes and self.coords.grad is not None
-        self.when = self.when._replace(step=clock, refreshes=self.refreshes)
+        self.when = When(clock, self.refreshes, self.when.seed, self.when.shape, self.when.run_seed)
         self.due = now and self.transform.reads != "nothing"
         return now and not self.due
 
@@ -233,6 +232,16 @@ def call(method: weakref.WeakMethod[Callable[..., None]] | None, *args: Any) -> 
     found = None if method is None else method()
     if found is not None:
         found(*args)
+
+
+@torch.no_grad()
+def hold(subs: Iterable[Subspace]) -> None:
+    """Give released coordinates memory of their own."""
+    released: list[Tensor] = [sub.coords for sub in subs if sub.released]
+    for coords in released:
+        coords.data = coords.new_empty(coords.shape)
+    if released:
+        torch._foreach_zero_(released)
 
 
 def decaying(sub: Subspace, weight: Tensor) -> list[Tensor]:

@@ -1,5 +1,7 @@
 """What a step costs: operations counted, nothing waited for, one call for many parameters; merges now and then; compiled."""
 
+import warnings
+
 import pytest
 import torch
 from torch import nn
@@ -221,7 +223,7 @@ class TestMergeEvery:
 
 
 class TestForwardOfAdapterMode:
-    def test_a_forward_that_somebody_replaced_is_kept(self):
+    def test_a_forward_that_somebody_replaced_is_called(self):
         """As accelerate does; then S z is added to what that forward gives."""
         weights = []
         for mode in MODES:
@@ -236,7 +238,6 @@ class TestForwardOfAdapterMode:
                 x = torch.randn(50, 12, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
                 model(x).square().sum().backward()
                 optimizer.step()
-            assert model[0].forward is mine
             weights.append(optimizer.weights())
             optimizer.detach()
             assert model[0].forward is mine
@@ -248,17 +249,37 @@ class TestForwardOfAdapterMode:
         optimizer = MODES[mode](model, {"*": "random(rank=3)"}, "sgd", lr=0.1)
         ours = model[0].forward
         theirs = model[0].forward = lambda x: ours(x)
-        model(torch.randn(5, 12, dtype=torch.float64)).sum().backward()
-        optimizer.step()
+        x = torch.randn(5, 12, dtype=torch.float64)
+        for other in ("adapter", "optimizer", mode):
+            optimizer.zero_grad()
+            model(x).sum().backward()
+            before = {name: weight.clone() for name, weight in optimizer.weights().items()}
+            optimizer.step()
+            assert gap(before, optimizer.weights()) > 1e-3
+            optimizer.switch(other)
         optimizer.detach()
         assert model[0].forward is theirs
-        model(torch.randn(5, 12, dtype=torch.float64))
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert torch.equal(model(x), nn.functional.linear(x, model[0].weight, model[0].bias))
 
-    def test_the_class_s_own_forward_comes_back(self):
+    @each_mode
+    def test_a_forward_that_lost_ours_is_told_of(self, mode):
+        """As who restores the forward of before: the layer would silently stay as it is."""
+        model = nn.Sequential(nn.Linear(12, 9)).double()
+        optimizer = MODES[mode](model, {"*": "random(rank=3)"}, "sgd", lr=0.1)
+        model[0].forward = lambda x: nn.functional.linear(x, model[0].weight, model[0].bias)
+        x = torch.randn(5, 12, dtype=torch.float64)
+        model(x).sum().backward()
+        with pytest.warns(RuntimeWarning, match="replaced after lingrad had wrapped it"):
+            optimizer.step()
+
+    @each_mode
+    def test_the_class_s_own_forward_comes_back(self, mode):
         model = nn.Sequential(nn.Linear(12, 9))
-        optimizer = lingrad.adapt(model, {"*": "random(rank=3)"}, "sgd", lr=0.1)
+        optimizer = MODES[mode](model, {"*": "random(rank=3)"}, "sgd", lr=0.1)
         assert "forward" in vars(model[0])
-        optimizer.switch("optimizer")
+        optimizer.detach()
         assert "forward" not in vars(model[0])
 
     @pytest.mark.parametrize("bias", [True, False])

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from functools import wraps
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from lingrad._typing import override
 from lingrad.errors import ModeError
@@ -36,6 +38,11 @@ class Attachment(ABC):
     @abstractmethod
     def weight(self) -> nn.Parameter:
         """The parameter the subspace belongs to, looked up afresh, since others may replace it."""
+
+    @property
+    def replaced(self) -> bool:
+        """Whether somebody has put something else in the place of what was attached; it may or may not call it."""
+        return False
 
     def attach(self, mode: Mode) -> None:
         """Connect in a mode. In optimizer mode the coordinates are zero; the forward is the plain layer's.
@@ -149,3 +156,14 @@ def refuse_attached(name: str, param: nn.Parameter, module: nn.Module | None = N
 # side effect, which a compiled graph would lose. Unlike torch.compiler.disable, torch.optim's own helper waits with the
 # import of the compiler, which takes longer than that of torch.
 uncompiled: Callable[[Callable[..., Any]], Callable[..., Any]] = torch._disable_dynamo  # type: ignore[attr-defined]
+
+
+def once(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """``once_differentiable``, for a backward that nobody differentiates without its price."""
+    refusing: Callable[..., Any] = once_differentiable(backward)
+
+    @wraps(backward)
+    def chosen(*args: Any) -> Any:
+        return refusing(*args) if torch.is_grad_enabled() else backward(*args)
+
+    return chosen

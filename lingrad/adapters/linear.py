@@ -1,8 +1,8 @@
 """Projected backward: the weight gradient of a linear layer is born in the small space.
 
-In optimizer mode the layer itself runs as it is, with its weight frozen, so that its forward is the plain layer's to the bit; a
-forward hook then ties the output to the coordinates by an autograd function whose backward is project(dY^T X). In adapter mode
-the layer's forward is replaced by one that acts as W + S z (where something else has replaced it already, the tie adds S z).
+The layer's forward is replaced. In optimizer mode the plain one runs as it is, with its weight frozen, so that its output is
+the plain layer's to the bit, and is then tied to the coordinates by an autograd function whose backward is project(dY^T X).
+In adapter mode the layer acts as W + S z; where somebody else had replaced its forward, the tie adds S z to what that gives.
 
 What a step costs, of T tokens, in multiplications and additions: the forward, 2 T m n, and the gradient of the input, 2 T m n,
 as in the plain layer; in place of the weight gradient, 2 T m n, its projection: 2 T r (m + n) with a basis on one side,
@@ -20,13 +20,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from lingrad._typing import override
-from lingrad.adapters.base import CHILD, Attachment, Coords, Mode, uncompiled
+from lingrad.adapters.base import CHILD, Attachment, Coords, Mode, once, uncompiled
 from lingrad.errors import ModeError
 from lingrad.gather import note
-from lingrad.gradient import FactoredGradient
+from lingrad.gradient import FactoredGradient, cast
 from lingrad.maps import LinearMap
 from lingrad.subspace import Subspace
 
@@ -45,7 +44,9 @@ class LinearAttachment(Attachment):
         self.module = module
         self.attribute = attribute
         self.holder = Coords(sub, active=False)
-        self.handles: list[Any] = []
+        self.mode: Mode | None = None
+        self.before: Any = None  # a forward that somebody had put in the place of the class's own
+        self.buried = False  # whether somebody has put theirs in the place of ours
 
     @property
     @override
@@ -58,45 +59,59 @@ class LinearAttachment(Attachment):
         self.holder.active = mode == "adapter"
         self.sub.coords.requires_grad_(self.weight.requires_grad)
         self.module.add_module(CHILD, self.holder)
-        self.handles = [self.module.register_forward_pre_hook(self._freeze, prepend=True)]
-        if mode == "adapter" and "forward" not in vars(self.module):
+        there = vars(self.module).get("forward")
+        if not self.buried or there is None:
+            self.before = there
             vars(self.module)["forward"] = self._forward
-        else:  # first of all hooks: those of others see the layer's output as it will be
-            self.handles.append(self.module.register_forward_hook(self._tie, prepend=True, with_kwargs=True))
+        self.mode = mode
         self.weight.requires_grad_(False)
 
     @override
     def _disconnect(self) -> None:
-        for handle in self.handles:
-            handle.remove()
-        if vars(self.module).get("forward") == self._forward:
+        self.mode = None
+        self.buried = self.replaced  # somebody came after us, and goes on calling ours
+        if not self.buried:
             del vars(self.module)["forward"]
+            if self.before is not None:
+                vars(self.module)["forward"] = self.before
         delattr(self.module, CHILD)
         self.weight.requires_grad_(self.sub.coords.requires_grad)
 
-    def _freeze(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        if self.attribute not in module._parameters:
+    @property
+    @override
+    def replaced(self) -> bool:
+        return vars(self.module).get("forward") != self._forward
+
+    def _forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        weight, coords = self.module._parameters.get(self.attribute), self.sub.coords
+        if self.mode is None:
+            return self._plain(*args, **kwargs)
+        if weight is None:
             raise ModeError(
                 f"{self.sub.name} was parametrized (weight_norm and the like) after it was wrapped, and its updates would be "
                 "lost; parametrize first, then call lingrad"
             )
-        # model.requires_grad_(True) means the coordinates, which it reaches too
-        if self.weight.requires_grad:
-            self.weight.requires_grad_(False)
-
-    def _forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        if weight.requires_grad:  # model.requires_grad_(True) means the coordinates, which it reaches too
+            weight.requires_grad_(False)
         x = args[0] if args else next(iter(kwargs.values()))
-        trains = torch.is_grad_enabled() and self.sub.coords.requires_grad
-        acted: Tensor = _adapted(x, self.module.bias, self.sub.coords, self.weight, self.sub, trains)
-        return acted
-
-    def _tie(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> Tensor:
-        x = args[0] if args else next(iter(kwargs.values()))
-        active = self.holder.active
-        if not active and not (torch.is_grad_enabled() and self.sub.coords.requires_grad):
+        trains = torch.is_grad_enabled() and coords.requires_grad
+        active = self.mode == "adapter"
+        if active and self.before is None:
+            bias = self.module._parameters.get("bias")
+            acted: Tensor = _run(_Adapted, x, bias, coords, weight, self.sub, trains)
+            return acted
+        out = self._plain(*args, **kwargs)
+        if not active and not trains:
             return out
-        tied: Tensor = _tied(out, x, self.sub.coords, self.sub, active)
+        tied: Tensor = _run(_Tied, out, x, coords, self.sub, active)
         return tied
+
+    def _plain(self, *args: Any, **kwargs: Any) -> Tensor:
+        if self.before is not None:
+            given: Tensor = self.before(*args, **kwargs)
+            return given
+        out: Tensor = type(self.module).forward(self.module, *args, **kwargs)
+        return out
 
 
 class _Kept:
@@ -123,7 +138,7 @@ class _Kept:
         if self.due:
             grad = FactoredGradient(out_grad, x)
             note(self.sub, grad, projected, (lambda: FactoredGradient(out_grad, x.clone())) if self.borrowed else None)
-        return projected.to(self.sub.coords.dtype)
+        return cast(projected, self.sub.coords.dtype)
 
 
 class _Tied(torch.autograd.Function):
@@ -133,7 +148,7 @@ class _Tied(torch.autograd.Function):
     @override
     def forward(ctx: Any, out: Tensor, x: Tensor, coords: Tensor, sub: Subspace, active: bool) -> Tensor:
         current = sub.map()
-        given, x = x, x.to(out.dtype)  # under autocast the layer computed in out's dtype, and so does its gradient
+        given, x = x, cast(x, out.dtype)  # under autocast the layer computed in out's dtype, and so does its gradient
         reduced = _reduced(sub, current, x, given) if active or not sub.due else x
         ctx.kept = _Kept(sub, x)
         ctx.active = active
@@ -142,7 +157,7 @@ class _Tied(torch.autograd.Function):
         return out + current.inner.apply(reduced, coords) if active else out.detach()
 
     @staticmethod
-    @once_differentiable
+    @once
     @override
     def backward(ctx: Any, out_grad: Tensor) -> tuple[Tensor | None, ...]:
         current = ctx.kept.map()
@@ -167,7 +182,7 @@ class _Adapted(torch.autograd.Function):
         tokens = x.numel() // max(1, x.shape[-1])
         ctx.lifted = coords.dtype == weight.dtype and current.lifts_cheaper(tokens, sub.layout.shape)
         out = nn.functional.linear(x, _sum(current, matrix, coords) if ctx.lifted else matrix, bias)
-        given, x = x, x.to(out.dtype)  # under autocast the layer computes in another dtype, and so does its gradient
+        given, x = x, cast(x, out.dtype)  # under autocast the layer computes in another dtype, and so does its gradient
         reduced = x if ctx.lifted and (sub.due or not trains) else _reduced(sub, current, x, given)
         if not ctx.lifted:
             current.inner.add_apply_(out, reduced, coords)
@@ -176,7 +191,7 @@ class _Adapted(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
+    @once
     @override
     def backward(ctx: Any, out_grad: Tensor) -> tuple[Tensor | None, ...]:
         current, sub = ctx.kept.map(), ctx.kept.sub
@@ -186,7 +201,7 @@ class _Adapted(torch.autograd.Function):
         x_grad = bias_grad = None
         if ctx.needs_input_grad[0]:
             matrix = sub.layout.matrix(weight)
-            x_grad = grad @ (_sum(current, matrix, coords) if ctx.lifted else matrix).to(grad.dtype)
+            x_grad = grad @ cast(_sum(current, matrix, coords) if ctx.lifted else matrix, grad.dtype)
             if not ctx.lifted:
                 current.T.inner.add_apply_(x_grad, reduced_grad, coords.t())
             x_grad = x_grad.view(*out_grad.shape[:-1], -1)
@@ -231,11 +246,5 @@ def _sum(current: LinearMap, matrix: Tensor, coords: Tensor) -> Tensor:
         return current.add_lift(matrix, coords)
 
 
-@uncompiled
-def _tied(*args: Any) -> Any:
-    return _Tied.apply(*args)  # type: ignore[no-untyped-call]
-
-
-@uncompiled
-def _adapted(*args: Any) -> Any:
-    return _Adapted.apply(*args)  # type: ignore[no-untyped-call]
+def _run(function: Any, *args: Any) -> Any:
+    return uncompiled(function.apply)(*args) if torch.compiler.is_dynamo_compiling() else function.apply(*args)

@@ -13,11 +13,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn.utils import parametrize
 
 from lingrad._typing import override
-from lingrad.adapters.base import CHILD, Attachment, Coords, Mode, uncompiled
+from lingrad.adapters.base import CHILD, Attachment, Coords, Mode, once, uncompiled
 from lingrad.errors import ModeError
 from lingrad.gather import capture, note
 from lingrad.gradient import DenseGradient
@@ -138,7 +137,7 @@ class _LiftedWeight(torch.autograd.Function):
         return weight + sub.layout.restore(sub.map().lift(coords)).to(weight.dtype)
 
     @staticmethod
-    @once_differentiable
+    @once
     @override
     def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, None]:
         sub: Subspace = ctx.sub

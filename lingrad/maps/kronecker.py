@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import final
 
 import torch
 from torch import Tensor
 
 from lingrad._typing import override
-from lingrad.gradient import Gradient
+from lingrad.gradient import Gradient, cast
 from lingrad.maps.base import LinearMap, as_gradient
 
 BLOCK = 2**22  # numbers of a lift that are formed at a time
@@ -31,16 +32,16 @@ class KroneckerMap(LinearMap):
     @override
     def lift(self, coords: Tensor) -> Tensor:
         if self.left is not None:
-            coords = self.left.to(coords.dtype) @ coords
+            coords = cast(self.left, coords.dtype) @ coords
         if self.right is not None:
-            coords = coords @ self.right.to(coords.dtype).t()
+            coords = coords @ cast(self.right, coords.dtype).t()
         return coords
 
     @override
     def project(self, grad: Gradient | Tensor) -> Tensor:
         return as_gradient(grad).product(self.left, self.right)
 
-    @property
+    @cached_property
     @override
     def T(self) -> KroneckerMap:  # noqa: N802
         return KroneckerMap(self.right, self.left)
@@ -53,27 +54,36 @@ class KroneckerMap(LinearMap):
     @property
     @override
     def inner(self) -> KroneckerMap:
-        return KroneckerMap(self.left, None)
+        return self if self.right is None else self._inner
+
+    @cached_property
+    def _inner(self) -> KroneckerMap:
+        return KroneckerMap(self.left, None)  # itself, kept by itself, would never be freed by its count of references
+
+    @property
+    @override
+    def core(self) -> KroneckerMap:
+        return _IDENTITY
 
     @override
     def reduce(self, x: Tensor) -> Tensor:
-        return x if self.right is None else x @ self.right.to(x.dtype)
+        return x if self.right is None else x @ cast(self.right, x.dtype)
 
     @override
     def apply(self, x: Tensor, coords: Tensor) -> Tensor:
-        y = self.reduce(x) @ coords.to(x.dtype).t()
-        return y if self.left is None else y @ self.left.to(x.dtype).t()
+        y = self.reduce(x) @ cast(coords, x.dtype).t()
+        return y if self.left is None else y @ cast(self.left, x.dtype).t()
 
     @override
     def add_apply_(self, out: Tensor, x: Tensor, coords: Tensor) -> None:
         y = self.reduce(x)
         y = y.reshape(-1, y.shape[-1])
-        first = coords.to(out.dtype).t()
+        first = cast(coords, out.dtype).t()
         rows = out.view(-1, out.shape[-1])
         if self.left is None:
             rows.addmm_(y, first)
         else:
-            rows.addmm_(y @ first, self.left.to(out.dtype).t())
+            rows.addmm_(y @ first, cast(self.left, out.dtype).t())
 
     @override
     def add_lift(self, weight: Tensor, coords: Tensor) -> Tensor:
@@ -124,6 +134,9 @@ class KroneckerMap(LinearMap):
         if not isinstance(old, KroneckerMap):
             return super().transport_squares(old, squares)
         return _both_sides(self, old, squares, power=2)
+
+
+_IDENTITY = KroneckerMap(None, None)
 
 
 def _two(factors: list[Tensor]) -> list[Tensor]:

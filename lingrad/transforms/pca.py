@@ -17,7 +17,7 @@ from lingrad.stored import Stored
 from lingrad.transforms import options
 from lingrad.transforms.base import Probe, Sketch, When
 from lingrad.transforms.basis import SketchBasis
-from lingrad.transforms.factorize import derive_seed, leading_vectors, orthonormalize
+from lingrad.transforms.factorize import align_signs, derive_seed, leading_vectors, orthonormalize
 from lingrad.transforms.registry import register
 from lingrad.transforms.sketch import by_side, range_probes
 
@@ -135,7 +135,8 @@ class PCA(SketchBasis):
         """The next basis of one side, whose gradient has this side in its rows."""
         seed = derive_seed(when.seed, when.step, side)
         if when.refreshes == 0:
-            return leading_vectors(grad, basis.shape[1], None, solver="exact", seed=seed)[0], memory
+            found, _ = leading_vectors(grad, basis.shape[1], None, solver="exact", seed=seed)
+            return align_signs(found, basis), memory  # moments of the first step refer to the basis it had
         param = nn.Parameter(basis.clone())
         param.grad = objective_grad(basis, grad, self.lam).to(basis.dtype)
         optimizer = self.optimizer.base(lr=self.lr).build([param])

@@ -247,4 +247,9 @@ def _sum(current: LinearMap, matrix: Tensor, coords: Tensor) -> Tensor:
 
 
 def _run(function: Any, *args: Any) -> Any:
-    return uncompiled(function.apply)(*args) if torch.compiler.is_dynamo_compiling() else function.apply(*args)
+    return _broken(function, *args) if torch.compiler.is_dynamo_compiling() else function.apply(*args)
+
+
+@uncompiled
+def _broken(function: Any, *args: Any) -> Any:
+    return function.apply(*args)

@@ -8,7 +8,7 @@ export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 SOURCES := pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo readme duality memory mutants test coverage slow check lint types layers clean
+.PHONY: help demo readme duality memory bench mutants test coverage slow check lint types layers clean
 
 help:  ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -30,6 +30,11 @@ $(VENV)/.dev: $(SOURCES) examples/transform_package/pyproject.toml | $(BIN)/pyth
 	$(PIP) --no-deps -e examples/transform_package
 	@touch $@ $(VENV)/.run
 
+$(VENV)/.bench: $(SOURCES) | $(BIN)/python
+	@echo "Installing lingrad and what it is compared with into $(VENV) (a few minutes the first time)"
+	$(PIP) -e '.[bench]'
+	@touch $@
+
 demo: $(VENV)/.run  ## train on Moby-Dick with every method: a table, two plots, runs/demo
 	$(BIN)/lingrad demo
 
@@ -41,6 +46,9 @@ duality: $(VENV)/.dev  ## measure how far the modes part, into docs/duality.md
 
 memory: $(VENV)/.dev  ## simulate the runs of docs/memory.md and fill its tables
 	$(BIN)/python tools/measure_memory.py
+
+bench: $(VENV)/.bench  ## lingrad beside its peers, into benchmarks/out; ARGS=--quick for four minutes, ARGS=--docs for the docs
+	$(BIN)/python -m benchmarks $(ARGS)
 
 mutants: $(VENV)/.dev  ## break the engine in every way we could think of, and see that the tests notice
 	$(BIN)/python tools/mutants.py

@@ -23,8 +23,8 @@ def main() -> None:
     parser.add_argument("--plan", choices=sorted(PLANS), help="the plan; full by default, gpu on CUDA")
     parser.add_argument("--only", nargs="+", choices=SUITES, default=SUITES, help="some suites of the plan")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
-    parser.add_argument("--out", type=Path, default=report.OUT, help="folder of the results")
-    parser.add_argument("--docs", action="store_true", help="run nothing; put the results in --out into docs/performance.md")
+    parser.add_argument("--out", type=Path, help="folder of the results; benchmarks/out, or benchmarks/out/cuda")
+    parser.add_argument("--docs", action="store_true", help="run nothing; put the last results into docs/performance.md")
     chosen = parser.parse_args()
     if chosen.docs:
         report.into_docs()
@@ -35,7 +35,7 @@ def main() -> None:
     found = run(PLANS[name], chosen.only, chosen.device)
     found |= {"plan": name, "device": chosen.device, "machine": report.machine(chosen.device)}
     found["seconds"] = time.perf_counter() - started
-    report.save(found, chosen.out)
+    report.save(found, chosen.out or (report.OUT / "cuda" if chosen.device == "cuda" else report.OUT))
     sys.stdout.write(report.markdown(found))
 
 
@@ -87,7 +87,7 @@ def run(plan: Plan, only: Any, device: str) -> dict[str, Any]:
 
 
 def step_figures(timings: dict[str, steps.Timing]) -> dict[str, float]:
-    """The goals that whole steps answer."""
+    """The goals that whole steps answer, each with the ratio of the two methods' operations."""
     pairs = {
         "optimizer/full": (OPTIMIZER, FULL),
         "optimizer/galore_torch": (OPTIMIZER, GALORE),
@@ -98,11 +98,12 @@ def step_figures(timings: dict[str, steps.Timing]) -> dict[str, float]:
         "adapter/lora": (ADAPTER, LORA_ONE),
         "adapter, shared/lora": ("adapter, shared", LORA_ONE),
     }
-    return {
-        name: measure.ratio(timings[a].spread, timings[b].spread).middle
-        for name, (a, b) in pairs.items()
-        if a in timings and b in timings
-    }
+    found = {}
+    for name, (a, b) in pairs.items():
+        if a in timings and b in timings:
+            found[name] = measure.ratio(timings[a].spread, timings[b].spread).middle
+            found[f"{name} operations"] = timings[a].flops / timings[b].flops
+    return found
 
 
 if __name__ == "__main__":

@@ -89,13 +89,6 @@ class Traffic(TorchDispatchMode):
         return out
 
 
-def traffic(work: Callable[[], Any]) -> int:
-    """Bytes that the operators of some work read and write, each of their tensors once."""
-    with Traffic() as mode:
-        work()
-    return mode.nbytes
-
-
 def say(line: str) -> None:
     """Show progress."""
     sys.stderr.write(f"{time.strftime('%H:%M:%S')} {line}\n")

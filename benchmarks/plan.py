@@ -120,7 +120,7 @@ class Steps:
 
     workload: Workload
     keys: tuple[str, ...]
-    blocks: int = 4
+    blocks: int = 2
     ordinary: int = 4
 
 
@@ -188,14 +188,14 @@ def curves(base: Workload, keys: tuple[str, ...] = CURVES) -> tuple[tuple[str, t
         "layers": [shaped(layers=layers) for layers in (1, 2, 4, 8)],
         "hidden": [shaped(hidden=hidden, intermediate=inner, heads=hidden // 64) for hidden, inner in widths],
     }
-    return tuple((what, tuple(Steps(w, keys, 2, 4) for w in loads)) for what, loads in found.items())
+    return tuple((what, tuple(Steps(w, keys) for w in loads)) for what, loads in found.items())
 
 
 BFLOAT16 = (FULL, FROZEN, OPTIMIZER, SHARED, ADAPTER, LORA_ONE, LORA, GALORE)
 
 QUICK = Plan(
     "quick",
-    (Steps(LLAMA_512, MAIN, 2, 4),),
+    (Steps(LLAMA_512, MAIN),),
     (captured(256, 688, 4, 8, (5, 10, 20), 32), captured(1024, 2736, 16, 4, (5, 10, 20), 128)),
     (),
     LLAMA_512,
@@ -204,17 +204,17 @@ QUICK = Plan(
 WHOLE = Plan(
     "full",
     (
-        Steps(LLAMA_1024, tuple(ENTRIES)),
+        Steps(LLAMA_1024, (*MAIN, "optimizer, power", "adapter, shared", "pytorch_optimizer", "apollo_torch")),
         Steps(LLAMA_512, tuple(ENTRIES)),
         Steps(replace(LLAMA_1024, name="llama1024-bf16", dtype=torch.bfloat16), BFLOAT16),
     ),
     (
         captured(256, 688, 4, 8, (20, 40, 80, 160), 32),
-        captured(1024, 2736, 16, 8, (10, 20, 40, 80), 128),
-        captured(2048, 5461, 32, 8, (10, 20, 30, 40), 256),
-        captured(4096, 11008, 32, 4, (2, 4, 6, 8), 512, runs=1),
+        captured(1024, 2736, 16, 8, (10, 20, 30, 40), 128),
+        captured(2048, 5461, 32, 8, (5, 10, 15, 20), 256),
+        captured(4096, 11008, 32, 4, (2, 4, 6), 512, runs=1),
     ),
-    curves(LLAMA_512),
+    curves(replace(LLAMA_512, rows=4)),
     LLAMA_1024,
     LLAMA_512,
 )
@@ -253,9 +253,13 @@ class Goal:
 
 GOALS = (
     Goal("optimizer/full", "optimizer mode / fused full AdamW, refresh spread over 200 steps", 0.80),
+    Goal("shared/full", 'the same with share="input"', 0.80),
     Goal("optimizer/galore_torch", "optimizer mode / galore_torch, refresh spread over 200 steps", 0.72),
+    Goal("shared/galore_torch", 'the same with share="input"', 0.72),
     Goal("optimizer/frozen", "optimizer mode / the frozen-linears limit, refresh spread over 200 steps", 1.12),
+    Goal("shared/frozen", 'the same with share="input"', 1.12),
     Goal("adapter/lora", "adapter mode / PEFT LoRA with one side frozen", 0.90),
+    Goal("adapter, shared/lora", 'the same with share="input"', 0.90),
     Goal("power/exact", "refresh of 2048 x 2048, r = 256: power / exact SVD", 0.03),
     Goal("power energy", "energy that power captures of what exact SVD does, after 3 refreshes", 0.97, least=True),
     Goal("pca/autograd", "online PCA update / the published autograd form, 2736 x 1024, r = 128", 0.10),

@@ -61,7 +61,7 @@ def _refreshes(records: list[dict[str, Any]], path: Path) -> None:
     for i, text in enumerate(texts):
         own = [record for record in records if record["transform"] == text]
         times = [1e3 * median(record["seconds"]) for record in own]
-        energy = [record["energy"][-1] / record["best"][-1] for record in own]
+        energy = [record["energy"] / record["best"] for record in own]
         axes[0].scatter(
             times, energy, label=text.replace("rank={rank}", "").replace("(, ", "(").replace("()", ""), color=f"C{i}"
         )

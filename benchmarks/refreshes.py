@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from benchmarks import measure
 from benchmarks.peers import published_pca
-from benchmarks.plan import LLAMA_1024, Capture, Workload
+from benchmarks.plan import LLAMA_1024, PERIOD, Capture, Workload
 from benchmarks.steps import batches
 from lingrad import spec
 from lingrad.gradient import DenseGradient, FactoredGradient
@@ -44,8 +44,8 @@ class Refresh:
         tokens: Of the step the gradients are of.
         transform: Its config string, with ``{rank}``.
         seconds: Of each timed refresh, from the two factors that a backward leaves.
-        energy: At each captured step, after the refresh from its gradient: |P P^T G| / |G|.
-        best: The same of the exact SVD.
+        energy: After refreshes from all captured gradients, the share of the last one that the basis captures: |P P^T G| / |G|.
+        best: The same of the exact SVD of that one.
     """
 
     layer: str
@@ -54,8 +54,8 @@ class Refresh:
     tokens: int
     transform: str
     seconds: list[float] = field(default_factory=list)
-    energy: list[float] = field(default_factory=list)
-    best: list[float] = field(default_factory=list)
+    energy: float = 0.0
+    best: float = 0.0
 
 
 Factors = dict[str, list[tuple[Tensor, Tensor]]]
@@ -127,18 +127,18 @@ def _compare(name: str, rank: int, grads: list[FactoredGradient], rounds: int, e
     measure.say(f"refreshes of {name}, {shape[0]} x {shape[1]}, rank {rank}")
     found = {text: Refresh(name, shape, rank, tokens, text) for text in TRANSFORMS}
     works: dict[str, Callable[[], Any]] = {}
+    last = len(grads) - 1
     for text, record in found.items():
         transform = spec.parse(text.format(rank=rank))
         state = transform.init(shape, seed=0, device=place, dtype=torch.float32)
-        for number, grad in enumerate(grads):
-            once = partial(transform.refresh, state, grad, When(number * 200, number, 0, shape))
-            last = number == len(grads) - 1
-            if last and text == EXACT:
-                record.seconds = [measure.timed(once) for _ in range(exact_runs)]
-            elif last:
-                works[text] = once
-            state = once()
-            record.energy.append(share(transform, state, grad))
+        for number, grad in enumerate(grads[:-1] if text != EXACT else ()):  # the exact SVD remembers nothing of them
+            state = transform.refresh(state, grad, When(number * PERIOD, number, 0, shape))
+        once = partial(transform.refresh, state, grads[-1], When(last * PERIOD, last, 0, shape))
+        if text == EXACT:
+            record.seconds = [measure.timed(once) for _ in range(exact_runs)]
+        else:
+            works[text] = once
+        record.energy = share(transform, once(), grads[-1])
     for text, taken in measure.in_turn(works, rounds).items():
         found[text].seconds = taken
     for record in found.values():
@@ -206,7 +206,7 @@ def figures(found: list[Refresh]) -> dict[str, float]:
     for (layer, shape, text), record in records.items():
         if text != POWER:
             continue
-        energies.append(record.energy[-1] / record.best[-1])
+        energies.append(record.energy / record.best)
         exact = records[layer, shape, EXACT]
         if shape == (2048, 2048):
             taken = median(record.seconds) / median(exact.seconds)

@@ -20,6 +20,7 @@ from benchmarks.measure import ratio
 from benchmarks.plan import FROZEN, FULL, GALORE, GOALS, PERIOD, Workload
 from lingrad._files import write_whole
 from lingrad._table import align
+from lingrad.errors import LingradError
 
 ROOT = Path(__file__).parents[1]
 OUT = ROOT / "benchmarks" / "out"
@@ -52,14 +53,17 @@ def described(workload: Workload) -> dict[str, Any]:
 
 
 def save(found: dict[str, Any], folder: Path) -> None:
-    """Write ``latest.json``, ``table.md`` and the plots, each whole.
+    """Write ``latest.json`` and a copy under ``runs``, ``table.md`` and the plots, each whole.
 
     Args:
         found: What was measured.
         folder: Where to; made if it is not there.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    write_whole(folder / "latest.json", json.dumps(found, indent=1).encode())
+    (folder / "runs").mkdir(parents=True, exist_ok=True)
+    written = json.dumps(found, indent=1).encode()
+    name = f"{found['machine']['when']}-{found['plan']}".replace(" ", "-").replace(":", "")
+    write_whole(folder / "runs" / f"{name}.json", written)
+    write_whole(folder / "latest.json", written)
     write_whole(folder / "table.md", markdown(found).encode())
     plots.draw(found, folder)
 
@@ -100,15 +104,18 @@ def markdown(found: dict[str, Any]) -> str:
 
 
 def goals(figures: dict[str, float]) -> str:
-    """Each goal with what was measured."""
-    rows = [("figure", "goal", "measured", "")]
+    """Each goal with what was measured, and what it would be if time went by the count of operations alone."""
+    rows = [("figure", "goal", "measured", "by operations", "")]
     for goal in GOALS:
         if goal.figure not in figures:
             continue
         value = figures[goal.figure]
         reached = value >= goal.goal if goal.least else value <= goal.goal
         sign = ">=" if goal.least else "<="
-        rows.append((goal.what, f"{sign} {goal.goal:.2f}", f"{value:.3f}", "reached" if reached else "not reached"))
+        work = figures.get(f"{goal.figure} operations")
+        by_work = "" if work is None else f"{work:.3f}"
+        said = "reached" if reached else "not reached"
+        rows.append((goal.what, f"{sign} {goal.goal:.2f}", f"{value:.3f}", by_work, said))
     return table(rows)
 
 
@@ -152,7 +159,7 @@ def refresh_table(records: list[dict[str, Any]]) -> str:
         exact = median(t for record in next(iter(group.values())) for t in record["seconds"])
         for text, members in group.items():
             taken = median(t for record in members for t in record["seconds"])
-            energy = min(record["energy"][-1] / record["best"][-1] for record in members)
+            energy = min(record["energy"] / record["best"] for record in members)
             shown = f"`{text.replace('{rank}', str(rank))}`"
             rows.append((f"{m} x {n}, {rank}, {tokens}", shown, f"{1e3 * taken:.1f}", f"{taken / exact:.3f}", f"{energy:.3f}"))
     return table(rows)
@@ -207,20 +214,26 @@ def curve_table(what: str, points: list[dict[str, Any]]) -> str:
 
 
 def into_docs() -> None:
-    """Put the tables of every results folder into docs/performance.md, between its marks.
+    """Put the last results into docs/performance.md, between their marks, and beside it.
 
     Raises:
-        ValueError: The page has no place for them.
+        LingradError: There are none, they are not of a whole plan, or the page has no place for them.
     """
     text = DOCS.read_text()
-    for folder in (OUT, *sorted(path.parent for path in OUT.glob("*/latest.json"))):
-        if not (folder / "latest.json").exists():
-            continue
-        name = "cpu" if folder == OUT else folder.name
-        found = json.loads((folder / "latest.json").read_text())
+    folders = {"cpu": OUT, "cuda": OUT / "cuda"}
+    results = {name: folder / "latest.json" for name, folder in folders.items() if (folder / "latest.json").exists()}
+    if not results:
+        raise LingradError(f"there are no results in {OUT}; run 'make bench' first")
+    for name, path in results.items():
+        found = json.loads(path.read_text())
+        if found["plan"] == "quick" or not found["figures"].keys() >= {goal.figure for goal in GOALS}:
+            raise LingradError(
+                f"{path} is of plan '{found['plan']}' or of some suites, and the docs show whole plans; run 'make bench' first"
+            )
         block = f"<!-- {name}:begin -->\n{markdown(found)}<!-- {name}:end -->"
         text, count = re.subn(f"<!-- {name}:begin -->.*<!-- {name}:end -->", lambda _, b=block: b, text, flags=re.DOTALL)
         if count != 1:
-            raise ValueError(f"{DOCS} must hold <!-- {name}:begin --> and <!-- {name}:end --> once")
-        plots.draw(found, ROOT / "docs" / "performance" / name)
+            raise LingradError(f"{DOCS} must hold <!-- {name}:begin --> and <!-- {name}:end --> once")
+        plots.draw(found, DOCS.with_suffix("") / name)
+        write_whole(DOCS.with_suffix("") / name / "result.json", path.read_bytes())
     write_whole(DOCS, text.encode())

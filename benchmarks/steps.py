@@ -123,17 +123,11 @@ def compare(plan: Steps, device: str) -> dict[str, Timing]:
                 (refresh if number % every == 0 else seconds)[key].append(taken)
     found = {}
     for key, run in runs.items():
-        run.step(given[0])  # this one refreshes; the two that are counted do not
-        found[key] = Timing(
-            key,
-            run.method.label,
-            seconds[key],
-            refresh[key],
-            flops.count(lambda run=run: run.step(given[1])),
-            measure.traffic(lambda run=run: run.step(given[2])),
-            run.state_bytes(),
-            ENTRIES[key].every,
-        )
+        run.step(given[0])  # this one refreshes; the one that is counted does not
+        with measure.Traffic() as moved:
+            operations = flops.count(lambda run=run: run.step(given[1]))
+        label, state, refreshes = run.method.label, run.state_bytes(), ENTRIES[key].every
+        found[key] = Timing(key, label, seconds[key], refresh[key], operations, moved.nbytes, state, refreshes)
     runs.clear()
     gc.collect()
     return found

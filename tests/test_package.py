@@ -124,7 +124,7 @@ class TestDocs:
         import re
 
         found = 0
-        for page in ("README.md", "docs/index.md", "docs/config.md", "docs/transforms.md"):
+        for page in ("README.md", "docs/index.md", "docs/config.md", "docs/transforms.md", "docs/performance.md"):
             for text in re.findall(r"`((?:svd|power|random|pca|kron|full|topnorm)\([^`]*\))`", (ROOT / page).read_text()):
                 assert spec.parse(text) == spec.parse(spec.format(spec.parse(text))), text
                 found += 1

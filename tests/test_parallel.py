@@ -15,26 +15,32 @@ MODES = {"optimizer": lingrad.wrap, "adapter": lingrad.adapt}
 STEPS, EVERY, CLIP = 7, 3, 0.5
 ZOO = {"*": f"svd(rank=1, every={EVERY})"}
 SIDES = ("left", "right", "both")
+SHARED = ("svd(rank=4, every=3, side=right)", "power(rank=4, every=3, side=right)")
 # every transform on one side by default, and on the others in the slow tests
 DEFAULT = [text.format(side=SIDES[i % 3]) for i, text in enumerate(SIDED)] + list(UNSIDED)
 SLOW = [text.format(side=side) for i, text in enumerate(SIDED) for side in SIDES if side != SIDES[i % 3]]
 
 
 def runs(specs):
-    """(build, rules, batches, loss, mode): every transform in the mode its number says, every kind of weight in both."""
+    """(build, rules, batches, loss, mode): every transform in the mode its number says, every kind of weight in both.
+
+    Bases that several layers share, and turns: in both modes too.
+    """
     for number, text in enumerate(specs):
         rules = text.replace("every=7", f"every={EVERY}")
         yield llama, rules, text_batches(STEPS, micro=2), text_loss, ("optimizer", "adapter")[number % 2]
     if specs is DEFAULT:
         for mode in MODES:
             yield zoo, ZOO, zoo_batches(STEPS), zoo_loss, mode
+            for rules in SHARED:
+                yield llama, rules, text_batches(STEPS, micro=2), text_loss, mode, {"share": "input", "stagger": True}
 
 
-def train(build, rules, batches, loss, mode, rank=None):
+def train(build, rules, batches, loss, mode, options=None, rank=None):
     """Train with accumulation, a clip from outside and one switch; returns the weights."""
     model = build()
     # eps: S^T G of both-sided singular vectors is diagonal but for rounding, which Adam divides by rounding plus eps
-    optimizer = MODES[mode](model, rules, "adamw", lr=1e-2, weight_decay=0.1, eps=1e-4)
+    optimizer = MODES[mode](model, rules, "adamw", lr=1e-2, weight_decay=0.1, eps=1e-4, **(options or {}))
     inner = model
     if rank is not None:
         model = DistributedDataParallel(model)

@@ -23,12 +23,17 @@ UNUSUAL = ("tests/test_optimizer.py::TestUnusualGradients", *OPTIMIZER)
 STRUCTURE = ("tests/test_optimizer.py::TestStructure",)
 CHECKPOINT, RESUMES = ("tests/test_checkpoint.py",), ("tests/test_checkpoint.py::test_resuming_is_exact",)
 REFERENCE, GALORE, PARALLEL = ("tests/test_reference.py",), ("tests/test_galore.py",), ("tests/test_parallel.py",)
-BASES, TRANSFORMS = ("tests/test_bases.py",), ("tests/test_transforms.py",)
+BASES, TRANSFORMS, LAYERWISE = ("tests/test_bases.py",), ("tests/test_transforms.py",), ("tests/test_layerwise.py",)
+REFRESH, SHARING, STEPPING = ("tests/test_refresh.py",), ("tests/test_sharing.py",), ("tests/test_stepping.py",)
+SKETCHES, ENERGY = ("tests/test_refresh.py::TestSketches",), ("tests/test_refresh.py::TestEnergy",)
+STAGGER, MERGING = ("tests/test_refresh.py::TestStagger",), ("tests/test_stepping.py::TestMergeEvery",)
+FLOPS, FORWARD = ("tests/test_stepping.py::TestFlops",), ("tests/test_stepping.py::TestForwardOfAdapterMode",)
 
 # what a mutant meets that these let pass: everything fast that is about numbers, state and structure
 WIDE = (
     "tests/test_details.py",
     *(MAPS + BACKWARD + OPTIMIZER + REFERENCE + CHECKPOINT + BASES + TRANSFORMS + GALORE),
+    *(REFRESH + SHARING + STEPPING),
     "tests/test_faults.py",
     "tests/test_resume.py",
     "tests/test_duality.py",
@@ -55,23 +60,42 @@ class Mutant(NamedTuple):
 
 MUTANTS = (
     # maps
-    Mutant("maps.py", "return KroneckerMap(self.right, self.left)", "return self", "T of a map is the map", MAPS),
-    Mutant("maps.py", "return TwoSidedMap(self.right.T, self.left.T)", "return self", "T of a joined map is the map", MAPS),
+    Mutant("maps/kronecker.py", "return KroneckerMap(self.right, self.left)", "return self", "T of a map is the map", MAPS),
     Mutant(
-        "maps.py",
+        "maps/two_sided.py",
+        "return TwoSidedMap(self.right.T, self.left.T)",
+        "return self",
+        "T of a joined map is the map",
+        MAPS,
+    ),
+    Mutant(
+        "maps/kronecker.py",
         "part.lift(coords[block] if self.left is None else coords)",
         "part.lift((coords[block] if self.left is None else coords).to(weight.dtype))",
         "merge lifts in the weight's dtype",
         MAPS,
     ),
-    Mutant("maps.py", "weight.index_add_(", "weight.index_copy_(", "merge of a selection overwrites the weight", MAPS),
-    Mutant("maps.py", "b.to(coords.dtype)) ** power", "b.to(coords.dtype)) ** 1", "squares are carried as means", MAPS),
     Mutant(
-        "maps.py",
+        "maps/selection.py", "weight.index_add_(", "weight.index_copy_(", "merge of a selection overwrites the weight", MAPS
+    ),
+    Mutant(
+        "maps/kronecker.py", "b.to(coords.dtype)) ** power", "b.to(coords.dtype)) ** 1", "squares are carried as means", MAPS
+    ),
+    Mutant(
+        "maps/kronecker.py",
         "coords = coords @ overlap(new.right, old.right).t()",
         "coords = coords @ overlap(new.right, old.right)",
         "a transpose is dropped in transport",
         MAPS,
+    ),
+    Mutant("maps/kronecker.py", "rows.addmm_(y, first)", "rows.addmm_(y, first, beta=0)", "S z acts in place of W", FORWARD),
+    Mutant("maps/kronecker.py", "> 2 * m * n", "> m * n", "W + S z is formed where it costs more", FLOPS),
+    Mutant(
+        "maps/kronecker.py",
+        "_both_sides(self, self, coords, power=1).mul(coords).sum().clamp_min(0).sqrt()",
+        "torch.linalg.vector_norm(coords)",
+        "|S z| is |z|, whatever the basis",
+        ENERGY,
     ),
     # gradient
     Mutant("gradient.py", "torch.promote_types(dtype, torch.float32)", "dtype", "norms and coordinates in bfloat16", MAPS),
@@ -101,13 +125,13 @@ MUTANTS = (
     ),
     Mutant(
         "captured.py",
-        "self._anew = coords.grad is None or zeroed",
-        "self._anew = coords.grad is None",
+        "coords.grad is None or (self._written(coords.grad) and self._zeroed(coords.grad))",
+        "coords.grad is None",
         "zeros by hand do not forget the refresh gradient",
         ZERO_GRAD,
     ),
     Mutant("captured.py", "None if self._anew else self.total", "self.total", "a forgotten gradient lives", ZERO_GRAD),
-    Mutant("captured.py", "coords.grad.clone()", "coords.grad", "a factor from outside is not seen", CLIPPING),
+    Mutant("captured.py", "grad.clone() if compare", "grad if compare", "a factor from outside is not seen", CLIPPING),
     Mutant("captured.py", "return math.nan", "return 1.0", "a clip that made NaN is overlooked", CLIPPING),
     Mutant(
         "captured.py",
@@ -124,16 +148,31 @@ MUTANTS = (
         "a factor is read from NaN",
         UNUSUAL,
     ),
+    Mutant(
+        "captured.py",
+        "tuple(a.add_(b) for a, b in",
+        "tuple(b for a, b in",
+        "a sketch is of the last micro-batch only",
+        SKETCHES,
+    ),
     # subspace
     Mutant(
         "subspace.py",
-        "dtype=wide(weight.dtype))",
-        "dtype=weight.dtype)",
+        "zeros = torch.zeros((p - stacked, q), device=weight.device, dtype=wide(weight.dtype))",
+        "zeros = torch.zeros((p - stacked, q), device=weight.device, dtype=weight.dtype)",
         "coordinates of bfloat16 weights in bfloat16",
         MAPS,
     ),
-    Mutant("subspace.py", "own = derive_seed(seed, name)", "own = derive_seed(seed)", "all weights draw alike", STRUCTURE),
-    Mutant("subspace.py", "refreshes, None\n", "refreshes, self._map\n", "the old map outlives its state", RESUMES),
+    Mutant(
+        "subspace.py",
+        "own, (m, n) = derive_seed(seed, name)",
+        "own, (m, n) = derive_seed(seed)",
+        "all weights draw alike",
+        STRUCTURE,
+    ),
+    Mutant(
+        "subspace.py", "self._map = chosen if", "self._map = chosen or self._map if", "the old map outlives its state", RESUMES
+    ),
     Mutant(
         "subspace.py",
         "(self.refreshes == 0 and self.transform.due(0))",
@@ -142,9 +181,20 @@ MUTANTS = (
         UNUSUAL,
     ),
     Mutant(
-        "subspace.py", "self.transform.due(step) or", "self.transform.due(step + 1) or", "refreshes a step early", REFERENCE
+        "subspace.py", "self.transform.due(clock) or", "self.transform.due(clock + 1) or", "refreshes a step early", REFERENCE
     ),
-    Mutant("subspace.py", "        self.forget()\n        now =", "        now =", "a gradient survives its step", ZERO_GRAD),
+    Mutant("subspace.py", "clock = step - self.offset", "clock = step", "weights do not take turns", STAGGER),
+    Mutant(
+        "subspace.py", "        self.forget()\n        clock =", "        clock =", "a gradient survives its step", ZERO_GRAD
+    ),
+    Mutant("subspace.py", "When(clock, self.refreshes", "When(0, self.refreshes", "every draw is the first", BACKWARD),
+    Mutant(
+        "subspace.py",
+        'self.refreshes != self.when.refreshes if self.transform.reads == "sketch" else now',
+        "now",
+        "a gradient from before a sketch's basis is accepted",
+        SKETCHES,
+    ),
     Mutant(
         "subspace.py",
         "if self.proposal is not None and self.coords.grad is not None:",
@@ -152,41 +202,35 @@ MUTANTS = (
         "a backward after the clip is accepted",
         CLIPPING,
     ),
-    Mutant("subspace.py", "grad.norm())) * factor", "grad.norm()))", "a factor that is NaN refreshes", CLIPPING),
-    Mutant("subspace.py", "if norm == 0.0 or not", "if not", "a zero gradient decides a basis", UNUSUAL),
     Mutant(
         "subspace.py",
-        "projected = proposal.map.project",
-        "projected = sub.map().project",
-        "a refresh projects with the old map",
+        "chosen if self.transform.stores_map and",
+        "chosen if",
+        "a map that is made again is kept too",
+        TRANSFORMS,
+    ),
+    Mutant("subspace.py", "    torch._foreach_zero_(released)", "    pass", "coordinates begin as what was in memory", HAND),
+    Mutant(
+        "subspace.py",
+        "return [weight] if sub.released else [weight, sub.coords]",
+        "return [weight]",
+        "coordinates do not decay",
+        REFERENCE,
+    ),
+    Mutant(
+        "subspace.py",
+        "return [weight] if sub.released else [weight, sub.coords]",
+        "return [weight.clone()] if sub.released else [sub.coords]",
+        "the weight does not decay",
         HAND,
     ),
     Mutant(
         "subspace.py",
-        "projected if factor == 1.0 else projected * factor",
-        "projected",
-        "a refresh forgets the factor from outside",
-        CLIPPING,
+        "    sub.coords.zero_()\n\n\ndef lifted",
+        "    pass\n\n\ndef lifted",
+        "coordinates are merged twice",
+        HAND,
     ),
-    Mutant(
-        "subspace.py",
-        "    merge(sub, weight)\n    if moments",
-        "    sub.coords.zero_()\n    if moments",
-        "no merge at a refresh",
-        REFERENCE,
-    ),
-    Mutant("subspace.py", "sub.refreshes + 1)", "max(sub.refreshes, 1))", "refreshes are not counted", BACKWARD),
-    Mutant("subspace.py", "        moments.state.clear()\n", "", "reset keeps old moments", REFERENCE),
-    Mutant(
-        "subspace.py",
-        "        moments.state.update(moments.initial())\n",
-        "",
-        "reset leaves adagrad without a state",
-        OPTIMIZER,
-    ),
-    Mutant("subspace.py", "    sub.coords.mul_(factor)\n", "", "coordinates do not decay", REFERENCE),
-    Mutant("subspace.py", "    weight.mul_(factor)\n", "", "the weight does not decay", HAND),
-    Mutant("subspace.py", "    sub.coords.zero_()\n\n\ndef lifted", "\n\ndef lifted", "coordinates are merged twice", HAND),
     Mutant(
         "subspace.py",
         "if matrix.untyped_storage()._cdata == weight.untyped_storage()._cdata:",
@@ -194,85 +238,235 @@ MUTANTS = (
         "a merge into a copy of the weight is lost",
         BACKWARD,
     ),
-    Mutant("subspace.py", "When(step, sub.refreshes", "When(0, sub.refreshes", "every draw is the first", BACKWARD),
-    Mutant("moments.py", "if self.degrees[key] == 1 else", "if True else", "squares rotate as means", REFERENCE),
-    Mutant(
-        "subspace.py",
-        "chosen if sub.transform.stores_map else None",
-        "chosen",
-        "a map that is made again is kept too",
-        TRANSFORMS,
-    ),
     Mutant(
         "subspace.py",
         "    if sub.released:\n        return\n    matrix",
         "    matrix",
         "coordinates that hold no memory are merged",
-        ("tests/test_layerwise.py",),
+        LAYERWISE,
     ),
-    # layerwise
+    # refresh
+    Mutant("refresh.py", "norm = float(size) * factor", "norm = float(size)", "a factor that is NaN refreshes", CLIPPING),
+    Mutant("refresh.py", "if norm == 0.0 or not", "if not", "a zero gradient decides a basis", UNUSUAL),
     Mutant(
-        "layerwise.py",
-        "        self._stepped.add(id(param))\n",
+        "refresh.py", "projected = chosen.project", "projected = sub.map().project", "a refresh projects with the old map", HAND
+    ),
+    Mutant(
+        "refresh.py",
+        "projected if factor == 1.0 else projected * factor",
+        "projected",
+        "a refresh forgets the factor from outside",
+        CLIPPING,
+    ),
+    Mutant(
+        "refresh.py",
+        "    merge(sub, weight)\n    if moments",
+        "    if not sub.released:\n        sub.coords.zero_()\n    if moments",
+        "no merge at a refresh",
+        REFERENCE,
+    ),
+    Mutant("refresh.py", "sub.refreshes + 1,", "max(sub.refreshes, 1),", "refreshes are not counted", BACKWARD),
+    Mutant("refresh.py", "        moments.state.clear()\n", "", "reset keeps old moments", REFERENCE),
+    Mutant(
+        "refresh.py", "        moments.state.update(moments.initial())\n", "", "reset leaves adagrad without a state", OPTIMIZER
+    ),
+    Mutant(
+        "refresh.py",
+        "            exchange(members, proposal, commit)\n",
         "",
-        "a second backward steps again",
-        ("tests/test_layerwise.py",),
+        "a basis learned from a sketch is not committed",
+        SKETCHES,
     ),
     Mutant(
-        "layerwise.py",
-        "        if not wait:\n",
-        "        if True:\n",
-        "a weight is merged before its layer has used it",
-        ("tests/test_layerwise.py",),
+        "refresh.py",
+        "learn(lead.state, found[:count], lead.when)",
+        "learn(lead.state, found[:count], lead.when._replace(step=0))",
+        "a sketch is read as that of the first step",
+        SKETCHES,
     ),
-    Mutant("optimizer.py", "        param.grad = None\n", "", "a stepped gradient stays", ("tests/test_layerwise.py",)),
-    # optimizer
+    Mutant("refresh.py", "elif bool(any_at_all):", "else:", "a sketch of zeros decides a basis", SKETCHES),
     Mutant(
-        "optimizer.py", "self._arithmetic, self._step + 1)", "self._arithmetic, self._step + 2)", "eps of the next step", GALORE
+        "refresh.py",
+        "whole[0] if len(whole) == 1 else StackedGradient(whole)",
+        "whole[0]",
+        "a shared basis is that of the leader's gradient",
+        SHARING,
     ),
     Mutant(
-        "optimizer.py",
+        "refresh.py",
+        "for sub in reversed(members):",
+        "for sub in members:",
+        "who shares a basis is merged through the next sketch's",
+        SHARING,
+    ),
+    Mutant("moments.py", "if self.degrees[key] == 1 else", "if True else", "squares rotate as means", REFERENCE),
+    # gather
+    Mutant("gather.py", ", copy=known)", ")", "a sketch is summed in the gradient's memory", SKETCHES),
+    Mutant(
+        "gather.py",
+        "left[start : start + grad.shape[0]]",
+        "left[: grad.shape[0]]",
+        "who shares a basis is asked the leader's questions",
+        SHARING,
+    ),
+    Mutant(
+        "gather.py",
+        "_sum([total[i] for total in found if total is not None])",
+        "known[i]",
+        "a shared sketch is the leader's",
+        SHARING,
+    ),
+    Mutant("gather.py", "squares[0] + squares[1] - 1", "squares[0] + squares[1]", "the energies of two sides add up", ENERGY),
+    # sharing
+    Mutant(
+        "sharing.py",
+        "target.layout.shape[1], target.transform",
+        "target.layout.shape[1]",
+        "weights of different transforms share a basis",
+        SHARING,
+    ),
+    Mutant(
+        "stacked.py",
+        "[part.product(None, right) for part in self.parts]",
+        "[part.product(None, right) for part in self.parts[::-1]]",
+        "stacked gradients in the wrong order",
+        SHARING,
+    ),
+    Mutant(
+        "adapters/linear.py", "self.given() is given and", "True and", "an input is served the reduced one of another", SHARING
+    ),
+    Mutant(
+        "adapters/linear.py",
+        "self.version == given._version and",
+        "True and",
+        "an input written into is not reduced again",
+        SHARING,
+    ),
+    # transforms
+    Mutant(
+        "transforms/sketch.py",
+        '"sketch", when.step, side)',
+        '"sketch", side)',
+        "every sketch is by the same test matrix",
+        SKETCHES + TRANSFORMS,
+    ),
+    Mutant(
+        "transforms/sketch.py",
+        '"sketch", when.step, side)',
+        '"sketch", when.step)',
+        "both sides are sketched by one test matrix",
+        SKETCHES + TRANSFORMS,
+    ),
+    Mutant(
+        "transforms/pca.py",
+        "return align_signs(found, basis), memory",
+        "return found, memory",
+        "pca's first basis has signs of its own",
+        TRANSFORMS,
+    ),
+    Mutant(
+        "transforms/power.py",
+        "align_signs(orthonormalize(columns, seed=seed), old)",
+        "orthonormalize(columns, seed=seed)",
+        "power's bases have signs of their own",
+        TRANSFORMS,
+    ),
+    Mutant(
+        "transforms/power.py",
+        "return Iterated(left, None, right)",
+        "return Iterated(left, None, state.companion)",
+        "power's companion stands still",
+        TRANSFORMS,
+    ),
+    # stepping
+    Mutant(
+        "stepping.py", "self._arithmetic, self._step + 1)", "self._arithmetic, self._step + 2)", "eps of the next step", GALORE
+    ),
+    Mutant(
+        "stepping.py",
         "                pull(own, group)\n",
         "                pass\n",
         "what a base keeps in its group is lost",
         BASES,
     ),
     Mutant(
-        "optimizer.py",
-        "with torch.no_grad():\n            self._choose(self.attachments)",
-        "pass",
-        "a clip reads the old basis's gradient",
-        CLIPPING,
-    ),
-    Mutant(
-        "optimizer.py",
-        "s.due and s.proposal is None and s.coords.grad is not None",
-        "s.due and s.proposal is None",
+        "stepping.py",
+        "if sub.proposal is None and sub.coords.grad is not None]",
+        "if sub.proposal is None]",
         "a gradient that model.zero_grad() dropped is used",
         ZERO_GRAD,
     ),
     Mutant(
-        "optimizer.py",
-        "if factor is not None), 1.0)",
-        "if factor is None), 1.0)",
+        "stepping.py",
+        "next((factor for factor in factors if factor is not None), 1.0)",
+        "1.0",
         "no factor for a weight that got zeros",
         CLIPPING,
     ),
-    Mutant("optimizer.py", "or param.grad is None:", "or False:", "a weight without a gradient decays", UNUSUAL),
+    Mutant("stepping.py", "or param.grad is None:", "or False:", "a weight without a gradient decays", UNUSUAL),
     Mutant(
-        "optimizer.py",
+        "stepping.py",
         'group["lr"] * group["weight_decay"]\n',
         'group["lr"] * group.get("scale", 1.0) * group["weight_decay"]\n',
         "scale in the decay",
         HAND,
     ),
-    Mutant("persistence.py", "                self._step = found.step\n", "", "a resumed run counts from 0", RESUMES),
+    Mutant("stepping.py", "probe = self._is_probe()", "probe = False", "the step that allocates state refreshes", CHECKPOINT),
     Mutant(
-        "persistence.py",
-        "            sub.schedule(self._step)  # a redraw",
-        "            sub.forget()  # a redraw",
-        "a resumed run forgets what is due",
-        RESUMES,
+        "stepping.py",
+        "        self._advance(self._stocks(), self",
+        "        self._renew()\n        self._advance(self._stocks(), self",
+        "a sketch's basis serves the step it was gathered in",
+        SKETCHES,
+    ),
+    Mutant(
+        "stepping.py",
+        "for sub in reversed(due):",
+        "for sub in due:",
+        "who shares a basis is merged through the next gradient's",
+        SHARING,
+    ),
+    Mutant(
+        "stepping.py", "(self._step + 1) % self._merge_every", "self._step % self._merge_every", "merges a step late", MERGING
+    ),
+    Mutant(
+        "stepping.py",
+        "coords.grad is None and attachment.replaced:",
+        "coords.grad is None and False:",
+        "nobody is told of a forward that lost ours",
+        FORWARD,
+    ),
+    Mutant(
+        "stepping.py",
+        "        if plain:\n",
+        "        if False:\n",
+        "a compiled step takes a learning rate that is a number",
+        STEPPING,
+    ),
+    Mutant("stepping.py", "        param.grad = None\n", "", "a stepped gradient stays", LAYERWISE),
+    # layerwise
+    Mutant("layerwise.py", "        self._stepped.add(id(param))\n", "", "a second backward steps again", LAYERWISE),
+    Mutant(
+        "layerwise.py",
+        "        if not wait:\n",
+        "        if True:\n",
+        "a weight is merged before its layer has used it",
+        LAYERWISE,
+    ),
+    # optimizer
+    Mutant(
+        "optimizer.py",
+        "with torch.no_grad():\n            self._choose(",
+        "_ = (",
+        "a clip reads the old basis's gradient",
+        CLIPPING,
+    ),
+    Mutant(
+        "optimizer.py",
+        "for sub in lead.members:",
+        "for sub in lead.members[:1]:",
+        "who shares a basis takes another turn",
+        SHARING,
     ),
     Mutant(
         "optimizer.py",
@@ -295,31 +489,73 @@ MUTANTS = (
         "zero_grad keeps a chosen basis",
         ZERO_GRAD,
     ),
-    Mutant("optimizer.py", "probe = self._is_probe()", "probe = False", "the step that allocates state refreshes", CHECKPOINT),
     # adapters
     Mutant(
-        "adapters/linear.py",
-        "        if self.weight.requires_grad:\n",
-        "        if False:\n",
-        "an unfrozen weight stays so",
-        BACKWARD,
+        "adapters/linear.py", "        if weight.requires_grad:", "        if False:", "an unfrozen weight stays so", BACKWARD
     ),
-    Mutant("adapters/linear.py", "self._tie, prepend=True,", "self._tie,", "other hooks run first", BACKWARD),
     Mutant(
         "adapters/linear.py",
-        "current.T.apply(out_grad, coords.t())",
-        "None and out_grad",
+        "if not self.buried or there is None:",
+        "if True:",
+        "a forward is replaced again though another calls it",
+        FORWARD,
+    ),
+    Mutant(
+        "adapters/linear.py",
+        "self.buried = self.replaced",
+        "self.buried = False",
+        "detach takes away a forward that is not ours",
+        FORWARD,
+    ),
+    Mutant(
+        "adapters/linear.py",
+        "current.T.inner.add_apply_(x_grad, reduced_grad, coords.t())",
+        "pass",
         "no gradient through S z to the input",
         BACKWARD,
     ),
     Mutant(
-        "adapters/linear.py", "ctx.borrowed = x.is_leaf", "ctx.borrowed = False", "a borrowed input is not copied", BACKWARD
+        "adapters/linear.py",
+        "if ctx.active and ctx.needs_input_grad[1]:",
+        "if False:",
+        "no gradient through S z past a replaced forward",
+        FORWARD,
     ),
-    Mutant("adapters/linear.py", "x = x.to(out.dtype)", "x = x", "autocast: the input keeps its dtype", BACKWARD),
+    Mutant(
+        "adapters/linear.py",
+        "return current.add_lift(matrix, coords)",
+        "return matrix",
+        "W + S z is formed without S z",
+        FORWARD,
+    ),
+    Mutant(
+        "adapters/linear.py",
+        "ctx.lifted = coords.dtype == weight.dtype and",
+        "ctx.lifted =",
+        "S z is rounded into a bfloat16 weight",
+        FLOPS,
+    ),
+    Mutant(
+        "adapters/linear.py", "self.borrowed = x.is_leaf", "self.borrowed = False", "a borrowed input is not copied", BACKWARD
+    ),
+    Mutant(
+        "adapters/linear.py",
+        "cast(x, out.dtype)  # under autocast the layer computed",
+        "x  # under autocast the layer computed",
+        "autocast: the tied input keeps its dtype",
+        BACKWARD,
+    ),
+    Mutant(
+        "adapters/linear.py",
+        "cast(x, out.dtype)  # under autocast the layer computes",
+        "x  # under autocast the layer computes",
+        "autocast: the adapted input keeps its dtype",
+        BACKWARD,
+    ),
     Mutant("adapters/linear.py", "else out.detach()", "else out", "in-place layers meet a view", BACKWARD),
     Mutant(
         "adapters/linear.py",
-        "if sub.refreshes != ctx.refreshes:",
+        "if self.sub.refreshes != self.refreshes:",
         "if False:",
         "an old forward projects by the new basis",
         BACKWARD,
@@ -354,6 +590,20 @@ MUTANTS = (
     ),
     Mutant("checkpoint.py", '("param_names", "specs")', '("param_names",)', "another spec is loaded", CHECKPOINT),
     Mutant("checkpoint.py", 'refreshes": sub.refreshes', 'refreshes": 0', "refreshes are not saved", RESUMES),
+    Mutant("persistence.py", "                self._step = found.step\n", "", "a resumed run counts from 0", RESUMES),
+    Mutant(
+        "persistence.py",
+        "            sub.schedule(self._step)  # a redraw",
+        "            sub.forget()  # a redraw",
+        "a resumed run forgets what is due",
+        RESUMES,
+    ),
+    Mutant(
+        "persistence.py", '            "stagger": self._stagger,\n', "", "a run without turns loads one with turns", STAGGER
+    ),
+    Mutant(
+        "persistence.py", '            "share": self._share,\n', "", "a run that shares no basis loads one that does", SHARING
+    ),
     # parallel
     Mutant("parallel.py", "(tensor / count)", "(tensor)", "a sum over ranks instead of a mean", PARALLEL),
     Mutant(
@@ -372,8 +622,8 @@ MUTANTS = (
     ),
     Mutant(
         "adapters/weight.py",
-        "None, average(sub.map().project(matrix).to(sub.coords.dtype)), None",
-        "None, sub.map().project(matrix).to(sub.coords.dtype), None",
+        "None, average(projected.to(sub.coords.dtype)), None",
+        "None, projected.to(sub.coords.dtype), None",
         "a parametrized weight is not averaged",
         PARALLEL,
     ),

@@ -55,13 +55,31 @@ def note(sub: Subspace, grad: Gradient, projected: Tensor, owned: Callable[[], G
         sub.captured.stage(grad if owned is None else owned())
         return
     asked = questions(sub)
-    start, current = _rows(sub), sub.map()
+    start, rows = _rows(sub), grad.shape[0]
+    own = [
+        probe if probe.left is None or len(probe.left) == rows else probe._replace(left=probe.left[start : start + rows])
+        for probe in (*asked.probes, *asked.witnesses)
+    ]
+    sub.captured.stage(products(grad, own, sub.map(), projected))
+
+
+def products(grad: Gradient, probes: Sequence[Probe], current: LinearMap, projected: Tensor) -> Sketch:
+    """The products of a gradient with some probes; one that is its projection is not made again.
+
+    Args:
+        grad: G [m, n].
+        probes: What it is multiplied with.
+        current: The map of its projection.
+        projected: Its projection, [p, q].
+
+    Returns:
+        The products, in memory of their own and at least float32.
+    """
     found = []
-    for left, right in (*asked.probes, *asked.witnesses):
-        own = left if left is None else left[start : start + grad.shape[0]]
+    for left, right in probes:
         known = isinstance(current, KroneckerMap) and current.left is left and current.right is right
-        found.append((projected if known else grad.product(own, right)).to(wide(grad.dtype), copy=known))
-    sub.captured.stage(tuple(found))
+        found.append((projected if known else grad.product(left, right)).to(wide(grad.dtype), copy=known))
+    return tuple(found)
 
 
 class Questions(NamedTuple):

@@ -152,9 +152,11 @@ class DenseGradient(Gradient):
 
     @override
     def norm(self) -> Tensor:
-        # of the rows' norms: one sum of so many squares in float32 is right to 1e-3 only
-        rows = torch.linalg.vector_norm(self.matrix, dim=1, dtype=wide(self.dtype))
-        norm: Tensor = torch.linalg.vector_norm(rows)
+        # of the norms of rows, or of columns where these are what lies together: one sum of so many squares in float32 is
+        # right to 1e-3 only
+        along = int(self.matrix.stride(0) > self.matrix.stride(1))
+        lines = torch.linalg.vector_norm(self.matrix, dim=along, dtype=wide(self.dtype))
+        norm: Tensor = torch.linalg.vector_norm(lines)
         return norm
 
     @override

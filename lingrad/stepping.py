@@ -182,7 +182,9 @@ class SteppingOptimizer(StatefulOptimizer):
     def _renew(self) -> None:
         """Change the bases that are learned from what this step's backwards gathered."""
         due = (sub for sub in self.subspaces if sub.due and sub.transform.reads == "sketch")
-        found = (s for s in due if s.captured.total is not None or (parallel.ranks() > 1 and s.coords.grad is not None))
+        # who dropped a gradient meant its sketch too; where layerwise, it was dropped by us
+        kept = (sub for sub in due if sub.coords.grad is not None or self._layerwise is not None)
+        found = (sub for sub in kept if sub.captured.total is not None or parallel.ranks() > 1)
         leads = dict.fromkeys(sub.leader or sub for sub in found)
         if leads:
             renew([lead.members for lead in leads], self._commit)

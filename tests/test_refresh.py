@@ -11,6 +11,7 @@ from lingrad import spec
 from lingrad.errors import CheckpointError, ModeError, SpecError
 from lingrad.gradient import DenseGradient
 from lingrad.transforms import When
+from lingrad.transforms.sketch import range_probes
 from tests.training import gap, llama, text_batches, text_loss, train
 from tests.watch import NoTensorOfShape
 
@@ -212,6 +213,39 @@ class TestSketches:
         assert test_matrix.cache_info().misses == 2  # of the sketch and of the witnesses
         optimizer.step()
         assert test_matrix.cache_info().currsize == 0
+
+    def test_each_step_and_side_has_test_columns_of_its_own(self):
+        bases, when = (torch.zeros(12, 2), torch.zeros(12, 2)), When(0, 0, 0, (12, 12))
+        (_, of_left), (of_right, _) = range_probes(bases, 3, when)
+        (_, again), (_, later) = (range_probes(bases, 3, w)[0] for w in (when, when._replace(step=5)))
+        assert torch.equal(of_left, again)
+        assert not torch.equal(of_left, of_right)
+        assert not torch.equal(of_left, later)
+
+    @pytest.mark.parametrize("text", SKETCHED[:3])
+    def test_columns_point_as_those_before_did(self, text):
+        """Moments that are kept refer to them."""
+        model = layer()
+        optimizer = lingrad.wrap(model, text.format(side="right"), "sgd", lr=0.1)
+        (sub,) = optimizer.subspaces
+        for seed in range(7):
+            old = sub.map().right.clone()
+            optimizer.zero_grad()
+            backward(model, seed)
+            optimizer.step()
+            assert ((sub.map().right * old).sum(0) >= 0).all()
+
+    @each_mode
+    @pytest.mark.parametrize("text", ["svd(rank=4)", "power(rank=4)"])
+    def test_a_gradient_that_was_dropped_refreshes_nothing(self, mode, text):
+        model = layer()
+        optimizer = MODES[mode](model, text, "sgd", lr=0.1)
+        (sub,) = optimizer.subspaces
+        backward(model)
+        model.zero_grad()
+        optimizer.step()
+        assert sub.refreshes == 0
+        assert sub.due
 
 
 class TestEnergy:

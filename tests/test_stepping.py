@@ -243,6 +243,23 @@ class TestForwardOfAdapterMode:
             assert model[0].forward is mine
         assert gap(*weights) > 1e-3  # x in the forward, 2 x in the gradient: what is added knows nothing of the factor
 
+    def test_gradients_pass_a_replaced_forward(self):
+        """Through S z too, to the layer below."""
+        weights = []
+        for replaced in (False, True):
+            torch.manual_seed(0)
+            model = nn.Sequential(nn.Linear(12, 9), nn.Tanh(), nn.Linear(9, 7)).double()
+            for linear in (model[0], model[2]) if replaced else ():
+                linear.forward = lambda x, plain=linear.forward: plain(x)
+            optimizer = lingrad.adapt(model, {"*": "svd(rank=3, every=3)"}, "sgd", lr=0.1)
+            for seed in range(5):
+                optimizer.zero_grad()
+                x = torch.randn(50, 12, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+                model(x).square().mean().backward()
+                optimizer.step()
+            weights.append(optimizer.weights())
+        assert gap(*weights) <= 1e-12
+
     @each_mode
     def test_a_forward_replaced_afterwards_outlives_the_optimizer(self, mode):
         model = nn.Sequential(nn.Linear(12, 9)).double()
@@ -302,6 +319,12 @@ class TestForwardOfAdapterMode:
             torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
 
 
+def test_a_compiled_step_refuses_a_plain_learning_rate():
+    optimizer = lingrad.wrap(llama(), "svd(rank=4)", lr=1e-3)
+    with pytest.raises(SpecError, match="the learning rate of group 'coords' is a number.*lr=torch.tensor"):
+        optimizer.compile_step()
+
+
 @pytest.mark.slow
 class TestCompiledStep:
     """Through the tracer and autograd's partitioner, without a C++ compiler."""
@@ -332,8 +355,3 @@ class TestCompiledStep:
             assert graphs[2] == graphs[-1]  # schedules and refreshes compile nothing anew
         # the traced step divides and multiplies in another order
         assert gap(*weights) <= 1e-5
-
-    def test_a_plain_learning_rate_is_refused(self):
-        optimizer = lingrad.wrap(llama(), "svd(rank=4)", lr=1e-3)
-        with pytest.raises(SpecError, match="the learning rate of group 'coords' is a number.*lr=torch.tensor"):
-            optimizer.compile_step()

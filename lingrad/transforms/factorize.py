@@ -79,26 +79,29 @@ class _Factors:
             self.diagonal = r.diagonal().abs()
             self.columns = torch.where(r.diagonal() < 0, -q, q)
             return
-        exact = columns.double()
-        lengths = torch.linalg.vector_norm(exact, dim=0).clamp_min(torch.finfo(exact.dtype).tiny ** 0.5)
-        self.columns = exact.div_(lengths)
+        self.columns = columns.double()
         gram = self.columns.t() @ self.columns
+        lengths = gram.diagonal().sqrt().clamp_min(torch.finfo(gram.dtype).tiny ** 0.5)
+        gram.div_(lengths).div_(lengths.unsqueeze(1))  # of columns of unit length: what depends shows whatever their scales
         shift = 0.0
-        self.r, failed = torch.linalg.cholesky_ex(gram, upper=True)
+        r, failed = torch.linalg.cholesky_ex(gram, upper=True)
         if bool(failed > 0):  # rounding has left the pivot of a dependent column negative, by eps for each column at most
             shift = 4 * len(gram) * torch.finfo(gram.dtype).eps
             gram.diagonal().add_(shift)
-            self.r, failed = torch.linalg.cholesky_ex(gram, upper=True)
-            self.r = torch.where(failed > 0, torch.nan, self.r)  # it is not finite
-        diagonal = (self.r.diagonal().square() - shift).clamp_min(0).sqrt() * lengths
+            r, failed = torch.linalg.cholesky_ex(gram, upper=True)
+            r = torch.where(failed > 0, torch.nan, r)  # it is not finite
+        diagonal = (r.diagonal().square() - shift).clamp_min(0).sqrt() * lengths
         self.diagonal = diagonal.to(columns.dtype)
+        self.r = r * lengths
 
     def q(self) -> Tensor:
         """Q, owning its memory."""
         if not self.by_gram:
             return self.columns.contiguous()
-        q: Tensor = torch.linalg.solve_triangular(self.r, self.columns, upper=True, left=False)
-        return q.to(self.dtype).contiguous()
+        identity = torch.eye(len(self.r), device=self.r.device, dtype=self.r.dtype)
+        inverse = torch.linalg.solve_triangular(self.r, identity, upper=True)
+        q: Tensor = self.columns @ inverse
+        return q.to(self.dtype)
 
 
 def align_signs(new: Tensor | None, old: Tensor | None) -> Tensor | None:

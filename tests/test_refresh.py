@@ -162,7 +162,7 @@ class TestSketches:
     @pytest.mark.parametrize("value", [0.0, float("nan"), float("inf")])
     def test_a_gradient_that_is_no_use_keeps_the_basis(self, mode, value):
         model = layer()
-        optimizer = MODES[mode](model, "power(rank=4, every=2)", "sgd", lr=0.0)
+        optimizer = MODES[mode](model, "power(rank=4, every=2)", "sgd", lr=0.1)
         (sub,) = optimizer.subspaces
         start = sub.map().tensors[0].clone()
         (model(inputs()) * value).sum().backward()
@@ -202,6 +202,16 @@ class TestSketches:
         for _ in range(3):
             model(torch.randn(500, 128)).square().sum().backward()
         assert sub.captured.nbytes == 128 * (8 + 16) * 4
+
+    @pytest.mark.parametrize("text", ["svd(rank=4)", "power(rank=4)"])
+    def test_nothing_of_it_is_held_after_the_step(self, text):
+        model = layer()
+        optimizer = lingrad.wrap(model, text, "sgd", lr=0.1)
+        (sub,) = optimizer.subspaces
+        backward(model)
+        assert sub.captured.nbytes > 0
+        optimizer.step()
+        assert sub.captured.nbytes == 0
 
     def test_random_numbers_of_a_step_are_shared_and_forgotten(self):
         from lingrad.transforms.sketch import test_matrix

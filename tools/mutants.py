@@ -97,7 +97,7 @@ MUTANTS = (
         "_both_sides(self, self, coords, power=1).mul(coords).sum().clamp_min(0).sqrt()",
         "torch.linalg.vector_norm(coords)",
         "|S z| is |z|, whatever the basis",
-        ENERGY,
+        ("tests/test_testing.py",),
     ),
     # gradient
     Mutant("gradient.py", "torch.promote_types(dtype, torch.float32)", "dtype", "norms and coordinates in bfloat16", MAPS),
@@ -207,7 +207,13 @@ MUTANTS = (
     Mutant(
         "subspace.py", "chosen if self.transform.stores_map and", "chosen if", "a map that is made again is kept too", DETAILS
     ),
-    Mutant("subspace.py", "    torch._foreach_zero_(released)", "    pass", "coordinates begin as what was in memory", HAND),
+    Mutant(
+        "subspace.py",
+        "    torch._foreach_zero_(released)",
+        "    [coords.fill_(1e-3) for coords in released]",
+        "coordinates do not begin at zero",
+        HAND,
+    ),
     Mutant(
         "subspace.py",
         "return [weight] if sub.released else [weight, sub.coords]",
@@ -302,8 +308,8 @@ MUTANTS = (
     Mutant("gather.py", ", copy=known)", ")", "a sketch is summed in the gradient's memory", SKETCHES),
     Mutant(
         "gather.py",
-        "left[start : start + grad.shape[0]]",
-        "left[: grad.shape[0]]",
+        "left=probe.left[start : start + rows]",
+        "left=probe.left[:rows]",
         "who shares a basis is asked the leader's questions",
         STACKED,
     ),
@@ -409,7 +415,14 @@ MUTANTS = (
         "scale in the decay",
         HAND,
     ),
-    Mutant("stepping.py", "probe = self._is_probe()", "probe = False", "the step that allocates state refreshes", CHECKPOINT),
+    Mutant(
+        "stepping.py",
+        "sub.coords.grad is not None or self._layerwise is not None",
+        "True",
+        "a dropped gradient's sketch decides a basis",
+        ("tests/test_refresh.py::TestSketches::test_a_gradient_that_was_dropped_refreshes_nothing",),
+    ),
+    Mutant("stepping.py", "probe = self._is_probe()", "probe = False", "the step that allocates state refreshes", DETAILS),
     Mutant(
         "stepping.py",
         "        self._advance(self._stocks(), self",

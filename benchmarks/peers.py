@@ -78,55 +78,45 @@ class LinearsOnly(Method):
 
 @final
 @dataclass(frozen=True)
-class PytorchOptimizerGaLore(Method):
-    """GaLore of the package pytorch_optimizer.
+class Peer(Method):
+    """An optimizer of another package that takes its low-rank options in the group of the projected weights.
 
     Args:
+        package: The package, of the extra ``bench``.
+        optimizer: The name of its class.
         rank: Rank of the projection.
         every: Steps between refreshes.
+        options: Further options of that group.
     """
 
+    package: str
+    optimizer: str
     rank: int
-    every: int = 200
+    every: int
+    options: dict[str, Any]
 
     @property
     @override
     def label(self) -> str:
-        return f"pytorch_optimizer GaLore (rank {self.rank})"
+        return f"{self.package} {self.optimizer} (rank {self.rank})"
 
     @override
     def prepare(self, model: nn.Module, *, layerwise: bool = False) -> Training:
-        factory = optional("pytorch_optimizer", "comparing with pytorch_optimizer", "bench").GaLore
+        factory = getattr(optional(self.package, f"comparing with {self.package}", "bench"), self.optimizer)
         linears, rest = split(model, self.rank)
-        low = {"rank": self.rank, "update_proj_gap": self.every, "scale": 0.25, "projection_type": "std"}
+        low = {"rank": self.rank, "update_proj_gap": self.every, **self.options}
         return Training(model, [factory([{"params": rest}, {"params": linears, **low}], lr=LR)])
 
 
-@final
-@dataclass(frozen=True)
-class Apollo(Method):
-    """APOLLO of the package apollo_torch, random projection and channel scaling, as its page sets it up.
+def pytorch_optimizer(rank: int, every: int) -> Peer:
+    """GaLore of pytorch_optimizer."""
+    return Peer("pytorch_optimizer", "GaLore", rank, every, {"scale": 0.25, "projection_type": "std"})
 
-    Args:
-        rank: Rank of the projection.
-        every: Steps between refreshes.
-    """
 
-    rank: int
-    every: int = 200
-
-    @property
-    @override
-    def label(self) -> str:
-        return f"apollo_torch (rank {self.rank})"
-
-    @override
-    def prepare(self, model: nn.Module, *, layerwise: bool = False) -> Training:
-        factory = optional("apollo_torch", "comparing with apollo_torch", "bench").APOLLOAdamW
-        linears, rest = split(model, self.rank)
-        low = {"rank": self.rank, "update_proj_gap": self.every, "scale": 1, "proj_type": "std"}
-        low |= {"proj": "random", "scale_type": "channel"}
-        return Training(model, [factory([{"params": rest}, {"params": linears, **low}], lr=LR)])
+def apollo_torch(rank: int, every: int) -> Peer:
+    """APOLLO of apollo_torch, random projection and channel scaling, as its page sets it up."""
+    chosen = {"scale": 1, "proj_type": "std", "proj": "random", "scale_type": "channel"}
+    return Peer("apollo_torch", "APOLLOAdamW", rank, every, chosen)
 
 
 def published_pca(basis: Tensor, grad: Tensor, lam: float) -> Tensor:

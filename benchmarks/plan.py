@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import torch
 
-from benchmarks.peers import Apollo, Frozen, LinearsOnly, PublishedOSD, PytorchOptimizerGaLore
+from benchmarks.peers import Frozen, LinearsOnly, PublishedOSD, apollo_torch, pytorch_optimizer
 from lingrad.memory.methods import Full, GaloreTorch, Lingrad, Lora, Method
 from lingrad.models import LlamaShape
 
@@ -99,13 +99,14 @@ ENTRIES = {
         Entry(LORA_ONE, lambda rank, every: Lora(rank, one_sided=True), every=False),
         Entry(LORA, lambda rank, every: Lora(rank), every=False),
         Entry(GALORE, GaloreTorch),
-        Entry("pytorch_optimizer", PytorchOptimizerGaLore, from_one=True),
-        Entry("apollo_torch", Apollo),
+        Entry("pytorch_optimizer", pytorch_optimizer, from_one=True),
+        Entry("apollo_torch", apollo_torch),
         Entry("osd, autograd", lambda rank, every: PublishedOSD(rank), every=False),
     )
 }
 
 MAIN = (FULL, FROZEN, OPTIMIZER, SHARED, EXACT, ADAPTER, LORA_ONE, LORA, GALORE)
+OTHERS = ("optimizer, power", "optimizer, random", "optimizer, online pca", "adapter, all trained", "osd, autograd")
 CURVES = (FULL, OPTIMIZER, ADAPTER, LORA_ONE, GALORE)
 
 
@@ -183,11 +184,11 @@ def curves(base: Workload, keys: tuple[str, ...] = CURVES) -> tuple[tuple[str, t
     def shaped(**changes: Any) -> Workload:
         return replace(base, model=replace(base.model, **changes))
 
-    widths = ((256, 688), (512, 1376), (768, 2048), (1024, 2736))
+    widths = ((256, 688), (512, 1376), (1024, 2736))
     found = {
         "rank": [replace(base, rank=rank) for rank in (16, 64, 256)],
-        "tokens": [replace(base, rows=rows) for rows in (1, 2, 4, 8)],
-        "layers": [shaped(layers=layers) for layers in (1, 2, 4)],
+        "tokens": [replace(base, rows=rows) for rows in (1, 4, 8)],
+        "layers": [shaped(layers=layers) for layers in (1, 4)],
         "hidden": [shaped(hidden=hidden, intermediate=inner, heads=hidden // 64) for hidden, inner in widths],
     }
     return tuple((what, tuple(Steps(w, keys) for w in loads)) for what, loads in found.items())
@@ -207,13 +208,13 @@ WHOLE = Plan(
     "full",
     (
         Steps(LLAMA_1024, (*MAIN, "optimizer, power", "adapter, shared", "pytorch_optimizer", "apollo_torch"), blocks=3),
-        Steps(LLAMA_512, tuple(ENTRIES)),
+        Steps(LLAMA_512, (FULL, FROZEN, OPTIMIZER, SHARED, GALORE, *OTHERS)),
         Steps(replace(LLAMA_1024, name="llama1024-bf16", dtype=torch.bfloat16), BFLOAT16),
     ),
     (
         captured(256, 688, 4, 8, (20, 40, 80, 160), 32),
-        captured(1024, 2736, 16, 8, (10, 20, 30, 40), 128),
-        captured(2048, 5461, 32, 8, (5, 10, 15, 20), 256),
+        captured(1024, 2736, 16, 8, (5, 10, 15, 20), 128),
+        captured(2048, 5461, 32, 8, (4, 8, 12), 256),
         captured(4096, 11008, 32, 4, (2, 4, 6), 512, runs=1),
     ),
     curves(replace(LLAMA_512, rows=4)),

@@ -85,6 +85,8 @@ def markdown(found: dict[str, Any]) -> str:
         f"{found['seconds'] / 60:.1f} minutes; {versions}.\n",
         goals(found["figures"]),
     ]
+    if found["plan"] == "quick":
+        parts.insert(1, "Goals are for the whole plan, whose steps are of llama1024; these are of a smaller model.\n")
     for name, timings in found["steps"].items():
         parts.append(f"**{name}**, one step:\n\n{steps_table(timings)}")
     if found["refreshes"]:

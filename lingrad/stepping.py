@@ -160,7 +160,8 @@ class SteppingOptimizer(StatefulOptimizer):
                 due.append(attachment.sub)
             else:
                 attachment.sub.refuse_stale()
-            if attachment.sub.coords.grad is None and attachment.replaced:
+            missing = attachment.sub.coords.grad is None and attachment.sub.coords.requires_grad
+            if missing and self._layerwise is None and attachment.replaced:  # where layerwise, gradients are gone by now
                 attachment.sub.warn_once(
                     "it has no gradient. The forward of its layer was replaced after lingrad had wrapped it; if the new one "
                     "does not call the one it found, the weight is not trained: replace forwards first, then call lingrad"

@@ -281,6 +281,19 @@ class TestForwardOfAdapterMode:
             assert torch.equal(model(x), nn.functional.linear(x, model[0].weight, model[0].bias))
 
     @each_mode
+    @pytest.mark.parametrize("how", ["layerwise", "frozen"])
+    def test_nobody_is_told_of_gradients_that_should_be_missing(self, mode, how):
+        model = nn.Sequential(nn.Linear(12, 9), nn.Linear(9, 7)).double()
+        optimizer = MODES[mode](model, {"*": "random(rank=3)"}, "sgd", lr=0.1, layerwise=how == "layerwise")
+        model[1].forward = lambda x, ours=model[1].forward: ours(x)
+        if how == "frozen":
+            model[1].requires_grad_(False)
+        model(torch.randn(5, 12, dtype=torch.float64)).sum().backward()
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", RuntimeWarning)
+            optimizer.step()
+
+    @each_mode
     def test_a_forward_that_lost_ours_is_told_of(self, mode):
         """As who restores the forward of before: the layer would silently stay as it is."""
         model = nn.Sequential(nn.Linear(12, 9)).double()

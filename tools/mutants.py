@@ -442,8 +442,8 @@ MUTANTS = (
     ),
     Mutant(
         "stepping.py",
-        "coords.grad is None and attachment.replaced:",
-        "coords.grad is None and False:",
+        "if missing and self._layerwise is None and",
+        "if False and",
         "nobody is told of a forward that lost ours",
         FORWARD,
     ),

@@ -1,10 +1,15 @@
-"""Writing files whole: what is there is complete, or what was there before."""
+"""Writing files and folders whole: what is there is complete, or what was there before."""
 
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from lingrad.errors import DataError
 
 
 def write_whole(path: Path, data: bytes) -> Path:
@@ -27,3 +32,58 @@ def write_whole(path: Path, data: bytes) -> Path:
         Path(temporary).unlink(missing_ok=True)
         raise
     return path
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """Write a folder by way of a hidden one beside it, which takes its name when the block ends without an error.
+
+    Args:
+        path: The folder; must not exist, so that nothing is overwritten.
+
+    Yields:
+        The hidden folder, empty. It is removed where the block fails; a process that is killed leaves it, hidden.
+
+    Raises:
+        DataError: There is something at the path.
+    """
+    refuse_existing(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    try:
+        yield temporary
+        temporary.chmod(0o755)
+        publish(temporary, path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def refuse_existing(path: Path) -> None:
+    """Make sure that there is nothing at a path.
+
+    Args:
+        path: The path.
+
+    Raises:
+        DataError: There is.
+    """
+    if path.exists() or path.is_symlink():
+        raise DataError(f"'{path}' exists, and nothing is overwritten; name another folder, or remove it first")
+
+
+def publish(finished: Path, path: Path) -> None:
+    """Give a finished folder its name, its contents on the disk first.
+
+    Args:
+        finished: The folder, beside ``path``.
+        path: Its name to be; raises `DataError` where somebody made it in the meantime.
+    """
+    for file in (*finished.rglob("*"), finished):
+        handle = os.open(file, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+    refuse_existing(path)  # a rename would replace an empty folder
+    finished.rename(path)

@@ -45,6 +45,10 @@ class DataError(LingradError, ValueError):
     """A text, a model folder or a results folder cannot be used."""
 
 
+class ExportError(LingradError, ValueError):
+    """A trained change cannot be written in the form that was asked for, or was not reproduced by it; nothing was written."""
+
+
 class MemoryModelError(LingradError, RuntimeError):
     """The memory of a run cannot be told without running it on a real device, or cannot be measured on this one."""
 

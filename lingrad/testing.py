@@ -62,6 +62,7 @@ def assert_adjoint(linear_map: LinearMap, shape: tuple[int, int], *, tolerance: 
     coords = coords.detach()
     same("apply(x, z) == x @ lift(z).T", linear_map.apply(x, coords), x @ lifted.detach().t())
     same("T.lift(z.T) == lift(z).T", linear_map.T.lift(coords.t()), lifted.detach().t())
+    same("factors(z), left @ right == lift(z),", linear_map.factors(coords).dense(), lifted.detach())
     reduced = linear_map.reduce(x)
     same("inner.apply(reduce(x), z) == apply(x, z)", linear_map.inner.apply(reduced, coords), linear_map.apply(x, coords))
     inner = linear_map.inner.project(FactoredGradient(out_grad, reduced))

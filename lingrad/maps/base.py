@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lingrad.errors import DualityError
+from lingrad.factors import Factors
 from lingrad.gradient import DenseGradient, Gradient
 
 
@@ -19,6 +20,7 @@ class LinearMap(ABC):
     - adjoint: ``<lift(z), G> == <z, project(G)>``, so that autograd of ``lift`` is ``project``;
     - action: ``apply(x, z) == x @ lift(z).T``;
     - transpose: ``T.lift(z.T) == lift(z).T``;
+    - factors: ``left @ right == lift(z)`` for ``left, right = factors(z)``;
     - reduction: ``inner.apply(reduce(x), z) == apply(x, z)`` and, for G = dY^T X,
       ``inner.project(dY^T reduce(X)) == project(G) == core.project(T.reduce(dY)^T reduce(X))``.
     """
@@ -85,6 +87,20 @@ class LinearMap(ABC):
             True where `apply` itself forms the lift.
         """
         return True
+
+    def factors(self, coords: Tensor) -> Factors:
+        """``lift(coords)`` as a product of a matrix [m, r] and one [r, n], in the dtype of ``coords``.
+
+        Args:
+            coords: z [p, q].
+
+        Returns:
+            The two; one of them the identity unless a map knows thinner ones.
+        """
+        lifted = self.lift(coords)
+        m, n = lifted.shape
+        eye = torch.eye(min(m, n), dtype=lifted.dtype, device=lifted.device)
+        return Factors(lifted, eye) if m >= n else Factors(eye, lifted)
 
     def norm(self, coords: Tensor) -> Tensor:
         """|S z|_F, 0-d; without the lift where the map allows it."""

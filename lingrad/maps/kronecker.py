@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lingrad._typing import override
+from lingrad.factors import Factors
 from lingrad.gradient import Gradient, cast
 from lingrad.maps.base import LinearMap, as_gradient
 
@@ -36,6 +37,16 @@ class KroneckerMap(LinearMap):
         if self.right is not None:
             coords = coords @ cast(self.right, coords.dtype).t()
         return coords
+
+    @override
+    def factors(self, coords: Tensor) -> Factors:
+        left, right = (None if side is None else cast(side, coords.dtype) for side in (self.left, self.right))
+        if left is not None and right is not None:
+            thin = left.shape[1] <= right.shape[1]  # the product of the middle goes to the side that stays thinner
+            return Factors(left, coords @ right.t()) if thin else Factors(left @ coords, right.t())
+        if left is not None:
+            return Factors(left, coords)
+        return super().factors(coords) if right is None else Factors(coords, right.t())
 
     @override
     def project(self, grad: Gradient | Tensor) -> Tensor:

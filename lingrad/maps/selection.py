@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lingrad._typing import override
+from lingrad.factors import Factors
 from lingrad.gradient import Gradient
 from lingrad.maps.base import LinearMap, as_gradient
 
@@ -36,6 +37,15 @@ class SelectionMap(LinearMap):
         if self.rows is not None:
             coords = coords.new_zeros(m, coords.shape[1]).index_copy(0, self.rows, coords)
         return coords
+
+    @override
+    def factors(self, coords: Tensor) -> Factors:
+        if self.rows is not None:
+            chosen = coords.new_zeros(self.shape[0], len(self.rows))
+            chosen[self.rows, torch.arange(len(self.rows), device=chosen.device)] = 1.0
+            return Factors(chosen, SelectionMap(None, self.columns, (len(self.rows), self.shape[1])).lift(coords))
+        flipped = self.T.factors(coords.t()) if self.columns is not None else super().factors(coords).T
+        return flipped.T
 
     @override
     def project(self, grad: Gradient | Tensor) -> Tensor:

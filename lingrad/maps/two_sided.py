@@ -8,6 +8,7 @@ from typing import final
 from torch import Tensor
 
 from lingrad._typing import override
+from lingrad.factors import Factors
 from lingrad.gradient import Gradient
 from lingrad.maps.base import LinearMap
 from lingrad.maps.kronecker import KroneckerMap
@@ -29,6 +30,10 @@ class TwoSidedMap(LinearMap):
     @override
     def lift(self, coords: Tensor) -> Tensor:
         return self.left.lift(self.right.lift(coords))
+
+    @override
+    def factors(self, coords: Tensor) -> Factors:
+        return self.left.factors(self.right.lift(coords))
 
     @override
     def project(self, grad: Gradient | Tensor) -> Tensor:

@@ -19,10 +19,13 @@ from torch.optim import optimizer as torch_optimizer
 
 from lingrad.errors import DualityError, SpecError, did_you_mean, optional
 from lingrad.gradient import wide
+from lingrad.quantized import QuantizedOptimizer, Quantizer, find_quantizer
 from lingrad.stored import Stored
 
 # Shape, dtype and the base's options -> what it keeps of such a parameter on CUDA
 Row = Callable[[tuple[int, ...], torch.dtype, Mapping[str, Any]], list[Stored]]
+
+_OURS = ("moments", "min_8bit_size")  # options of any base that are not its own
 
 BaseLike = str | type[Optimizer] | Callable[..., Optimizer]
 
@@ -101,6 +104,7 @@ class Base:
         options: Keyword arguments for the factory.
         rest: The base that steps untransformed parameters, where this one cannot; None means this one.
         row: Its row in the memory ledger, if it has one.
+        quantizer: How its moments are held between steps, where not as they are.
     """
 
     name: str
@@ -108,6 +112,12 @@ class Base:
     options: Mapping[str, Any] = field(default_factory=dict)
     rest: Base | None = None
     row: Row | None = None
+    quantizer: Quantizer | None = None
+
+    @property
+    def plain(self) -> Base:
+        """The same base with its moments as they are."""
+        return self if self.quantizer is None else replace(self, quantizer=None)
 
     def moments(self, shape: tuple[int, ...], dtype: torch.dtype) -> list[Stored]:
         """What the base keeps of one parameter on its device, tensor by tensor: its row in the memory ledger.
@@ -120,6 +130,8 @@ class Base:
             The tensors, as on CUDA; of a base without a row of its own, those of a step on the meta device. What all
             parameters share, such as the code book of 8-bit moments, is not among them.
         """
+        if self.quantizer is not None:
+            return self.quantizer.stored(self.plain.moments(shape, dtype))
         if self.row is not None:
             return self.row(shape, dtype, self.options)
         found = self.memory(torch.empty(shape, dtype=dtype, device="meta"))
@@ -132,7 +144,8 @@ class Base:
             params: Parameters or param groups, as any ``torch.optim.Optimizer`` takes them.
 
         Returns:
-            The stock optimizer; fused where torch offers it and nobody asked otherwise.
+            The stock optimizer; fused where torch offers it and nobody asked otherwise; in a wrapper where its moments are
+            quantised.
 
         Raises:
             SpecError: The factory refuses its options, or makes no optimizer.
@@ -149,7 +162,7 @@ class Base:
             raise SpecError(f"base '{self.name}' refused its options ({given}): {error or type(error).__name__}") from error
         if not isinstance(optimizer, Optimizer):
             raise SpecError(f"base '{self.name}' made a {type(optimizer).__name__}; expected a torch.optim.Optimizer")
-        return optimizer
+        return optimizer if self.quantizer is None else QuantizedOptimizer(optimizer, self.quantizer)
 
     def unfused(self) -> Base:
         """The same base without a fused kernel, which compilers do not see into; a choice of the user's stays."""
@@ -208,7 +221,8 @@ def find(base: BaseLike, options: Mapping[str, Any], *, decay: bool = True) -> B
 
     Args:
         base: A name from `names`, a ``torch.optim.Optimizer`` class, or a callable ``factory(params, **options)``.
-        options: Keyword arguments for it.
+        options: Keyword arguments for it; of any base also ``moments``, ``8bit`` or ``8bit_linear``, which holds its moments as
+            `lingrad.quantized` says, and ``min_8bit_size``, from how many numbers of a tensor on (4096).
         decay: False switches off the decay inside the base, because the engine decays.
 
     Returns:
@@ -234,16 +248,20 @@ def find(base: BaseLike, options: Mapping[str, Any], *, decay: bool = True) -> B
         raise SpecError(f"base must be a name, an optimizer class or a factory, not {base!r}")
     accepted = _options_of(factory)
     others = _options_of(_load(stock.rest, _STOCK[stock.rest])) if stock.rest is not None else ()
+    ours = {key: value for key, value in options.items() if key in _OURS and not any(key in of for of in (accepted, others))}
+    options = {key: value for key, value in options.items() if key not in ours}
     _check_options(name, [*accepted, *others], options)
     merged = {**stock.options, **{k: v for k, v in options.items() if _takes(accepted, k)}}
     if not decay and "weight_decay" in accepted:
         _refuse_own_decay(name, factory)
         merged["weight_decay"] = 0.0
+    found = Base(name, factory, merged, row=stock.moments)
+    found = replace(found, quantizer=find_quantizer(ours, name, found.build))
     if stock.rest is None:
-        return Base(name, factory, merged, row=stock.moments)
+        return found
     # one learning rate serves both; any other option belongs to the base itself, or else to the one beside it
     kept = {k: v for k, v in options.items() if k == "lr" or k not in accepted}
-    return Base(name, factory, merged, find(stock.rest, kept, decay=decay), stock.moments)
+    return replace(found, rest=find(stock.rest, {**kept, **ours}, decay=decay))
 
 
 def _load(name: str, stock: _Stock) -> Callable[..., Optimizer]:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lingrad.errors import DualityError
 from lingrad.maps import LinearMap
+from lingrad.quantized import Quantizer
 
 Carry = Literal["keep", "reset", "rotate"]
 
@@ -22,12 +23,14 @@ class Moments(NamedTuple):
         carry: ``keep`` (GaLore), ``reset`` (as ReLoRA does), or ``rotate`` into the new basis.
         degrees: For ``rotate``, which entries are means (1) and which are squares (2).
         initial: Gives the entries a base has before its first step; most have none.
+        quantizer: How the entries are held, where not as they are.
     """
 
     state: dict[str, Any]
     carry: Carry
     degrees: Mapping[str, int]
     initial: Callable[[], Mapping[str, Any]]
+    quantizer: Quantizer | None = None
 
     def rotated(self, old: LinearMap, new: LinearMap, name: str, shape: torch.Size) -> dict[str, Tensor]:
         """The moments in the coordinates of another map, where they are to be rotated.
@@ -47,10 +50,21 @@ class Moments(NamedTuple):
         carried: dict[str, Tensor] = {}
         if self.carry != "rotate":
             return carried
-        for key, value in self.state.items():
+        entries = self.state if self.quantizer is None else self.quantizer.decode(self.state)
+        for key, value in entries.items():
             if not isinstance(value, Tensor) or (key not in self.degrees and value.numel() == 1):  # a step counter
                 continue
             if key not in self.degrees or value.shape != shape:
                 raise DualityError(f"carry='rotate' cannot rotate the state '{key}' of {name}; use keep or reset")
             carried[key] = new.transport(old, value) if self.degrees[key] == 1 else new.transport_squares(old, value)
         return carried
+
+    def replace(self, carried: Mapping[str, Tensor]) -> None:
+        """Take over what `rotated` gave.
+
+        Args:
+            carried: Key -> moment.
+        """
+        held = carried if self.quantizer is None else self.quantizer.encode(carried)
+        for key, value in held.items():
+            self.state[key].copy_(value)

@@ -45,11 +45,12 @@ def check_reads_only_gradients(base: Base) -> None:
         )
 
 
-def check_keeps_nothing_for_all(base: Base) -> None:
-    """Make sure that a base may step its parameters one by one, each by an optimizer of its own.
+def check_keeps_nothing_for_all(base: Base, option: str = "layerwise=True") -> None:
+    """Make sure that a base may step its parameters in parts.
 
     Args:
         base: The base to try.
+        option: What asks for it, for the message.
 
     Raises:
         SpecError: A step changes its param group: a counter or a step size for all parameters at once.
@@ -57,14 +58,14 @@ def check_keeps_nothing_for_all(base: Base) -> None:
     param = nn.Parameter(torch.zeros(TRIAL_SHAPE, device="cpu"))
     optimizer = base.build([param])
     param.grad = _draw(seed=1)[0].to(param.dtype)
-    before = _group(optimizer)
+    before, name = _group(optimizer), option.partition("=")[0]
     optimizer.step()
     for key, value in _group(optimizer).items():
         if not _equal(value, before.get(key)):
             raise SpecError(
-                f"layerwise=True steps each parameter by itself, and base '{base.name}' keeps '{key}' for all of them "
-                "together; leave layerwise out, or choose another base",
-                option="layerwise",
+                f"{option} steps parameters by themselves, and base '{base.name}' keeps '{key}' for all of them "
+                f"together; leave {name} out, or choose another base",
+                option=name,
             )
 
 
@@ -92,6 +93,7 @@ def moment_degrees(base: Base) -> dict[str, int]:
     Raises:
         DualityError: A state tensor is neither, so that it cannot be rotated into another basis.
     """
+    base = base.plain
     start = [torch.zeros(TRIAL_SHAPE, device="cpu")]
     once, twice = (_trial(base, start, factor)[1] for factor in (1.0, 2.0))
     degrees = {}

@@ -26,6 +26,8 @@ def wrap(
     layerwise: bool = False,
     stagger: bool = False,
     share: Share | None = None,
+    ledger: bool = False,
+    self_contained: bool = False,
     **base_kwargs: Any,
 ) -> SubspaceOptimizer:
     """Train in subspaces as an optimizer: W <- W + S opt(S^T G) (GaLore's form).
@@ -51,6 +53,11 @@ def wrap(
             Until its first turn a weight is trained in a random basis.
         share: ``input`` gives linear layers that read the same input (q, k, v; gate, up; see `lingrad.sharing`) one right
             basis, chosen for all their gradients together, and one saved x @ Q.
+        ledger: Keep, in the memory of the host, the basis (or its seed) and the coordinates of everything that is merged, so
+            that the whole run is known as a low-rank change of the weights it started from; see ``opt.changes()``.
+        self_contained: Have ``opt.state_dict()`` hold, in adapter mode, coordinates and the weights they belong to, and
+            ``model.state_dict()`` be that of the plain model, W + S z: the checkpoints of programs that know nothing of
+            adapters are then complete models and resume bit for bit. Load the model first, then the optimizer.
         **base_kwargs: Options of the base, such as ``lr``, ``betas``, ``momentum``.
 
     Returns:
@@ -76,6 +83,8 @@ def wrap(
         layerwise=layerwise,
         stagger=stagger,
         share=share,
+        ledger=ledger,
+        self_contained=self_contained,
         **base_kwargs,
     )
 
@@ -93,6 +102,8 @@ def adapt(
     layerwise: bool = False,
     stagger: bool = False,
     share: Share | None = None,
+    ledger: bool = False,
+    self_contained: bool = False,
     merge_every: int | None = None,
     **base_kwargs: Any,
 ) -> SubspaceOptimizer:
@@ -112,6 +123,8 @@ def adapt(
         layerwise: See `wrap`.
         stagger: See `wrap`.
         share: See `wrap`.
+        ledger: See `wrap`.
+        self_contained: See `wrap`.
         merge_every: Merge coordinates into the weights every so many steps, beside each refresh; None leaves it at those. With
             1 it is optimizer mode's schedule on adapter mode's forward. The trajectory is the same.
         **base_kwargs: See `wrap`.
@@ -132,6 +145,8 @@ def adapt(
         layerwise=layerwise,
         stagger=stagger,
         share=share,
+        ledger=ledger,
+        self_contained=self_contained,
         merge_every=merge_every,
         **base_kwargs,
     )

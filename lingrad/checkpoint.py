@@ -1,14 +1,16 @@
 """A run's state in the layout of ``torch.optim.Optimizer.state_dict``: flat keys, tensors and plain values only.
 
 Beside the base optimizer's own entries, the state of each coordinates' index holds ``subspace.*``: the step, the number of
-refreshes and the transform's state. Each param group says what the run is: format, mode, base, carry, seed, compat, specs and
-parameter names; all of it must be equal to load. Coordinates themselves are model weights: zero, and nowhere, in optimizer
-mode; in the model's ``state_dict`` in adapter mode.
+refreshes, the transform's state, and what the ledger holds. Each param group says what the run is: format, mode, base, carry,
+seed, compat, specs and parameter names; all of it must be equal to load. Coordinates themselves are model weights: zero, and
+nowhere, in optimizer mode; in the model's ``state_dict`` in adapter mode, or, with ``self_contained``, here, beside the weights
+they belong to.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -17,9 +19,10 @@ from torch import Tensor
 from lingrad import state as trees
 from lingrad.bases import Base
 from lingrad.errors import CheckpointError
+from lingrad.ledger import Ledger
 from lingrad.subspace import Subspace
 
-FORMAT = 2
+FORMAT = 3
 PREFIX = "subspace."
 
 
@@ -31,30 +34,46 @@ class Loaded(NamedTuple):
         step: Steps finished; None for a parameter without a subspace.
         state: The transform's state.
         refreshes: Refreshes committed.
+        merged: Whether anything was merged.
+        ledger: The ledger, where the run has one.
+        stored: Coordinates and the tensors of the weight, where the state holds them; not copied.
     """
 
     moments: dict[str, Any]
     step: int | None = None
     state: Any = None
     refreshes: int = 0
+    merged: bool = False
+    ledger: Ledger | None = None
+    stored: Mapping[str, Tensor] = MappingProxyType({})
 
 
-def pack(sub: Subspace, step: int) -> dict[str, Any]:
+def pack(sub: Subspace, step: int, stored: Mapping[str, Tensor] = MappingProxyType({})) -> dict[str, Any]:
     """The flat entries of one subspace.
 
     Args:
         sub: The subspace.
         step: Steps finished.
+        stored: Tensors of the model that belong to the state.
 
     Returns:
-        ``subspace.step``, ``.refreshes``, the weight's ``.m`` and ``.n``, and ``subspace.state.*``.
+        ``subspace.step``, ``.refreshes``, ``.merged``, the weight's ``.m`` and ``.n``, ``subspace.state.*``, ``.ledger.*`` and
+        ``.stored.*``.
     """
     m, n = sub.layout.shape
-    numbers = {"step": step, "refreshes": sub.refreshes, "m": m, "n": n}
-    return {**{f"{PREFIX}{key}": value for key, value in numbers.items()}, **trees.flatten(sub.state, f"{PREFIX}state")}
+    numbers = {"step": step, "refreshes": sub.refreshes, "merged": sub.merged, "m": m, "n": n}
+    tree = {**numbers, "state": sub.state, "stored": stored, "ledger": sub.ledger.pack() if sub.ledger is not None else None}
+    return trees.flatten(tree, PREFIX.rstrip("."))
 
 
-def unpack(entries: Mapping[str, Any], param: Tensor, name: str, sub: Subspace | None, base: Base) -> Loaded:
+def unpack(
+    entries: Mapping[str, Any],
+    param: Tensor,
+    name: str,
+    sub: Subspace | None,
+    base: Base,
+    stored: Mapping[str, Tensor] = MappingProxyType({}),
+) -> Loaded:
     """Read one index of a checkpoint, changing nothing.
 
     Args:
@@ -63,6 +82,7 @@ def unpack(entries: Mapping[str, Any], param: Tensor, name: str, sub: Subspace |
         name: Its name.
         sub: Its subspace, if it has one.
         base: The base that steps it.
+        stored: Tensors of the model that belong to the state.
 
     Returns:
         Copies in the dtypes they were saved in, where the base keeps them: step counters may be on the CPU.
@@ -73,12 +93,20 @@ def unpack(entries: Mapping[str, Any], param: Tensor, name: str, sub: Subspace |
     loaded = Loaded({})
     if sub is not None:
         own = pack(sub, 0)
-        step, refreshes, *shape = (
-            trees.checked(own[f"{PREFIX}{key}"], entries, f"{PREFIX}{key}", name) for key in ("step", "refreshes", "m", "n")
+        step, refreshes, merged, *shape = (
+            trees.checked(own[f"{PREFIX}{key}"], entries, f"{PREFIX}{key}", name)
+            for key in ("step", "refreshes", "merged", "m", "n")
         )
         if tuple(shape) != sub.layout.shape:
             raise CheckpointError(f"{name} is {tuple(shape)} in the checkpoint, and {sub.layout.shape} in this run")
-        loaded = Loaded({}, step, trees.restore(sub.state, entries, f"{PREFIX}state", name), refreshes)
+        ledger = None
+        if sub.ledger is not None:
+            prefix = f"{PREFIX}ledger."
+            flat = {key.removeprefix(prefix): value for key, value in entries.items() if key.startswith(prefix)}
+            ledger = sub.ledger.unpack(flat, (sub.leader or sub).state, param, name)
+        found = {key: trees.checked(like, entries, f"{PREFIX}stored.{key}", name) for key, like in stored.items()}
+        state = trees.restore(sub.state, entries, f"{PREFIX}state", name)
+        loaded = Loaded({}, step, state, refreshes, merged, ledger, found)
     moments = {key: value for key, value in entries.items() if not key.startswith(PREFIX)}
     fresh = base.memory(param) if moments else {}  # none where the parameter has had no gradient yet
     for key, like in fresh.items():

@@ -21,11 +21,12 @@ from lingrad.compat import Compat, arithmetic, as_published
 from lingrad.errors import ModeError, require, require_one_of
 from lingrad.groups import Pairs, Trainable, check_not_negative, make_groups, resolve_groups
 from lingrad.layerwise import Layerwise
+from lingrad.ledger import Change, Ledger, total
 from lingrad.moments import Carry
 from lingrad.rules import Rules
 from lingrad.sharing import Place, Share, places, require_shared
 from lingrad.stepping import SteppingOptimizer
-from lingrad.subspace import Subspace, hold, lifted, merge
+from lingrad.subspace import Subspace, hold, merge
 
 
 class SubspaceOptimizer(SteppingOptimizer):
@@ -54,6 +55,8 @@ class SubspaceOptimizer(SteppingOptimizer):
         layerwise: bool = False,
         stagger: bool = False,
         share: Share | None = None,
+        ledger: bool = False,
+        self_contained: bool = False,
         merge_every: int | None = None,
         **base_kwargs: Any,
     ) -> None:
@@ -61,7 +64,8 @@ class SubspaceOptimizer(SteppingOptimizer):
         require_one_of(carry, get_args(Carry), "carry")
         for option, value in (("weight_decay", weight_decay), ("scale", scale)):
             check_not_negative(option, value)
-        for option, value in (("layerwise", layerwise), ("stagger", stagger)):
+        flags = {"layerwise": layerwise, "stagger": stagger, "ledger": ledger, "self_contained": self_contained}
+        for option, value in flags.items():
             require(type(value) is bool, option, f"{option} must be True or False, not {value!r}")
         require(type(seed) is int, "seed", f"seed must be a whole number, not {seed!r}")
         _check_sharing(share, layerwise)
@@ -73,6 +77,7 @@ class SubspaceOptimizer(SteppingOptimizer):
         self._arithmetic = arithmetic(compat, self._base.name)
         self._merge_every = merge_every
         self._seed, self._compat, self._stagger, self._share = seed, compat, stagger, share
+        self._ledger, self._self_contained = ledger, self_contained
         self._step = 0
         self._places: dict[int, tuple[torch.dtype, torch.device]] = {}
         self._stock: list[tuple[Optimizer, Pairs]] = []
@@ -100,7 +105,7 @@ class SubspaceOptimizer(SteppingOptimizer):
             subs: dict[str, Subspace] = {}
             for place in placed[i]:
                 subs[place.target.name] = self._subspace(place, subs.get(place.group[0].name))
-            made = [make_attachment(target, subs[target.name]) for target in plan.targets]
+            made = [make_attachment(target, subs[target.name], plain=self_contained) for target in plan.targets]
             self.attachments += made
             groups += make_groups(
                 plan,
@@ -114,6 +119,8 @@ class SubspaceOptimizer(SteppingOptimizer):
         for option, unusual in (("scale", scale != 1.0), ("carry", carry != "keep"), ("compat", compat is not None)):
             idle = unusual and not self.attachments
             require(not idle, option, f"'{option}' has no effect where nothing is transformed; leave it out")
+        for sub in self.subspaces if ledger else ():
+            sub.ledger = Ledger(sub.transform)
         leads = [attachment.sub for attachment in self.attachments if attachment.sub.leader is None]
         for i, lead in enumerate(leads if stagger else ()):
             for sub in lead.members:
@@ -163,7 +170,25 @@ class SubspaceOptimizer(SteppingOptimizer):
         for group in self.param_groups:
             for name, param in zip(group["param_names"], group["params"], strict=True):
                 attachment = self._by_coords.get(id(param))
-                found[name] = param if attachment is None else lifted(attachment.sub, attachment.weight)
+                found[name] = param if attachment is None else attachment.lifted()
+        return found
+
+    @torch.no_grad()
+    def changes(self) -> dict[str, Change]:
+        """What the run has made of every transformed weight, as thin factors; what trains in full is not among them.
+
+        Returns:
+            Parameter name -> change, of rank r for each basis that was used; on the CPU, exact to rounding.
+
+        Raises:
+            ModeError: Something was merged or decayed, and the run was made without ``ledger=True``.
+        """
+        found: dict[str, Change] = {}
+        for group in self.param_groups:
+            for name, param in zip(group["param_names"], group["params"], strict=True):
+                attachment = self._by_coords.get(id(param))
+                if attachment is not None:
+                    found[name] = _change(attachment.sub, decayed=bool(group["weight_decay"]))
         return found
 
     def captured_energy(self) -> dict[str, float]:
@@ -304,6 +329,18 @@ class SubspaceOptimizer(SteppingOptimizer):
         if self._model is not None:
             ours = [p for a in attachments if a.averages for p in (a.weight, a.sub.coords)]
             parallel.exempt(self._model, ours)
+
+
+def _change(sub: Subspace, *, decayed: bool) -> Change:
+    if sub.ledger is None and (sub.merged or decayed):
+        raise ModeError(
+            f"{sub.name} {'was merged into' if sub.merged else 'decays'}, and what was merged was not kept: make the run with "
+            "ledger=True to know its change as factors, or compare its weights with those it started from (lingrad convert)"
+        )
+    open_ = sub.coords if sub.ledger is None else sub.ledger.open(sub.coords)
+    last = sub.map().factors(open_.detach()) if open_.any() else None
+    parts, kept = ([], 1.0) if sub.ledger is None else (sub.ledger.closed(), sub.ledger.kept)
+    return Change(sub.name, sub.layout, total(parts, last), kept)
 
 
 def _check_sharing(share: Any, layerwise: bool) -> None:

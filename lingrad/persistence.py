@@ -39,6 +39,8 @@ class StatefulOptimizer(Optimizer):
     _compat: Compat | None
     _stagger: bool
     _share: str | None
+    _ledger: bool
+    _self_contained: bool
     _step: int  # steps finished
     _base_state: defaultdict[Tensor, dict[str, Any]]  # what the stock optimizers keep; they share this mapping
     _by_coords: dict[int, Attachment]
@@ -71,7 +73,7 @@ class StatefulOptimizer(Optimizer):
         merged = defaultdict(dict, {param: dict(entries) for param, entries in self._base_state.items()})
         if self._step or self._base_state:
             for attachment in self.attachments:
-                merged[attachment.sub.coords].update(checkpoint.pack(attachment.sub, self._step))
+                merged[attachment.sub.coords].update(checkpoint.pack(attachment.sub, self._step, self._stored(attachment)))
         return merged
 
     @state.setter
@@ -89,7 +91,8 @@ class StatefulOptimizer(Optimizer):
         packed: dict[str, Any] = super().state_dict()
         for index, param in enumerate(self._params()):
             if id(param) in self._by_coords:
-                own = checkpoint.pack(self._by_coords[id(param)].sub, self._step)
+                attachment = self._by_coords[id(param)]
+                own = checkpoint.pack(attachment.sub, self._step, self._stored(attachment))
                 packed["state"].setdefault(index, {}).update(own)
         return packed
 
@@ -114,13 +117,18 @@ class StatefulOptimizer(Optimizer):
             entries = state_dict["state"].get(index, {})
             sub = None if attachment is None else attachment.sub
             base = self._base if sub is not None else self._base.rest or self._base
-            loaded.append((param, sub, checkpoint.unpack(entries, param, name, sub, base)))
-        for param, sub, found in loaded:
+            stored = {} if attachment is None else self._stored(attachment)
+            loaded.append((param, sub, stored, checkpoint.unpack(entries, param, name, sub, base, stored)))
+        for param, sub, stored, found in loaded:
             self._base_state.pop(param, None)
             if found.moments:
                 self._base_state[param] = found.moments
             if sub is not None and found.step is not None:
                 sub.replace_state(found.state, found.refreshes)  # of one that is led there is none
+                sub.merged, sub.ledger = found.merged, found.ledger
+                for key, tensor in found.stored.items():
+                    if tensor.data_ptr() != stored[key].data_ptr():  # as in accelerate's load_state_dict(state_dict())
+                        stored[key].copy_(tensor)
                 sub.coords.grad = None  # of weights and a basis that are gone
                 self._step = found.step
         self._places = {id(param): (param.dtype, param.device) for param in self._params()}
@@ -151,7 +159,15 @@ class StatefulOptimizer(Optimizer):
             "compat": self._compat,
             "stagger": self._stagger,
             "share": self._share,
+            "ledger": self._ledger,
+            "self_contained": self._self_contained,
         }
+
+    def _stored(self, attachment: Attachment) -> dict[str, Tensor]:
+        """What of the model the state holds too: in adapter mode, where it is to be complete, coordinates and weights."""
+        if not self._self_contained or self.mode != "adapter":
+            return {}
+        return {"coords": attachment.sub.coords.detach(), **attachment.stored()}
 
     def _params(self) -> list[Tensor]:
         return [param for group in self.param_groups for param in group["params"]]

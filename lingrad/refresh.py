@@ -143,11 +143,12 @@ def commit(sub: Subspace, weight: Tensor, moments: Moments) -> None:
         return
     carried = moments.rotated(sub.map(), sub.proposal.map, sub.name, sub.coords.shape)
     merge(sub, weight)
+    if sub.ledger is not None:
+        sub.ledger.close((sub.leader or sub).state, sub.map().factors)
     if moments.carry == "reset":
         moments.state.clear()
         moments.state.update(moments.initial())
-    for key, value in carried.items():
-        moments.state[key].copy_(value)
+    moments.replace(carried)
     state, chosen = sub.proposal
     sub.replace_state(state if sub.leader is None else None, sub.refreshes + 1, chosen)
     sub.proposal, sub.due = None, False

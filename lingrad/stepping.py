@@ -20,6 +20,7 @@ from lingrad.compat import Arithmetic
 from lingrad.errors import SpecError
 from lingrad.groups import Pairs, build_stock, pull, push
 from lingrad.layerwise import Layerwise
+from lingrad.ledger import Ledger
 from lingrad.moments import Moments
 from lingrad.persistence import StatefulOptimizer
 from lingrad.refresh import choose, commit, redraw, renew
@@ -150,7 +151,7 @@ class SteppingOptimizer(StatefulOptimizer):
         def initial() -> dict[str, Any]:
             return dict(self._base.build([sub.coords]).state.get(sub.coords, {}))
 
-        return Moments(self._base_state.get(sub.coords, {}), self._carry, self._degrees, initial)
+        return Moments(self._base_state.get(sub.coords, {}), self._carry, self._degrees, initial, self._base.quantizer)
 
     def _change(self, attachments: Iterable[Attachment]) -> None:
         """Move over to the bases that read this step's gradient; make sure that the other gradients are of the bases in use."""
@@ -203,15 +204,20 @@ class SteppingOptimizer(StatefulOptimizer):
 
     def _decay(self, served: list[tuple[dict[str, Any], Tensor]], *, undo: bool = False) -> None:
         """Multiply weights and coordinates that have a gradient by 1 - lr * weight_decay, each param group in one call."""
-        tensors: dict[int, tuple[dict[str, Any], list[Tensor]]] = {}
+        tensors: dict[int, tuple[dict[str, Any], list[Tensor], list[Ledger]]] = {}
         for group, param in served:
             if group["weight_decay"] == 0 or param.grad is None:
                 continue
             attachment = self._by_coords.get(id(param))
             found = [param] if attachment is None else decaying(attachment.sub, attachment.weight)
-            tensors.setdefault(id(group), (group, []))[1].extend(found)
-        for group, decayed in tensors.values():
+            entry = tensors.setdefault(id(group), (group, [], []))
+            entry[1].extend(found)
+            if attachment is not None and attachment.sub.ledger is not None:
+                entry[2].append(attachment.sub.ledger)
+        for group, decayed, ledgers in tensors.values():
             factor = 1.0 - group["lr"] * group["weight_decay"]
             if undo:
                 factor = 1.0 / factor if factor else 1.0
             torch._foreach_mul_(decayed, factor)
+            for ledger in ledgers:
+                ledger.decay(float(factor))

@@ -22,6 +22,7 @@ from lingrad.captured import Captured
 from lingrad.errors import ModeError
 from lingrad.gradient import wide
 from lingrad.layout import Layout
+from lingrad.ledger import Ledger
 from lingrad.maps import LinearMap
 from lingrad.transforms.base import Transform, When
 from lingrad.transforms.factorize import derive_seed
@@ -53,6 +54,8 @@ class Subspace:
         proposal: A refresh chosen and not yet committed; ``coords.grad`` is its projection.
         arrived: Called when ``coords.grad`` holds the gradient of one more backward.
         energy: |S S^T G| / |G| of the last refresh; None where it was not measured.
+        merged: Whether coordinates that were not zero have been merged.
+        ledger: What was merged, where the run keeps that.
         leader: The subspace whose right basis this one shares.
         members: Those that share this one's basis, itself first; their weights are stacked to one of shape ``when.shape``.
     """
@@ -71,6 +74,8 @@ class Subspace:
     proposal: Proposal | None = None
     arrived: Callable[[], None] | None = None
     energy: float | None = None
+    merged: bool = False
+    ledger: Ledger | None = None
     leader: Subspace | None = None
     memo: Any = None  # of the input that members share in the forward that is running
     members: list[Subspace] = field(init=False)
@@ -259,6 +264,9 @@ def merge(sub: Subspace, weight: Tensor, *, release: bool = False) -> None:
     """
     if sub.released:
         return
+    sub.merged = sub.merged or bool(sub.coords.any())
+    if sub.ledger is not None:
+        sub.ledger.merged(sub.coords)
     matrix = sub.layout.matrix(weight)
     if matrix.untyped_storage()._cdata == weight.untyped_storage()._cdata:
         sub.map().add_lift_(matrix, sub.coords)

@@ -76,6 +76,7 @@ def test_the_state_is_flat_and_plain():
     assert {k for k in coords if k.startswith("subspace.")} == {
         "subspace.step",
         "subspace.refreshes",
+        "subspace.merged",
         "subspace.m",
         "subspace.n",
         "subspace.state.left.left",

@@ -11,16 +11,17 @@ from lingrad.rules import Target
 from lingrad.subspace import Subspace
 
 
-def make_attachment(target: Target, sub: Subspace) -> Attachment:
+def make_attachment(target: Target, sub: Subspace, *, plain: bool = False) -> Attachment:
     """The connection a target takes.
 
     Args:
         target: The weight, its owners and its road.
         sub: Its subspace.
+        plain: Whether the model's state_dict is to be that of the plain model in adapter mode too.
 
     Returns:
         The attachment, not attached yet.
     """
     if target.road == "projected":
-        return LinearAttachment(sub, *target.owners[0])
-    return WeightAttachment(sub, target.param, target.owners)
+        return LinearAttachment(sub, *target.owners[0], plain=plain)
+    return WeightAttachment(sub, target.param, target.owners, plain=plain)

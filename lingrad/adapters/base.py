@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from functools import wraps
+from functools import partial, wraps
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -14,7 +15,7 @@ from torch.autograd.function import once_differentiable
 from lingrad._typing import override
 from lingrad.errors import ModeError
 from lingrad.gradient import wide
-from lingrad.subspace import Subspace
+from lingrad.subspace import Subspace, lifted
 
 Mode = Literal["optimizer", "adapter"]
 
@@ -27,12 +28,16 @@ class Attachment(ABC):
 
     Args:
         sub: The subspace.
+        plain: Whether the model's state_dict is that of the plain model, W + S z, in adapter mode too.
     """
 
     averages: ClassVar[bool] = False  # whether coords.grad is averaged over ranks here, not by DistributedDataParallel
 
-    def __init__(self, sub: Subspace) -> None:
+    def __init__(self, sub: Subspace, *, plain: bool = False) -> None:
         self.sub = sub
+        self.plain = plain
+        self._hooks: list[Any] = []
+        self._last: tuple[weakref.ref[Tensor], object] | None = None  # what state_dict gave, for tied weights
 
     @property
     @abstractmethod
@@ -51,12 +56,50 @@ class Attachment(ABC):
             mode: ``optimizer`` or ``adapter``. Raises `ModeError`, with nothing changed, where it cannot be had.
         """
         self._connect(mode)
+        if self.plain and mode == "adapter":
+            for module, attribute, key in self._places():
+                save, load = (partial(hook, attribute=attribute, key=key) for hook in (self._save, self._load))
+                self._hooks.append(module.register_state_dict_post_hook(save))
+                self._hooks.append(module.register_load_state_dict_pre_hook(load))
         setattr(self.weight, _MARK, id(self.weight))  # a saved copy keeps it, and is another object
 
     def detach(self) -> None:
         """Disconnect and leave the model's structure as it was found; weights and coordinates are not touched."""
         delattr(self.weight, _MARK)
+        while self._hooks:
+            self._hooks.pop().remove()
         self._disconnect()
+
+    def stored(self) -> dict[str, Tensor]:
+        """The tensors that hold the weight, by name, for a state that is to hold them too."""
+        return {"weight": self.weight.detach()}
+
+    def lifted(self) -> Tensor:
+        """The weight of the forward, W + S z, in the weight's shape; the weight itself where the coordinates are zero."""
+        return lifted(self.sub, self.weight)
+
+    @abstractmethod
+    def _places(self) -> list[tuple[nn.Module, str, str]]:
+        """In adapter mode, the modules that hold the weight, its name there, and its key in their state_dict."""
+
+    def _save(self, module: nn.Module, state: dict[str, Any], prefix: str, _: Any, *, attribute: str, key: str) -> None:
+        """Put W + S z in the place of W, in a state_dict that was made."""
+        weight = state[f"{prefix}{key}"] if key == attribute else state.pop(f"{prefix}{key}")
+        version = (weight.data_ptr(), weight._version, self.sub.coords._version, self.sub.refreshes)
+        known = None if self._last is None or self._last[1] != version else self._last[0]()
+        if known is None:
+            with torch.no_grad():
+                known = self.lifted().detach()
+            if known.data_ptr() != weight.data_ptr():
+                known = known.cpu()  # all layers at once may be more than a device has left
+            self._last = weakref.ref(known), version
+        state[f"{prefix}{attribute}"] = known
+
+    def _load(self, module: nn.Module, state: dict[str, Any], prefix: str, *_: Any, attribute: str, key: str) -> None:
+        """Take the weight of a plain model, whole."""
+        if f"{prefix}{attribute}" in state:
+            state[f"{prefix}{key}"] = state.pop(f"{prefix}{attribute}")
+            self.sub.coords.data.zero_()
 
     @abstractmethod
     def _connect(self, mode: Mode) -> None: ...
@@ -123,8 +166,8 @@ class Coords(nn.Module):
                 )
         elif f"{prefix}coords" in state_dict:
             error_msgs.append(
-                f"{prefix}coords was saved in adapter mode, but this model is in optimizer mode; "
-                "call opt.switch('adapter') before loading it"
+                f"{prefix}coords was saved in adapter mode, but the state of this model holds no coordinates: it is in "
+                "optimizer mode, where opt.switch('adapter') helps, or was made with self_contained=True"
             )
 
 

@@ -37,10 +37,11 @@ class LinearAttachment(Attachment):
         sub: The subspace of the layer's weight.
         module: The layer; its ``forward`` maps x [..., n] to x W^T + b [..., m] and uses the weight in no other way.
         attribute: The weight's name in the layer.
+        plain: See `Attachment`.
     """
 
-    def __init__(self, sub: Subspace, module: nn.Module, attribute: str) -> None:
-        super().__init__(sub)
+    def __init__(self, sub: Subspace, module: nn.Module, attribute: str, *, plain: bool = False) -> None:
+        super().__init__(sub, plain=plain)
         self.module = module
         self.attribute = attribute
         self.holder = Coords(sub, active=False)
@@ -56,7 +57,7 @@ class LinearAttachment(Attachment):
 
     @override
     def _connect(self, mode: Mode) -> None:
-        self.holder.active = mode == "adapter"
+        self.holder.active = mode == "adapter" and not self.plain
         self.sub.coords.requires_grad_(self.weight.requires_grad)
         self.module.add_module(CHILD, self.holder)
         there = vars(self.module).get("forward")
@@ -65,6 +66,10 @@ class LinearAttachment(Attachment):
             vars(self.module)["forward"] = self._forward
         self.mode = mode
         self.weight.requires_grad_(False)
+
+    @override
+    def _places(self) -> list[tuple[nn.Module, str, str]]:
+        return [(self.module, self.attribute, self.attribute)]
 
     @override
     def _disconnect(self) -> None:

@@ -35,12 +35,15 @@ class WeightAttachment(Attachment):
         weight: The parameter.
         owners: Every (module, attribute) that holds the parameter; several for tied weights, none where only the
             parameter is known, which leaves optimizer mode.
+        plain: See `Attachment`.
     """
 
     averages = True
 
-    def __init__(self, sub: Subspace, weight: nn.Parameter, owners: Sequence[tuple[nn.Module, str]] = ()) -> None:
-        super().__init__(sub)
+    def __init__(
+        self, sub: Subspace, weight: nn.Parameter, owners: Sequence[tuple[nn.Module, str]] = (), *, plain: bool = False
+    ) -> None:
+        super().__init__(sub, plain=plain)
         self._weight = weight
         self.owners = list(owners)
         self.handle: Any = None
@@ -85,8 +88,12 @@ class WeightAttachment(Attachment):
         self.weight.requires_grad_(False)
         self.orders = [list(module._parameters) for module, _ in self.owners]
         for module, attribute in self.owners:
-            parametrize.register_parametrization(module, attribute, _Lifted(self.sub), unsafe=True)
+            parametrize.register_parametrization(module, attribute, _Lifted(self.sub, active=not self.plain), unsafe=True)
         self.parametrized = True
+
+    @override
+    def _places(self) -> list[tuple[nn.Module, str, str]]:
+        return [(module, name, f"parametrizations.{name}.original") for module, name in self.owners]
 
     @override
     def _disconnect(self) -> None:
@@ -117,9 +124,6 @@ def _dense(grad: Tensor) -> Tensor:
 
 class _Lifted(Coords):
     """The parametrization W -> W + S z."""
-
-    def __init__(self, sub: Subspace) -> None:
-        super().__init__(sub, active=True)
 
     @override
     def forward(self, weight: Tensor) -> Tensor:

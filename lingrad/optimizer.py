@@ -21,15 +21,15 @@ from lingrad.compat import Compat, arithmetic, as_published
 from lingrad.errors import ModeError, require, require_one_of
 from lingrad.groups import Pairs, Trainable, check_not_negative, make_groups, resolve_groups
 from lingrad.layerwise import Layerwise
-from lingrad.ledger import Change, Ledger, total
+from lingrad.ledger import Ledger
 from lingrad.moments import Carry
 from lingrad.rules import Rules
 from lingrad.sharing import Place, Share, places, require_shared
-from lingrad.stepping import SteppingOptimizer
 from lingrad.subspace import Subspace, hold, merge
+from lingrad.telling import TellingOptimizer
 
 
-class SubspaceOptimizer(SteppingOptimizer):
+class SubspaceOptimizer(TellingOptimizer):
     """A ``torch.optim.Optimizer`` whose parameters are coordinates, and the untransformed parameters of the model.
 
     Made by `lingrad.wrap` and `lingrad.adapt`, whose arguments it takes. ``param_groups`` are ``coords``, ``matrices`` and
@@ -159,48 +159,6 @@ class SubspaceOptimizer(SteppingOptimizer):
         params = [p for group in self.param_groups for p in group["params"]]
         return torch.nn.utils.clip_grad_norm_(params, max_norm, norm_type)
 
-    @torch.no_grad()
-    def weights(self) -> dict[str, Tensor]:
-        """The weights of the forward, by parameter name: W + S z where there is a subspace, the parameter itself elsewhere.
-
-        Returns:
-            Name -> tensor in the parameter's shape; in adapter mode a new one, otherwise not a copy.
-        """
-        found: dict[str, Tensor] = {}
-        for group in self.param_groups:
-            for name, param in zip(group["param_names"], group["params"], strict=True):
-                attachment = self._by_coords.get(id(param))
-                found[name] = param if attachment is None else attachment.lifted()
-        return found
-
-    @torch.no_grad()
-    def changes(self) -> dict[str, Change]:
-        """What the run has made of every transformed weight, as thin factors; what trains in full is not among them.
-
-        Returns:
-            Parameter name -> change, of rank r for each basis that was used; on the CPU, exact to rounding.
-
-        Raises:
-            ModeError: Something was merged or decayed, and the run was made without ``ledger=True``.
-        """
-        found: dict[str, Change] = {}
-        for group in self.param_groups:
-            for name, param in zip(group["param_names"], group["params"], strict=True):
-                attachment = self._by_coords.get(id(param))
-                if attachment is not None:
-                    found[name] = _change(attachment.sub, decayed=bool(group["weight_decay"]))
-        return found
-
-    def captured_energy(self) -> dict[str, float]:
-        """How much of its gradient each weight's basis captured at its last refresh, |S S^T G| / |G|.
-
-        Returns:
-            Parameter name -> the share; of a refresh from a sketch an estimate. Weights whose basis reads nothing of the
-            gradient, or was not refreshed in this process yet, are left out.
-        """
-        found = ((sub.name, (sub.leader or sub).energy) for sub in self.subspaces)
-        return {name: energy for name, energy in found if energy is not None}
-
     def switch(self, mode: Mode) -> None:
         """Go on in the other mode from here; the trajectory does not notice.
 
@@ -329,18 +287,6 @@ class SubspaceOptimizer(SteppingOptimizer):
         if self._model is not None:
             ours = [p for a in attachments if a.averages for p in (a.weight, a.sub.coords)]
             parallel.exempt(self._model, ours)
-
-
-def _change(sub: Subspace, *, decayed: bool) -> Change:
-    if sub.ledger is None and (sub.merged or decayed):
-        raise ModeError(
-            f"{sub.name} {'was merged into' if sub.merged else 'decays'}, and what was merged was not kept: make the run with "
-            "ledger=True to know its change as factors, or compare its weights with those it started from (lingrad convert)"
-        )
-    open_ = sub.coords if sub.ledger is None else sub.ledger.open(sub.coords)
-    last = sub.map().factors(open_.detach()) if open_.any() else None
-    parts, kept = ([], 1.0) if sub.ledger is None else (sub.ledger.closed(), sub.ledger.kept)
-    return Change(sub.name, sub.layout, total(parts, last), kept)
 
 
 def _check_sharing(share: Any, layerwise: bool) -> None:

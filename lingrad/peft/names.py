@@ -1,0 +1,149 @@
+"""How PEFT matches the names in a config with those in a model, and lists of names that match what is meant and nothing else.
+
+Its three rules differ (`peft.tuners.tuners_utils`, `peft.utils.other`): a target is a module whose name equals an entry or ends
+with a dot and an entry, a saved module one whose name ends with an entry, dot or not, and what lies in a module of a saved
+name is no target.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable
+from typing import Any
+
+from lingrad.errors import ExportError
+
+
+def targeted(name: str, entry: str) -> bool:
+    """Whether an entry of ``target_modules`` or ``target_parameters`` means a name."""
+    return name == entry or name.endswith(f".{entry}")
+
+
+def saved(name: str, entry: str) -> bool:
+    """Whether an entry of ``modules_to_save`` means a module."""
+    return name.endswith(entry)
+
+
+def excluded(name: str, entry: str) -> bool:
+    """Whether an entry of ``modules_to_save`` keeps a module from being a target."""
+    return re.match(rf"(^|.*\.){entry}($|\..*)", name) is not None
+
+
+def patterned(name: str, pattern: str) -> bool:
+    """Whether a key of ``rank_pattern`` or ``alpha_pattern`` means a name."""
+    return re.match(rf"(.*\.)?({pattern})$", name) is not None
+
+
+def target_modules(chosen: Collection[str], every: Collection[str]) -> list[str] | str:
+    """What to write as ``target_modules``.
+
+    Args:
+        chosen: Names of the modules meant.
+        every: Names of all modules of the model.
+
+    Returns:
+        Last parts of names where all modules of such a name are meant, full names elsewhere; a regular expression where a
+        full name would match another module too.
+    """
+    entries = _entries(chosen, every)
+    if entries is not None:
+        return entries
+    return "|".join(re.escape(name) for name in sorted(chosen))
+
+
+def target_parameters(chosen: Collection[str], every: Collection[str]) -> list[str]:
+    """What to write as ``target_parameters``.
+
+    Args:
+        chosen: Names of the parameters meant.
+        every: Names of all parameters of the model.
+
+    Returns:
+        Names, as for `target_modules`.
+
+    Raises:
+        ExportError: A full name would match another parameter too.
+    """
+    entries = _entries(chosen, every)
+    if entries is None:
+        raise ExportError(
+            "PEFT's target_parameters cannot tell a parameter from another whose name ends with its name; "
+            f"the parameters are {', '.join(sorted(chosen))}"
+        )
+    return entries
+
+
+def modules_to_save(chosen: Collection[str], every: Collection[str], targets: Collection[str]) -> list[str]:
+    """What to write as ``modules_to_save``.
+
+    Args:
+        chosen: Names of the modules meant.
+        every: Names of all modules, one for each place of a module that has several.
+        targets: Names of modules with a low-rank change, which must not be excluded by it.
+
+    Returns:
+        Last parts of names where they mean nothing else, full names elsewhere.
+
+    Raises:
+        ExportError: PEFT would take other modules too, or keep a target from being one.
+    """
+
+    def others(entry: str) -> list[str]:
+        caught = [name for name in every if saved(name, entry) and name not in chosen]
+        return caught + [name for name in targets if excluded(name, entry)]
+
+    entries: set[str] = set()
+    for name in chosen:
+        last = name.rpartition(".")[2]
+        entry = name if others(last) else last
+        wrong = others(entry)
+        if wrong:
+            raise ExportError(
+                f"'{name}' must be saved whole, and PEFT, which matches the ends of names, would take '{wrong[0]}' for it; "
+                "rename one of the two modules"
+            )
+        entries.add(entry)
+    return sorted(entries)
+
+
+def rank_pattern(ranks: dict[str, int]) -> tuple[int, dict[str, int]]:
+    """A default rank and the exceptions from it.
+
+    Args:
+        ranks: Name -> rank; at least one.
+
+    Returns:
+        The most frequent rank, and name -> rank of the others. Names are regular expressions, the longest first: the first
+        that matches the end of a name wins.
+    """
+    found = list(ranks.values())
+    default = max(sorted(set(found)), key=found.count)
+    # a name with the default rank may end with the name of an exception, so it is written too
+    special = {name for name, rank in ranks.items() if rank != default}
+    special |= {name for name in ranks if any(patterned(name, other) for other in special)}
+    return default, {name: ranks[name] for name in sorted(special, key=lambda name: (-len(name), name))}
+
+
+def pattern_value(name: str, patterns: Iterable[tuple[str, Any]], default: Any) -> Any:
+    """What ``rank_pattern`` or ``alpha_pattern`` says of a name.
+
+    Args:
+        name: Of a module or parameter.
+        patterns: The pattern's items.
+        default: What holds where none matches.
+
+    Returns:
+        The rank or alpha.
+    """
+    return next((value for pattern, value in patterns if patterned(name, pattern)), default)
+
+
+def _entries(chosen: Collection[str], every: Collection[str]) -> list[str] | None:
+    entries: set[str] = set()
+    for name in chosen:
+        last = name.rpartition(".")[2]
+        entry = next((e for e in (last, name) if all(n in chosen for n in every if targeted(n, e))), None)
+        if entry is None:
+            return None
+        entries.add(entry)
+    return sorted(entries)

@@ -1,0 +1,256 @@
+"""An adapter's folder read without PEFT: every key must have its place in the model, and nothing is executed."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lingrad.errors import CheckpointError, DataError, ShapeError
+from lingrad.factors import Factors
+from lingrad.peft import names
+from lingrad.peft.format import CONFIG, FROZEN, WEIGHTS, Side
+from lingrad.peft.slots import PREFIX, Slot, slots
+from lingrad.tensorfile import TensorFile
+
+# Options of a LoRA that make it more than W + B A, or change W itself when PEFT loads it.
+_MORE = (
+    "use_dora",
+    "lora_bias",
+    "layer_replication",
+    "layers_to_transform",
+    "megatron_config",
+    "trainable_token_indices",
+    "alora_invocation_tokens",
+    "use_qalora",
+    "use_bdlora",
+    "monteclora_config",
+    "velora_config",
+    "kasa_config",
+    "arrow_config",
+)
+_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")  # of the others some take the start away from W
+
+
+@dataclass(frozen=True)
+class Pair:
+    """PEFT's factors of one parameter's change.
+
+    Args:
+        slot: Where they belong.
+        a: lora_A, as in the file.
+        b: lora_B, as in the file.
+        scaling: What PEFT multiplies B A by.
+        frozen: Which of the two is a basis that was not trained, where the file says so.
+    """
+
+    slot: Slot
+    a: Tensor
+    b: Tensor
+    scaling: float
+    frozen: Side | None = None
+
+    @property
+    def rank(self) -> int:
+        """The rank, of each expert where several are fused."""
+        return self.slot.rank(self.a)
+
+    @property
+    def factors(self) -> Factors:
+        """The change [m, n] of the layout's matrix."""
+        found = self.slot.decode(self.a, self.b)
+        return found if self.scaling == 1.0 else Factors(found.left * self.scaling, found.right)
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """An adapter in memory.
+
+    Args:
+        low_rank: Parameter -> its factors.
+        full: Parameter or buffer -> its value, of what was saved whole and of biases.
+        config: The adapter's config.
+    """
+
+    low_rank: dict[str, Pair]
+    full: dict[str, Tensor]
+    config: dict[str, Any]
+
+    @property
+    def dropout(self) -> float:
+        """The dropout in front of A while PEFT trains."""
+        return float(self.config.get("lora_dropout") or 0.0)
+
+    @torch.no_grad()
+    def apply(self, name: str, weight: Tensor) -> Tensor:
+        """The weight that PEFT has with this adapter.
+
+        Args:
+            name: The parameter's name.
+            weight: The base model's.
+
+        Returns:
+            W + B A as PEFT merges it, in the dtype of ``weight``; a copy of it where the adapter has nothing to say.
+
+        Raises:
+            CheckpointError: The adapter is for a weight of another shape.
+        """
+        if name in self.full:
+            if self.full[name].shape != weight.shape:
+                raise CheckpointError(f"'{name}' is {tuple(self.full[name].shape)} in the adapter, {tuple(weight.shape)} here")
+            return self.full[name].to(weight.device, weight.dtype)
+        pair = self.low_rank.get(name)
+        if pair is None:
+            return weight.clone()
+        if tuple(weight.shape) != pair.slot.layout.weight_shape:
+            raise CheckpointError(f"'{name}' is for {pair.slot.layout.weight_shape} in the adapter, {tuple(weight.shape)} here")
+        delta = pair.slot.delta(pair.slot.decode(pair.a, pair.b)) * pair.scaling
+        return weight + delta.to(weight.device, weight.dtype)
+
+
+def read_adapter(folder: Path, model: nn.Module) -> Adapter:
+    """Read an adapter for a model.
+
+    Args:
+        folder: The folder that holds ``adapter_config.json`` and ``adapter_model.safetensors``.
+        model: The plain model, on any device; no weight of it is read.
+
+    Returns:
+        The adapter, its tensors as they are in the file.
+
+    Raises:
+        DataError: The folder is not one of a LoRA, is damaged, or has its weights in a pickle, which is not opened.
+        CheckpointError: It is an adapter of another model.
+    """
+    config = _read_config(folder)
+    if not (folder / WEIGHTS).exists():
+        pickled = next((f.name for f in sorted(folder.glob("*.bin"))), None)
+        if pickled is not None:
+            raise DataError(
+                f"'{folder}' has its weights in {pickled}, a pickle, which may hold code and is not opened; "
+                f"load it with PEFT where you trust it, and save it again as {WEIGHTS}"
+            )
+        raise DataError(f"'{folder}' has no {WEIGHTS}: it is no adapter, or not all of one")
+    file = TensorFile(folder / WEIGHTS)
+    found = _places(model, config, set(file.entries))
+    frozen = _frozen(file)
+    low_rank = {}
+    for name, slot in found.items():
+        a, b = (file.read(key) for key in slot.keys)
+        low_rank[name] = Pair(slot, a, b, _scaling(slot, a, b, config), frozen.get(name))
+    factor_keys = {key for slot in found.values() for key in slot.keys}
+    own = model.state_dict()
+    full = {}
+    for key in sorted(file.entries.keys() - factor_keys):
+        name = key.removeprefix(PREFIX).replace(".base_layer.", ".")
+        if not key.startswith(PREFIX) or name not in own:
+            raise CheckpointError(f"the adapter has '{key}', and the model has no '{name}': it is for another model")
+        full[name] = file.read(key)
+        if full[name].shape != own[name].shape:
+            raise CheckpointError(
+                f"'{name}' is {tuple(full[name].shape)} in the adapter, {tuple(own[name].shape)} in the model"
+            )
+    tensors = full | {name: pair.a for name, pair in low_rank.items()} | {f"{n} (B)": p.b for n, p in low_rank.items()}
+    for name, tensor in tensors.items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise DataError(f"'{name}' in '{folder}' has numbers that are not finite")
+    return Adapter(low_rank, full, config)
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    path = folder / CONFIG
+    try:
+        config = json.loads(path.read_text())
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}; expected the folder of a PEFT adapter") from error
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path} is no JSON: {error}") from error
+    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
+        kind = config.get("peft_type") if isinstance(config, dict) else None
+        raise DataError(f"{path} describes an adapter of type {kind!r}; only LORA is W + B A")
+    for option in _MORE:
+        if config.get(option):
+            raise DataError(f"the adapter in '{folder}' has {option}={config[option]!r}, with which it is more than W + B A")
+    start = config.get("init_lora_weights", True)
+    if start not in _STARTS:
+        raise DataError(
+            f"the adapter in '{folder}' has init_lora_weights={start!r}, with which PEFT changes the base weights as it "
+            "loads; convert it by PEFT to a plain LoRA (save_pretrained with path_initial_model_for_weight_conversion)"
+        )
+    for option in ("rank_pattern", "alpha_pattern"):
+        value = config.get(option) or {}
+        if not isinstance(value, dict) or not all(_number(v) for v in value.values()):
+            raise DataError(f"{path}: {option} must map names to numbers above 0, not {value!r}")
+    for option in ("r", "lora_alpha"):
+        if not _number(config.get(option)):
+            raise DataError(f"{path}: {option} must be a number above 0, not {config.get(option)!r}")
+    return config
+
+
+def _number(value: Any) -> bool:
+    return type(value) in (int, float) and 0 < value < math.inf
+
+
+def _places(model: nn.Module, config: Mapping[str, Any], keys: set[str]) -> dict[str, Slot]:
+    """The slots whose factors a file has."""
+    modules = dict(model.named_modules())
+    targets = config.get("target_parameters") or []
+    chosen: list[str] = []
+    owners: dict[str, None] = {}
+    for key in sorted(keys):
+        path, mark, _ = key.partition(".lora_")
+        if mark:
+            path = path.removeprefix(PREFIX)
+            while path.endswith(".base_layer"):
+                path = path.removesuffix(".base_layer")
+            owners[path] = None
+    for owner in owners:
+        if owner not in modules:
+            raise CheckpointError(
+                f"the adapter has factors for '{owner}', which the model does not have: it is for another model"
+            )
+        own = [f"{owner}.{attribute}" for attribute, _ in modules[owner].named_parameters(recurse=False)]
+        by_parameter = [name for name in own if any(names.targeted(name, entry) for entry in targets)]
+        if not by_parameter and f"{owner}.weight" not in own:
+            raise CheckpointError(f"the adapter has factors for '{owner}', a {type(modules[owner]).__name__} without a weight")
+        chosen += by_parameter or [f"{owner}.weight"]
+    try:
+        found = slots(model, chosen)
+    except ShapeError as error:
+        raise CheckpointError(str(error)) from None
+    for slot in found.values():
+        for key in slot.keys:
+            if key not in keys:
+                raise CheckpointError(f"the adapter has no '{key}', which its config and the model ask for")
+    if not found:
+        raise DataError("the adapter has no low-rank factors")
+    return found
+
+
+def _scaling(slot: Slot, a: Tensor, b: Tensor, config: Mapping[str, Any]) -> float:
+    rank, alpha = (
+        names.pattern_value(slot.target, (config.get(f"{kind}_pattern") or {}).items(), config[option])
+        for kind, option in (("rank", "r"), ("alpha", "lora_alpha"))
+    )
+    if (tuple(a.shape), tuple(b.shape)) != slot.shapes(rank):
+        raise CheckpointError(
+            f"the factors of '{slot.name}' are {tuple(a.shape)} and {tuple(b.shape)}; "
+            f"expected {slot.shapes(rank)[0]} and {slot.shapes(rank)[1]} for this model and rank {rank}"
+        )
+    return float(alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank)
+
+
+def _frozen(file: TensorFile) -> dict[str, Side]:
+    try:
+        found = json.loads(file.metadata.get(FROZEN, "{}"))
+    except ValueError:
+        found = None
+    if not isinstance(found, dict) or not all(side in ("A", "B") for side in found.values()):
+        raise DataError(f"{file.path}: the metadata '{FROZEN}' must map parameters to A or B")
+    return found

@@ -1,0 +1,97 @@
+"""From a trainer to the optimizer inside it, and back to a plain model."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import nn
+
+from lingrad.errors import ModeError
+from lingrad.optimizer import SubspaceOptimizer
+
+
+def find_optimizer(trainer: Any) -> SubspaceOptimizer | None:
+    """The optimizer of lingrad's under whatever accelerate has put round it; None where there is none.
+
+    Args:
+        trainer: A Trainer.
+
+    Returns:
+        The optimizer.
+    """
+    found = getattr(trainer, "optimizer", None)
+    while found is not None and not isinstance(found, SubspaceOptimizer):
+        found = getattr(found, "optimizer", None)
+    return found
+
+
+def optimizer_of(trainer: Any) -> SubspaceOptimizer:
+    """The optimizer of lingrad's that a trainer trains with, without what accelerate has put round it.
+
+    Args:
+        trainer: A Trainer whose ``train()`` has begun, or that was given an optimizer.
+
+    Returns:
+        The optimizer.
+
+    Raises:
+        ModeError: There is none.
+    """
+    found = find_optimizer(trainer)
+    if found is None:
+        held = getattr(trainer, "optimizer", None)
+        why = (
+            "it has none yet: the Trainer makes it when train() begins"
+            if held is None
+            else f"it has a {type(getattr(held, 'optimizer', held)).__name__}; pass it **lingrad.hf.trainer_kwargs(...)"
+        )
+        raise ModeError(f"this trainer has no optimizer of lingrad's; {why}")
+    return found
+
+
+def finish(trainer: Any) -> nn.Module:
+    """End the training: merge all coordinates and leave the trainer's model as it was found, plain.
+
+    The trainer goes on evaluating, predicting and saving; another ``train()`` begins anew. An adapter is written by
+    ``save_model`` before this, not after.
+
+    Args:
+        trainer: A Trainer that has trained with lingrad's optimizer.
+
+    Returns:
+        Its model.
+    """
+    optimizer_of(trainer).detach()
+    trainer.optimizer = trainer.lr_scheduler = None
+    trainer.model_wrapped = trainer.model  # DistributedDataParallel knows coordinates that are gone
+    model: nn.Module = trainer.model
+    return model
+
+
+@torch.no_grad()
+def metrics(optimizer: SubspaceOptimizer) -> dict[str, float]:
+    """What `TrainerMixin` adds to the logs of training.
+
+    Args:
+        optimizer: The optimizer.
+
+    Returns:
+        ``lingrad/refreshes``: changes of basis so far, mean over weights. ``lingrad/captured_energy``: the share of its
+        gradient that a basis captured when it was chosen, mean over weights; left out where none was measured.
+        ``lingrad/coords_norm``: the norm of all coordinates together, 0 in optimizer mode, which merges them in each step.
+        ``lingrad/state_bytes``: bytes of coordinates, bases and moments.
+    """
+    subs = optimizer.subspaces
+    norms = [sub.coords.norm() for sub in subs if not sub.released]
+    held = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t, kind in optimizer.held() if kind != "weight"}
+    energy = list(optimizer.captured_energy().values())
+    found = {
+        "lingrad/refreshes": sum((sub.leader or sub).refreshes for sub in subs) / max(1, len(subs)),
+        "lingrad/coords_norm": float(torch.stack(norms).norm()) if norms else 0.0,
+        "lingrad/state_bytes": sum(held.values()),
+    }
+    if energy:
+        found["lingrad/captured_energy"] = math.fsum(energy) / len(energy)
+    return found

@@ -1,0 +1,230 @@
+"""What an optimizer's factory cannot do for a trainer: metrics in its logs, clipping by us, adapters beside saved models."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lingrad._files import write_whole
+from lingrad.errors import LingradError, optional
+from lingrad.hf.access import find_optimizer, metrics
+from lingrad.hf.arguments import Factory
+from lingrad.hf.folders import check_checkpoint, last_checkpoint
+from lingrad.optimizer import SubspaceOptimizer
+
+READY_MADE = {"LingradTrainer": ("transformers", "Trainer", "hf"), "LingradSFTTrainer": ("trl", "SFTTrainer", "trl")}
+
+ADAPTER = "adapter"  # the folder beside a saved model
+_MEASURED = "lingrad.json"
+
+_Trainer: Any = object  # whatever comes after this class in a trainer's bases
+
+
+class TrainerMixin(_Trainer):  # type: ignore[misc]
+    """Goes before a trainer's class: ``class MyTrainer(lingrad.hf.TrainerMixin, Trainer)``.
+
+    - ``lingrad/*`` in the logs of training; see `lingrad.hf.metrics`.
+    - ``max_grad_norm`` clips as ``opt.clip_grad_norm_`` does: on a refresh step by the norm in the basis the step will use.
+    - ``save_model`` in adapter mode writes the plain model, and in ``adapter/`` a PEFT adapter that reproduces it.
+    - ``train(resume_from_checkpoint=True)`` takes the last complete checkpoint, and a broken one is refused with the reason.
+    - A model that bitsandbytes has quantized is let in, although it has no PEFT adapter.
+
+    With any other optimizer it changes nothing.
+
+    Attributes:
+        adapter_in_checkpoints: Whether checkpoints too, and not ``save_model`` only, get an adapter.
+    """
+
+    adapter_in_checkpoints: bool = False
+
+    _writes_adapter = False
+    _no_adapter = ""  # why there can be none
+
+    def __init__(self, model: Any = None, *args: Any, **kwargs: Any) -> None:
+        with quantized_allowed(model):
+            super().__init__(model, *args, **kwargs)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> Any:
+        """Make the optimizer, with what this trainer's own ``get_decay_parameter_names`` says of decay.
+
+        Args:
+            model: The model, where it is not the trainer's.
+
+        Returns:
+            The optimizer.
+        """
+        given = getattr(self, "optimizer_cls_and_kwargs", None)
+        if self.optimizer is None and given is not None and given[0] is Factory:
+            decaying = self.get_decay_parameter_names(self.model if model is None else model)
+            self.optimizer_cls_and_kwargs = (Factory, {**given[1], "decaying": decaying})
+        return super().create_optimizer(model)
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Train; see the Trainer.
+
+        Args:
+            resume_from_checkpoint: A folder; or True for the last complete checkpoint in ``output_dir``.
+            *args: See the Trainer.
+            **kwargs: See the Trainer.
+
+        Returns:
+            What the Trainer returns.
+        """
+        if self._uses_lingrad() and resume_from_checkpoint:
+            if resume_from_checkpoint is True:
+                resume_from_checkpoint = last_checkpoint(self.args.output_dir) or True  # the Trainer says that there is none
+            else:
+                check_checkpoint(resume_from_checkpoint)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Log, with ``lingrad/*`` among what is logged of training.
+
+        Args:
+            logs: What is logged.
+            *args: See the Trainer.
+            **kwargs: See the Trainer.
+        """
+        optimizer = find_optimizer(self)
+        if optimizer is not None and optimizer.mode is not None and "loss" in logs:
+            logs.update(metrics(optimizer))
+        super().log(logs, *args, **kwargs)
+
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        optimizer = find_optimizer(self)
+        if optimizer is None:
+            return super()._clip_grad_norm(model)
+        return self._norm(optimizer, self.args.max_grad_norm)
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        optimizer = find_optimizer(self)
+        if optimizer is None:
+            return super()._get_grad_norm(model, grad_norm)
+        return self._norm(optimizer, float("inf")) if grad_norm is None else grad_norm
+
+    def _norm(self, optimizer: SubspaceOptimizer, max_norm: float) -> Tensor | None:
+        """The norm before clipping; None where gradients never exist together, so that none is logged."""
+        if optimizer._layerwise is not None:
+            return None
+        self.accelerator.unscale_gradients()
+        return optimizer.clip_grad_norm_(max_norm)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the plain model and, in adapter mode, a PEFT adapter beside it, in ``adapter/``.
+
+        Args:
+            output_dir: The folder; ``args.output_dir`` unless given.
+            _internal_call: Whether this is for a checkpoint; see ``adapter_in_checkpoints``.
+        """
+        self._writes_adapter = not _internal_call or self.adapter_in_checkpoints
+        super().save_model(output_dir, _internal_call)
+
+    def _save(self, output_dir: str | None = None, *args: Any, **kwargs: Any) -> None:
+        super()._save(output_dir, *args, **kwargs)
+        optimizer = find_optimizer(self)
+        if self._writes_adapter and self.args.should_save and optimizer is not None and optimizer.mode == "adapter":
+            folder = Path(self.args.output_dir if output_dir is None else output_dir) / ADAPTER
+            _write_adapter(optimizer, folder, self._no_adapter)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        optimizer = find_optimizer(self)
+        if optimizer is not None and self.args.should_save:
+            write_whole(Path(output_dir) / _MEASURED, json.dumps({"energy": optimizer.captured_energy()}).encode())
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        optimizer = find_optimizer(self)
+        path = None if checkpoint is None else Path(checkpoint) / _MEASURED
+        if optimizer is not None and path is not None and path.is_file():
+            energy = json.loads(path.read_text())["energy"]
+            for sub in optimizer.subspaces:
+                sub.energy = energy.get(sub.name)
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        optimizer = find_optimizer(self)
+        best = Path(self.state.best_model_checkpoint)
+        if optimizer is None or optimizer.mode != "adapter":
+            return
+        if (best / "optimizer.pt").is_file():  # coordinates, and what had been merged by then, go with the weights
+            optimizer.load_state_dict(torch.load(best / "optimizer.pt", map_location="cpu", weights_only=True))
+        else:
+            self._no_adapter = f"the best model was loaded from '{best}', which has no optimizer.pt (save_only_model)"
+
+    def _uses_lingrad(self) -> bool:
+        given = getattr(self, "optimizer_cls_and_kwargs", None)
+        return (given is not None and given[0] is Factory) or find_optimizer(self) is not None
+
+
+@contextmanager
+def quantized_allowed(model: Any) -> Iterator[None]:
+    """While a Trainer is made, let it take a model that is quantized and has no PEFT adapter: lingrad trains one of its own.
+
+    The Trainer asks in its ``__init__`` only. `TrainerMixin` does this by itself; round a stock trainer it is
+    ``with lingrad.hf.quantized_allowed(model): trainer = Trainer(model, ...)``.
+
+    Args:
+        model: The model; any other is left alone.
+
+    Yields:
+        Nothing.
+    """
+    quantizer = getattr(model, "hf_quantizer", None)
+    asked = getattr(model, "is_quantized", False) and not getattr(model, "_hf_peft_config_loaded", False)
+    if not (isinstance(model, nn.Module) and asked and getattr(quantizer, "is_trainable", False)):
+        yield
+        return
+    model._hf_peft_config_loaded = True  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        model._hf_peft_config_loaded = False  # type: ignore[assignment]
+
+
+@cache
+def ready_made(name: str) -> Any:
+    """A trainer's class with `TrainerMixin` before it.
+
+    Args:
+        name: A key of ``READY_MADE``. Raises `DependencyError` where its package is missing.
+
+    Returns:
+        The class.
+    """
+    module, base, extra = READY_MADE[name]
+    stock = getattr(optional(module, f"lingrad.hf.{name}", extra), base)
+    return type(name, (TrainerMixin, stock), {"__module__": __name__, "__doc__": f"{base} with `TrainerMixin`."})
+
+
+def _write_adapter(optimizer: SubspaceOptimizer, folder: Path, no_adapter: str) -> None:
+    """Export beside, then take the place of the adapter of an earlier save; say why where it cannot be."""
+    fresh = folder.with_name(f".{folder.name}.new")
+    shutil.rmtree(fresh, ignore_errors=True)
+    why = no_adapter
+    if not why:
+        try:
+            import_module("lingrad.peft").export(optimizer, fresh)
+        except LingradError as error:
+            why = str(error)
+    if (folder / "adapter_config.json").is_file():  # of the model that was saved here before
+        shutil.rmtree(folder)
+    if why:
+        warnings.warn(
+            f"'{folder.parent}' holds the whole model, but no adapter: {why}. "
+            f"'lingrad convert BASE {folder.parent} --out DIR' makes one from the weights before and after, and says how near it comes",
+            UserWarning,
+            stacklevel=5,
+        )
+    else:
+        fresh.rename(folder)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,7 +21,7 @@ from lingrad.errors import ExportError
 from lingrad.factors import Factors
 from lingrad.peft import names
 from lingrad.peft.slots import PREFIX, Slot, places, slots, why_not
-from lingrad.tensorfile import whole, write_tensors
+from lingrad.tensorfile import Piece, write_tensors
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 FROZEN = "lingrad.frozen"  # in the metadata of the weights: parameter -> the factor that is a basis
@@ -131,7 +132,8 @@ def write_adapter(
         folder: An existing folder, which gets the two files.
         model: The plain model: its modules, ties and class decide the form. It may be on the meta device where ``full`` has
             all that is saved whole.
-        low_rank: Parameter -> change [m, n] of its layout's matrix.
+        low_rank: Parameter -> change [m, n] of its layout's matrix. Like ``full`` it may read what it holds when it is asked,
+            so that no more than one tensor need be in memory; each is asked for more than once.
         full: Parameter -> its value. Norms, embeddings, heads are saved with the whole of their modules, whose other parameters
             and buffers may be given too and are taken from ``model`` otherwise.
         base: Name or folder of the model that the changes were made to; PEFT's ``base_model_name_or_path``.
@@ -144,28 +146,34 @@ def write_adapter(
     Raises:
         ExportError: PEFT cannot express it; the message says why.
     """
-    ranks = {name: factors.rank for name, factors in low_rank.items() if factors.rank}
+    heads = {name: (factors.rank, factors.shape, factors.left.dtype) for name, factors in low_rank.items()}
+    ranks = {name: rank for name, (rank, _, _) in heads.items() if rank}
     planned = plan(model, ranks, list(full))
-    tensors: dict[str, Tensor] = {}
+    pieces: dict[str, Piece] = {}
     for name, slot in planned.slots.items():
-        if low_rank[name].shape != slot.layout.shape:
-            raise ExportError(f"the change of '{name}' is {low_rank[name].shape}; expected {slot.layout.shape}, out x in")
-        for key, factor in zip(slot.keys, slot.encode(low_rank[name]), strict=True):
-            tensors[key] = factor.detach().to("cpu", dtype).contiguous()
+        rank, shape, own_dtype = heads[name]
+        if shape != slot.layout.shape:
+            raise ExportError(f"the change of '{name}' is {shape}; expected {slot.layout.shape}, out x in")
+        for i, (key, form) in enumerate(zip(slot.keys, slot.shapes(rank), strict=True)):
+            pieces[key] = Piece(dtype or own_dtype, form, partial(_factor, low_rank, slot, i, dtype))
     own = model.state_dict()
     adapted = {slot.module: slot for slot in planned.slots.values()}
     for name in planned.tensors(model):
         value = _given(model, full, name, own[name])
         module, _, attribute = name.rpartition(".")
-        if name in planned.biases and module in adapted:
-            tensors[f"{PREFIX}{module}.base_layer.{attribute}"] = value
-        else:
-            tensors[PREFIX + name] = value
+        beside = name in planned.biases and module in adapted
+        key = f"{PREFIX}{module}.base_layer.{attribute}" if beside else PREFIX + name
+        pieces[key] = Piece(value.dtype, tuple(value.shape), partial(_given, model, full, name, own[name]))
     config = _config(model, planned, ranks, base)
     metadata = {"format": "pt"} | ({FROZEN: json.dumps(dict(frozen))} if frozen else {})
-    write_tensors(folder / WEIGHTS, whole(tensors), metadata)
+    write_tensors(folder / WEIGHTS, pieces, metadata)
     write_whole(folder / CONFIG, (json.dumps(config, indent=2, sort_keys=True) + "\n").encode())
     return Written(ranks, planned.whole, planned.biases, (folder / WEIGHTS).stat().st_size, config)
+
+
+def _factor(low_rank: Mapping[str, Factors], slot: Slot, which: int, dtype: torch.dtype | None) -> Tensor:
+    """PEFT's A (0) or B (1) of a change, when its turn comes to be written."""
+    return slot.encode(low_rank[slot.name])[which].detach().to("cpu", dtype).contiguous()
 
 
 def _check_whole(model: nn.Module, module: str, name: str, adapted: set[str]) -> None:

@@ -86,6 +86,8 @@ class SubspaceOptimizer(TellingOptimizer):
         self._layerwise = Layerwise(self._advance_one) if layerwise else None
         if layerwise:
             trials.check_keeps_nothing_for_all(self._base)
+        if self._base.quantizer is not None:
+            trials.check_keeps_nothing_for_all(self._base, f"moments='{self._base.quantizer.kind}'")
         self._handles: list[Any] = []
         self._settled = False
         self._base_state: defaultdict[Tensor, dict[str, Any]] = defaultdict(dict)

@@ -51,6 +51,10 @@ class StatefulOptimizer(Optimizer):
         """The subspace of every transformed weight."""
         return [attachment.sub for attachment in self.attachments]
 
+    def base_of(self, kind: str) -> bases.Base:
+        """The base that steps the param groups of a kind: ``coords``, ``matrices`` or ``vectors``."""
+        return self._base if kind == "coords" else self._base.rest or self._base
+
     def held(self) -> Iterator[tuple[Tensor, str]]:
         """The tensors that stay in memory between steps, for memory reports.
 

@@ -85,8 +85,12 @@ class SteppingOptimizer(StatefulOptimizer):
             **options: As for ``torch.compile``.
 
         Raises:
-            SpecError: A learning rate is a plain number, with which torch compiles anew at each change of it.
+            SpecError: A learning rate is a plain number, with which torch compiles anew at each change of it; or the base's
+                moments are quantised.
         """
+        if self._base.quantizer is not None:
+            kind = self._base.quantizer.kind
+            raise SpecError(f"with moments='{kind}' a step has parts, which torch would compile anew for each; leave one out")
         plain = [group["name"] for group in self.param_groups if not isinstance(group["lr"], Tensor)]
         if plain:
             raise SpecError(

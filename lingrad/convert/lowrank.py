@@ -1,0 +1,228 @@
+"""Finding the low rank of a change D = TUNED - kept * BASE, with a residual that is computed and not estimated.
+
+A randomized range finder (Halko, Martinsson, Tropp, SIAM Review 53, 2011, algorithms 4.1 to 4.4) grows an orthonormal Q in
+blocks, each as wide as all before, with one power iteration; after each block |D - Q Q^T D|_F is summed up entry by entry in
+float64. D is never stored: every pass reads rows of both weights anew, so that memory holds Q, Q^T D and a few rows.
+
+Where nobody says how much is wanted, the rank is that down to the *rounding floor*. Storing TUNED in its dtype leaves noise of
+norm nu, nu^2 = sum of ulp(entry)^2 / 12, and training rounds at every step, some sqrt(steps) nu in all. What a rank leaves over
+counts as rounding where its norm is at most nu; or where it is at most 256 nu and looks like noise: its largest singular value
+is no more than 1.25 of the edge of a matrix of independent entries of that norm, s (sqrt(m) + sqrt(n)) (Marchenko and Pastur).
+
+Decoupled decay multiplies weights by kept < 1, which makes D full rank: (kept - 1) BASE + what was learned. It is recognised by
+what a Q leaves over: where that lies along BASE, kept is moved to the least-squares fit outside the ranges found, Q is iterated
+on the new D, and so on while the rest shrinks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lingrad.convert.difference import Difference, Rest
+from lingrad.errors import require
+from lingrad.factors import Factors
+
+FIRST = 16  # columns of the first block
+MOST_ROUNDINGS = 256.0  # as a norm: of 65,536 independent roundings of every entry
+FLAT = 1.25
+ALONG = 0.25  # the correlation with BASE from which a rest is looked at for decay
+
+
+@dataclass(frozen=True)
+class Goal:
+    """How much of a change is wanted; one of the three, or none for all of it, down to the rounding floor.
+
+    Args:
+        rank: So many columns, or fewer where fewer hold all.
+        energy: The least share of |D|_F^2.
+        max_error: The largest |D - left @ right|_F / |D|_F.
+
+    Raises:
+        SpecError: More than one is given, or one is out of range.
+    """
+
+    rank: int | None = None
+    energy: float | None = None
+    max_error: float | None = None
+
+    def __post_init__(self) -> None:
+        """Check the three."""
+        given = [name for name in ("rank", "energy", "max_error") if getattr(self, name) is not None]
+        require(len(given) < 2, given[-1] if given else "", f"{' and '.join(given)} are different goals; give one of them")
+        require(self.rank is None or self.rank >= 1, "rank", f"rank must be at least 1, not {self.rank}")
+        for name in ("energy", "max_error"):
+            value = getattr(self, name)
+            require(value is None or 0 < value < 1, name, f"{name} must lie between 0 and 1, not {value}")
+
+    @property
+    def exact(self) -> bool:
+        """Whether all of the change is wanted."""
+        return self == Goal()
+
+    @property
+    def lost(self) -> float:
+        """The share of |D|_F^2 that may be lost, where that is the goal."""
+        if self.energy is not None:
+            return 1.0 - self.energy
+        return 0.0 if self.max_error is None else self.max_error**2
+
+
+@dataclass(frozen=True)
+class Found:
+    """A change as factors, and what is known of it.
+
+    Args:
+        factors: left [m, r] and right [r, n], float64, singular values divided evenly.
+        kept: The share of BASE in TUNED; 1 without decay.
+        norm: |TUNED - BASE|_F.
+        rest: |D - left @ right|_F / |TUNED - BASE|_F, where D is TUNED - kept * BASE if all was wanted, and TUNED - BASE else.
+        floor: What rounding TUNED to its dtype once leaves, nu / |TUNED - BASE|_F.
+    """
+
+    factors: Factors
+    kept: float
+    norm: float
+    rest: float
+    floor: float
+
+
+def detect(change: Difference, goal: Goal, seed: int, *, full_svd: bool = False) -> Found | None:
+    """Find the factors of a change.
+
+    Args:
+        change: The change; its ``kept`` is moved where decay is recognised.
+        goal: How much is wanted. Decay is looked for where it is all; any other goal is about TUNED - BASE as it is.
+        seed: Of the random blocks.
+        full_svd: Take the singular value decomposition of D, formed in float64, instead of a range finder.
+
+    Returns:
+        What was found; None where TUNED equals BASE.
+    """
+    m, n = change.shape
+    q, r = torch.zeros(m, 0, dtype=torch.float64), torch.zeros(0, n, dtype=torch.float64)
+    start = change.rest(q, r)
+    if start.energy == 0.0:
+        return None
+    generator = torch.Generator().manual_seed(seed)
+    while True:
+        width = min(m, n) if full_svd else _wider(q.shape[1], min(m, n))
+        q = _whole(change) if full_svd else torch.cat([q, _more(change, q, width - q.shape[1], generator)], 1)
+        r = change.transposed(q).t()
+        rest = change.rest(q, r)
+        if goal.exact and width < min(m, n):
+            q, r, rest = _settle(change, q, r, rest)
+        values = torch.linalg.svdvals(r)
+        rank = _enough(goal, values, rest.energy, start, change.shape)
+        if rank is not None or width == min(m, n):
+            break
+    if width == min(m, n) and change.kept != 1.0:  # not of low rank whatever is kept
+        change.kept = 1.0
+        r = change.transposed(q).t()
+        rank = _enough(goal, torch.linalg.svdvals(r), 0.0, start, change.shape)
+    factors = _divided(q, r, width if rank is None else rank)
+    left = change.rest(factors.left, factors.right)
+    kept = change.kept if goal.exact else _kept(change, factors, left)
+    norm = start.energy**0.5
+    return Found(factors, kept, norm, (left.energy / start.energy) ** 0.5, start.rounding**0.5 / norm)
+
+
+def _wider(width: int, most: int) -> int:
+    """The next width of a basis: twice the last, and past the half of what there is half of the rest."""
+    if most - width <= max(4, most // 16):
+        return most
+    return min(max(FIRST, 2 * width), max(most // 2, (width + most) // 2), most)
+
+
+def _enough(goal: Goal, values: Tensor, outside: float, start: Rest, shape: tuple[int, int]) -> int | None:
+    """The smallest rank that serves a goal, at least 1; None where the basis is too small to tell.
+
+    Args:
+        goal: The goal.
+        values: Singular values inside the basis, [p].
+        outside: |D - Q Q^T D|_F^2.
+        start: What was there before.
+        shape: (m, n).
+
+    Returns:
+        The rank.
+    """
+    p = len(values)
+    squares = values.square()
+    tails = torch.cat([squares.flip(0).cumsum(0).flip(0), squares.new_zeros(1)]) + outside  # of ranks 0 to p
+    enough = tails <= start.rounding
+    # of a rest of fewer dimensions nobody can say whether it is noise
+    free = [torch.arange(size, size - p - 1, -1, dtype=torch.float64).clamp(min=1) for size in shape]
+    edges = (tails / (free[0] * free[1])).sqrt() * (free[0].sqrt() + free[1].sqrt())
+    flat = values <= FLAT * edges[:-1]
+    small = tails[:-1] <= MOST_ROUNDINGS**2 * start.rounding
+    some = torch.arange(p) <= min(shape) - max(4, min(shape) // 8)
+    enough[:-1] |= flat & small & some
+    needed = int(enough.nonzero()[0]) if bool(enough.any()) else None
+    if goal.lost:
+        reached = (tails <= goal.lost * start.energy).nonzero()
+        return max(1, int(reached[0])) if len(reached) else None
+    if goal.rank is not None and needed is None and p >= min(*shape, goal.rank + FIRST):
+        needed = p
+    if needed is None:
+        return None
+    return max(1, needed if goal.rank is None else min(goal.rank, needed))
+
+
+def _more(change: Difference, q: Tensor, width: int, generator: torch.Generator) -> Tensor:
+    """An orthonormal block [m, width] outside q that holds the leading directions of what q leaves of D."""
+    y = change.times(torch.randn(change.shape[1], width, generator=generator, dtype=torch.float64))
+    z = torch.linalg.qr(change.transposed(_outside(y, q)))[0]
+    return _outside(change.times(z), q)
+
+
+def _outside(y: Tensor, q: Tensor) -> Tensor:
+    """An orthonormal basis of y outside q; twice is enough."""
+    for _ in range(2):
+        y = torch.linalg.qr(y - q @ (q.t() @ y))[0]
+    return y
+
+
+def _settle(change: Difference, q: Tensor, r: Tensor, rest: Rest) -> tuple[Tensor, Tensor, Rest]:
+    """Move ``change.kept`` to where the rest no longer lies along BASE, and the basis with it."""
+    for _ in range(12):
+        if rest.energy <= rest.rounding or abs(rest.along) < ALONG / 4 * (rest.base * rest.energy) ** 0.5:
+            break
+        v = torch.linalg.qr(r.t())[0]
+        outside = change.outside(q, v)
+        if outside <= 0 or abs(rest.along) < ALONG * (outside * rest.energy) ** 0.5:
+            break
+        was, change.kept = change.kept, change.kept + rest.along / outside
+        moved = torch.linalg.qr(change.times(torch.linalg.qr(change.transposed(q))[0]))[0]
+        inner = change.transposed(moved).t()
+        after = change.rest(moved, inner)
+        if after.energy >= rest.energy:
+            change.kept = was
+            break
+        q, r, rest = moved, inner, after
+    return q, r, rest
+
+
+def _kept(change: Difference, factors: Factors, left: Rest) -> float:
+    """The share of BASE, told from a rest that factors of a part leave; nothing else is done about it."""
+    q, v = (torch.linalg.qr(side)[0] for side in (factors.left, factors.right.t()))
+    outside = change.outside(q, v)
+    if outside <= 0 or abs(left.along) < 2 * ALONG * (outside * left.energy) ** 0.5:
+        return 1.0
+    return 1.0 + left.along / outside
+
+
+def _whole(change: Difference) -> Tensor:
+    """All left singular vectors of D."""
+    dense = torch.cat([block for _, block, _ in change.blocks()])
+    left: Tensor = torch.linalg.svd(dense, full_matrices=False)[0]
+    return left
+
+
+def _divided(q: Tensor, r: Tensor, rank: int) -> Factors:
+    """The product of q and r cut to a rank, its singular values divided evenly between the two sides."""
+    u, values, vh = torch.linalg.svd(r, full_matrices=False)
+    root = values[:rank].sqrt()
+    return Factors((q @ u[:, :rank]) * root, root[:, None] * vh[:rank])

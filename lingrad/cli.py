@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from lingrad import __version__
+from lingrad.convert import commands
 from lingrad.explain import explain as explain_
 from lingrad.memory import jobs as memory_jobs
 from lingrad.models import open_model
@@ -88,6 +89,36 @@ def memory(
     )
     outputs = memory_jobs.Outputs(json, plot, snapshot)
     typer.echo(memory_jobs.answer(asked, outputs, compare_all=compare, max_batch=max_batch, closed_form=closed_form))
+
+
+@app.command()
+def convert(
+    base: Annotated[Path, typer.Argument(help="Folder of the model that training started from; with --exact, of the run.")],
+    tuned: Annotated[Path | None, typer.Argument(help="Folder of what became of it.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of the adapter; must not exist.")] = None,
+    rank: Annotated[int | None, typer.Option(help="At most so many columns for each weight.")] = None,
+    energy: Annotated[float | None, typer.Option(help="Keep this share of each change's squared norm.")] = None,
+    max_error: Annotated[float | None, typer.Option(help="Leave at most this share of each change's norm.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="Of the factors: fp32, bf16, fp16 or fp64.")] = None,
+    uniform_rank: Annotated[bool, typer.Option("--uniform-rank", help="One rank for all: the largest needed.")] = False,
+    full_svd: Annotated[bool, typer.Option("--full-svd", help="Decompose in full, not by random projections.")] = False,
+    logits: Annotated[bool, typer.Option("--logits", help="Load both models and compare logits through PEFT.")] = False,
+    decayed_base: Annotated[Path | None, typer.Option(help="Write the base, weight decay applied, here.")] = None,
+    exact: Annotated[bool, typer.Option("--exact", help="From the ledger of a lingrad run, in place of two models.")] = False,
+) -> None:
+    """Turn what a training made of a model into an adapter for PEFT: full models in, LoRA out."""
+    asked = commands.Asked(out, rank, energy, max_error, dtype, uniform_rank, full_svd, logits, decayed_base, exact)
+    typer.echo(commands.convert(base, tuned, asked))
+
+
+@app.command()
+def merge(
+    base: Annotated[Path, typer.Argument(help="Folder of the base model.")],
+    adapter: Annotated[Path, typer.Argument(help="Folder of the adapter.")],
+    out: Annotated[Path, typer.Option(help="Folder of the merged model; must not exist.")],
+) -> None:
+    """Write the plain model that a base and an adapter make together."""
+    typer.echo(commands.merge(base, adapter, out))
 
 
 @app.command()

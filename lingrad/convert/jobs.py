@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -15,6 +16,7 @@ from lingrad._files import publish, refuse_existing, write_whole
 from lingrad.convert import verify
 from lingrad.convert.folders import ModelFolder, refuse_other_model
 from lingrad.convert.lowrank import Goal, detect
+from lingrad.convert.merging import write_model
 from lingrad.convert.pairs import Pair, pairs, require_places, tied_names
 from lingrad.convert.parts import Parts, Record
 from lingrad.convert.report import FILE, Report, Row
@@ -51,6 +53,7 @@ def convert(
     uniform_rank: bool = False,
     full_svd: bool = False,
     logits: bool = False,
+    decayed_base: str | Path | None = None,
     tick: Tick | None = None,
 ) -> Report:
     """Turn what a training made of a model into an adapter that PEFT loads, whatever program trained.
@@ -70,7 +73,9 @@ def convert(
         uniform_rank: Give all weights the largest rank that one needs, by columns of zeros.
         full_svd: Decompose each change in full, formed in float64, instead of by random projections.
         logits: Load both models whole, and compare their logits through PEFT.
-        tick: Called after each tensor.
+        decayed_base: Where to write the base with its weights multiplied by what decoupled decay kept of them, for which the
+            adapter then is.
+        tick: Called after each tensor: how many are done, of how many, its name.
 
     Returns:
         What was found; also in ``lingrad_report.json`` in the folder.
@@ -82,8 +87,14 @@ def convert(
     """
     goal = Goal(rank, energy, max_error)
     require(dtype is None or dtype in DTYPES, "dtype", f"dtype must be one of {', '.join(DTYPES)}, not {dtype!r}")
+    require(
+        decayed_base is None or goal.exact,
+        "decayed_base",
+        "decayed_base is for a change kept whole, where decay is taken apart from it; leave out rank, energy and max_error",
+    )
     out = Path(out)
-    refuse_existing(out)
+    for path in (out, *([] if decayed_base is None else [Path(decayed_base)])):
+        refuse_existing(path)
     was, now = ModelFolder(Path(base)), ModelFolder(Path(tuned))
     model = open_model(str(base))
     tied = tied_names(model, was) | tied_names(model, now)
@@ -94,8 +105,9 @@ def convert(
         work = Parts(out, {**options, **folders, "torch": torch.__version__})
         job = _Job(was, now, model, pairs(model, was, now), work)
         job.find(goal, None if dtype is None else DTYPES[dtype], full_svd, tick)
-        report = job.write(goal, str(base), uniform_rank, logits)
-        publish(work.finished, out)
+        with job.base_for(None if decayed_base is None else Path(decayed_base), tick) as for_base:
+            report = job.write(goal, for_base, uniform_rank, logits)
+            publish(work.finished, out)
         shutil.rmtree(work.folder)
     except OSError as error:
         raise DataError(
@@ -151,7 +163,39 @@ class _Job:
         record = Record(*(pair.name, "low_rank", shape, found.factors.rank, found.kept, found.norm, found.rest, found.floor))
         self.work.keep(index, record, pair.turned(found.factors), dtype or own)
 
-    def write(self, goal: Goal, base: str, uniform_rank: bool, logits: bool) -> Report:
+    @contextmanager
+    def base_for(self, decayed: Path | None, tick: Tick | None) -> Iterator[Path]:
+        """The base that the adapter is for; a decayed one is written first, and removed where what follows fails.
+
+        Args:
+            decayed: Where to write it; None for BASE itself.
+            tick: Called after each of its tensors.
+
+        Yields:
+            Its folder.
+
+        Raises:
+            ExportError: No decay was recognised.
+        """
+        if decayed is None:
+            yield self.base.path
+            return
+        kept = {pair.name: self._record(index).kept for index, pair in enumerate(self.pairs)}
+        if all(share == 1.0 for share in kept.values()):
+            raise ExportError("no decoupled decay was recognised, and BASE serves as it is; leave --decayed-base out")
+
+        def value(name: str) -> Tensor:
+            weight, share = self.base.read(name), kept.get(name, 1.0)
+            return weight if share == 1.0 else (weight.double() * share).to(weight.dtype)
+
+        write_model(self.base, decayed, value, tick)
+        try:
+            yield decayed
+        except BaseException:
+            shutil.rmtree(decayed, ignore_errors=True)
+            raise
+
+    def write(self, goal: Goal, base: Path, uniform_rank: bool, logits: bool) -> Report:
         """Write the adapter, read it again, compare, and write the report beside it."""
         records = {pair: self._record(index) for index, pair in enumerate(self.pairs)}
         changed = {pair: record for pair, record in records.items() if record.kind != "equal"}
@@ -175,7 +219,7 @@ class _Job:
             self.model,
             Lazy(list(where), factors),
             Lazy(full, lambda param: self.tuned.read(files[param]), files),
-            base=base,
+            base=str(base),
         )
         slots = verify.check_structure(folder, self.model, list(where))
         rows = []
@@ -203,7 +247,7 @@ class _Job:
             nbytes=written.nbytes,
             model_bytes=sum(file.path.stat().st_size for file in self.tuned.files.values()),
             goal=_words(goal),
-            logits=verify.compare_logits(folder, self.base.path, self.tuned.path) if logits else None,
+            logits=verify.compare_logits(folder, base, self.tuned.path) if logits else None,
         )
         write_whole(folder / FILE, report.json().encode())
         return report

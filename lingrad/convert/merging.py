@@ -45,7 +45,7 @@ def merge(
     params = {name: param_of(model, name) for name in folder.names}
     known = {*params.values()}
     tied = tied_names(model, folder)
-    aliases = {n: p for n, p in model.named_parameters(remove_duplicate=False)}
+    aliases = dict(model.named_parameters(remove_duplicate=False))
     held = {id(aliases[param]) for param in known if param in aliases}
     for name in (*found.low_rank, *found.full):
         if name not in known and id(aliases.get(name)) not in held:
@@ -99,9 +99,9 @@ def write_model(
                 pieces = {key: Piece(entry.dtype, entry.shape, partial(count, key)) for key, entry in file.entries.items()}
                 write_tensors(folder / name, pieces, file.metadata)
             for source in sorted(like.path.iterdir()):
-                if source.is_file() and source.suffix not in _WEIGHTS and (like.index is not None or source.name != INDEX):
-                    if not source.name.endswith(".index.json") or source.name == INDEX:
-                        shutil.copyfile(source, folder / source.name)
+                index = source.name.endswith(".index.json") and (like.index is None or source.name != INDEX)  # of other files
+                if source.is_file() and source.suffix not in _WEIGHTS and not index:
+                    shutil.copyfile(source, folder / source.name)
     except OSError as error:
         raise DataError(f"cannot write '{out}': {error}; nothing is left of it") from error
     return out

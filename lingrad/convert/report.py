@@ -78,11 +78,12 @@ class Report:
         found = []
         low, decayed = [row for row in self.rows if row.kind == "low_rank"], self.decayed
         if decayed:
+            kept = _span([row.kept for row in decayed])
             found.append(
-                f"Decoupled weight decay: {len(decayed)} of {len(low)} low-rank modules are kept * BASE + low rank, with kept "
-                f"{_span([row.kept for row in decayed])}. An adapter is added to the whole of BASE, so PEFT cannot express the decay, and on BASE the residual "
-                "above stays. With weights multiplied by kept (see kept in lingrad_report.json) it is that of 'without decay': "
-                "--decayed-base DIR writes such a base. Or ask for the change as it is by --rank, --energy or --max-error."
+                f"Decoupled weight decay: {len(decayed)} of {len(low)} low-rank modules are kept * BASE + low rank, kept being "
+                f"{kept}. PEFT adds an adapter to the whole of BASE and cannot express that. On a base whose weights are "
+                "multiplied by kept the residual is that 'without decay'; --decayed-base DIR writes one. Or ask for TUNED - BASE "
+                "as it is, at a larger rank, with --rank, --energy or --max-error."
             )
         if any(row.full_rank for row in low):
             count = sum(row.full_rank for row in low)

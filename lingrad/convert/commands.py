@@ -1,0 +1,128 @@
+"""The conversions as the command line runs them: with a progress bar, and a text to print."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+
+from lingrad.convert import jobs, merging
+from lingrad.errors import SpecError, optional
+
+
+@dataclass(frozen=True)
+class Asked:
+    """The options of ``lingrad convert``.
+
+    Args:
+        out: The adapter's folder.
+        rank: See `lingrad.convert.convert`.
+        energy: See there.
+        max_error: See there.
+        dtype: See there.
+        uniform_rank: See there.
+        full_svd: See there.
+        logits: See there.
+        decayed_base: See there.
+        exact: Whether the folder is that of a run with a ledger.
+    """
+
+    out: Path | None = None
+    rank: int | None = None
+    energy: float | None = None
+    max_error: float | None = None
+    dtype: str | None = None
+    uniform_rank: bool = False
+    full_svd: bool = False
+    logits: bool = False
+    decayed_base: Path | None = None
+    exact: bool = False
+
+
+def convert(base: Path, tuned: Path | None, asked: Asked) -> str:
+    """Convert, and tell what was found.
+
+    Args:
+        base: The base model's folder; of the run, where it is to be exact.
+        tuned: The tuned model's folder.
+        asked: The options.
+
+    Returns:
+        A table.
+
+    Raises:
+        SpecError: Something is missing, or has no effect.
+    """
+    if asked.out is None:
+        raise SpecError("say where the adapter shall be written: --out DIR", option="out")
+    if asked.exact:
+        raise SpecError("--exact is not there yet", option="exact")
+    if tuned is None:
+        raise SpecError(
+            "two folders are needed, BASE and TUNED; of one folder an adapter can be made if it is a checkpoint of a lingrad run "
+            "with ledger=True: --exact",
+            option="tuned",
+        )
+    started = time.perf_counter()
+    with _progress("converting") as tick:
+        report = jobs.convert(
+            base,
+            tuned,
+            asked.out,
+            rank=asked.rank,
+            energy=asked.energy,
+            max_error=asked.max_error,
+            dtype=asked.dtype,
+            uniform_rank=asked.uniform_rank,
+            full_svd=asked.full_svd,
+            logits=asked.logits,
+            decayed_base=asked.decayed_base,
+            tick=tick,
+        )
+    return f"{report.table()}\nWritten: {asked.out}, in {time.perf_counter() - started:.0f} s"
+
+
+def merge(base: Path, adapter: Path, out: Path) -> str:
+    """Merge, and tell where.
+
+    Args:
+        base: The base model's folder.
+        adapter: The adapter's folder.
+        out: The merged model's folder.
+
+    Returns:
+        A line.
+    """
+    with _progress("merging") as tick:
+        merging.merge(base, adapter, out, tick=tick)
+    return f"Written: {out}"
+
+
+@contextmanager
+def _progress(title: str) -> Iterator[jobs.Tick]:
+    """A live bar with the time left; one line now and then where the output is no terminal."""
+    console = optional("rich.console", "showing progress", "cli").Console(stderr=True)
+    progress = import_module("rich.progress")
+    columns = (
+        progress.TextColumn("{task.description}"),
+        progress.BarColumn(bar_width=24),
+        progress.MofNCompleteColumn(),
+        progress.TimeRemainingColumn(),
+        progress.TextColumn("{task.fields[name]}"),
+    )
+    with progress.Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(title, total=None, name="")
+        told = 0
+
+        def tick(done: int, total: int, name: str) -> None:
+            nonlocal told
+            bar.update(task, completed=done, total=total, name=name)
+            tenth = 10 * done // total
+            if not console.is_terminal and tenth > told and total >= 100:
+                told = tenth
+                console.print(f"{title}: {done} of {total} tensors", soft_wrap=True, highlight=False)
+
+        yield tick

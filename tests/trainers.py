@@ -86,7 +86,8 @@ def assert_equal(found, expected):
     assert found.keys() == expected.keys()
     for key, leaf in expected.items():
         if isinstance(leaf, torch.Tensor):
-            assert leaf.dtype == found[key].dtype and torch.equal(leaf, found[key]), key
+            assert leaf.dtype == found[key].dtype, key
+            assert torch.equal(leaf, found[key]), key
         else:
             assert leaf == found[key], key
 

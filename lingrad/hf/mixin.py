@@ -222,7 +222,8 @@ def _write_adapter(optimizer: SubspaceOptimizer, folder: Path, no_adapter: str) 
     if why:
         warnings.warn(
             f"'{folder.parent}' holds the whole model, but no adapter: {why}. "
-            f"'lingrad convert BASE {folder.parent} --out DIR' makes one from the weights before and after, and says how near it comes",
+            f"'lingrad convert BASE {folder.parent} --out DIR' makes one from the weights before and after, and says how near "
+            "it comes",
             UserWarning,
             stacklevel=5,
         )

@@ -1,0 +1,139 @@
+"""What the Trainer leaves in a model and saves of it, with the mixin and without."""
+
+import pytest
+import torch
+
+import lingrad
+import lingrad.hf
+from lingrad.errors import ModeError
+from tests.trainers import arguments, assert_equal, examples, make, weights
+from tests.training import gap, llama
+
+MODES = ("optimizer", "adapter")
+SPEC = "svd(rank=4, every=3)"
+
+
+class TestStockTrainer:
+    @pytest.mark.parametrize("mode", MODES)
+    def test_without_the_mixin_it_trains_and_resumes(self, tmp_path, mode):
+        from transformers import Trainer
+
+        args = {"save_strategy": "steps", "save_steps": 5, "max_grad_norm": 0}
+        trainer = make(tmp_path, cls=Trainer, mode=mode, args=args)
+        trainer.train()
+        again = make(tmp_path, cls=Trainer, mode=mode, args=args)
+        again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-5"))
+        assert_equal(weights(again), weights(trainer))
+        mixed = make(tmp_path, mode=mode, args=args)
+        mixed.train()
+        assert_equal(weights(mixed), weights(trainer))
+
+    @pytest.mark.parametrize("mode", MODES)
+    def test_an_optimizer_that_was_made_before(self, tmp_path, mode):
+        """``optimizers=``: the schedule and resumption work on it, and the mixin's metrics."""
+        args = arguments(tmp_path, save_strategy="steps", save_steps=4, max_grad_norm=0.5)
+
+        def build():
+            model = llama(torch.float32)
+            kind = {"optimizer": lingrad.wrap, "adapter": lingrad.adapt}[mode]
+            opt = kind(model, SPEC, lr=args.learning_rate, seed=args.seed, self_contained=mode == "adapter")
+            return lingrad.hf.LingradTrainer(model, args, train_dataset=examples(), optimizers=(opt, None))
+
+        trainer = build()
+        trainer.train()
+        expected = make(tmp_path, mode=mode, args={"max_grad_norm": 0.5})
+        expected.train()
+        assert_equal(weights(trainer), weights(expected))
+        rates = [entry["learning_rate"] for entry in trainer.state.log_history if "loss" in entry]
+        assert rates == [entry["learning_rate"] for entry in expected.state.log_history if "loss" in entry]
+        assert "lingrad/refreshes" in trainer.state.log_history[0]
+        again = build()
+        again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+        assert_equal(weights(again), weights(trainer))
+        assert_equal(again.optimizer.state_dict(), trainer.optimizer.state_dict())
+
+
+class TestModels:
+    """What is left in the model, and what is saved."""
+
+    @pytest.mark.parametrize("mode", MODES)
+    def test_save_pretrained_gives_a_plain_model(self, tmp_path, mode):
+        from transformers import AutoModelForCausalLM
+
+        trainer = make(tmp_path / "run", mode=mode)
+        trainer.train()
+        trainer.model.save_pretrained(tmp_path / "saved")
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+        assert loaded.state_dict().keys() == llama().state_dict().keys()
+        for name, weight in weights(trainer).items():
+            assert torch.equal(loaded.get_parameter(name), weight), name
+
+    @pytest.mark.parametrize("mode", MODES)
+    def test_finish_leaves_the_model_as_it_was_found(self, tmp_path, mode):
+        trainer = make(tmp_path, mode=mode, trainer={"eval_dataset": examples(4)})
+        trainer.train()
+        expected, before = weights(trainer), trainer.evaluate()["eval_loss"]
+        model = lingrad.hf.finish(trainer)
+        assert model is trainer.model
+        assert_equal(dict(model.named_parameters()), expected)
+        assert [name for name, _ in model.named_modules()] == [name for name, _ in llama().named_modules()]
+        assert all(param.requires_grad for param in model.parameters())
+        assert trainer.evaluate()["eval_loss"] == pytest.approx(before, rel=1e-5)
+        with pytest.raises(ModeError, match="it has none yet: the Trainer makes it when train"):
+            lingrad.hf.optimizer_of(trainer)
+        trainer.train()  # anew
+        assert gap(weights(trainer), expected) > 1e-3
+
+    @pytest.mark.parametrize("mode", MODES)
+    def test_evaluation_and_prediction_see_the_weights_of_the_step(self, tmp_path, mode):
+        data = examples(4, seed=5)
+        args = {"eval_strategy": "steps", "eval_steps": 3, "max_steps": 6}
+        trainer = make(tmp_path, mode=mode, args=args, trainer={"eval_dataset": data})
+        trainer.train()
+        evaluated = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+        plain = llama(torch.float32)
+        plain.load_state_dict(trainer.model.state_dict())
+        ids = torch.stack([row["input_ids"] for row in data])
+        with torch.no_grad():
+            expected = plain(input_ids=ids, labels=ids)
+        assert evaluated[-1] == pytest.approx(float(expected.loss), rel=1e-5)
+        assert evaluated[0] != evaluated[-1]
+        predicted = torch.from_numpy(trainer.predict(data).predictions)
+        torch.testing.assert_close(predicted, expected.logits, rtol=0, atol=1e-4)
+        quiet = make(tmp_path, mode=mode, args={"max_steps": 6})
+        quiet.train()
+        assert_equal(weights(quiet), weights(trainer))  # evaluation between steps changes nothing
+
+    @pytest.mark.parametrize("mode", MODES)
+    def test_the_best_model_is_loaded_at_the_end(self, tmp_path, mode):
+        """A learning rate that ruins the model: the first evaluation is the best one."""
+        args = {
+            "save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps", "eval_steps": 2, "save_total_limit": 1,
+            "load_best_model_at_end": True, "metric_for_best_model": "loss", "learning_rate": 0.5,
+            "lr_scheduler_type": "linear", "warmup_steps": 6,
+        }  # fmt: skip
+        data = examples(6, seed=2)
+        trainer = make(tmp_path, mode=mode, args=args, trainer={"eval_dataset": data})
+        trainer.train()
+        evaluated = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+        best = min(evaluated)
+        assert evaluated[-1] > 1.05 * best
+        assert trainer.evaluate()["eval_loss"] == pytest.approx(best, rel=1e-5)
+        folders = sorted(path.name for path in tmp_path.glob("checkpoint-*"))
+        assert folders == [f"checkpoint-{2 * (1 + evaluated.index(best))}"]
+        plain = llama(torch.float32)
+        plain.load_state_dict(trainer.model.state_dict())
+        assert_equal(dict(plain.named_parameters()), weights(trainer))
+
+    def test_early_stopping(self, tmp_path):
+        from transformers import EarlyStoppingCallback
+
+        args = {
+            "save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1,
+            "load_best_model_at_end": True, "metric_for_best_model": "loss", "learning_rate": 1.0, "warmup_steps": 0,
+        }  # fmt: skip
+        trainer = make(
+            tmp_path, args=args, trainer={"eval_dataset": examples(4), "callbacks": [EarlyStoppingCallback(2)]}, mode="adapter"
+        )
+        trainer.train()
+        assert trainer.state.global_step < 8

@@ -10,8 +10,9 @@ import json
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from math import prod
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,16 +21,14 @@ from lingrad._files import write_whole
 from lingrad.errors import ExportError
 from lingrad.factors import Factors
 from lingrad.peft import names
-from lingrad.peft.slots import PREFIX, Slot, places, slots, why_not
+from lingrad.peft.slots import PREFIX, Side, Slot, places, slots, why_not
 from lingrad.tensorfile import Piece, write_tensors
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 FROZEN = "lingrad.frozen"  # in the metadata of the weights: parameter -> the factor that is a basis
 
-Side = Literal["A", "B"]
-
-# What PEFT calls a model's task, by the end of its class's name. Under these it saves no module of its own accord.
-_TASKS = {"ForCausalLM": "CAUSAL_LM", "LMHeadModel": "CAUSAL_LM", "ForConditionalGeneration": "SEQ_2_SEQ_LM"}
+# Classes for whose tasks PEFT has a class that generates; for other tasks it would save modules of its own accord.
+_GENERATES = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 
 
 @dataclass(frozen=True)
@@ -40,14 +39,18 @@ class Written:
         ranks: Parameter -> rank of its adapter.
         whole: Names of the modules saved whole.
         biases: Names of the biases saved beside adapters.
+        factor_bytes: Parameter -> bytes of its factors.
         nbytes: Bytes of the weights' file.
+        plan: How the changes were divided.
         config: The adapter's config.
     """
 
     ranks: dict[str, int]
     whole: list[str]
     biases: list[str]
+    factor_bytes: dict[str, int]
     nbytes: int
+    plan: Plan = field(repr=False)
     config: dict[str, Any] = field(repr=False)
 
 
@@ -156,19 +159,45 @@ def write_adapter(
             raise ExportError(f"the change of '{name}' is {shape}; expected {slot.layout.shape}, out x in")
         for i, (key, form) in enumerate(zip(slot.keys, slot.shapes(rank), strict=True)):
             pieces[key] = Piece(dtype or own_dtype, form, partial(_factor, low_rank, slot, i, dtype))
-    own = model.state_dict()
     adapted = {slot.module: slot for slot in planned.slots.values()}
     for name in planned.tensors(model):
-        value = _given(model, full, name, own[name])
+        value = value_of(model, full, name)
         module, _, attribute = name.rpartition(".")
         beside = name in planned.biases and module in adapted
         key = f"{PREFIX}{module}.base_layer.{attribute}" if beside else PREFIX + name
-        pieces[key] = Piece(value.dtype, tuple(value.shape), partial(_given, model, full, name, own[name]))
+        pieces[key] = Piece(value.dtype, tuple(value.shape), partial(value_of, model, full, name))
     config = _config(model, planned, ranks, base)
     metadata = {"format": "pt"} | ({FROZEN: json.dumps(dict(frozen))} if frozen else {})
     write_tensors(folder / WEIGHTS, pieces, metadata)
     write_whole(folder / CONFIG, (json.dumps(config, indent=2, sort_keys=True) + "\n").encode())
-    return Written(ranks, planned.whole, planned.biases, (folder / WEIGHTS).stat().st_size, config)
+    sizes = {
+        name: sum(prod(p.shape) * p.dtype.itemsize for p in map(pieces.get, s.keys) if p) for name, s in planned.slots.items()
+    }
+    return Written(ranks, planned.whole, planned.biases, sizes, (folder / WEIGHTS).stat().st_size, planned, config)
+
+
+def value_of(model: nn.Module, full: Mapping[str, Tensor], name: str) -> Tensor:
+    """The value of a tensor that is written as it is.
+
+    Args:
+        model: The plain model.
+        full: Values by name, for `write_adapter`.
+        name: A parameter or buffer.
+
+    Returns:
+        What ``full`` has for it, or for a parameter tied to it, or else what the model has; on the CPU.
+
+    Raises:
+        ExportError: There is none, or it has another shape.
+    """
+    own, param = model.state_dict()[name], dict(model.named_parameters(remove_duplicate=False)).get(name)
+    names = [name, *(places(model, name) if param is not None else [])]
+    value = next((full[n] for n in names if n in full), own)
+    if value.is_meta:
+        raise ExportError(f"'{name}' is in a module that is saved whole; its value must be given too")
+    if value.shape != own.shape:
+        raise ExportError(f"'{name}' is {tuple(value.shape)}; expected {tuple(own.shape)} as in the model")
+    return value.detach().cpu().contiguous()
 
 
 def _factor(low_rank: Mapping[str, Factors], slot: Slot, which: int, dtype: torch.dtype | None) -> Tensor:
@@ -190,21 +219,6 @@ def _check_whole(model: nn.Module, module: str, name: str, adapted: set[str]) ->
         raise ExportError(f"'{name}' lies in a list of modules, which PEFT cannot save whole")
 
 
-def _given(model: nn.Module, full: Mapping[str, Tensor], name: str, own: Tensor) -> Tensor:
-    """The value of a tensor that is written as it is."""
-    if name in full:
-        value = full[name]
-    else:
-        param = dict(model.named_parameters(remove_duplicate=False)).get(name)
-        alias = [n for n in (places(model, name) if param is not None else []) if n in full]
-        value = full[alias[0]] if alias else own
-    if value.is_meta:
-        raise ExportError(f"'{name}' is in a module that is saved whole; its value must be given too")
-    if value.shape != own.shape:
-        raise ExportError(f"'{name}' is {tuple(value.shape)}; expected {tuple(own.shape)} as in the model")
-    return value.detach().cpu().contiguous()
-
-
 def _config(model: nn.Module, planned: Plan, ranks: Mapping[str, int], base: str) -> dict[str, Any]:
     modules = [name for name, _ in model.named_modules(remove_duplicate=False) if name]
     parameters = [name for name, _ in model.named_parameters()]
@@ -219,7 +233,7 @@ def _config(model: nn.Module, planned: Plan, ranks: Mapping[str, int], base: str
     beside = {name.rpartition(".")[0] for name in planned.biases}
     return {
         "peft_type": "LORA",
-        "task_type": next((task for end, task in _TASKS.items() if type(model).__name__.endswith(end)), None),
+        "task_type": _task(model),
         "base_model_name_or_path": base,
         "r": default,
         "lora_alpha": default,
@@ -237,6 +251,12 @@ def _config(model: nn.Module, planned: Plan, ranks: Mapping[str, int], base: str
         "use_rslora": False,
         "use_dora": False,
     }
+
+
+def _task(model: nn.Module) -> str | None:
+    if not (type(model).__name__.endswith(_GENERATES) and hasattr(model, "prepare_inputs_for_generation")):
+        return None
+    return "SEQ_2_SEQ_LM" if getattr(getattr(model, "config", None), "is_encoder_decoder", False) else "CAUSAL_LM"
 
 
 def _ties_embeddings(model: nn.Module) -> bool:

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from lingrad.errors import CheckpointError, DataError, ShapeError
 from lingrad.factors import Factors
 from lingrad.peft import names
-from lingrad.peft.format import CONFIG, FROZEN, WEIGHTS, Side
-from lingrad.peft.slots import PREFIX, Slot, slots
+from lingrad.peft.format import CONFIG, FROZEN, WEIGHTS
+from lingrad.peft.slots import PREFIX, Side, Slot, slots
 from lingrad.tensorfile import TensorFile
 
 # Options of a LoRA that make it more than W + B A, or change W itself when PEFT loads it.

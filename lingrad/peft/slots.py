@@ -29,6 +29,8 @@ from lingrad.errors import ShapeError
 from lingrad.factors import Factors
 from lingrad.layout import Layout, is_conv1d, layout_of
 
+Side = Literal["A", "B"]  # PEFT's factors
+Basis = Literal["left", "right"]  # those of a change
 Kind = Literal["linear", "embedding", "conv", "parameter", "experts", "experts_in_out"]
 
 PREFIX = "base_model.model."
@@ -78,6 +80,15 @@ class Slot:
     def experts(self) -> int:
         """How many experts are fused in the parameter."""
         return self.layout.weight_shape[0] if self.kind in ("experts", "experts_in_out") else 1
+
+    def side(self, basis: Basis) -> Side:
+        """PEFT's name of the left or the right factor."""
+        left_is_a = self.kind in ("embedding", "experts_in_out")
+        return "A" if (basis == "left") == left_is_a else "B"
+
+    def basis(self, side: Side) -> Basis:
+        """The inverse of `side`."""
+        return "left" if self.side("left") == side else "right"
 
     def shapes(self, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """The shapes of lora_A and lora_B of a rank."""

@@ -125,12 +125,13 @@ class Slot:
             return rearrange(left, "(e i) r -> (e r) i", e=e), repeat(right, "r o -> o (r e)", e=e)
         return right, left
 
-    def decode(self, a: Tensor, b: Tensor) -> Factors:
+    def decode(self, a: Tensor, b: Tensor, *, shared: bool | None = None) -> Factors:
         """The change that PEFT's factors make, for a scaling of 1; the inverse of `encode`.
 
         Args:
             a: lora_A.
             b: lora_B, of the shapes that `shapes` gives.
+            shared: Whether fused experts share their right factor; None where that is to be found out.
 
         Returns:
             Factors of the same rank; where experts do not share their right factor, of the sum of their ranks.
@@ -144,7 +145,7 @@ class Slot:
         each_a = rearrange(a, "(e r) i -> e r i", e=self.experts)
         each_b = rearrange(b, "o (r e) -> e o r", e=self.experts)
         lefts, rights = (each_b, each_a) if self.kind == "experts" else (each_a.mT, each_b.mT)
-        if bool((rights == rights[:1]).all()):
+        if bool((rights == rights[:1]).all()) if shared is None else shared:
             return Factors(lefts.flatten(0, 1), rights[0])
         return Factors(torch.block_diag(*lefts), rights.flatten(0, 1))
 

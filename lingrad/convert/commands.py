@@ -62,8 +62,8 @@ def convert(base: Path, tuned: Path | None, asked: Asked) -> str:
         raise SpecError("--exact is not there yet", option="exact")
     if tuned is None:
         raise SpecError(
-            "two folders are needed, BASE and TUNED; of one folder an adapter can be made if it is a checkpoint of a lingrad run "
-            "with ledger=True: --exact",
+            "two folders are needed, BASE and TUNED; one is enough where it is the checkpoint of a lingrad run with "
+            "ledger=True: --exact",
             option="tuned",
         )
     started = time.perf_counter()

@@ -82,8 +82,8 @@ class Report:
             found.append(
                 f"Decoupled weight decay: {len(decayed)} of {len(low)} low-rank modules are kept * BASE + low rank, kept being "
                 f"{kept}. PEFT adds an adapter to the whole of BASE and cannot express that. On a base whose weights are "
-                "multiplied by kept the residual is that 'without decay'; --decayed-base DIR writes one. Or ask for TUNED - BASE "
-                "as it is, at a larger rank, with --rank, --energy or --max-error."
+                "multiplied by kept the residual is that 'without decay'; --decayed-base DIR writes one. Or ask for all of it, "
+                "at a larger rank, with --rank, --energy or --max-error."
             )
         if any(row.full_rank for row in low):
             count = sum(row.full_rank for row in low)

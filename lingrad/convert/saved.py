@@ -1,0 +1,49 @@
+"""Optimizer states in torch's own files, read without executing anything that a file may ask for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lingrad.errors import CheckpointError, DataError
+
+FILE = "optimizer.pt"
+
+
+class Inert:
+    """An object of another program: the attributes it was saved with, and no code."""
+
+
+def load_state(path: Path, inert: Sequence[str] = ()) -> dict[str, Any]:
+    """Read an optimizer's state dict.
+
+    Args:
+        path: The file, or the folder of a checkpoint that has it as ``optimizer.pt``.
+        inert: Full names of classes whose objects are read as `Inert`; any class besides those of torch's own list is refused.
+
+    Returns:
+        ``state`` and ``param_groups``, tensors on the CPU.
+
+    Raises:
+        DataError: There is no such file.
+        CheckpointError: It is damaged, is no optimizer's state, or asks for code to be run.
+    """
+    file = path / FILE if path.is_dir() else path
+    if not file.is_file():
+        raise DataError(f"there is no '{file}'; expected what torch.save(optimizer.state_dict()) writes")
+    try:
+        with torch.serialization.safe_globals([(Inert, name) for name in inert]):
+            found = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # what a damaged or hostile file raises is anybody's guess
+        first = next((line for line in str(error).splitlines() if "Unsupported" in line or "GLOBAL" in line), str(error))
+        raise CheckpointError(
+            f"'{file}' cannot be read as plain tensors and numbers, and nothing else is: it is cut off, of another program, or "
+            f"asks for code to be run ({type(error).__name__}: {first.strip()[:200]})"
+        ) from None
+    parts = (found.get("state"), found.get("param_groups")) if isinstance(found, dict) else (None, None)
+    if not isinstance(parts[0], dict) or not isinstance(parts[1], list):
+        raise CheckpointError(f"'{file}' is no optimizer's state dict, which has 'state' and 'param_groups'")
+    return {"state": parts[0], "param_groups": parts[1]}

@@ -9,6 +9,7 @@ import argparse
 import os
 import signal
 import sys
+from pathlib import Path
 
 import torch
 
@@ -55,8 +56,8 @@ def main():
         def _save_optimizer_and_scheduler(self, output_dir):
             super()._save_optimizer_and_scheduler(output_dir)
             if self.state.global_step == given.kill_in_save:
-                path = os.path.join(output_dir, "optimizer.pt")
-                os.truncate(path, os.path.getsize(path) // 2)
+                path = Path(output_dir) / "optimizer.pt"
+                os.truncate(path, path.stat().st_size // 2)
                 die()
 
     trainer = Trainer(
@@ -68,12 +69,11 @@ def main():
     )
     trainer.train(resume_from_checkpoint=lingrad.hf.last_checkpoint(given.output))
     if given.steps == 9:
-        trainer.adapter_in_checkpoints = False
-        trainer.save_model(os.path.join(given.output, f"final-{os.environ.get('RANK', 0)}"), _internal_call=True)
+        trainer.save_model(f"{given.output}/final-{args.process_index}", _internal_call=True)
     opt = lingrad.hf.optimizer_of(trainer)
     torch.save(
         {"weights": opt.weights(), "state": opt.state_dict(), "rank": args.process_index, "world": args.world_size},
-        os.path.join(given.output, f"end-{args.process_index}.pt"),
+        f"{given.output}/end-{args.process_index}.pt",
     )
 
 

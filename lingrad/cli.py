@@ -104,7 +104,7 @@ def convert(
     full_svd: Annotated[bool, typer.Option("--full-svd", help="Decompose in full, not by random projections.")] = False,
     logits: Annotated[bool, typer.Option("--logits", help="Load both models and compare logits through PEFT.")] = False,
     decayed_base: Annotated[Path | None, typer.Option(help="Write the base, weight decay applied, here.")] = None,
-    exact: Annotated[bool, typer.Option("--exact", help="From the ledger of a lingrad run, in place of two models.")] = False,
+    exact: Annotated[bool, typer.Option("--exact", help="From the ledger of a lingrad run: RUN, or BASE RUN.")] = False,
 ) -> None:
     """Turn what a training made of a model into an adapter for PEFT: full models in, LoRA out."""
     asked = commands.Asked(out, rank, energy, max_error, dtype, uniform_rank, full_svd, logits, decayed_base, exact)

@@ -49,6 +49,9 @@ def test_no_eval_no_pickle_no_network():
     for path in (ROOT / "lingrad").rglob("*.py"):
         code = path.read_text().replace("model.eval(", "").replace('mode="eval"', "").replace("copied or pickled", "")
         found = {word for word in forbidden if word in code}
+        if path == ROOT / "lingrad/convert/saved.py":  # where torch reads tensors and plain values only
+            assert code.count("torch.load(") == code.count("weights_only=True") == 1
+            found -= {"torch.load("}
         if path.name == "snapshot.py":  # torch's visualiser reads pickles; ours refuses every name one holds, as its tests show
             found -= {"pickle"}
         assert not found, path

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 
-from lingrad.convert import jobs, merging
+from lingrad.convert import exact, jobs, merging
+from lingrad.convert.writing import Tick
 from lingrad.errors import SpecError, optional
 
 
@@ -59,7 +60,7 @@ def convert(base: Path, tuned: Path | None, asked: Asked) -> str:
     if asked.out is None:
         raise SpecError("say where the adapter shall be written: --out DIR", option="out")
     if asked.exact:
-        raise SpecError("--exact is not there yet", option="exact")
+        return _convert_run(base if tuned is None else tuned, None if tuned is None else base, asked)
     if tuned is None:
         raise SpecError(
             "two folders are needed, BASE and TUNED; one is enough where it is the checkpoint of a lingrad run with "
@@ -85,6 +86,26 @@ def convert(base: Path, tuned: Path | None, asked: Asked) -> str:
     return f"{report.table()}\nWritten: {asked.out}, in {time.perf_counter() - started:.0f} s"
 
 
+def _convert_run(run: Path, base: Path | None, asked: Asked) -> str:
+    for option in ("energy", "max_error", "full_svd"):
+        if getattr(asked, option):
+            name = option.replace("_", "-")
+            raise SpecError(f"--{name} has no effect with --exact, which reads what the run kept; leave it out", option=option)
+    with _progress("converting") as tick:
+        report = exact.convert_run(
+            run,
+            asked.out or "",
+            base=base,
+            rank=asked.rank,
+            dtype=asked.dtype,
+            uniform_rank=asked.uniform_rank,
+            logits=asked.logits,
+            decayed_base=asked.decayed_base,
+            tick=tick,
+        )
+    return f"{report.table()}\nWritten: {asked.out}"
+
+
 def merge(base: Path, adapter: Path, out: Path) -> str:
     """Merge, and tell where.
 
@@ -102,7 +123,7 @@ def merge(base: Path, adapter: Path, out: Path) -> str:
 
 
 @contextmanager
-def _progress(title: str) -> Iterator[jobs.Tick]:
+def _progress(title: str) -> Iterator[Tick]:
     """A live bar with the time left; one line now and then where the output is no terminal."""
     console = optional("rich.console", "showing progress", "cli").Console(stderr=True)
     progress = import_module("rich.progress")

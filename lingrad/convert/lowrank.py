@@ -63,6 +63,14 @@ class Goal:
         return self == Goal()
 
     @property
+    def words(self) -> str:
+        """The goal as a phrase."""
+        for name in ("rank", "energy", "max_error"):
+            if getattr(self, name) is not None:
+                return f"{name.replace('_', ' ')} {getattr(self, name):g}"
+        return "all of the change, down to rounding"
+
+    @property
     def lost(self) -> float:
         """The share of |D|_F^2 that may be lost, where that is the goal."""
         if self.energy is not None:

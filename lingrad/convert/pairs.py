@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
@@ -76,18 +77,20 @@ class Pair:
         )
 
 
-def pairs(model: nn.Module, base: ModelFolder, tuned: ModelFolder) -> list[Pair]:
+def pairs(model: nn.Module, base: ModelFolder, tuned: ModelFolder, chosen: Collection[str] | None = None) -> list[Pair]:
     """What each tensor of both folders is.
 
     Args:
         model: The model of their config, on the meta device.
         base: One folder.
         tuned: The other.
+        chosen: The parameters whose change is of low rank; None for those a bare spec transforms, convolutions and experts.
 
     Returns:
         A pair for each tensor, in the order of names.
     """
-    wide = _wide(model)
+    every = dict(model.named_parameters())
+    wide = _wide(model) if chosen is None else {name: every[name] for name in chosen}
     found = []
     for name in sorted({*base.names} & {*tuned.names}):
         param = param_of(model, name)
@@ -131,22 +134,21 @@ def tied_names(model: nn.Module, folder: ModelFolder) -> set[str]:
     return again
 
 
-def require_places(model: nn.Module, chosen: list[Pair]) -> None:
-    """Make sure that PEFT has a form for tensors that changed.
+def require_place(model: nn.Module, pair: Pair) -> None:
+    """Make sure that the model has a parameter for a tensor that changed.
 
     Args:
         model: The model.
-        chosen: The pairs.
+        pair: The tensor.
 
     Raises:
-        ExportError: It has none for one of them.
+        ExportError: It has none.
     """
-    for pair in chosen:
-        if not pair.param:
-            raise ExportError(
-                f"'{pair.name}' changed, and {type(model).__name__}, the model of this config, has no such parameter; no "
-                "adapter could hold the change; save both folders with the transformers that is installed"
-            )
+    if not pair.param:
+        raise ExportError(
+            f"'{pair.name}' changed, and {type(model).__name__}, the model of this config, has no such parameter; no "
+            "adapter could hold the change; save both folders with the transformers that is installed"
+        )
 
 
 def _wide(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -8,7 +8,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from lingrad._files import write_whole
@@ -87,19 +86,17 @@ class Parts:
             return None
         return self._records[index]
 
-    def keep(self, index: int, record: Record, factors: Factors | None = None, dtype: torch.dtype | None = None) -> None:
+    def keep(self, index: int, record: Record, factors: Factors | None = None) -> None:
         """Note that a tensor is done.
 
         Args:
             index: The tensor's number.
             record: What became of it.
             factors: Its factors.
-            dtype: The dtype to keep them in.
         """
         tensors: dict[str, Tensor] = {}
         if factors is not None:
-            held = factors.to(dtype=dtype)
-            tensors = {"left": held.left, "right": held.right}
+            tensors = {"left": factors.left, "right": factors.right}
         write_tensors(self._path(index), whole(tensors), {"record": json.dumps(asdict(record), sort_keys=True)})
 
     def factors(self, index: int) -> Factors:

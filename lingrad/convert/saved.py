@@ -36,7 +36,7 @@ def load_state(path: Path, inert: Sequence[str] = ()) -> dict[str, Any]:
         raise DataError(f"there is no '{file}'; expected what torch.save(optimizer.state_dict()) writes")
     try:
         with torch.serialization.safe_globals([(Inert, name) for name in inert]):
-            found = torch.load(file, map_location="cpu", weights_only=True)
+            found = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # what a damaged or hostile file raises is anybody's guess
         first = next((line for line in str(error).splitlines() if "Unsupported" in line or "GLOBAL" in line), str(error))
         raise CheckpointError(

@@ -58,7 +58,8 @@ def wrap(
         self_contained: Have ``opt.state_dict()`` hold, in adapter mode, coordinates and the weights they belong to, and
             ``model.state_dict()`` be that of the plain model, W + S z: the checkpoints of programs that know nothing of
             adapters are then complete models and resume bit for bit. Load the model first, then the optimizer.
-        **base_kwargs: Options of the base, such as ``lr``, ``betas``, ``momentum``.
+        **base_kwargs: Options of the base, such as ``lr``, ``betas``, ``momentum``; of any base also ``moments="8bit"``, which
+            holds its moments in 8 bits between steps.
 
     Returns:
         The optimizer, in optimizer mode.
@@ -105,6 +106,7 @@ def adapt(
     ledger: bool = False,
     self_contained: bool = False,
     merge_every: int | None = None,
+    keep_remainder: bool = False,
     **base_kwargs: Any,
 ) -> SubspaceOptimizer:
     """Train in subspaces as one-sided adapters: W = W0 + S z, z trained, merged at each refresh.
@@ -127,6 +129,8 @@ def adapt(
         self_contained: See `wrap`.
         merge_every: Merge coordinates into the weights every so many steps, beside each refresh; None leaves it at those. With
             1 it is optimizer mode's schedule on adapter mode's forward. The trajectory is the same.
+        keep_remainder: Where a weight is held in 4 or 8 bits, keep what a merge loses in the new coordinates, as far as their
+            basis holds it (LoQT's error compensation); see ``opt.merge_losses()``.
         **base_kwargs: See `wrap`.
 
     Returns:
@@ -148,5 +152,6 @@ def adapt(
         ledger=ledger,
         self_contained=self_contained,
         merge_every=merge_every,
+        keep_remainder=keep_remainder,
         **base_kwargs,
     )

@@ -20,6 +20,7 @@ from lingrad import state as trees
 from lingrad.bases import Base
 from lingrad.errors import CheckpointError
 from lingrad.ledger import Ledger
+from lingrad.packed import MergeLoss
 from lingrad.subspace import Subspace
 
 FORMAT = 3
@@ -36,6 +37,7 @@ class Loaded(NamedTuple):
         refreshes: Refreshes committed.
         merged: Whether anything was merged.
         ledger: The ledger, where the run has one.
+        loss: What merges have lost, where the weight is quantised.
         stored: Coordinates and the tensors of the weight, where the state holds them; not copied.
     """
 
@@ -45,6 +47,7 @@ class Loaded(NamedTuple):
     refreshes: int = 0
     merged: bool = False
     ledger: Ledger | None = None
+    loss: MergeLoss | None = None
     stored: Mapping[str, Tensor] = MappingProxyType({})
 
 
@@ -57,12 +60,13 @@ def pack(sub: Subspace, step: int, stored: Mapping[str, Tensor] = MappingProxyTy
         stored: Tensors of the model that belong to the state.
 
     Returns:
-        ``subspace.step``, ``.refreshes``, ``.merged``, the weight's ``.m`` and ``.n``, ``subspace.state.*``, ``.ledger.*`` and
-        ``.stored.*``.
+        ``subspace.step``, ``.refreshes``, ``.merged``, the weight's ``.m`` and ``.n``, ``subspace.state.*``, ``.ledger.*``,
+        ``.loss.*`` and ``.stored.*``.
     """
     m, n = sub.layout.shape
     numbers = {"step": step, "refreshes": sub.refreshes, "merged": sub.merged, "m": m, "n": n}
-    tree = {**numbers, "state": sub.state, "stored": stored, "ledger": sub.ledger.pack() if sub.ledger is not None else None}
+    tree = {**numbers, "state": sub.state, "stored": stored, "loss": sub.loss}
+    tree["ledger"] = sub.ledger.pack() if sub.ledger is not None else None
     return trees.flatten(tree, PREFIX.rstrip("."))
 
 
@@ -106,7 +110,8 @@ def unpack(
             ledger = sub.ledger.unpack(flat, (sub.leader or sub).state, param, name)
         found = {key: trees.checked(like, entries, f"{PREFIX}stored.{key}", name) for key, like in stored.items()}
         state = trees.restore(sub.state, entries, f"{PREFIX}state", name)
-        loaded = Loaded({}, step, state, refreshes, merged, ledger, found)
+        loss = trees.restore(sub.loss, entries, f"{PREFIX}loss", name)
+        loaded = Loaded({}, step, state, refreshes, merged, ledger, loss, found)
     moments = {key: value for key, value in entries.items() if not key.startswith(PREFIX)}
     fresh = base.memory(param) if moments else {}  # none where the parameter has had no gradient yet
     for key, like in fresh.items():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from math import prod
 
 from torch import nn
 
@@ -87,7 +88,7 @@ def explain(
     untouched = {name: _untouched(name, param) for name, param in plan.full}
     order = [name for name, _ in model.named_parameters() if name in targets or name in untouched]
     lines = [targets.get(name) or untouched[name] for name in order]
-    sizes = {t.name: t.param.numel() for t in plan.targets} | {name: p.numel() for name, p in plan.full}
+    sizes = {t.name: prod(t.layout.shape) for t in plan.targets} | {name: p.numel() for name, p in plan.full}
     parameters, trained = sum(sizes.values()), sum(line.trained for line in lines)
     return Explanation(tuple(lines if every_parameter else _alike(lines)), parameters, trained)
 
@@ -97,7 +98,7 @@ def _transformed(place: Place) -> Line:
     bases = [_by(s) for s in target.transform.basis_shapes(place.shape) if s is not None]
     if not place.leads:
         bases = [f"that of {place.group[0].name.removesuffix('.weight').rpartition('.')[2]}"]
-    gradient = "projected" if target.road == "projected" else "hook"
+    gradient = "hook" if target.road == "weight" else "projected"
     text = spec.format(target.transform)
     return Line(target.name, 1, _by(shape), text, _by(coords), ", ".join(bases) or "-", gradient, coords[0] * coords[1])
 

@@ -9,6 +9,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from lingrad.errors import ShapeError
+from lingrad.packed import is_packed
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,9 @@ def layout_of(weight: Tensor, module: nn.Module | None, name: str) -> Layout:
         raise ShapeError(
             f"'{name}' has shape {tuple(weight.shape)}; a transform needs a weight with two or more dimensions, none empty"
         )
+    if module is not None and is_packed(module):  # the parameter is codes in a layout of their own
+        shape = int(module.out_features), int(module.in_features)  # type: ignore[arg-type]
+        return Layout("a0 a1 -> (a0) (a1)", "(a0) (a1) -> a0 a1", shape, shape)
     axes = [f"a{i}" for i in range(weight.dim())]
     whole = " ".join(axes)
     if is_conv1d(module):

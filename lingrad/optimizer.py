@@ -25,7 +25,7 @@ from lingrad.ledger import Ledger
 from lingrad.moments import Carry
 from lingrad.rules import Rules
 from lingrad.sharing import Place, Share, places, require_shared
-from lingrad.subspace import Subspace, hold, merge
+from lingrad.subspace import Subspace, hold
 from lingrad.telling import TellingOptimizer
 
 
@@ -58,13 +58,15 @@ class SubspaceOptimizer(TellingOptimizer):
         ledger: bool = False,
         self_contained: bool = False,
         merge_every: int | None = None,
+        keep_remainder: bool = False,
         **base_kwargs: Any,
     ) -> None:
         require_one_of(mode, get_args(Mode), "mode")
         require_one_of(carry, get_args(Carry), "carry")
         for option, value in (("weight_decay", weight_decay), ("scale", scale)):
             check_not_negative(option, value)
-        flags = {"layerwise": layerwise, "stagger": stagger, "ledger": ledger, "self_contained": self_contained}
+        flags = {"layerwise": layerwise, "stagger": stagger, "ledger": ledger}
+        flags |= {"self_contained": self_contained, "keep_remainder": keep_remainder}
         for option, value in flags.items():
             require(type(value) is bool, option, f"{option} must be True or False, not {value!r}")
         require(type(seed) is int, "seed", f"seed must be a whole number, not {seed!r}")
@@ -77,7 +79,7 @@ class SubspaceOptimizer(TellingOptimizer):
         self._arithmetic = arithmetic(compat, self._base.name)
         self._merge_every = merge_every
         self._seed, self._compat, self._stagger, self._share = seed, compat, stagger, share
-        self._ledger, self._self_contained = ledger, self_contained
+        self._ledger, self._self_contained, self._keep_remainder = ledger, self_contained, keep_remainder
         self._step = 0
         self._places: dict[int, tuple[torch.dtype, torch.device]] = {}
         self._stock: list[tuple[Optimizer, Pairs]] = []
@@ -107,7 +109,8 @@ class SubspaceOptimizer(TellingOptimizer):
             subs: dict[str, Subspace] = {}
             for place in placed[i]:
                 subs[place.target.name] = self._subspace(place, subs.get(place.group[0].name))
-            made = [make_attachment(target, subs[target.name], plain=self_contained) for target in plan.targets]
+            options_of = {"plain": self_contained, "keep_remainder": keep_remainder}
+            made = [make_attachment(target, subs[target.name], **options_of) for target in plan.targets]
             self.attachments += made
             groups += make_groups(
                 plan,
@@ -121,6 +124,9 @@ class SubspaceOptimizer(TellingOptimizer):
         for option, unusual in (("scale", scale != 1.0), ("carry", carry != "keep"), ("compat", compat is not None)):
             idle = unusual and not self.attachments
             require(not idle, option, f"'{option}' has no effect where nothing is transformed; leave it out")
+        for attachment in self.attachments:
+            attachment.require(mode)
+        _check_quantised(self.subspaces, merge_every, keep_remainder=keep_remainder)
         for sub in self.subspaces if ledger else ():
             sub.ledger = Ledger(sub.transform)
         leads = [attachment.sub for attachment in self.attachments if attachment.sub.leader is None]
@@ -177,6 +183,8 @@ class SubspaceOptimizer(TellingOptimizer):
         before = self.mode
         if mode == before or before is None:
             return
+        for attachment in self.attachments:
+            attachment.require(mode)
         self.detach()
         try:
             self._attach(mode)
@@ -193,7 +201,7 @@ class SubspaceOptimizer(TellingOptimizer):
         if self.mode is None:
             return
         for attachment in self.attachments:
-            merge(attachment.sub, attachment.weight)
+            attachment.merge()
             attachment.detach()
             attachment.sub.arrived = None
         while self._handles:
@@ -243,7 +251,7 @@ class SubspaceOptimizer(TellingOptimizer):
 
     def _subspace(self, place: Place, lead: Subspace | None) -> Subspace:
         """The subspace of a weight; on the basis of another that leads, if there is one."""
-        name, layout, param = place.target.name, place.target.layout, place.target.param
+        name, layout, param = place.target.name, place.target.layout, place.target.like
         if lead is not None:
             return lead.join(name, layout, param)
         transform = as_published(self._compat, place.target.transform)
@@ -297,6 +305,21 @@ def _check_sharing(share: Any, layerwise: bool) -> None:
         share is None or not layerwise,
         "share",
         "share='input' refreshes several weights together, and layerwise=True steps one after the other; leave one of them out",
+    )
+
+
+def _check_quantised(subs: list[Subspace], merge_every: int | None, *, keep_remainder: bool) -> None:
+    quantised = any(sub.loss is not None for sub in subs)
+    require(
+        quantised or not keep_remainder,
+        "keep_remainder",
+        "keep_remainder is of weights that are held in 4 or 8 bits, and none that is transformed is; leave it out",
+    )
+    require(
+        merge_every is None or not quantised,
+        "merge_every",
+        "merge_every merges more often than refreshes do, and a merge into a quantised weight loses what is smaller than a "
+        "step of its grid; leave it out",
     )
 
 

@@ -41,6 +41,7 @@ class StatefulOptimizer(Optimizer):
     _share: str | None
     _ledger: bool
     _self_contained: bool
+    _keep_remainder: bool
     _step: int  # steps finished
     _base_state: defaultdict[Tensor, dict[str, Any]]  # what the stock optimizers keep; they share this mapping
     _by_coords: dict[int, Attachment]
@@ -62,7 +63,7 @@ class StatefulOptimizer(Optimizer):
             (tensor, what it is): ``weight`` for those that are transformed, ``coords``, ``basis``, ``moments``.
         """
         for attachment in self.attachments:
-            yield attachment.weight, "weight"
+            yield from ((tensor, "weight") for tensor in attachment.held())
             yield attachment.sub.coords, "coords"
             yield from ((tensor, "basis") for tensor in attachment.sub.tensors())
         for entries in self._base_state.values():
@@ -129,7 +130,7 @@ class StatefulOptimizer(Optimizer):
                 self._base_state[param] = found.moments
             if sub is not None and found.step is not None:
                 sub.replace_state(found.state, found.refreshes)  # of one that is led there is none
-                sub.merged, sub.ledger = found.merged, found.ledger
+                sub.merged, sub.ledger, sub.loss = found.merged, found.ledger, found.loss
                 for key, tensor in found.stored.items():
                     if tensor.data_ptr() != stored[key].data_ptr():  # as in accelerate's load_state_dict(state_dict())
                         stored[key].copy_(tensor)
@@ -165,6 +166,7 @@ class StatefulOptimizer(Optimizer):
             "share": self._share,
             "ledger": self._ledger,
             "self_contained": self._self_contained,
+            "keep_remainder": self._keep_remainder,
         }
 
     def _stored(self, attachment: Attachment) -> dict[str, Tensor]:

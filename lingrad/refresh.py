@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -15,16 +15,27 @@ from torch import Tensor
 from lingrad import state as trees
 from lingrad.gather import Questions, energy, gathered, questions, witnesses
 from lingrad.gradient import FactoredGradient, Gradient
+from lingrad.maps import LinearMap
 from lingrad.moments import Moments
 from lingrad.parallel import average, averaged, ranks, share
 from lingrad.stacked import StackedGradient
-from lingrad.subspace import Proposal, Subspace, merge
+from lingrad.subspace import Proposal, Subspace
 from lingrad.transforms.base import Sketch
 from lingrad.transforms.sketch import sketched
 
 NOT_FINITE = "the gradient at a refresh is not finite; the old basis stays until the next one"
 
 Commit = Callable[[Subspace], None]
+
+
+class Weight(Protocol):
+    """A weight as a change of its basis sees it."""
+
+    def merge(self) -> Tensor | None:
+        """Merge the coordinates; what could not be merged and is to be kept comes back, [m, n]."""
+
+    def keep(self, current: LinearMap, remainder: Tensor) -> None:
+        """Keep what could not be merged, in the coordinates of the new basis."""
 
 
 def choose(members: Sequence[Subspace], factor: float) -> None:
@@ -131,18 +142,18 @@ def exchange(members: Sequence[Subspace], proposal: Proposal, commit: Commit) ->
         commit(sub)
 
 
-def commit(sub: Subspace, weight: Tensor, moments: Moments) -> None:
+def commit(sub: Subspace, weight: Weight, moments: Moments) -> None:
     """Move over to the basis that was chosen, if one was: merge through the old map, carry the moments.
 
     Args:
         sub: The subspace; one that leads comes after those that share its basis.
-        weight: The weight, in its own shape.
+        weight: The weight.
         moments: The base optimizer's memory of the coordinates.
     """
     if sub.proposal is None:
         return
     carried = moments.rotated(sub.map(), sub.proposal.map, sub.name, sub.coords.shape)
-    merge(sub, weight)
+    remainder = weight.merge()
     if sub.ledger is not None:
         sub.ledger.close((sub.leader or sub).state, sub.map().factors)
     if moments.carry == "reset":
@@ -152,6 +163,8 @@ def commit(sub: Subspace, weight: Tensor, moments: Moments) -> None:
     state, chosen = sub.proposal
     sub.replace_state(state if sub.leader is None else None, sub.refreshes + 1, chosen)
     sub.proposal, sub.due = None, False
+    if remainder is not None:
+        weight.keep(chosen, remainder)
 
 
 def _propose(lead: Subspace, grad: Gradient | None) -> Proposal:

@@ -11,16 +11,18 @@ from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from typing import Literal
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from lingrad import spec
 from lingrad.errors import ShapeError, SpecError
 from lingrad.layout import Layout, is_conv1d, layout_of
+from lingrad.packed import is_packed, packed_of
 from lingrad.transforms.base import Transform
 
 SpecLike = str | Transform
 Rules = SpecLike | Mapping[str, SpecLike | None]
-Road = Literal["projected", "weight"]
+Road = Literal["projected", "quantized", "weight"]
 
 # Names under which models hold their output layer, where get_output_embeddings() does not tell.
 _HEADS = {"lm_head", "head", "classifier", "score", "qa_outputs", "fc_out", "output", "output_projection"}
@@ -35,7 +37,8 @@ class Target:
         param: The parameter.
         transform: Its transform.
         layout: How it is read as a matrix.
-        road: ``projected`` where the gradient is born small (linear layers), ``weight`` where it is projected afterwards.
+        road: ``projected`` where the gradient is born small (linear layers), ``quantized`` where so it is and the weight is
+            held in 4 or 8 bits, ``weight`` where it is projected afterwards.
         owners: Every (module, attribute) that holds it.
     """
 
@@ -45,6 +48,14 @@ class Target:
     layout: Layout
     road: Road
     owners: tuple[tuple[nn.Module, str], ...] = ()
+
+    @property
+    def like(self) -> Tensor:
+        """The weight, for device and dtype; an empty tensor in its place where it is quantised."""
+        if self.road != "quantized":
+            return self.param
+        dtype = torch.float32 if self.param.is_meta else packed_of(self.owners[0][0], self.name).dtype
+        return torch.empty(0, dtype=dtype, device=self.param.device)
 
 
 @dataclass
@@ -68,13 +79,18 @@ class _Candidate:
     param: nn.Parameter
     owners: list[tuple[nn.Module, str]] = field(default_factory=list)
 
+    @property
+    def is_packed(self) -> bool:
+        """Whether it holds codes of 4 or 8 bits."""
+        return any(is_packed(module) and attribute == "weight" for module, attribute in self.owners)
+
     def known_as(self) -> set[str]:
         """Names a rule may match: of the parameter and of the modules that own it."""
         return {*self.names, *(name.rpartition(".")[0] for name in self.names)}
 
 
 def resolve_model(model: nn.Module, rules: Rules) -> Plan:
-    """Decide for every trainable parameter of a model.
+    """Decide for every trainable parameter of a model, and for the weights of linear layers that are held in 4 or 8 bits.
 
     Args:
         model: The model; not changed.
@@ -195,7 +211,7 @@ def _candidates(model: nn.Module) -> list[_Candidate]:
     for module_name, module in model.named_modules():
         for attribute, param in module.named_parameters(recurse=False):
             name = f"{module_name}.{attribute}" if module_name else attribute
-            if param.requires_grad:
+            if param.requires_grad or (attribute == "weight" and is_packed(module)):
                 candidate = found.setdefault(id(param), _Candidate([], param))
                 candidate.names.append(name)
                 candidate.owners.append((module, attribute))
@@ -269,12 +285,16 @@ def _plan(candidates: list[_Candidate], chosen: list[Transform | None]) -> Plan:
     plan = Plan()
     for candidate, transform in zip(candidates, chosen, strict=True):
         name = candidate.names[0]
+        if transform is None and candidate.is_packed:
+            continue  # codes are not trained in full
         if transform is None:
             plan.full.append((name, candidate.param))
             continue
         if candidate.param.is_complex():
             raise SpecError(f"{name} is complex, and transforms are real; leave it out by a rule: 'none'")
         owners = tuple(candidate.owners)
+        if candidate.is_packed and len(owners) != 1:
+            raise SpecError(f"{name} is held in 4 or 8 bits and shared by several layers; leave it out by a rule: 'none'")
         layout = layout_of(candidate.param, owners[0][0] if owners else None, name)
         try:
             transform.coords_shape(layout.shape)
@@ -285,6 +305,8 @@ def _plan(candidates: list[_Candidate], chosen: list[Transform | None]) -> Plan:
 
 
 def _road(owners: tuple[tuple[nn.Module, str], ...]) -> Road:
+    if len(owners) == 1 and is_packed(owners[0][0]):
+        return "quantized"
     # Projected backward is for layers known to use their weight in their own forward only, and owned once. A subclass of
     # Linear may do otherwise: nn.MultiheadAttention reads the weight of its out_proj without calling it.
     if len(owners) != 1 or owners[0][1] != "weight":

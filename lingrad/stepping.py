@@ -24,7 +24,7 @@ from lingrad.ledger import Ledger
 from lingrad.moments import Moments
 from lingrad.persistence import StatefulOptimizer
 from lingrad.refresh import choose, commit, redraw, renew
-from lingrad.subspace import Subspace, decaying, hold, merge
+from lingrad.subspace import Subspace, hold
 from lingrad.transforms.sketch import forget_draws
 
 
@@ -125,10 +125,10 @@ class SteppingOptimizer(StatefulOptimizer):
             self._decay(served)
         if self.mode == "optimizer":
             for attachment in live:
-                merge(attachment.sub, attachment.weight, release=True)
+                attachment.merge(release=True)
         elif self._merge_every is not None and (self._step + 1) % self._merge_every == 0:
             for attachment in live:
-                merge(attachment.sub, attachment.weight)
+                attachment.merge()
 
     def _advance_one(self, param: Tensor) -> None:
         """Step one parameter inside the backward and free its gradient."""
@@ -204,7 +204,7 @@ class SteppingOptimizer(StatefulOptimizer):
             redraw(lead.members, self._commit)
 
     def _commit(self, sub: Subspace) -> None:
-        commit(sub, self._by_coords[id(sub.coords)].weight, self._moments(sub))
+        commit(sub, self._by_coords[id(sub.coords)], self._moments(sub))
 
     def _decay(self, served: list[tuple[dict[str, Any], Tensor]], *, undo: bool = False) -> None:
         """Multiply weights and coordinates that have a gradient by 1 - lr * weight_decay, each param group in one call."""
@@ -213,7 +213,7 @@ class SteppingOptimizer(StatefulOptimizer):
             if group["weight_decay"] == 0 or param.grad is None:
                 continue
             attachment = self._by_coords.get(id(param))
-            found = [param] if attachment is None else decaying(attachment.sub, attachment.weight)
+            found = [param] if attachment is None else attachment.decaying()
             entry = tensors.setdefault(id(group), (group, [], []))
             entry[1].extend(found)
             if attachment is not None and attachment.sub.ledger is not None:

@@ -24,6 +24,7 @@ from lingrad.gradient import wide
 from lingrad.layout import Layout
 from lingrad.ledger import Ledger
 from lingrad.maps import LinearMap
+from lingrad.packed import MergeLoss
 from lingrad.transforms.base import Transform, When
 from lingrad.transforms.factorize import derive_seed
 
@@ -56,6 +57,7 @@ class Subspace:
         energy: |S S^T G| / |G| of the last refresh; None where it was not measured.
         merged: Whether coordinates that were not zero have been merged.
         ledger: What was merged, where the run keeps that.
+        loss: What merges have lost, where the weight is quantised.
         leader: The subspace whose right basis this one shares.
         members: Those that share this one's basis, itself first; their weights are stacked to one of shape ``when.shape``.
     """
@@ -76,6 +78,7 @@ class Subspace:
     energy: float | None = None
     merged: bool = False
     ledger: Ledger | None = None
+    loss: MergeLoss | None = None
     leader: Subspace | None = None
     memo: Any = None  # of the input that members share in the forward that is running
     members: list[Subspace] = field(init=False)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from lingrad.errors import ModeError
 from lingrad.ledger import Change, total
+from lingrad.packed import MergeLoss
 from lingrad.stepping import SteppingOptimizer
 from lingrad.subspace import Subspace
 
@@ -45,6 +46,14 @@ class TellingOptimizer(SteppingOptimizer):
                 if attachment is not None:
                     found[name] = _change(attachment.sub, decayed=bool(group["weight_decay"]))
         return found
+
+    def merge_losses(self) -> dict[str, MergeLoss]:
+        """What merges into quantised weights have lost, relative to what they merged.
+
+        Returns:
+            Parameter name -> the loss of the last merge, and of all; only weights that are held in 4 or 8 bits.
+        """
+        return {sub.name: sub.loss for sub in self.subspaces if sub.loss is not None}
 
     def captured_energy(self) -> dict[str, float]:
         """How much of its gradient each weight's basis captured at its last refresh, |S S^T G| / |G|.

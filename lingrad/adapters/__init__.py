@@ -6,22 +6,26 @@ from lingrad.adapters.base import Attachment as Attachment
 from lingrad.adapters.base import Mode as Mode
 from lingrad.adapters.base import refuse_attached as refuse_attached
 from lingrad.adapters.linear import LinearAttachment as LinearAttachment
+from lingrad.adapters.quantized import QuantizedAttachment as QuantizedAttachment
 from lingrad.adapters.weight import WeightAttachment as WeightAttachment
 from lingrad.rules import Target
 from lingrad.subspace import Subspace
 
 
-def make_attachment(target: Target, sub: Subspace, *, plain: bool = False) -> Attachment:
+def make_attachment(target: Target, sub: Subspace, *, plain: bool = False, keep_remainder: bool = False) -> Attachment:
     """The connection a target takes.
 
     Args:
         target: The weight, its owners and its road.
         sub: Its subspace.
         plain: Whether the model's state_dict is to be that of the plain model in adapter mode too.
+        keep_remainder: Whether what a merge into a quantised weight loses is kept in coordinates, as far as it can be.
 
     Returns:
         The attachment, not attached yet.
     """
+    if target.road == "quantized":
+        return QuantizedAttachment(sub, *target.owners[0], plain=plain, keep_remainder=keep_remainder)
     if target.road == "projected":
         return LinearAttachment(sub, *target.owners[0], plain=plain)
     return WeightAttachment(sub, target.param, target.owners, plain=plain)

@@ -15,7 +15,8 @@ from torch.autograd.function import once_differentiable
 from lingrad._typing import override
 from lingrad.errors import ModeError
 from lingrad.gradient import wide
-from lingrad.subspace import Subspace, lifted
+from lingrad.maps import LinearMap
+from lingrad.subspace import Subspace, decaying, lifted, merge
 
 Mode = Literal["optimizer", "adapter"]
 
@@ -49,6 +50,13 @@ class Attachment(ABC):
         """Whether somebody has put something else in the place of what was attached; it may or may not call it."""
         return False
 
+    def require(self, mode: Mode) -> None:  # noqa: B027 - most can have both
+        """Make sure, before anything is changed, that a mode can be had.
+
+        Args:
+            mode: ``optimizer`` or ``adapter``. Raises `ModeError` where it cannot.
+        """
+
     def attach(self, mode: Mode) -> None:
         """Connect in a mode. In optimizer mode the coordinates are zero; the forward is the plain layer's.
 
@@ -56,11 +64,7 @@ class Attachment(ABC):
             mode: ``optimizer`` or ``adapter``. Raises `ModeError`, with nothing changed, where it cannot be had.
         """
         self._connect(mode)
-        if self.plain and mode == "adapter":
-            for module, attribute, key in self._places():
-                save, load = (partial(hook, attribute=attribute, key=key) for hook in (self._save, self._load))
-                self._hooks.append(module.register_state_dict_post_hook(save))
-                self._hooks.append(module.register_load_state_dict_pre_hook(load))
+        self._hook(mode)
         setattr(self.weight, _MARK, id(self.weight))  # a saved copy keeps it, and is another object
 
     def detach(self) -> None:
@@ -70,6 +74,38 @@ class Attachment(ABC):
             self._hooks.pop().remove()
         self._disconnect()
 
+    def merge(self, *, release: bool = False) -> Tensor | None:
+        """``W += S z``, then ``z = 0``.
+
+        Args:
+            release: Give the coordinates' memory back.
+
+        Returns:
+            What the weight could not take and `keep` is to keep, [m, n]; None where there is nothing.
+        """
+        merge(self.sub, self.weight, release=release)
+        return None
+
+    def keep(self, current: LinearMap, remainder: Tensor) -> None:  # noqa: B027 - most keep nothing
+        """Keep what `merge` gave back, in coordinates.
+
+        Args:
+            current: The map of the basis in use.
+            remainder: [m, n].
+        """
+
+    def decaying(self) -> list[Tensor]:
+        """What a decoupled weight decay of W + S z multiplies."""
+        return decaying(self.sub, self.weight)
+
+    def base(self) -> Tensor:
+        """The weight without its coordinates, W, as numbers, in its own shape."""
+        return self.weight.detach()
+
+    def held(self) -> list[Tensor]:
+        """The tensors that hold the weight in memory."""
+        return [self.weight]
+
     def stored(self) -> dict[str, Tensor]:
         """The tensors that hold the weight, by name, for a state that is to hold them too."""
         return {"weight": self.weight.detach()}
@@ -77,6 +113,14 @@ class Attachment(ABC):
     def lifted(self) -> Tensor:
         """The weight of the forward, W + S z, in the weight's shape; the weight itself where the coordinates are zero."""
         return lifted(self.sub, self.weight)
+
+    def _hook(self, mode: Mode) -> None:
+        """Have the model's state_dict be what it is to be."""
+        if self.plain and mode == "adapter":
+            for module, attribute, key in self._places():
+                save, load = (partial(hook, attribute=attribute, key=key) for hook in (self._save, self._load))
+                self._hooks.append(module.register_state_dict_post_hook(save))
+                self._hooks.append(module.register_load_state_dict_pre_hook(load))
 
     @abstractmethod
     def _places(self) -> list[tuple[nn.Module, str, str]]:

@@ -16,7 +16,8 @@ weight's are never rounded into it so: they go the first way.
 from __future__ import annotations
 
 import weakref
-from typing import Any, NamedTuple
+from abc import abstractmethod
+from typing import Any, NamedTuple, final
 
 import torch
 from torch import Tensor, nn
@@ -30,8 +31,8 @@ from lingrad.maps import LinearMap
 from lingrad.subspace import Subspace
 
 
-class LinearAttachment(Attachment):
-    """Projected backward for one linear layer, in both modes.
+class LayerAttachment(Attachment):
+    """The forward of one linear layer replaced, in both modes.
 
     Args:
         sub: The subspace of the layer's weight.
@@ -58,14 +59,12 @@ class LinearAttachment(Attachment):
     @override
     def _connect(self, mode: Mode) -> None:
         self.holder.active = mode == "adapter" and not self.plain
-        self.sub.coords.requires_grad_(self.weight.requires_grad)
         self.module.add_module(CHILD, self.holder)
         there = vars(self.module).get("forward")
         if not self.buried or there is None:
             self.before = there
             vars(self.module)["forward"] = self._forward
         self.mode = mode
-        self.weight.requires_grad_(False)
 
     @override
     def _places(self) -> list[tuple[nn.Module, str, str]]:
@@ -80,13 +79,49 @@ class LinearAttachment(Attachment):
             if self.before is not None:
                 vars(self.module)["forward"] = self.before
         delattr(self.module, CHILD)
-        self.weight.requires_grad_(self.sub.coords.requires_grad)
 
     @property
     @override
     def replaced(self) -> bool:
         return vars(self.module).get("forward") != self._forward
 
+    @abstractmethod
+    def _forward(self, *args: Any, **kwargs: Any) -> Tensor: ...
+
+    def _tie(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        """The layer's own forward, tied to the coordinates."""
+        out, coords = self._plain(*args, **kwargs), self.sub.coords
+        active = self.mode == "adapter"
+        if not active and not (torch.is_grad_enabled() and coords.requires_grad):
+            return out
+        x = args[0] if args else next(iter(kwargs.values()))
+        tied: Tensor = run(_Tied, out, x, coords, self.sub, active)
+        return tied
+
+    def _plain(self, *args: Any, **kwargs: Any) -> Tensor:
+        if self.before is not None:
+            given: Tensor = self.before(*args, **kwargs)
+            return given
+        out: Tensor = type(self.module).forward(self.module, *args, **kwargs)
+        return out
+
+
+@final
+class LinearAttachment(LayerAttachment):
+    """Projected backward for one linear layer; arguments as for `LayerAttachment`."""
+
+    @override
+    def _connect(self, mode: Mode) -> None:
+        self.sub.coords.requires_grad_(self.weight.requires_grad)
+        super()._connect(mode)
+        self.weight.requires_grad_(False)
+
+    @override
+    def _disconnect(self) -> None:
+        super()._disconnect()
+        self.weight.requires_grad_(self.sub.coords.requires_grad)
+
+    @override
     def _forward(self, *args: Any, **kwargs: Any) -> Tensor:
         weight, coords = self.module._parameters.get(self.attribute), self.sub.coords
         if self.mode is None:
@@ -98,25 +133,12 @@ class LinearAttachment(Attachment):
             )
         if weight.requires_grad:  # model.requires_grad_(True) means the coordinates, which it reaches too
             weight.requires_grad_(False)
+        if self.mode == "optimizer" or self.before is not None:
+            return self._tie(args, kwargs)
         x = args[0] if args else next(iter(kwargs.values()))
-        trains = torch.is_grad_enabled() and coords.requires_grad
-        active = self.mode == "adapter"
-        if active and self.before is None:
-            bias = self.module._parameters.get("bias")
-            acted: Tensor = _run(_Adapted, x, bias, coords, weight, self.sub, trains)
-            return acted
-        out = self._plain(*args, **kwargs)
-        if not active and not trains:
-            return out
-        tied: Tensor = _run(_Tied, out, x, coords, self.sub, active)
-        return tied
-
-    def _plain(self, *args: Any, **kwargs: Any) -> Tensor:
-        if self.before is not None:
-            given: Tensor = self.before(*args, **kwargs)
-            return given
-        out: Tensor = type(self.module).forward(self.module, *args, **kwargs)
-        return out
+        bias, trains = self.module._parameters.get("bias"), torch.is_grad_enabled() and coords.requires_grad
+        acted: Tensor = run(_Adapted, x, bias, coords, weight, self.sub, trains)
+        return acted
 
 
 class _Kept:
@@ -251,7 +273,8 @@ def _sum(current: LinearMap, matrix: Tensor, coords: Tensor) -> Tensor:
         return current.add_lift(matrix, coords)
 
 
-def _run(function: Any, *args: Any) -> Any:
+def run(function: Any, *args: Any) -> Any:
+    """Call an autograd function, outside of what is compiled."""
     return _broken(function, *args) if torch.compiler.is_dynamo_compiling() else function.apply(*args)
 
 

@@ -107,6 +107,30 @@ class LinearMap(ABC):
         norm: Tensor = torch.linalg.vector_norm(self.lift(coords))
         return norm
 
+    def fit(self, matrix: Tensor) -> Tensor:
+        """The coordinates whose lift is nearest to a matrix, argmin |matrix - S z|_F, by conjugate gradients.
+
+        Args:
+            matrix: [m, n], at least float32.
+
+        Returns:
+            z [p, q]; of an orthonormal map it is ``project(matrix)``, found in one iteration.
+        """
+        left = matrix.clone()
+        step = slope = self.project(left).to(matrix.dtype)
+        found, size = torch.zeros_like(slope), float(slope.square().sum())
+        floor = size * torch.finfo(matrix.dtype).eps ** 2
+        for _ in range(slope.numel()):
+            if size <= floor:
+                break
+            lift = self.lift(step)
+            length = size / float(lift.square().sum())
+            found, left = found + length * step, left.sub_(lift, alpha=length)
+            slope = self.project(left).to(matrix.dtype)
+            size, before = float(slope.square().sum()), size
+            step = slope + size / before * step
+        return found
+
     def transport(self, old: LinearMap, coords: Tensor) -> Tensor:
         """S^T S_old z: coordinates of another map's lift under this one (the ``rotate`` carry), [p, q]."""
         return self.project(old.lift(coords))

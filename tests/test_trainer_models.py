@@ -1,7 +1,10 @@
 """What the Trainer leaves in a model and saves of it, with the mixin and without."""
 
+import re
+
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import lingrad
 import lingrad.hf
@@ -137,3 +140,93 @@ class TestModels:
         )
         trainer.train()
         assert trainer.state.global_step < 8
+
+
+class TestAdapter:
+    """``save_model`` in adapter mode: the whole model, and beside it an adapter of PEFT's that gives the same."""
+
+    def reproduced(self, folder, trainer):
+        """The start with the adapter on it, by PEFT alone, against the model that was saved."""
+        from peft import PeftModel
+        from transformers import AutoModelForCausalLM
+
+        ids = torch.stack([row["input_ids"] for row in examples(4)])
+        adapted = PeftModel.from_pretrained(llama(torch.float32), folder / "adapter")
+        whole = AutoModelForCausalLM.from_pretrained(folder)
+        with torch.no_grad():
+            found, expected, own = adapted(ids).logits, whole(ids).logits, trainer.model(ids).logits
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)  # float32
+        torch.testing.assert_close(own, expected, rtol=0, atol=1e-4)
+        assert (llama(torch.float32)(ids).logits - expected).abs().max() > 0.1  # it was trained
+
+    def test_is_written_beside_the_model(self, tmp_path):
+        trainer = make(tmp_path / "run", mode="adapter", args={"save_strategy": "steps", "save_steps": 4})
+        trainer.train()
+        assert not list(tmp_path.glob("run/**/adapter"))
+        trainer.save_model(tmp_path / "saved")
+        self.reproduced(tmp_path / "saved", trainer)
+        trainer.save_model(tmp_path / "saved")  # over it
+        assert {path.name for path in (tmp_path / "saved").iterdir()} >= {"adapter", "model.safetensors", "config.json"}
+        assert not list((tmp_path / "saved").glob(".*"))
+        trainer.save_model()
+        self.reproduced(tmp_path / "run", trainer)
+        expected = weights(trainer)
+        again = make(tmp_path / "run", mode="adapter")
+        again.train(resume_from_checkpoint=str(tmp_path / "run/checkpoint-4"))
+        assert_equal(weights(again), expected)
+        again.save_model(tmp_path / "again")
+        assert_equal(*(load_file(tmp_path / f"{name}/adapter/adapter_model.safetensors") for name in ("saved", "again")))
+
+    def test_optimizer_mode_has_none(self, tmp_path):
+        trainer = make(tmp_path / "run")
+        trainer.train()
+        trainer.save_model(tmp_path / "saved")
+        assert not (tmp_path / "saved/adapter").exists()
+
+    def test_in_checkpoints_where_asked_for(self, tmp_path):
+        trainer = make(tmp_path, mode="adapter", args={"save_strategy": "steps", "save_steps": 4})
+        trainer.adapter_in_checkpoints = True
+        trainer.train()
+        self.reproduced(tmp_path / "checkpoint-8", trainer)
+        again = make(tmp_path, mode="adapter")  # it is no hindrance to resumption
+        again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+        assert_equal(weights(again), weights(trainer))
+
+    @pytest.mark.parametrize(("args", "options", "why"), [
+        ({"weight_decay": 0.1}, {}, "decay"),
+        ({}, {"ledger": False}, "made with.*ledger=True|ledger=True"),
+    ], ids=["decay", "no-ledger"])  # fmt: skip
+    def test_where_there_can_be_none_it_says_why(self, tmp_path, args, options, why):
+        trainer = make(tmp_path / "run", mode="adapter", args=args, **options)
+        trainer.train()
+        (tmp_path / "saved/adapter").mkdir(parents=True)
+        (tmp_path / "saved/adapter/adapter_config.json").write_text("{}")  # of an earlier save
+        with pytest.warns(UserWarning, match=r"holds the whole model, but no adapter: .*lingrad convert BASE") as caught:
+            trainer.save_model(tmp_path / "saved")
+        (message,) = [str(one.message) for one in caught if "adapter" in str(one.message)]
+        assert re.search(why, message)
+        assert not (tmp_path / "saved/adapter").exists()
+        assert (tmp_path / "saved/model.safetensors").exists()
+
+    @pytest.mark.parametrize("only_model", [False, True])
+    def test_of_the_best_model(self, tmp_path, only_model):
+        """A learning rate that rises until it ruins the model; the best one was merged into before, the last again since."""
+        args = {
+            "save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1,
+            "load_best_model_at_end": True, "metric_for_best_model": "loss", "save_only_model": only_model,
+            "learning_rate": 0.2, "warmup_steps": 4, "lr_scheduler_type": "constant_with_warmup",
+        }  # fmt: skip
+        few = examples(4)
+        trainer = make(
+            tmp_path / "run", "svd(rank=4, every=2)", mode="adapter", args=args, data=few, trainer={"eval_dataset": few}
+        )
+        trainer.train()
+        assert 2 < trainer.state.best_global_step < 6
+        if only_model:
+            with pytest.warns(
+                UserWarning, match=r"no adapter: the best model was loaded from .* no optimizer.pt \(save_only_model\)"
+            ):
+                trainer.save_model(tmp_path / "saved")
+        else:
+            trainer.save_model(tmp_path / "saved")
+            self.reproduced(tmp_path / "saved", trainer)

@@ -8,7 +8,6 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from lingrad.hf.access import find_optimizer, metrics
 from lingrad.hf.arguments import Factory
 from lingrad.hf.folders import check_checkpoint, last_checkpoint
 from lingrad.optimizer import SubspaceOptimizer
+from lingrad.peft.export import export
 
 READY_MADE = {"LingradTrainer": ("transformers", "Trainer", "hf"), "LingradSFTTrainer": ("trl", "SFTTrainer", "trl")}
 
@@ -214,7 +214,7 @@ def _write_adapter(optimizer: SubspaceOptimizer, folder: Path, no_adapter: str) 
     why = no_adapter
     if not why:
         try:
-            import_module("lingrad.peft").export(optimizer, fresh)
+            export(optimizer, fresh, quiet=True)
         except LingradError as error:
             why = str(error)
     if (folder / "adapter_config.json").is_file():  # of the model that was saved here before

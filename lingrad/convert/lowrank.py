@@ -6,8 +6,7 @@ float64. D is never stored: every pass reads rows of both weights anew, so that 
 
 Where nobody says how much is wanted, the rank is that down to the *rounding floor*. Storing TUNED in its dtype leaves noise of
 norm nu, nu^2 = sum of ulp(entry)^2 / 12, and training rounds at every step, some sqrt(steps) nu in all. What a rank leaves over
-counts as rounding where its norm is at most nu; or where it is at most 256 nu and looks like noise: its largest singular value
-is no more than 1.25 of the edge of a matrix of independent entries of that norm, s (sqrt(m) + sqrt(n)) (Marchenko and Pastur).
+counts as rounding where its norm is at most nu; or where it is at most 256 nu and looks like noise, `looks_like_noise`.
 
 Decoupled decay multiplies weights by kept < 1, which makes D full rank: (kept - 1) BASE + what was learned. It is recognised by
 what a Q leaves over: where that lies along BASE, kept is moved to the least-squares fit outside the ranges found, Q is iterated
@@ -27,7 +26,7 @@ from lingrad.factors import Factors
 
 FIRST = 16  # columns of the first block
 MOST_ROUNDINGS = 256.0  # as a norm: of 65,536 independent roundings of every entry
-FLAT = 1.25
+FLAT, SPREAD = 1.25, 0.6  # allowing for chance, and for entries whose roundings are not of one size
 ALONG = 0.25  # the correlation with BASE from which a rest is looked at for decay
 
 
@@ -122,6 +121,10 @@ def detect(change: Difference, goal: Goal, seed: int, *, full_svd: bool = False)
         rest = change.rest(q, r)
         if goal.exact and width < min(m, n):
             q, r, rest = _settle(change, q, r, rest)
+            if change.kept != 1.0 and abs(change.kept - 1.0) * rest.base**0.5 <= start.rounding**0.5 / 4:
+                change.kept = 1.0  # told from 1 by no more than chance
+                r = change.transposed(q).t()
+                rest = change.rest(q, r)
         values = torch.linalg.svdvals(r)
         rank = _enough(goal, values, rest.energy, start, change.shape)
         if rank is not None or width == min(m, n):
@@ -161,13 +164,10 @@ def _enough(goal: Goal, values: Tensor, outside: float, start: Rest, shape: tupl
     squares = values.square()
     tails = torch.cat([squares.flip(0).cumsum(0).flip(0), squares.new_zeros(1)]) + outside  # of ranks 0 to p
     enough = tails <= start.rounding
-    # of a rest of fewer dimensions nobody can say whether it is noise
-    free = [torch.arange(size, size - p - 1, -1, dtype=torch.float64).clamp(min=1) for size in shape]
-    edges = (tails / (free[0] * free[1])).sqrt() * (free[0].sqrt() + free[1].sqrt())
-    flat = values <= FLAT * edges[:-1]
-    small = tails[:-1] <= MOST_ROUNDINGS**2 * start.rounding
-    some = torch.arange(p) <= min(shape) - max(4, min(shape) // 8)
-    enough[:-1] |= flat & small & some
+    for k in (tails[:-1] <= MOST_ROUNDINGS**2 * start.rounding).nonzero().flatten().tolist():
+        if enough[k] or looks_like_noise(k, values, tails, shape):
+            enough[k] = True
+            break
     needed = int(enough.nonzero()[0]) if bool(enough.any()) else None
     if goal.lost:
         reached = (tails <= goal.lost * start.energy).nonzero()
@@ -177,6 +177,38 @@ def _enough(goal: Goal, values: Tensor, outside: float, start: Rest, shape: tupl
     if needed is None:
         return None
     return max(1, needed if goal.rank is None else min(goal.rank, needed))
+
+
+def looks_like_noise(rank: int, values: Tensor, tails: Tensor, shape: tuple[int, int]) -> bool:
+    """Whether what a rank leaves is spread over directions as independent entries of one size would be (Marchenko and Pastur).
+
+    Its largest singular value must not stand out of the bulk, and the half of the directions that hold the least, or all
+    outside the basis where that is less, must hold their part. Too few directions tell nothing.
+
+    Args:
+        rank: The rank, k.
+        values: Singular values inside a basis, [p].
+        tails: |D|_F^2 without the leading 0 to p of them.
+        shape: (m, n).
+
+    Returns:
+        Whether it is.
+    """
+    m, n = (size - rank for size in shape)
+    inside = min(len(values) - rank, min(m, n) // 2)  # leading directions of the rest that are looked at apart
+    if inside < max(6, min(rank // 8, 32)) or values[rank] > FLAT * (tails[rank] / (m * n)) ** 0.5 * (m**0.5 + n**0.5):
+        return False
+    return bool(tails[rank + inside] >= SPREAD * tails[rank] * _outside_share(m, n, inside))
+
+
+def _outside_share(m: int, n: int, leading: int) -> float:
+    """The share of |X|_F^2 outside the leading singular directions of a matrix of independent entries."""
+    ratio = min(m, n) / max(m, n)
+    low, high = (1 - ratio**0.5) ** 2, (1 + ratio**0.5) ** 2
+    x = low + (high - low) * (torch.arange(4000, 0, -1, dtype=torch.float64) - 0.5) / 4000  # the largest first
+    density = ((high - x) * (x - low)).sqrt() / x
+    outside = density.cumsum(0) / density.sum() > leading / min(m, n)
+    return float((x * density * outside).sum() / (x * density).sum())
 
 
 def _more(change: Difference, q: Tensor, width: int, generator: torch.Generator) -> Tensor:
@@ -200,7 +232,8 @@ def _settle(change: Difference, q: Tensor, r: Tensor, rest: Rest) -> tuple[Tenso
             break
         v = torch.linalg.qr(r.t())[0]
         outside = change.outside(q, v)
-        if outside <= 0 or abs(rest.along) < ALONG * (outside * rest.energy) ** 0.5:
+        chance = 6 / ((change.shape[0] - q.shape[1]) * (change.shape[1] - q.shape[1])) ** 0.5  # of independent entries
+        if outside <= 0 or abs(rest.along) < max(ALONG, chance) * (outside * rest.energy) ** 0.5:
             break
         was, change.kept = change.kept, change.kept + rest.along / outside
         moved = torch.linalg.qr(change.times(torch.linalg.qr(change.transposed(q))[0]))[0]

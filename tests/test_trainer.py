@@ -14,6 +14,7 @@ from tests.trainers import SPECS, arguments, assert_equal, examples, logs, make,
 from tests.training import gap, gpt2, llama
 
 MODES = ("optimizer", "adapter")
+HOOKED = "*.embed_tokens: svd(rank=4, every=3); *.mlp.*: svd(rank=4, every=3)"  # no linear layer: by hooks
 SPEC = "svd(rank=4, every=3)"
 
 
@@ -73,7 +74,7 @@ class TestArguments:
     }
 
     @pytest.mark.parametrize("mode", MODES)
-    @pytest.mark.parametrize("spec", SPECS.values())
+    @pytest.mark.parametrize("spec", [*SPECS.values(), HOOKED])
     def test_all_are_honoured(self, tmp_path, mode, spec):
         args = arguments(tmp_path, **self.options)
         expected, norms = by_hand(mode, args, spec=spec, scale=0.5, carry="keep")

@@ -95,6 +95,23 @@ class TestRefusals:
         trainer.args.use_liger_kernel = False
         trainer.create_optimizer()  # nothing was left behind
 
+    def test_coordinates_that_have_no_place_in_the_model(self, tmp_path):
+        """The Trainer zeroes and clips what model.parameters() names, no more."""
+
+        class Own(torch.nn.Sequential):
+            def __init__(self):
+                super().__init__(torch.nn.Linear(4, 4))
+                self.mix = torch.nn.Parameter(torch.eye(4))
+
+            def forward(self, x, labels=None):
+                out = super().forward(x) @ self.mix
+                return {"loss": (out - labels).square().mean()}
+
+        trainer = make(tmp_path, {"mix": "svd(rank=2)"}, model=Own())
+        with pytest.raises(ModeError, match="the coordinates of mix have no place in the model"):
+            trainer.create_optimizer()
+        make(tmp_path, {"0": "svd(rank=2)"}, model=trainer.model).create_optimizer()  # nothing was left behind
+
     def test_transformers_is_missing(self, tmp_path, monkeypatch):
         args = arguments(tmp_path)
         monkeypatch.setitem(sys.modules, "transformers", None)

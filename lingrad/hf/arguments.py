@@ -16,7 +16,7 @@ from typing import Any, get_args
 from torch import nn
 from torch.optim import Optimizer
 
-from lingrad import bases, parallel
+from lingrad import bases
 from lingrad.adapters import Mode
 from lingrad.api import adapt, wrap
 from lingrad.errors import ModeError, SpecError, optional, require, require_one_of
@@ -279,7 +279,7 @@ def _check_reached(model: nn.Module, optimizer: SubspaceOptimizer) -> None:
     """The Trainer zeroes and clips the gradients of ``model.parameters()``; coordinates must be among them."""
     known = {id(param) for param in model.parameters()}
     for sub in optimizer.subspaces:
-        if id(sub.coords) not in known and not parallel.together():
+        if id(sub.coords) not in known:
             raise ModeError(
                 f"the coordinates of {sub.name} have no place in the model, where the Trainer would zero and clip their "
                 f"gradient; train it in full by a rule that comes first: {{'{sub.name}': 'none', ...}}"

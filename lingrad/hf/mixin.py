@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lingrad._files import write_whole
-from lingrad.errors import LingradError, optional
+from lingrad.errors import LingradError, ModeError, optional
 from lingrad.hf.access import find_optimizer, metrics
 from lingrad.hf.arguments import Factory
 from lingrad.hf.folders import check_checkpoint, last_checkpoint
@@ -51,8 +51,13 @@ class TrainerMixin(_Trainer):  # type: ignore[misc]
     _no_adapter = ""  # why there can be none
 
     def __init__(self, model: Any = None, *args: Any, **kwargs: Any) -> None:
+        given = kwargs.pop("optimizer_cls_and_kwargs", None)  # which not every trainer's class hands on
         with quantized_allowed(model):
             super().__init__(model, *args, **kwargs)
+        if given is not None:
+            if self.optimizer is not None:
+                raise ModeError("this trainer got an optimizer and **lingrad.hf.trainer_kwargs(...); leave one of them out")
+            self.optimizer_cls_and_kwargs = given
 
     def create_optimizer(self, model: nn.Module | None = None) -> Any:
         """Make the optimizer, with what this trainer's own ``get_decay_parameter_names`` says of decay.

@@ -26,7 +26,8 @@ from lingrad.factors import Factors
 
 FIRST = 16  # columns of the first block
 MOST_ROUNDINGS = 256.0  # as a norm: of 65,536 independent roundings of every entry
-FLAT, SPREAD = 1.25, 0.6  # allowing for chance, and for entries whose roundings are not of one size
+BOLD = 0.01  # the share of |D|_F that takes more to be called noise
+FLAT, SPREAD, DEEP = 1.25, 0.6, 0.1  # allowing for chance, and for entries whose roundings are not of one size
 ALONG = 0.25  # the correlation with BASE from which a rest is looked at for decay
 
 
@@ -182,8 +183,9 @@ def _enough(goal: Goal, values: Tensor, outside: float, start: Rest, shape: tupl
 def looks_like_noise(rank: int, values: Tensor, tails: Tensor, shape: tuple[int, int]) -> bool:
     """Whether what a rank leaves is spread over directions as independent entries of one size would be (Marchenko and Pastur).
 
-    Its largest singular value must not stand out of the bulk, and the half of the directions that hold the least, or all
-    outside the basis where that is less, must hold their part. Too few directions tell nothing.
+    Its largest singular value must not stand out of the bulk; and outside its leading half, as outside all directions that are
+    known, there must be the energy that such a matrix has there. Too few directions tell nothing; of a rest that is a good part
+    of D half of all directions must be known.
 
     Args:
         rank: The rank, k.
@@ -195,10 +197,12 @@ def looks_like_noise(rank: int, values: Tensor, tails: Tensor, shape: tuple[int,
         Whether it is.
     """
     m, n = (size - rank for size in shape)
-    inside = min(len(values) - rank, min(m, n) // 2)  # leading directions of the rest that are looked at apart
-    if inside < max(6, min(rank // 8, 32)) or values[rank] > FLAT * (tails[rank] / (m * n)) ** 0.5 * (m**0.5 + n**0.5):
+    known = min(len(values) - rank, min(m, n) - max(4, min(m, n) // 8))  # of the last few chance decides
+    needed = min(m, n) // 2 if tails[rank] > BOLD**2 * tails[0] else max(6, min(rank // 8, 32))
+    if known < needed or values[rank] > FLAT * (tails[rank] / (m * n)) ** 0.5 * (m**0.5 + n**0.5):
         return False
-    return bool(tails[rank + inside] >= SPREAD * tails[rank] * _outside_share(m, n, inside))
+    splits = ((min(known, min(m, n) // 2), SPREAD), (known, DEEP))
+    return all(bool(tails[rank + k] >= least * tails[rank] * _outside_share(m, n, k)) for k, least in splits)
 
 
 def _outside_share(m: int, n: int, leading: int) -> float:

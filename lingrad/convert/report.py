@@ -51,6 +51,7 @@ class Report:
         nbytes: Bytes of the adapter's weights.
         model_bytes: Bytes of TUNED's.
         goal: What was asked for, in words.
+        searched: Whether the rank was to be found, down to rounding.
         logits: The largest difference of a logit between TUNED and BASE with the adapter, through PEFT, and the largest logit;
             None where it was not asked for.
     """
@@ -61,6 +62,7 @@ class Report:
     nbytes: int
     model_bytes: int
     goal: str
+    searched: bool = True
     logits: tuple[float, float] | None = None
 
     @property
@@ -84,6 +86,13 @@ class Report:
                 f"{kept}. PEFT adds an adapter to the whole of BASE and cannot express that. On a base whose weights are "
                 "multiplied by kept the residual is that 'without decay'; --decayed-base DIR writes one. Or ask for all of it, "
                 "at a larger rank, with --rank, --energy or --max-error."
+            )
+        noisy = [row for row in low if row.without_decay > 0.02 and not row.full_rank]
+        if noisy and self.searched:
+            found.append(
+                f"What is left of {len(noisy)} of {len(low)} modules is {max(row.without_decay for row in noisy):.1%} of their change "
+                "at most, spread over all directions as rounding at every step of a training leaves it; no rank short of the "
+                "full one holds it."
             )
         if any(row.full_rank for row in low):
             count = sum(row.full_rank for row in low)

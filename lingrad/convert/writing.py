@@ -162,6 +162,7 @@ class Job:
             nbytes=written.nbytes,
             model_bytes=sum(file.path.stat().st_size for file in self.tuned.files.values()),
             goal=goal.words,
+            searched=goal.exact,
             logits=verify.compare_logits(folder, base, self.tuned.path) if logits and base else None,
         )
         write_whole(folder / FILE, report.json().encode())

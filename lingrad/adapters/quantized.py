@@ -9,6 +9,7 @@ compensation).
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, final
 
 import torch
@@ -104,9 +105,9 @@ class QuantizedAttachment(LayerAttachment):
 
     @override
     def _hook(self, mode: Mode) -> None:
-        self._hooks.append(self.module.register_load_state_dict_pre_hook(self._take))
+        self._hooks.append(self.module.register_load_state_dict_pre_hook(partial(self._take)))
         if self.plain:
-            self._hooks.append(self.module.register_state_dict_post_hook(self._put))
+            self._hooks.append(self.module.register_state_dict_post_hook(partial(self._put)))
 
     @override
     def _connect(self, mode: Mode) -> None:

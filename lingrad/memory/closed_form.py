@@ -22,6 +22,7 @@ from lingrad.gradient import wide
 from lingrad.memory.log import CATEGORIES
 from lingrad.memory.units import readable
 from lingrad.optimizer import SubspaceOptimizer
+from lingrad.packed import packed_of
 from lingrad.rules import Rules, resolve_model
 from lingrad.sharing import Place, Share, places
 from lingrad.stored import Stored
@@ -155,12 +156,13 @@ def ledger(
     full = {id(param) for _, param in plan.full}
     rows = []
     trained = quantised = 0
+    seen: set[int] = set()
     for name, param in model.named_parameters():
         nbytes = param.numel() * param.element_size()
         place = placed.get(id(param))
         if place is not None:
-            moments = found.moments(place.coords, wide(param.dtype))
-            rows.append(_transformed(place, moments, mode, tokens=tokens, layerwise=layerwise))
+            moments = found.moments(place.coords, wide(place.target.like.dtype))
+            rows.append(_transformed(place, moments, mode, _new(place, seen), tokens=tokens, layerwise=layerwise))
             trained += prod(place.coords)
         elif id(param) in full:
             moments = rest.moments(tuple(param.shape), param.dtype)
@@ -174,25 +176,37 @@ def ledger(
     rows += [Row(name, buffer=buffer.untyped_storage().nbytes()) for name, buffer in buffers.values()]
     if found.name in CODE_BOOKS and quantised:
         rows.append(Row(SHARED, moments=CODE_BOOKS[found.name] * (quantised if layerwise else 1)))
-    return Ledger(tuple(rows), sum(param.numel() for param in model.parameters()), trained)
+    numbers = sum(
+        prod(placed[id(param)].target.layout.shape) if id(param) in placed else param.numel() for param in model.parameters()
+    )
+    return Ledger(tuple(rows), numbers, trained)
 
 
 def _sum(kept: list[Stored]) -> int:
     return sum(stored.nbytes for stored in kept)
 
 
-def _transformed(place: Place, moments: list[Stored], mode: Mode, *, tokens: int, layerwise: bool) -> Row:
-    target, param = place.target, place.target.param
+def _new(place: Place, seen: set[int]) -> int:
+    """Bytes of a weight, whose code books other quantised weights may hold too."""
+    target = place.target
+    held = packed_of(target.owners[0][0], target.name).tensors() if target.road == "quantized" else [target.param]
+    fresh = {t.untyped_storage()._cdata: t for t in held if t.untyped_storage()._cdata not in seen}
+    seen |= fresh.keys()
+    return sum(tensor.numel() * tensor.element_size() for tensor in fresh.values())
+
+
+def _transformed(place: Place, moments: list[Stored], mode: Mode, weight: int, *, tokens: int, layerwise: bool) -> Row:
+    target, like = place.target, place.target.like
     p, q = place.coords
-    dtype = wide(param.dtype)
+    dtype = wide(like.dtype)
     numbers = p * q * dtype.itemsize
-    saved = q * tokens * param.element_size() if target.road == "projected" and place.leads else 0
+    saved = q * tokens * like.element_size() if target.road != "weight" and place.leads else 0
     return Row(
         target.name,
-        weight=param.numel() * param.element_size(),
+        weight=weight,
         coords=numbers if mode == "adapter" else dtype.itemsize,
         coords_gradient=0 if layerwise else numbers,
-        basis=_sum(target.transform.storage(place.shape, param.dtype)) if place.leads else 0,
+        basis=_sum(target.transform.storage(place.shape, like.dtype)) if place.leads else 0,
         moments=_sum(moments),
         activations=saved,
     )

@@ -6,7 +6,7 @@ float64. D is never stored: every pass reads rows of both weights anew, so that 
 
 Where nobody says how much is wanted, the rank is that down to the *rounding floor*. Storing TUNED in its dtype leaves noise of
 norm nu, nu^2 = sum of ulp(entry)^2 / 12, and training rounds at every step, some sqrt(steps) nu in all. What a rank leaves over
-counts as rounding where its norm is at most nu; or where it is at most 256 nu and looks like noise, `looks_like_noise`.
+counts as rounding where its norm is at most 1.2 nu; or where it is at most 256 nu and looks like noise, `looks_like_noise`.
 
 Decoupled decay multiplies weights by kept < 1, which makes D full rank: (kept - 1) BASE + what was learned. It is recognised by
 what a Q leaves over: where that lies along BASE, kept is moved to the least-squares fit outside the ranges found, Q is iterated
@@ -25,6 +25,7 @@ from lingrad.errors import require
 from lingrad.factors import Factors
 
 FIRST = 16  # columns of the first block
+ONE_ROUNDING = 1.2  # as a norm, allowing for chance and for a program that rounds twice
 MOST_ROUNDINGS = 256.0  # as a norm: of 65,536 independent roundings of every entry
 BOLD = 0.01  # the share of |D|_F that takes more to be called noise
 FLAT, SPREAD, DEEP = 1.25, 0.6, 0.1  # allowing for chance, and for entries whose roundings are not of one size
@@ -164,7 +165,7 @@ def _enough(goal: Goal, values: Tensor, outside: float, start: Rest, shape: tupl
     p = len(values)
     squares = values.square()
     tails = torch.cat([squares.flip(0).cumsum(0).flip(0), squares.new_zeros(1)]) + outside  # of ranks 0 to p
-    enough = tails <= start.rounding
+    enough = tails <= ONE_ROUNDING**2 * start.rounding
     for k in (tails[:-1] <= MOST_ROUNDINGS**2 * start.rounding).nonzero().flatten().tolist():
         if enough[k] or looks_like_noise(k, values, tails, shape):
             enough[k] = True

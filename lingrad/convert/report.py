@@ -89,10 +89,10 @@ class Report:
             )
         noisy = [row for row in low if row.without_decay > 0.02 and not row.full_rank]
         if noisy and self.searched:
+            worst = max(row.without_decay for row in noisy)
             found.append(
-                f"What is left of {len(noisy)} of {len(low)} modules is {max(row.without_decay for row in noisy):.1%} of their change "
-                "at most, spread over all directions as rounding at every step of a training leaves it; no rank short of the "
-                "full one holds it."
+                f"What is left of {len(noisy)} of {len(low)} modules is up to {worst:.1%} of their change, spread "
+                "over all directions as rounding at every step of a training leaves it; no rank short of the full one holds it."
             )
         if any(row.full_rank for row in low):
             count = sum(row.full_rank for row in low)

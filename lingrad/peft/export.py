@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from lingrad._files import new_folder
-from lingrad.errors import ExportError, optional
+from lingrad.errors import ExportError, optional, require
+from lingrad.factors import Factors, compress
 from lingrad.peft.format import Written, value_of, write_adapter
 from lingrad.peft.report import Report, Row
 from lingrad.peft.slots import places, slots, why_not
-from lingrad.peft.source import Exported, Source, open_base, open_source
+from lingrad.peft.source import Exported, Source, dense, open_base, open_source
 from lingrad.peft.verify import Inputs, Loaded, compare_weights, make_inputs
 
 EXACT = 1e-3  # a relative residual that needs no permission
@@ -29,6 +30,7 @@ def export(
     inputs: Any = None,
     base: str | Path | nn.Module | None = None,
     dtype: torch.dtype | None = None,
+    rank: int | None = None,
     whole: bool = False,
     allow_residual: float | None = None,
     quiet: bool = False,
@@ -47,6 +49,8 @@ def export(
         base: The model the run started from, its folder or itself, to compare with. By default the run's own frozen weights,
             or what remains of the weights when their change is taken off.
         dtype: Of the factors; by default that of the coordinates.
+        rank: The largest rank of any adapter; what that drops is in the residual. By default all columns of all bases are kept,
+            and recompressed without loss where they are more than the weight has rows or columns.
         whole: Save weights that PEFT has no low-rank form for with the whole of their module, instead of refusing them. Tied
             weights always are.
         allow_residual: The largest relative residual |W - (W_base + B A)| / |W - W_base| of any weight to put up with. By
@@ -63,23 +67,31 @@ def export(
         DependencyError: PEFT is not installed.
     """
     optional("peft", "exporting to PEFT", "hf")
+    require(rank is None or (type(rank) is int and rank > 0), "rank", f"rank must be a whole number from 1, not {rank!r}")
     path = Path(path)
     with new_folder(path) as folder:
         source = open_source(what)
         start = None if base is None else open_base(base, source.plain)
         low_rank, full, notes = _divide(source, start, whole=whole)
-        if start is None and allow_residual is None:
-            _refuse_unknown_start(source, low_rank)
-        bases = {n: slot.side(source.bases[n]) for n, slot in slots(source.plain, low_rank).items() if n in source.bases}
+        if start is None:
+            _refuse_unknown_start(source, low_rank, allowed=allow_residual is not None)
+        changes = {name: _thin(source.changes[name], rank) for name in low_rank}
+        bases = {
+            name: slot.side(source.bases[name])
+            for name, slot in slots(source.plain, low_rank).items()
+            if name in source.bases and changes[name] is source.changes[name]
+        }
         written = write_adapter(
             folder,
             source.plain,
-            {name: source.changes[name] for name in low_rank},
+            changes,
             full,
             base=str(base) if isinstance(base, str | Path) else _name(start or source.plain),
             dtype=dtype,
             frozen=bases,
         )
+        if written.beside:
+            notes.append("PEFT puts what is saved beside adapters into the base: disable_adapter() leaves it there")
         report = _compare(source, start, folder, written, full, inputs, allow_residual, str(path), base, notes)
         report.write(folder)
     if not quiet:
@@ -116,14 +128,27 @@ def _divide(source: Source, start: nn.Module | None, *, whole: bool) -> tuple[li
     return [name for name in source.changes if name not in refused], full, notes
 
 
-def _refuse_unknown_start(source: Source, low_rank: list[str]) -> None:
+def _thin(factors: Factors, rank: int | None) -> Factors:
+    """A change with no more columns than it needs."""
+    most = min(*factors.shape, *([] if rank is None else [rank]))
+    return factors if factors.rank <= most else compress(factors, rank=rank)[0]
+
+
+def _refuse_unknown_start(source: Source, low_rank: list[str], *, allowed: bool) -> None:
+    """Make sure that the weights the run started from can be had as they were."""
     for name in low_rank:
         dtype = source.plain.get_parameter(name).dtype
-        if source.start(name) is None and torch.finfo(dtype).bits < 32:
+        if source.start(name) is not None or _many_digits(dtype):
+            continue
+        merged = f"'{name}' is {str(dtype).removeprefix('torch.')} and was merged into: every merge was rounded"
+        if not dtype.is_floating_point:
             raise ExportError(
-                f"'{name}' is {str(dtype).removeprefix('torch.')} and was merged into: every merge was rounded, and how far "
-                "that is from low rank can be told beside the start weights only. Pass them, base=folder or model, or "
-                "allow_residual=1.0 to write what the run meant to add"
+                f"{merged}, and what the run started from is gone. Pass it: base=folder or model, quantised alike"
+            )
+        if not allowed:
+            raise ExportError(
+                f"{merged}, and how far that is from low rank can be told beside the start weights only. Pass them, "
+                "base=folder or model, or allow_residual=1.0 to write what the run meant to add"
             )
 
 
@@ -153,13 +178,14 @@ def _compare(
             else ("the run's weights less their change: whether that is what the run started from, base= would tell")
         )
     as_is = {name: value_of(source.plain, full, name) for name in written.plan.tensors(source.plain)}
-    starts = {name: bare.get_parameter(name).detach() for name in written.ranks}
-    for name in written.biases:  # PEFT writes into these
+    dtypes = {name: bare.get_parameter(name).dtype for name in written.ranks}
+    starts = {name: dense(bare, name) for name in written.ranks}
+    for name in written.beside:  # PEFT writes into these
         bare.get_parameter(name).data = bare.get_parameter(name).detach().clone()
     loaded = Loaded(bare, folder, written.plan)
     rows = compare_weights(loaded, written, source.now, starts.__getitem__, source.kept)
     for row in rows:
-        _check_residual(row, source, dtype=starts[row.name].dtype, allow=allow, given=start is not None)
+        _check_residual(row, source, dtype=dtypes[row.name], allow=allow, given=start is not None)
     for name, value in as_is.items():
         if not torch.equal(loaded.tensor(name).to(value), value):
             raise ExportError(f"'{name}', saved as it is, came back from PEFT with another value")
@@ -173,7 +199,7 @@ def _compare(
         what,
         tuple(rows),
         tuple(written.whole),
-        tuple(written.biases),
+        tuple(written.beside),
         found,
         change,
         written.nbytes,
@@ -182,8 +208,7 @@ def _compare(
 
 
 def _check_residual(row: Row, source: Source, *, dtype: torch.dtype, allow: float | None, given: bool) -> None:
-    eps = torch.finfo(dtype).eps
-    explained = ROUNDINGS * eps / row.change if eps < 1e-6 and row.change else 0.0
+    explained = ROUNDINGS * torch.finfo(dtype).eps / row.change if _many_digits(dtype) and row.change else 0.0
     limit = allow if allow is not None else max(EXACT, explained)
     if row.residual <= limit:
         return
@@ -192,7 +217,7 @@ def _check_residual(row: Row, source: Source, *, dtype: torch.dtype, allow: floa
             f"weight decay has left {row.kept:.6g} of what the weight was, and that part of the change, {abs(1 - row.kept):.1e}"
             " of the weight, has no low rank. Train with weight_decay=0 what shall become an adapter, or save the model"
         )
-    elif eps > 1e-6:
+    elif not _many_digits(dtype):
         why = "merges into weights of so few digits were rounded. Train in adapter mode, or in float32"
     elif given:
         why = "the base is not what the run started from, or other programs changed the weight"
@@ -221,6 +246,11 @@ def _check_outputs(asked: Inputs, loaded: Loaded, expected: Tensor, rows: list[R
             ", although the weights agree; some layer does not act through PEFT's wrapper. Leave it out by a rule: 'none'"
         )
     return found, change
+
+
+def _many_digits(dtype: torch.dtype) -> bool:
+    """Whether what merges round away does not matter: float32 and wider, no halves and no codes of quantised weights."""
+    return dtype.is_floating_point and torch.finfo(dtype).bits >= 32
 
 
 def _tensor(model: nn.Module, name: str) -> Tensor:

@@ -38,7 +38,7 @@ class Written:
     Args:
         ranks: Parameter -> rank of its adapter.
         whole: Names of the modules saved whole.
-        biases: Names of the biases saved beside adapters.
+        beside: Names of the parameters saved by themselves.
         factor_bytes: Parameter -> bytes of its factors.
         nbytes: Bytes of the weights' file.
         plan: How the changes were divided.
@@ -47,7 +47,7 @@ class Written:
 
     ranks: dict[str, int]
     whole: list[str]
-    biases: list[str]
+    beside: list[str]
     factor_bytes: dict[str, int]
     nbytes: int
     plan: Plan = field(repr=False)
@@ -61,20 +61,26 @@ class Plan:
     Args:
         slots: Parameter -> slot of its low-rank change.
         whole: Names of the modules saved whole, every place of one that is tied.
-        biases: Names of biases beside adapters, or of layers that have no other change.
+        beside: Names of parameters written by themselves: biases of layers, and what belongs to modules that hold adapters.
         tied: Whether a saved module's weight is tied to another's.
     """
 
     slots: dict[str, Slot]
     whole: list[str]
-    biases: list[str]
+    beside: list[str]
     tied: bool
+
+    def key(self, name: str) -> str:
+        """The key of a tensor that is written as it is: PEFT wraps the modules of adapters, and those of a parameter anew."""
+        owner, _, attribute = name.rpartition(".")
+        wrappers = sum(slot.module == owner for slot in self.slots.values()) if name in self.beside else 0
+        return ".".join([PREFIX + owner, *["base_layer"] * wrappers, attribute]) if owner else PREFIX + name
 
     def tensors(self, model: nn.Module) -> list[str]:
         """Names of the tensors that are written as they are, besides the factors: parameters and buffers."""
         state = model.state_dict()
         inside = [name for module in self.whole for name in state if name.startswith(f"{module}.")]
-        return list(dict.fromkeys([*inside, *self.biases]))
+        return list(dict.fromkeys([*inside, *self.beside]))
 
 
 def plan(model: nn.Module, low_rank: Mapping[str, int], full: Collection[str]) -> Plan:
@@ -103,20 +109,17 @@ def plan(model: nn.Module, low_rank: Mapping[str, int], full: Collection[str]) -
     found = slots(model, low_rank)
     adapted = {slot.module for slot in found.values()}
     saved: dict[str, None] = {}
-    biases, tied = [], False
+    beside, tied = [], False
     for name in full:
         every = places(model, name) if name in parameters else [name]
         tied = tied or len(every) > 1
         for place in every:
-            module, _, attribute = place.rpartition(".")
-            plain = isinstance(model.get_submodule(module), nn.Linear) and f"{module}.weight" not in full
-            if attribute == "bias" and (module in adapted or plain):
-                biases.append(place)
+            if _stands_alone(model, place, adapted, full):
+                beside.append(place)
             else:
-                _check_whole(model, module, place, adapted)
-                saved[module] = None
+                saved[place.rpartition(".")[0]] = None
     outermost = [m for m in saved if not any(m.startswith(f"{other}.") for other in saved)]
-    return Plan(found, outermost, biases, tied)
+    return Plan(found, outermost, beside, tied)
 
 
 def write_adapter(
@@ -159,13 +162,9 @@ def write_adapter(
             raise ExportError(f"the change of '{name}' is {shape}; expected {slot.layout.shape}, out x in")
         for i, (key, form) in enumerate(zip(slot.keys, slot.shapes(rank), strict=True)):
             pieces[key] = Piece(dtype or own_dtype, form, partial(_factor, low_rank, slot, i, dtype))
-    adapted = {slot.module: slot for slot in planned.slots.values()}
     for name in planned.tensors(model):
         value = value_of(model, full, name)
-        module, _, attribute = name.rpartition(".")
-        beside = name in planned.biases and module in adapted
-        key = f"{PREFIX}{module}.base_layer.{attribute}" if beside else PREFIX + name
-        pieces[key] = Piece(value.dtype, tuple(value.shape), partial(value_of, model, full, name))
+        pieces[planned.key(name)] = Piece(value.dtype, tuple(value.shape), partial(value_of, model, full, name))
     config = _config(model, planned, ranks, base)
     metadata = {"format": "pt"} | ({FROZEN: json.dumps(dict(frozen))} if frozen else {})
     write_tensors(folder / WEIGHTS, pieces, metadata)
@@ -173,7 +172,7 @@ def write_adapter(
     sizes = {
         name: sum(prod(p.shape) * p.dtype.itemsize for p in map(pieces.get, s.keys) if p) for name, s in planned.slots.items()
     }
-    return Written(ranks, planned.whole, planned.biases, sizes, (folder / WEIGHTS).stat().st_size, planned, config)
+    return Written(ranks, planned.whole, planned.beside, sizes, (folder / WEIGHTS).stat().st_size, planned, config)
 
 
 def value_of(model: nn.Module, full: Mapping[str, Tensor], name: str) -> Tensor:
@@ -205,18 +204,15 @@ def _factor(low_rank: Mapping[str, Factors], slot: Slot, which: int, dtype: torc
     return slot.encode(low_rank[slot.name])[which].detach().to("cpu", dtype).contiguous()
 
 
-def _check_whole(model: nn.Module, module: str, name: str, adapted: set[str]) -> None:
-    """Make sure that PEFT can save the module of a parameter whole."""
-    inside = next((m for m in sorted(adapted) if m == module or m.startswith(f"{module}.") or not module), None)
-    if not module:
-        raise ExportError(f"'{name}' belongs to the model itself, which PEFT cannot save as one of its modules")
-    if inside is not None:
-        raise ExportError(
-            f"'{name}' was trained in full, so that its module must be saved whole, and '{inside}' has a low-rank change; PEFT "
-            "has no form for both. Train both one way, freeze the parameter, or save the model instead"
-        )
-    if isinstance(model.get_submodule(module), nn.ModuleList | nn.ModuleDict | nn.ParameterList | nn.ParameterDict):
-        raise ExportError(f"'{name}' lies in a list of modules, which PEFT cannot save whole")
+def _stands_alone(model: nn.Module, name: str, adapted: set[str], full: Collection[str]) -> bool:
+    """Whether a parameter is written by itself: a bias, or one whose module cannot be saved whole."""
+    owner, _, attribute = name.rpartition(".")
+    module = model.get_submodule(owner)
+    if attribute == "bias" and isinstance(module, nn.Linear) and f"{owner}.weight" not in full:
+        return True
+    if any(m == owner or m.startswith(f"{owner}.") for m in adapted) or not owner:
+        return True
+    return isinstance(module, nn.ModuleList | nn.ModuleDict | nn.ParameterList | nn.ParameterDict)
 
 
 def _config(model: nn.Module, planned: Plan, ranks: Mapping[str, int], base: str) -> dict[str, Any]:
@@ -230,7 +226,7 @@ def _config(model: nn.Module, planned: Plan, ranks: Mapping[str, int], base: str
         slot.kind == "linear" and not isinstance(model.get_submodule(slot.module), nn.Linear) for slot in planned.slots.values()
     )
     saved = names.modules_to_save(planned.whole, modules, adapted) if planned.whole else None
-    beside = {name.rpartition(".")[0] for name in planned.biases}
+    biased = {name.rpartition(".")[0] for name in planned.beside if name.endswith(".bias")}
     return {
         "peft_type": "LORA",
         "task_type": _task(model),
@@ -243,7 +239,7 @@ def _config(model: nn.Module, planned: Plan, ranks: Mapping[str, int], base: str
         "target_parameters": names.target_parameters(by_parameter, parameters) if by_parameter else None,
         "modules_to_save": saved,
         "ensure_weight_tying": planned.tied and _ties_embeddings(model),
-        "bias": "none" if not beside else "lora_only" if beside <= adapted else "all",
+        "bias": "none" if not biased else "lora_only" if biased <= adapted else "all",
         "fan_in_fan_out": stored_in_out,
         "lora_dropout": 0.0,
         "init_lora_weights": True,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -102,20 +102,14 @@ def load(
     rules: dict[str, Transform] = {}
     for name, start in starts.items():
         rules[name] = _transform(spec, name, start, adapter.low_rank[name].slot.layout.shape)
-    restore = _freeze(model, adapter)
-    try:
+    with ExitStack() as undo:
+        _freeze(model, adapter, undo)
+        _fill(model, adapter, undo)
         run = api.adapt(model, rules, base, carry=carry, ledger=ledger, **options)
-    except BaseException:
-        restore()
-        raise
-    try:
+        undo.callback(run.detach)
         for sub in run.subspaces:
             _require_settable(sub, starts[sub.name])
-    except BaseException:
-        run.detach()
-        restore()
-        raise
-    _fill(model, adapter)
+        undo.pop_all()
     for sub in run.subspaces:
         _begin(sub, starts[sub.name])
     run.switch(mode)
@@ -168,31 +162,28 @@ def _transform(asked: str | Transform | None, name: str, start: _Start, shape: t
 def _require_settable(sub: Subspace, start: _Start) -> None:
     if not isinstance(getattr(sub.state, start.side, None), Tensor):
         raise SpecError(
-            f"{sub.transform.name} draws its bases and cannot begin with that of an adapter; use svd or power, or leave spec out",
+            f"{sub.transform.name} draws its bases and cannot begin with that of an adapter; use svd or power, or no spec",
             option="spec",
         )
 
 
-def _freeze(model: nn.Module, adapter: Adapter) -> Callable[[], None]:
-    """Let what the adapter holds be trained, and nothing else; returns what undoes it."""
+def _freeze(model: nn.Module, adapter: Adapter, undo: ExitStack) -> None:
+    """Let what the adapter holds be trained, and nothing else."""
     params = dict(model.named_parameters(remove_duplicate=False))
-    before = [(param, param.requires_grad) for param in params.values()]
+    for param in params.values():
+        undo.callback(param.requires_grad_, param.requires_grad)
     model.requires_grad_(False)
     for name in (*adapter.low_rank, *adapter.full):
-        if name in params:
+        if name in params and params[name].dtype.is_floating_point:
             params[name].requires_grad_(True)
-
-    def restore() -> None:
-        for param, trains in before:
-            param.requires_grad_(trains)
-
-    return restore
 
 
 @torch.no_grad()
-def _fill(model: nn.Module, adapter: Adapter) -> None:
+def _fill(model: nn.Module, adapter: Adapter, undo: ExitStack) -> None:
+    """Put what the adapter saved as it is into the model."""
     own = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}
     for name, value in adapter.full.items():
+        undo.callback(own[name].data.copy_, own[name].detach().clone())
         own[name].copy_(value)
 
 

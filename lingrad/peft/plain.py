@@ -12,6 +12,7 @@ from torch import nn
 
 from lingrad.adapters import Attachment, Mode
 from lingrad.errors import ExportError
+from lingrad.packed import is_packed, packed_of
 
 # Attributes by which others (accelerate, lingrad) replace a forward; a copy of one would run the original's.
 _FORWARDS = ("forward", "_old_forward", "_hf_hook")
@@ -57,6 +58,9 @@ def plain_copy(model: nn.Module, attachments: Sequence[Attachment] = (), mode: M
             if type(param) is nn.Parameter:  # packed weights know themselves how they are copied
                 memo[id(param)] = nn.Parameter(param.detach(), requires_grad=False)
         copied = copy.deepcopy(model, memo)
+    for name, module in copied.named_modules():
+        if is_packed(module):  # an evaluation may have put the codes in another order, of less exact arithmetic
+            packed_of(module, name).open()
     copied.requires_grad_(False)
     return copied.eval()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,7 +75,8 @@ class Adapter:
 
     Args:
         low_rank: Parameter -> its factors.
-        full: Parameter or buffer -> its value, of what was saved whole and of biases.
+        full: Parameter or buffer -> its value, of what was saved as it is. PEFT saves an embedding with its adapter: the value
+            then is that of the base.
         config: The adapter's config.
     """
 
@@ -101,17 +103,18 @@ class Adapter:
         Raises:
             CheckpointError: The adapter is for a weight of another shape.
         """
+        found = weight
         if name in self.full:
             if self.full[name].shape != weight.shape:
                 raise CheckpointError(f"'{name}' is {tuple(self.full[name].shape)} in the adapter, {tuple(weight.shape)} here")
-            return self.full[name].to(weight.device, weight.dtype)
+            found = self.full[name].to(weight.device, weight.dtype)
         pair = self.low_rank.get(name)
         if pair is None:
-            return weight.clone()
+            return found.clone()
         if tuple(weight.shape) != pair.slot.layout.weight_shape:
             raise CheckpointError(f"'{name}' is for {pair.slot.layout.weight_shape} in the adapter, {tuple(weight.shape)} here")
         delta = pair.slot.delta(pair.slot.decode(pair.a, pair.b)) * pair.scaling
-        return weight + delta.to(weight.device, weight.dtype)
+        return found + delta.to(weight.device, weight.dtype)
 
 
 def read_adapter(folder: Path, model: nn.Module) -> Adapter:
@@ -148,7 +151,7 @@ def read_adapter(folder: Path, model: nn.Module) -> Adapter:
     own = model.state_dict()
     full = {}
     for key in sorted(file.entries.keys() - factor_keys):
-        name = key.removeprefix(PREFIX).replace(".base_layer.", ".")
+        name = re.sub(r"(\.base_layer)+(?=\.)", "", key.removeprefix(PREFIX))
         if not key.startswith(PREFIX) or name not in own:
             raise CheckpointError(f"the adapter has '{key}', and the model has no '{name}': it is for another model")
         full[name] = file.read(key)

@@ -43,7 +43,7 @@ class Report:
         inputs: What both models were run on.
         rows: One for each weight with a low-rank change.
         whole: Names of the modules saved whole; each came back bit for bit.
-        biases: Names of the biases beside adapters; likewise.
+        beside: Names of the parameters saved by themselves; likewise.
         outputs: The largest difference of PEFT's outputs from the run's; None where there were no inputs.
         outputs_change: The largest difference that the adapter makes to the outputs; None likewise.
         nbytes: Bytes of ``adapter_model.safetensors``.
@@ -55,7 +55,7 @@ class Report:
     inputs: str
     rows: tuple[Row, ...]
     whole: tuple[str, ...]
-    biases: tuple[str, ...]
+    beside: tuple[str, ...]
     outputs: float | None
     outputs_change: float | None
     nbytes: int
@@ -87,7 +87,7 @@ class Report:
                 )
             )
         lines = ["  ".join(cells).rstrip() for cells in align(table, (False, True, True, True, True, True))]
-        for title, saved in (("saved whole", self.whole), ("biases", self.biases)):
+        for title, saved in (("saved whole", self.whole), ("saved beside", self.beside)):
             if saved:
                 lines.append(f"{title}: {', '.join(_short(saved))}")
         lines.append(f"compared with: {self.base}")

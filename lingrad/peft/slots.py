@@ -233,11 +233,8 @@ def _slot(model: nn.Module, owners: Owners, name: str) -> tuple[str, Slot | None
     reader = next((m for m in (module, outer) if isinstance(m, nn.MultiheadAttention | nn.RNNBase)), None)
     if reader is not None:
         return f"nn.{type(reader).__name__} reads it without calling a layer, so that PEFT's would not act", None
-    if attribute == "weight" and isinstance(module, nn.Linear):  # of packed 4-bit numbers the module tells the shape
-        plain = torch.empty(module.out_features, module.in_features, device="meta")
-        return "", Slot(name, "linear", layout_of(plain, module, name))
     layout = layout_of(param, module, name)
-    if attribute == "weight" and is_conv1d(module):
+    if attribute == "weight" and (isinstance(module, nn.Linear) or is_conv1d(module)):
         return "", Slot(name, "linear", layout)
     if attribute == "weight" and isinstance(module, nn.Embedding):
         return "", Slot(name, "embedding", layout)

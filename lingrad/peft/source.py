@@ -17,6 +17,7 @@ from lingrad.layout import layout_of
 from lingrad.ledger import Change
 from lingrad.maps import KroneckerMap, SelectionMap
 from lingrad.optimizer import SubspaceOptimizer
+from lingrad.packed import is_packed, packed_of
 from lingrad.peft.plain import plain_copy, refuse_peft
 from lingrad.peft.slots import Basis
 
@@ -51,8 +52,8 @@ class Source:
         """The weight as it is trained now, not rounded to its dtype after the last merge."""
         attachment = self.attachments.get(name)
         if attachment is None:
-            return self.model.get_parameter(name).detach()
-        sub, weight = attachment.sub, attachment.weight.detach()
+            return dense(self.model, name)
+        sub, weight = attachment.sub, attachment.base().detach()
         if sub.released or not bool(sub.coords.any()):
             return weight
         return weight.double() + sub.layout.restore(sub.map().lift(sub.coords.detach().double()))
@@ -60,14 +61,14 @@ class Source:
     def rounded(self, name: str) -> Tensor:
         """The weight as the forward has it."""
         attachment = self.attachments.get(name)
-        return (self.model.get_parameter(name) if attachment is None else attachment.lifted()).detach()
+        return dense(self.model, name) if attachment is None else attachment.lifted().detach()
 
     def start(self, name: str) -> Tensor | None:
         """The weight the run started from, where the run still has it."""
         attachment = self.attachments.get(name)
         if attachment is None or attachment.sub.merged or self.kept.get(name, 1.0) != 1.0:
             return None
-        return attachment.weight.detach()
+        return attachment.base().detach()
 
     def rebuilt(self, name: str) -> Tensor:
         """The weight the run started from as its change tells it, to rounding."""
@@ -75,6 +76,12 @@ class Source:
         factors = self.changes[name].to(dtype=torch.float64, device=now.device)
         change = layout_of(like, self.plain.get_submodule(name.rpartition(".")[0]), name).restore(factors.dense())
         return ((now - change) / self.kept[name]).to(like.dtype)
+
+
+def dense(model: nn.Module, name: str) -> Tensor:
+    """A weight of a plain model as numbers, dequantised where it is held in 4 or 8 bits."""
+    module = model.get_submodule(name.rpartition(".")[0])
+    return packed_of(module, name).dense() if is_packed(module) else model.get_parameter(name).detach()
 
 
 def open_source(what: Exported) -> Source:

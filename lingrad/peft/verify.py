@@ -15,7 +15,7 @@ from lingrad.errors import ExportError, optional
 from lingrad.peft.format import Plan, Written
 from lingrad.peft.plain import devices_of
 from lingrad.peft.report import Row, ratio
-from lingrad.peft.slots import Slot
+from lingrad.peft.slots import PREFIX, Slot
 
 SEED = 0
 ROWS, LENGTH = 2, 16  # of generated token ids
@@ -111,10 +111,8 @@ class Loaded:
                 wrapper = self._plain().get_submodule(module)
                 found: Tensor = wrapper.modules_to_save["default"].state_dict()[name.removeprefix(f"{module}.")]
                 return found
-        owner, _, attribute = name.rpartition(".")
-        layer = self._plain().get_submodule(owner)
-        bias: Tensor = getattr(getattr(layer, "base_layer", layer), attribute)
-        return bias.detach()
+        beside: Tensor = self._plain().get_parameter(self.planned.key(name).removeprefix(PREFIX))
+        return beside.detach()
 
     def without(self) -> Any:
         """A context in which the model is the base."""

@@ -68,7 +68,7 @@ class TestNames:
         default, special = names.rank_pattern(ranks)
         for name, rank in ranks.items():
             assert special.get(get_pattern_key(special.keys(), name), default) == rank
-            assert names.pattern_value(name, special.items(), default) == rank
+            assert names.pattern_values(special, default)(name) == rank
         assert default in ranks.values()
         if len(set(ranks.values())) == 1:
             assert special == {}
@@ -217,7 +217,8 @@ class TestFoldersThatAreNotWhatTheyShouldBe:
             ("trainable_token_indices", [1], "trainable_token_indices"),
             ("init_lora_weights", "pissa", "changes the base weights"),
             ("init_lora_weights", "olora", "changes the base weights"),
-            ("rank_pattern", {"q_proj": "many"}, "rank_pattern must map names to numbers"),
+            ("rank_pattern", {"q_proj": "many"}, "rank_pattern must map regular expressions to numbers"),
+            ("rank_pattern", {"(q_proj": 2}, "rank_pattern must map regular expressions"),
             ("alpha_pattern", [1], "alpha_pattern must map"),
             ("r", 0, "r must be a number above 0"),
             ("lora_alpha", float("inf"), "lora_alpha must be a number above 0"),

@@ -38,7 +38,7 @@ def export(
     """Write what a run has made of its model as an adapter that PEFT loads alone.
 
     The adapter is loaded by PEFT before the folder gets its name, and its weights and outputs are compared with those of the
-    run, which goes on undisturbed.
+    run, which goes on undisturbed. Where several processes share a run, one of them calls it.
 
     Args:
         what: The run, ``opt`` of `lingrad.wrap` (with ``ledger=True``) or `lingrad.adapt` (without, as long as nothing was

@@ -8,7 +8,8 @@ name is no target.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from lingrad.errors import ExportError
@@ -27,11 +28,6 @@ def saved(name: str, entry: str) -> bool:
 def excluded(name: str, entry: str) -> bool:
     """Whether an entry of ``modules_to_save`` keeps a module from being a target."""
     return re.match(rf"(^|.*\.){entry}($|\..*)", name) is not None
-
-
-def patterned(name: str, pattern: str) -> bool:
-    """Whether a key of ``rank_pattern`` or ``alpha_pattern`` means a name."""
-    return re.match(rf"(.*\.)?({pattern})$", name) is not None
 
 
 def target_modules(chosen: Collection[str], every: Collection[str]) -> list[str] | str:
@@ -116,34 +112,37 @@ def rank_pattern(ranks: dict[str, int]) -> tuple[int, dict[str, int]]:
         The most frequent rank, and name -> rank of the others. Names are regular expressions, the longest first: the first
         that matches the end of a name wins.
     """
-    found = list(ranks.values())
-    default = max(sorted(set(found)), key=found.count)
+    found = Counter(ranks.values())
+    default = max(sorted(found), key=found.__getitem__)
     # a name with the default rank may end with the name of an exception, so it is written too
     special = {name for name, rank in ranks.items() if rank != default}
-    special |= {name for name in ranks if any(patterned(name, other) for other in special)}
+    special |= {name for name in ranks if special.intersection(_ends(name))}
     return default, {name: ranks[name] for name in sorted(special, key=lambda name: (-len(name), name))}
 
 
-def pattern_value(name: str, patterns: Iterable[tuple[str, Any]], default: Any) -> Any:
-    """What ``rank_pattern`` or ``alpha_pattern`` says of a name.
+def pattern_values(patterns: Mapping[str, Any], default: Any) -> Callable[[str], Any]:
+    """What ``rank_pattern`` or ``alpha_pattern`` says.
 
     Args:
-        name: Of a module or parameter.
-        patterns: The pattern's items.
+        patterns: Regular expressions of the ends of names -> rank or alpha; the first that matches holds.
         default: What holds where none matches.
 
     Returns:
-        The rank or alpha.
+        A function of a module's or parameter's name.
     """
-    return next((value for pattern, value in patterns if patterned(name, pattern)), default)
+    compiled = [(re.compile(rf"(.*\.)?({pattern})$"), value) for pattern, value in patterns.items()]
+    return lambda name: next((value for pattern, value in compiled if pattern.match(name)), default)
 
 
 def _entries(chosen: Collection[str], every: Collection[str]) -> list[str] | None:
-    entries: set[str] = set()
-    for name in chosen:
-        last = name.rpartition(".")[2]
-        entry = next((e for e in (last, name) if all(n in chosen for n in every if targeted(n, e))), None)
-        if entry is None:
-            return None
-        entries.add(entry)
-    return sorted(entries)
+    """Last parts of names, or full names, that mean what is chosen and nothing else; None where there are none such."""
+    chosen = set(chosen)
+    others = {end for name in every if name not in chosen for end in (name, *_ends(name))}
+    entries = {next((e for e in (name.rpartition(".")[2], name) if e not in others), None) for name in chosen}
+    return None if None in entries else sorted(entry for entry in entries if entry is not None)
+
+
+def _ends(name: str) -> list[str]:
+    """The shorter names that a name ends with: of a.b.c, b.c and c."""
+    parts = name.split(".")
+    return [".".join(parts[i:]) for i in range(1, len(parts))]

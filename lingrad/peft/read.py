@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -142,11 +142,11 @@ def read_adapter(folder: Path, model: nn.Module) -> Adapter:
         raise DataError(f"'{folder}' has no {WEIGHTS}: it is no adapter, or not all of one")
     file = TensorFile(folder / WEIGHTS)
     found = _places(model, config, set(file.entries))
-    frozen = _frozen(file)
+    frozen, scaling = _frozen(file), _scalings(config)
     low_rank = {}
     for name, slot in found.items():
         a, b = (file.read(key) for key in slot.keys)
-        low_rank[name] = Pair(slot, a, b, _scaling(slot, a, b, config), frozen.get(name))
+        low_rank[name] = Pair(slot, a, b, scaling(slot, a, b), frozen.get(name))
     factor_keys = {key for slot in found.values() for key in slot.keys}
     own = model.state_dict()
     full = {}
@@ -188,12 +188,20 @@ def _read_config(folder: Path) -> dict[str, Any]:
         )
     for option in ("rank_pattern", "alpha_pattern"):
         value = config.get(option) or {}
-        if not isinstance(value, dict) or not all(_number(v) for v in value.values()):
-            raise DataError(f"{path}: {option} must map names to numbers above 0, not {value!r}")
+        if not isinstance(value, dict) or not all(_number(v) for v in value.values()) or not all(map(_compiles, value)):
+            raise DataError(f"{path}: {option} must map regular expressions to numbers above 0, not {value!r}")
     for option in ("r", "lora_alpha"):
         if not _number(config.get(option)):
             raise DataError(f"{path}: {option} must be a number above 0, not {config.get(option)!r}")
     return config
+
+
+def _compiles(pattern: str) -> bool:
+    try:
+        re.compile(pattern)
+    except re.error:
+        return False
+    return True
 
 
 def _number(value: Any) -> bool:
@@ -236,17 +244,23 @@ def _places(model: nn.Module, config: Mapping[str, Any], keys: set[str]) -> dict
     return found
 
 
-def _scaling(slot: Slot, a: Tensor, b: Tensor, config: Mapping[str, Any]) -> float:
-    rank, alpha = (
-        names.pattern_value(slot.target, (config.get(f"{kind}_pattern") or {}).items(), config[option])
+def _scalings(config: Mapping[str, Any]) -> Callable[[Slot, Tensor, Tensor], float]:
+    """What PEFT multiplies B A by, once the two are of the rank that the config says."""
+    ranks, alphas = (
+        names.pattern_values(config.get(f"{kind}_pattern") or {}, config[option])
         for kind, option in (("rank", "r"), ("alpha", "lora_alpha"))
     )
-    if (tuple(a.shape), tuple(b.shape)) != slot.shapes(rank):
-        raise CheckpointError(
-            f"the factors of '{slot.name}' are {tuple(a.shape)} and {tuple(b.shape)}; "
-            f"expected {slot.shapes(rank)[0]} and {slot.shapes(rank)[1]} for this model and rank {rank}"
-        )
-    return float(alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank)
+
+    def scaling(slot: Slot, a: Tensor, b: Tensor) -> float:
+        rank = ranks(slot.target)
+        if (tuple(a.shape), tuple(b.shape)) != slot.shapes(rank):
+            raise CheckpointError(
+                f"the factors of '{slot.name}' are {tuple(a.shape)} and {tuple(b.shape)}; "
+                f"expected {slot.shapes(rank)[0]} and {slot.shapes(rank)[1]} for this model and rank {rank}"
+            )
+        return float(alphas(slot.target) / (math.sqrt(rank) if config.get("use_rslora") else rank))
+
+    return scaling
 
 
 def _frozen(file: TensorFile) -> dict[str, Side]:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lingrad.adapters import Attachment
+from lingrad.adapters.base import Coords
 from lingrad.errors import DataError, ExportError, ModeError
 from lingrad.factors import Factors
 from lingrad.layout import layout_of
@@ -106,6 +107,8 @@ def open_source(what: Exported) -> Source:
         )
     model, changes = what
     refuse_peft(model, "export")
+    if any(isinstance(module, Coords) for module in model.modules()):
+        raise ExportError("the model is wrapped by lingrad; pass its optimizer, or detach() that and pass (model, changes)")
     found = {name: change if isinstance(change, Factors) else change.factors for name, change in changes.items()}
     kept = {name: 1.0 if isinstance(change, Factors) else change.kept for name, change in changes.items()}
     plain = plain_copy(model)

@@ -166,6 +166,7 @@ def write_tensors(path: Path, pieces: Mapping[str, Piece], metadata: Mapping[str
                 flat = tensor.detach().cpu().contiguous()
                 if flat.numel():
                     file.write(_memory(flat))
+                del tensor, flat  # before the next one is made
         Path(temporary).chmod(0o644)
         Path(temporary).replace(path)
     except BaseException:

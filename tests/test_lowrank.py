@@ -180,7 +180,7 @@ def test_numbers_that_are_none(which):
     pair = weights(20, 30, 4)
     pair[which][3, 4] = float("nan")
     pair[which][5, 4] = float("inf")
-    with pytest.raises(DataError, match=f"{('TUNED', 'BASE')[which]} has 2 entries that are NaN or infinite"):
+    with pytest.raises(DataError, match=f"the weight of {('TUNED', 'BASE')[which]} has 2 numbers that are NaN or infinite"):
         detect(difference(*pair), Goal(), seed=1)
 
 

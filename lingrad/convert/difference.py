@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 from lingrad.errors import DataError
 
 _BITS = {torch.float64: 53, torch.float32: 24, torch.float16: 11, torch.bfloat16: 8}
-_BLOCK = 1 << 20  # numbers of a block of rows
+_BLOCK = 1 << 17  # numbers of a block of rows
 
 Rows = Callable[[int, int], tuple[Tensor, Tensor]]
 
@@ -42,13 +42,14 @@ class Difference:
         dtype: The dtype TUNED was stored in.
         rows: (start, stop) -> those rows of TUNED and BASE.
         kept: The share of BASE.
+        name: The tensor's name, for messages.
     """
 
     shape: tuple[int, int]
     dtype: torch.dtype
     rows: Rows
     kept: float = 1.0
-    _cache: list[tuple[slice, Tensor, Tensor]] = field(default_factory=list)
+    name: str = ""
 
     def blocks(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
         """Some rows after the other.
@@ -61,18 +62,14 @@ class Difference:
         """
         m, n = self.shape
         step = max(1, _BLOCK // n)
-        for start in range(0, m, step) if not self._cache else ():
+        for start in range(0, m, step):
             part = slice(start, min(m, start + step))
             tuned, base = (found.double() for found in self.rows(part.start, part.stop))
-            for name, found in (("TUNED", tuned), ("BASE", base)):
+            for which, found in (("TUNED", tuned), ("BASE", base)):
                 if not bool(found.isfinite().all()):
-                    raise DataError(f"{name} has {int((~found.isfinite()).sum()):,} entries that are NaN or infinite")
-            if step >= m:
-                self._cache = [(part, tuned, base)]
-            else:
-                yield part, tuned.sub_(base, alpha=self.kept), base
-        for part, tuned, base in self._cache:
-            yield part, tuned - self.kept * base, base
+                    count = int((~found.isfinite()).sum())
+                    raise DataError(f"{self.name or 'the weight'} of {which} has {count:,} numbers that are NaN or infinite")
+            yield part, torch.sub(tuned, base, alpha=self.kept), base
 
     def times(self, right: Tensor) -> Tensor:
         """D @ right, [n, b] -> [m, b]."""

@@ -61,7 +61,7 @@ class Pair:
         def rows(start: int, stop: int) -> tuple[Tensor, Tensor]:
             return tuned.rows(self.name, n, start, stop), base.rows(self.name, n, start, stop)
 
-        return Difference(shape, tuned.entry(self.name).dtype, rows)
+        return Difference(shape, tuned.entry(self.name).dtype, rows, name=f"'{self.name}'")
 
     def turned(self, factors: Factors) -> Factors:
         """Factors of the matrix as it is stored <-> of the layout's, [out, in]."""

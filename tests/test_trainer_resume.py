@@ -95,7 +95,7 @@ class TestFolders:
     def test_the_last_of_all_complete_ones(self, run):
         assert lingrad.hf.last_checkpoint(run) == str(run / "checkpoint-3")
         (run / "checkpoint-10").mkdir()  # nothing in it yet
-        (run / "checkpoint-20.tmp").mkdir()
+        shutil.copytree(run / "checkpoint-3", run / "checkpoint-20.old")  # of another name
         assert lingrad.hf.last_checkpoint(run) == str(run / "checkpoint-3")
         shutil.copytree(run / "checkpoint-3", run / "checkpoint-11")
         assert lingrad.hf.last_checkpoint(str(run)) == str(run / "checkpoint-11")

@@ -68,6 +68,23 @@ def test_it_trains_and_resumes_bit_for_bit(tmp_path, mode, packing):
         assert losses_of(again)[-1] == losses_of(trainer)[-1]
 
 
+def test_the_adapter_that_is_saved(tmp_path):
+    """Of a model whose forward TRL has replaced, and whose forward accelerate has put under autocast."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    for bf16 in (False, True):
+        trainer = build(tmp_path, "adapter", bf16=bf16)
+        trainer.train()
+        trainer.save_model(tmp_path / "saved")
+        adapted = PeftModel.from_pretrained(llama(torch.float32), tmp_path / "saved/adapter")
+        whole = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+        ids = torch.arange(12)[None]
+        with torch.no_grad():
+            torch.testing.assert_close(adapted(ids).logits, whole(ids).logits, rtol=0, atol=1e-4)
+            assert (llama(torch.float32)(ids).logits - whole(ids).logits).abs().max() > 0.1
+
+
 def losses_of(trainer):
     return [entry["loss"] for entry in logs(trainer) if "loss" in entry]
 

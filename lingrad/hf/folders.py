@@ -99,8 +99,7 @@ def _open_safetensors(path: Path) -> None:
 
 
 def _open_zip(path: Path) -> None:
-    with zipfile.ZipFile(path) as file:  # its directory stands at the end
-        file.infolist()
+    zipfile.ZipFile(path).close()  # reads the directory, which stands at the end
 
 
 def _read_state(path: Path) -> None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -43,9 +44,11 @@ class TrainerMixin(_Trainer):  # type: ignore[misc]
 
     Attributes:
         adapter_in_checkpoints: Whether checkpoints too, and not ``save_model`` only, get an adapter.
+        adapter_options: Options of `lingrad.peft.export` for it: ``{"base": "folder"}``, the model the run started from.
     """
 
     adapter_in_checkpoints: bool = False
+    adapter_options: Mapping[str, Any] = MappingProxyType({})
 
     _writes_adapter = False
     _no_adapter = ""  # why there can be none
@@ -139,7 +142,8 @@ class TrainerMixin(_Trainer):  # type: ignore[misc]
         optimizer = find_optimizer(self)
         if self._writes_adapter and self.args.should_save and optimizer is not None and optimizer.mode == "adapter":
             folder = Path(self.args.output_dir if output_dir is None else output_dir) / ADAPTER
-            _write_adapter(optimizer, folder, self._no_adapter)
+            with _own_forward(self.model):
+                _write_adapter(optimizer, folder, self._no_adapter, self.adapter_options)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
@@ -212,14 +216,25 @@ def ready_made(name: str) -> Any:
     return type(name, (TrainerMixin, stock), {"__module__": __name__, "__doc__": f"{base} with `TrainerMixin`."})
 
 
-def _write_adapter(optimizer: SubspaceOptimizer, folder: Path, no_adapter: str) -> None:
+@contextmanager
+def _own_forward(model: nn.Module) -> Iterator[None]:
+    """Set aside a forward that accelerate (autocast) or TRL has put in the place of a model's own: PEFT computes without it."""
+    replaced = vars(model).pop("forward", None)
+    try:
+        yield
+    finally:
+        if replaced is not None:
+            vars(model)["forward"] = replaced
+
+
+def _write_adapter(optimizer: SubspaceOptimizer, folder: Path, no_adapter: str, options: Mapping[str, Any]) -> None:
     """Export beside, then take the place of the adapter of an earlier save; say why where it cannot be."""
     fresh = folder.with_name(f".{folder.name}.new")
     shutil.rmtree(fresh, ignore_errors=True)
     why = no_adapter
     if not why:
         try:
-            export(optimizer, fresh, quiet=True)
+            export(optimizer, fresh, **{"quiet": True, **options})
         except LingradError as error:
             why = str(error)
     if (folder / "adapter_config.json").is_file():  # of the model that was saved here before

@@ -194,10 +194,11 @@ class _Run:
             factors = Factors(torch.zeros(m, 1), torch.zeros(1, n))
         if factors.shape != self.places[pair.param].place.target.layout.shape:
             raise CheckpointError(f"'{pair.name}' is {shape} in the model, and its ledger is of {factors.shape}")
-        factors, dropped = compress(factors.to(dtype=torch.float64), rank=rank)
-        norm, rest, floor = _norm(factors), dropped, 0.0
+        factors = factors.to(dtype=torch.float64)
+        norm, floor = _norm(factors), 0.0
+        factors, rest = compress(factors, rank=rank)
         if base is not None:
-            norm, rest, floor = self._measured(pair, base, factors, kept, dropped * norm)
+            norm, rest, floor = self._measured(pair, base, factors, kept, rest * norm)
         wanted = dtype or (torch.float64 if own == torch.float64 else torch.float32)
         record = Record(pair.name, "low_rank", shape, factors.rank, kept, norm, rest, floor)
         return record, factors.to(dtype=wanted)

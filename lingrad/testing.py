@@ -74,6 +74,7 @@ def assert_adjoint(linear_map: LinearMap, shape: tuple[int, int], *, tolerance: 
     linear_map.add_apply_(acted, x, coords)
     same("add_apply_(y, x, z), y + apply(x, z) in place,", acted, expected)
     same("norm(z) == |lift(z)|", linear_map.norm(coords), lifted.detach().norm())
+    same("lift(fit(lift(z))) == lift(z)", linear_map.lift(linear_map.fit(lifted.detach())), lifted.detach())
     weight = _draw(m, n, seed=4)
     same("add_lift(W, z) == W + lift(z)", linear_map.add_lift(weight, coords), weight + lifted.detach())
     total = weight.clone()

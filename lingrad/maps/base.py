@@ -11,6 +11,8 @@ from lingrad.errors import DualityError
 from lingrad.factors import Factors
 from lingrad.gradient import DenseGradient, Gradient
 
+ITERATIONS = 100  # of conjugate gradients at most; bases are well conditioned, and need one to twenty
+
 
 class LinearMap(ABC):
     """An immutable linear map S from coordinates z [p, q] to a weight [m, n].
@@ -114,17 +116,19 @@ class LinearMap(ABC):
             matrix: [m, n], at least float32.
 
         Returns:
-            z [p, q]; of an orthonormal map it is ``project(matrix)``, found in one iteration.
+            z [p, q]; of an orthonormal map it is ``project(matrix)``, found in one iteration. Of a map whose condition is so
+            bad that 100 are not enough, coordinates that are nearer than zero.
         """
         left = matrix.clone()
         step = slope = self.project(left).to(matrix.dtype)
         found, size = torch.zeros_like(slope), float(slope.square().sum())
-        floor = size * torch.finfo(matrix.dtype).eps ** 2
-        for _ in range(slope.numel()):
-            if size <= floor:
-                break
+        floor = size * (4 * torch.finfo(matrix.dtype).eps) ** 2
+        for _ in range(min(slope.numel(), ITERATIONS)):
             lift = self.lift(step)
-            length = size / float(lift.square().sum())
+            steepness = float(lift.square().sum())
+            if size <= floor or steepness == 0.0:
+                break
+            length = size / steepness
             found, left = found + length * step, left.sub_(lift, alpha=length)
             slope = self.project(left).to(matrix.dtype)
             size, before = float(slope.square().sum()), size

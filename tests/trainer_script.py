@@ -75,6 +75,10 @@ def main():
         {"weights": opt.weights(), "state": opt.state_dict(), "rank": args.process_index, "world": args.world_size},
         f"{given.output}/end-{args.process_index}.pt",
     )
+    if args.world_size > 1 and given.steps == 9:
+        lingrad.hf.finish(trainer)
+        trainer.train()  # anew, without the DistributedDataParallel that knew the first run's coordinates
+        assert trainer.model_wrapped is not trainer.model
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 SOURCES := pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo finetune smollm2 readme duality memory bench mutants test coverage slow check lint types layers clean
+.PHONY: help demo finetune smollm2 examples readme duality memory bench mutants test coverage slow check lint types layers clean
 
 help:  ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -47,10 +47,13 @@ demo: $(VENV)/.run  ## train on Moby-Dick with every method: a table, two plots,
 	$(BIN)/lingrad demo
 
 finetune: $(VENV)/.examples  ## tell good film reviews from bad ones, by five methods; ARGS=--quick for one minute
-	$(BIN)/python examples/finetune_sentiment.py $(ARGS)
+	HF_HUB_OFFLINE=1 $(BIN)/python examples/finetune_sentiment.py $(ARGS)
 
 smollm2: $(VENV)/.examples  ## twenty steps of a language model on a 4-bit base, to an adapter that PEFT loads
-	$(BIN)/python examples/smollm2_nf4.py $(ARGS)
+	HF_HUB_OFFLINE=1 $(BIN)/python examples/smollm2_nf4.py $(ARGS)
+
+examples: $(VENV)/.examples  ## put the last results of finetune and smollm2 into the docs
+	$(BIN)/python tools/update_examples.py
 
 readme: $(VENV)/.run  ## put the last demo's table and plots into README.md
 	$(BIN)/python tools/update_readme.py runs/demo

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
-import re
 import time
-from collections.abc import Sequence
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -19,8 +17,9 @@ from benchmarks import plots
 from benchmarks.measure import ratio
 from benchmarks.plan import FROZEN, FULL, GALORE, GOALS, PERIOD, Workload
 from lingrad._files import write_whole
-from lingrad._table import align
+from lingrad._table import markdown as tabulate
 from lingrad.errors import LingradError
+from tools.marks import put
 
 ROOT = Path(__file__).parents[1]
 OUT = ROOT / "benchmarks" / "out"
@@ -68,14 +67,6 @@ def save(found: dict[str, Any], folder: Path) -> None:
     plots.draw(found, folder)
 
 
-def table(rows: Sequence[Sequence[str]]) -> str:
-    """Rows, the first of them a header, as a Markdown table whose columns line up."""
-    right = [index > 0 for index in range(len(rows[0]))]
-    header, *lines = align(rows, right=right)
-    rule = ["-" * (len(cell) - 1) + (":" if r else "-") for cell, r in zip(header, right, strict=True)]
-    return "".join(f"| {' | '.join(line)} |\n" for line in (header, rule, *lines))
-
-
 def markdown(found: dict[str, Any]) -> str:
     """All tables of a run."""
     about = found["machine"]
@@ -118,7 +109,7 @@ def goals(figures: dict[str, float]) -> str:
         by_work = "" if work is None else f"{work:.3f}"
         said = "reached" if reached else "not reached"
         rows.append((goal.what, f"{sign} {goal.goal:.2f}", f"{value:.3f}", by_work, said))
-    return table(rows)
+    return tabulate(rows)
 
 
 def _spread(timing: dict[str, Any]) -> list[float]:
@@ -147,7 +138,7 @@ def steps_table(timings: list[dict[str, Any]]) -> str:
                 f"{timing['state'] / 1e6:.1f}",
             )
         )
-    return table(rows)
+    return tabulate(rows)
 
 
 def refresh_table(records: list[dict[str, Any]]) -> str:
@@ -164,7 +155,7 @@ def refresh_table(records: list[dict[str, Any]]) -> str:
             energy = min(record["energy"] / record["best"] for record in members)
             shown = f"`{text.replace('{rank}', str(rank))}`"
             rows.append((f"{m} x {n}, {rank}, {tokens}", shown, f"{1e3 * taken:.1f}", f"{taken / exact:.3f}", f"{energy:.3f}"))
-    return table(rows)
+    return tabulate(rows)
 
 
 def pca_table(seconds: dict[str, list[float]]) -> str:
@@ -173,7 +164,7 @@ def pca_table(seconds: dict[str, list[float]]) -> str:
     for key, taken in seconds.items():
         beside = "autograd, from factors" if "factors" in key else "autograd"
         rows.append((key, f"{1e3 * median(taken):.2f}", str(ratio(taken, seconds[beside]))))
-    return table(rows)
+    return tabulate(rows)
 
 
 def memory_table(found: dict[str, dict[str, Any]]) -> str:
@@ -187,21 +178,21 @@ def memory_table(found: dict[str, dict[str, Any]]) -> str:
         cells = [f"{at.get(name, 0) / 1e6:.1f}" for name in names]
         total, refresh = entry["beyond"], entry["at refresh"]
         rows.append((key, *cells, f"{other / 1e6:.1f}", f"{total / 1e6:.1f}", f"{total / beside:.2f}", f"{refresh / 1e6:.1f}"))
-    return table(rows)
+    return tabulate(rows)
 
 
 def saved_table(found: dict[str, float]) -> str:
     """Numbers saved a token."""
     rows = [("", "numbers a token", "/ plain")]
     rows += [(key, f"{found[key]:.0f}", f"{found[key] / found['plain']:.3f}") for key in ("plain", "ours", "ours, shared")]
-    return table(rows)
+    return tabulate(rows)
 
 
 def overhead_table(found: dict[str, float]) -> str:
     """What a step of the engine takes beside the base's."""
     rows = [("opt.step()", "of it the base", "a whole step of full AdamW", "(step - base) / full")]
     rows.append((*(f"{1e3 * found[key]:.2f}" for key in ("step", "base", "full")), f"{found['share']:.3f}"))
-    return table(rows)
+    return tabulate(rows)
 
 
 def curve_table(what: str, points: list[dict[str, Any]]) -> str:
@@ -212,7 +203,7 @@ def curve_table(what: str, points: list[dict[str, Any]]) -> str:
         by_key = {timing["key"]: timing for timing in point["steps"]}
         at = plots.place(what, point["workload"])
         rows.append((str(at), *(str(ratio(_spread(by_key[key]), _spread(by_key[FULL]))) for key in keys)))
-    return table(rows)
+    return tabulate(rows)
 
 
 def into_docs() -> None:
@@ -221,21 +212,18 @@ def into_docs() -> None:
     Raises:
         LingradError: There are none, they are not of a whole plan, or the page has no place for them.
     """
-    text = DOCS.read_text()
     folders = {"cpu": OUT, "cuda": OUT / "cuda"}
-    results = {name: folder / "latest.json" for name, folder in folders.items() if (folder / "latest.json").exists()}
-    if not results:
+    paths = {name: folder / "latest.json" for name, folder in folders.items() if (folder / "latest.json").exists()}
+    if not paths:
         raise LingradError(f"there are no results in {OUT}; run 'make bench' first")
-    for name, path in results.items():
-        found = json.loads(path.read_text())
+    results = {name: json.loads(path.read_text()) for name, path in paths.items()}
+    for name, found in results.items():
         if found["plan"] == "quick" or not found["figures"].keys() >= {goal.figure for goal in GOALS}:
             raise LingradError(
-                f"{path} is of plan '{found['plan']}' or of some suites, and the docs show whole plans; run 'make bench' first"
+                f"{paths[name]} is of plan '{found['plan']}' or of some suites, and the docs show whole plans; "
+                "run 'make bench' first"
             )
-        block = f"<!-- {name}:begin -->\n{markdown(found)}<!-- {name}:end -->"
-        text, count = re.subn(f"<!-- {name}:begin -->.*<!-- {name}:end -->", lambda _, b=block: b, text, flags=re.DOTALL)
-        if count != 1:
-            raise LingradError(f"{DOCS} must hold <!-- {name}:begin --> and <!-- {name}:end --> once")
+    put(DOCS, {name: markdown(found) for name, found in results.items()})
+    for name, found in results.items():
         plots.draw(found, DOCS.with_suffix("") / name)
-        write_whole(DOCS.with_suffix("") / name / "result.json", path.read_bytes())
-    write_whole(DOCS, text.encode())
+        write_whole(DOCS.with_suffix("") / name / "result.json", paths[name].read_bytes())

@@ -1,7 +1,6 @@
 """Measure how far the modes part, over the tests' matrix, and put the tables into docs/duality.md: ``make duality``."""
 
 import os
-import re
 import sys
 from collections import defaultdict
 from concurrent.futures import ProcessPoolExecutor
@@ -9,10 +8,12 @@ from pathlib import Path
 
 import torch
 
-from lingrad._table import align
+from lingrad._table import markdown
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
+
+from marks import put  # noqa: E402
 
 from tests import breakers, cases  # noqa: E402 - the tests' own cases
 
@@ -25,14 +26,6 @@ def measure(job: tuple[Case, str]) -> tuple[str, str, float, str]:
     case, dtype = job
     torch.set_num_threads(1)
     return case[3][0], dtype, cases.run(case, DTYPES[dtype]), cases.label(case)
-
-
-def table(header: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table whose columns line up; the first is text, the others are figures."""
-    right = [i > 0 for i in range(len(header))]
-    first, *rest = align([header, *rows], right)
-    rule = ["-" * (len(cell) - 1) + (":" if figures else "-") for cell, figures in zip(first, right, strict=True)]
-    return "".join(f"| {' | '.join(row)} |\n" for row in (first, rule, *rest))
 
 
 def main() -> None:
@@ -49,17 +42,11 @@ def main() -> None:
     rows = [[*row, f"`{worst[row[0]]['float64'][1]}`"] for row in rows]
     broken = [[what, f"{gap:.1e}"] for what, gap in breakers.measure()]
     blocks = {
-        "gaps": f"{len(pairs)} combinations in each dtype.\n\n" + table(["base", *DTYPES, "the worst in float64"], rows),
-        "breakers": table(["what breaks it", "difference"], broken),
+        "gaps": f"{len(pairs)} combinations in each dtype.\n\n" + markdown([["base", *DTYPES, "the worst in float64"], *rows]),
+        "breakers": markdown([["what breaks it", "difference"], *broken]),
     }
     page = ROOT / "docs" / "duality.md"
-    text = page.read_text()
-    for name, block in blocks.items():
-        marks = f"<!-- {name}:begin -->\n", f"<!-- {name}:end -->"
-        text, count = re.subn(f"{marks[0]}.*{marks[1]}", lambda _, b=block, m=marks: m[0] + b + m[1], text, flags=re.DOTALL)
-        if count != 1:
-            sys.exit(f"docs/duality.md must hold the marks {marks} once")
-    page.write_text(text)
+    put(page, blocks)
     print(f"{page.relative_to(ROOT)} now holds these figures")
 
 

@@ -1,8 +1,9 @@
 """Put the table and the plots of a finished demo into the README: ``make demo``, then ``make readme``."""
 
-import re
 import sys
 from pathlib import Path
+
+from marks import put
 
 from lingrad.research import report
 
@@ -15,12 +16,7 @@ def main(folder: Path) -> None:
     kept = ROOT / "docs" / "demo"
     kept.mkdir(parents=True, exist_ok=True)
     report.save(result, kept)
-    readme = ROOT / "README.md"
-    block = f"<!-- demo:begin -->\n{report.markdown(result)}\n{report.caption(result)}<!-- demo:end -->"
-    text, count = re.subn(r"<!-- demo:begin -->.*<!-- demo:end -->", lambda _: block, readme.read_text(), flags=re.DOTALL)
-    if count != 1:
-        sys.exit("README.md must hold <!-- demo:begin --> and <!-- demo:end --> once")
-    readme.write_text(text)
+    put(ROOT / "README.md", {"demo": f"{report.markdown(result)}\n{report.caption(result)}"})
     print(f"README.md and {kept.relative_to(ROOT)} now hold the results of {folder}")
 
 

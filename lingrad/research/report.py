@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
+from lingrad import _table
 from lingrad._files import write_whole
-from lingrad._table import align
 from lingrad.errors import DataError, optional
 from lingrad.research.plans import Setup
 from lingrad.research.runner import Record
@@ -123,10 +123,7 @@ def markdown(result: Result) -> str:
     Returns:
         Lines with a final newline.
     """
-    right = [i > 0 for i in range(len(HEADERS))]
-    header, *rest = align([HEADERS, *rows(result)], right)
-    rule = ["-" * (len(cell) - 1) + (":" if figures else "-") for cell, figures in zip(header, right, strict=True)]
-    return "".join(f"| {' | '.join(row)} |\n" for row in (header, rule, *rest))
+    return _table.markdown([HEADERS, *rows(result)])
 
 
 def caption(result: Result) -> str:

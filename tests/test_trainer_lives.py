@@ -52,7 +52,7 @@ def run(folder, mode, **args):
     return weights(trainer)
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", [pytest.param("optimizer", marks=pytest.mark.slow), "adapter"])
 def test_a_batch_that_does_not_fit(tmp_path, mode):
     """auto_find_batch_size: the first backward fails half-way, and leaves nothing behind."""
 

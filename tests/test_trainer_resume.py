@@ -21,6 +21,14 @@ MODES = ("optimizer", "adapter")
 ROOT = Path(__file__).parents[1]
 # of spec every=3, counted in finished steps: before anything is merged, where a refresh comes next, just after it, later
 STOPS = (1, 3, 4, 7)
+CASES = [
+    *(pytest.param(spec, torch.float32, id=name) for name, spec in SPECS.items()),
+    pytest.param(SPECS["svd"], torch.bfloat16, id="svd-bfloat16"),
+    *(
+        pytest.param(SPECS[name], torch.bfloat16, id=f"{name}-bfloat16", marks=pytest.mark.slow)
+        for name in ("power", "random", "pca")
+    ),
+]
 FILES = ("model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json")
 SAVING = {"save_strategy": "steps", "save_steps": 1, "gradient_accumulation_steps": 2, "weight_decay": 0.1}
 
@@ -32,13 +40,12 @@ def resumed(folder, at, **options):
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("spec", SPECS.values())
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize(("spec", "dtype"), CASES)
 def test_bit_for_bit(tmp_path, mode, spec, dtype):
     """Shuffled data, accumulation, decay, a schedule; weights, state and logs."""
     straight = make(tmp_path, spec, llama(dtype), args=SAVING, mode=mode)
     straight.train()
-    for at in STOPS[:: 1 if dtype == torch.float32 else 2]:
+    for at in STOPS if dtype == torch.float32 else STOPS[::2]:
         again = resumed(tmp_path, at, spec=spec, model=llama(dtype), mode=mode)
         assert_equal(weights(again), weights(straight))
         assert_equal(again.optimizer.state_dict(), straight.optimizer.state_dict())

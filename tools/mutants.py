@@ -30,6 +30,7 @@ SKETCHES, ENERGY = ("tests/test_refresh.py::TestSketches",), ("tests/test_refres
 PRODUCTS = ("tests/test_refresh.py::TestSketches::test_the_products_are_those_of_the_whole_gradient",)
 STACKED = ("tests/test_sharing.py::test_the_basis_is_that_of_the_stacked_gradient",)
 STAGGER, MERGING = ("tests/test_refresh.py::TestStagger",), ("tests/test_stepping.py::TestMergeEvery",)
+CHANGES = ("tests/test_changes.py",)
 FLOPS, FORWARD = ("tests/test_stepping.py::TestFlops",), ("tests/test_stepping.py::TestForwardOfAdapterMode",)
 
 # what a mutant meets that these let pass: everything fast that is about numbers, state and structure
@@ -244,8 +245,8 @@ MUTANTS = (
     ),
     Mutant(
         "subspace.py",
-        "    if sub.released:\n        return\n    matrix",
-        "    matrix",
+        "    if sub.released:\n        return\n    sub.merged",
+        "    sub.merged",
         "coordinates that hold no memory are merged",
         LAYERWISE,
     ),
@@ -264,8 +265,8 @@ MUTANTS = (
     ),
     Mutant(
         "refresh.py",
-        "    merge(sub, weight)\n    if moments",
-        "    if not sub.released:\n        sub.coords.zero_()\n    if moments",
+        "    remainder = weight.merge()\n",
+        "    remainder = None\n    if not sub.released:\n        sub.coords.zero_()\n",
         "no merge at a refresh",
         REFERENCE,
     ),
@@ -488,8 +489,8 @@ MUTANTS = (
     ),
     Mutant(
         "optimizer.py",
-        "            merge(attachment.sub, attachment.weight)\n            attachment",
-        "            attachment",
+        "            attachment.merge()\n            attachment.detach()",
+        "            attachment.detach()",
         "detach forgets coordinates",
         REFERENCE,
     ),
@@ -598,6 +599,55 @@ MUTANTS = (
     ),
     Mutant(
         "checkpoint.py", "trees.copied(value, places.get(key, device))", "value", "a run writes into what it loaded", CHECKPOINT
+    ),
+    Mutant("ledger.py", "        self.kept *= factor\n", "", "the ledger forgets decay", CHANGES),
+    Mutant("ledger.py", "            self._open *= factor\n", "            pass\n", "what is open does not decay", CHANGES),
+    Mutant("ledger.py", "(self.kept / part.kept)", "1.0", "what is closed does not decay", CHANGES),
+    Mutant(
+        "ledger.py",
+        "        self._open += coords\n",
+        "        self._open = coords.clone()\n",
+        "only the last merge counts",
+        CHANGES,
+    ),
+    Mutant(
+        "ledger.py",
+        'if self.transform.reads == "nothing":\n            self',
+        "if False:\n            self",
+        "seeds are not kept",
+        CHANGES,
+    ),
+    Mutant(
+        "refresh.py",
+        "        sub.ledger.close((sub.leader or sub).state, sub.map().factors)\n",
+        "        pass\n",
+        "bases run together",
+        CHANGES,
+    ),
+    Mutant(
+        "stepping.py", "                ledger.decay(float(factor))\n", "                pass\n", "decay is not noted", CHANGES
+    ),
+    Mutant("subspace.py", "    sub.merged = sub.merged or bool(sub.coords.any())\n", "", "a merge leaves no trace", CHANGES),
+    Mutant(
+        "adapters/base.py",
+        "                known = self.lifted().detach()\n",
+        "                known = weight\n",
+        "a saved model lacks z",
+        CHANGES,
+    ),
+    Mutant(
+        "adapters/base.py",
+        "            self.sub.coords.data.zero_()\n",
+        "            pass\n",
+        "a loaded model keeps z",
+        CHANGES,
+    ),
+    Mutant(
+        "persistence.py",
+        "                        stored[key].copy_(tensor)\n",
+        "                        pass\n",
+        "base weights are lost",
+        CHANGES,
     ),
     Mutant("checkpoint.py", '("param_names", "specs")', '("param_names",)', "another spec is loaded", CHECKPOINT),
     Mutant("checkpoint.py", 'refreshes": sub.refreshes', 'refreshes": 0', "refreshes are not saved", RESUMES),

@@ -124,7 +124,7 @@ def dequantize(codes: Tensor, scales: Tensor, book: Book) -> Tensor:
         part = flat[start : start + BUCKET]
         each = scales[start // BLOCK : (start + len(part) - 1) // BLOCK + 1].to(wide(scales.dtype))
         each = each.repeat_interleave(BLOCK, output_size=len(each) * BLOCK)[: len(part)]
-        values[start : start + BUCKET] = book.values[part.int()].to(each.dtype) * each
+        values[start : start + BUCKET] = book.values.index_select(0, part.int()).to(each.dtype) * each
     return values.view(codes.shape)
 
 

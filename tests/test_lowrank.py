@@ -191,6 +191,7 @@ def test_blocks_of_rows_change_nothing(monkeypatch):
     tuned, base = weights(96, 160, 12, kept=0.99)
     whole = detect(difference(tuned, base), Goal(), seed=1)
     monkeypatch.setattr(module, "_BLOCK", 4 * 160)
+    monkeypatch.setattr(module, "_ROWS", 1)
     asked = []
 
     def rows(start, stop):

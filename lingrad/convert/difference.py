@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from math import isfinite
 from typing import NamedTuple
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 from lingrad.errors import DataError
 
 _BITS = {torch.float64: 53, torch.float32: 24, torch.float16: 11, torch.bfloat16: 8}
-_BLOCK = 1 << 17  # numbers of a block of rows
+_BLOCK, _ROWS = 1 << 17, 128  # numbers of a block of rows, and the fewest rows; products of fewer wait for memory
 
 Rows = Callable[[int, int], tuple[Tensor, Tensor]]
 
@@ -56,19 +57,12 @@ class Difference:
 
         Yields:
             (which, those of D, those of BASE), float64.
-
-        Raises:
-            DataError: An entry is not finite.
         """
         m, n = self.shape
-        step = max(1, _BLOCK // n)
+        step = max(_BLOCK // n, _ROWS)
         for start in range(0, m, step):
             part = slice(start, min(m, start + step))
             tuned, base = (found.double() for found in self.rows(part.start, part.stop))
-            for which, found in (("TUNED", tuned), ("BASE", base)):
-                if not bool(found.isfinite().all()):
-                    count = int((~found.isfinite()).sum())
-                    raise DataError(f"{self.name or 'the weight'} of {which} has {count:,} numbers that are NaN or infinite")
             yield part, torch.sub(tuned, base, alpha=self.kept), base
 
     def times(self, right: Tensor) -> Tensor:
@@ -91,6 +85,9 @@ class Difference:
 
         Returns:
             The sums.
+
+        Raises:
+            DataError: An entry is not finite.
         """
         energy = along = base_energy = rounding = 0.0
         bits = _BITS[self.dtype]
@@ -102,7 +99,15 @@ class Difference:
             energy += float(change.square().sum())
             along += float((change * base).sum())
             base_energy += float(base.square().sum())
+            if not isfinite(energy + base_energy):
+                self._refuse_what_is_no_number(part)
         return Rest(energy, along, base_energy, rounding)
+
+    def _refuse_what_is_no_number(self, part: slice) -> None:
+        for which, found in zip(("TUNED", "BASE"), self.rows(part.start, part.stop), strict=True):
+            count = int((~found.isfinite()).sum())
+            if count:
+                raise DataError(f"{self.name or 'the weight'} of {which} has {count:,} numbers that are NaN or infinite")
 
     def outside(self, q: Tensor, v: Tensor) -> float:
         """|(1 - q q^T) BASE (1 - v v^T)|_F^2 for orthonormal q [m, p] and v [n, p]."""

@@ -118,8 +118,8 @@ def detect(change: Difference, goal: Goal, seed: int, *, full_svd: bool = False)
     generator = torch.Generator().manual_seed(seed)
     while True:
         width = min(m, n) if full_svd else _wider(q.shape[1], min(m, n))
-        q = _whole(change) if full_svd else torch.cat([q, _more(change, q, width - q.shape[1], generator)], 1)
-        r = change.transposed(q).t()
+        block = _whole(change) if full_svd else _more(change, q, width - q.shape[1], generator)
+        q, r = torch.cat([q, block], 1), torch.cat([r, change.transposed(block).t()])
         rest = change.rest(q, r)
         if goal.exact and width < min(m, n):
             q, r, rest = _settle(change, q, r, rest)
@@ -127,14 +127,14 @@ def detect(change: Difference, goal: Goal, seed: int, *, full_svd: bool = False)
                 change.kept = 1.0  # told from 1 by no more than chance
                 r = change.transposed(q).t()
                 rest = change.rest(q, r)
-        values = torch.linalg.svdvals(r)
+        values = torch.linalg.svdvals(torch.linalg.qr(r.t())[1])
         rank = _enough(goal, values, rest.energy, start, change.shape)
         if rank is not None or width == min(m, n):
             break
     if width == min(m, n) and change.kept != 1.0:  # not of low rank whatever is kept
         change.kept = 1.0
         r = change.transposed(q).t()
-        rank = _enough(goal, torch.linalg.svdvals(r), 0.0, start, change.shape)
+        rank = _enough(goal, torch.linalg.svdvals(torch.linalg.qr(r.t())[1]), 0.0, start, change.shape)
     factors = _divided(q, r, width if rank is None else rank)
     left = change.rest(factors.left, factors.right)
     kept = change.kept if goal.exact else _kept(change, factors, left)
@@ -269,6 +269,7 @@ def _whole(change: Difference) -> Tensor:
 
 def _divided(q: Tensor, r: Tensor, rank: int) -> Factors:
     """The product of q and r cut to a rank, its singular values divided evenly between the two sides."""
-    u, values, vh = torch.linalg.svd(r, full_matrices=False)
+    tall, small = torch.linalg.qr(r.t())  # [n, p] and [p, p]
+    u, values, vh = torch.linalg.svd(small.t(), full_matrices=False)
     root = values[:rank].sqrt()
-    return Factors((q @ u[:, :rank]) * root, root[:, None] * vh[:rank])
+    return Factors((q @ u[:, :rank]) * root, root[:, None] * (vh[:rank] @ tall.t()))

@@ -59,9 +59,12 @@ def continued(model, tokenizer):
 
 
 def logits(model, tokenizer):
-    """Of every token of the prompt."""
+    """Of every token of the prompt; in training mode, since in the other bitsandbytes computes in bfloat16 on some CPUs."""
+    model.train()
     with torch.no_grad():
-        return model(**tokenizer(PROMPT, return_tensors="pt").to(model.device)).logits
+        found = model(**tokenizer(PROMPT, return_tensors="pt").to(model.device)).logits
+    model.eval()
+    return found
 
 
 def main():
@@ -86,8 +89,10 @@ def main():
     tokenizer = AutoTokenizer.from_pretrained(base)
     text = moby_dick()[200_000:]
     rows = Dataset.from_dict({"text": [text[i : i + 400] for i in range(0, 400 * 4 * options.steps, 400)]})
+    written = {
+        "before": continued(quantized(base), tokenizer)
+    }  # a copy: generating may repack 4-bit layers, and round their scales
     model = quantized(base)
-    written = {"before": continued(model, tokenizer)}
     print(f"before: {written['before']!r}", flush=True)
     args = SFTConfig(
         output_dir=str(options.out / "trainer"),
@@ -110,14 +115,15 @@ def main():
     trainer = lingrad.hf.LingradSFTTrainer(model=model, args=args, train_dataset=rows, processing_class=tokenizer, **settings)
     trainer.train()
     model.eval()
-    written["after"], expected = continued(model, tokenizer), logits(model, tokenizer)
+    expected = logits(model, tokenizer)
+    written["after"] = continued(model, tokenizer)
 
     shutil.rmtree(adapter, ignore_errors=True)
     lingrad.peft.export(lingrad.hf.optimizer_of(trainer), adapter, base=quantized(base))
 
     alone = PeftModel.from_pretrained(quantized(base), adapter).eval()
-    written["after, by PEFT alone"] = continued(alone, tokenizer)
     far = float((logits(alone, tokenizer) - expected).abs().max())
+    written["after, by PEFT alone"] = continued(alone, tokenizer)
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     text = (
         f"{markdown([['model', 'what it writes'], *([name, repr(text)] for name, text in written.items())])}\n"

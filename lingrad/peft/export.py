@@ -217,10 +217,15 @@ def _check_residual(row: Row, source: Source, *, dtype: torch.dtype, allow: floa
             f"weight decay has left {row.kept:.6g} of what the weight was, and that part of the change, {abs(1 - row.kept):.1e}"
             " of the weight, has no low rank. Train with weight_decay=0 what shall become an adapter, or save the model"
         )
-    elif not _many_digits(dtype):
+    elif not _many_digits(dtype) and source.start(row.name) is None:
         why = "merges into weights of so few digits were rounded. Train in adapter mode, or in float32"
     elif given:
         why = "the base is not what the run started from, or other programs changed the weight"
+        if not dtype.is_floating_point:
+            why += (
+                " (on some CPUs bitsandbytes repacks 4-bit layers for good, scales rounded, when a model in eval mode runs before "
+                "lingrad.adapt: generate and evaluate with another copy of it)"
+            )
     else:
         why = "another program changed the weight, or PEFT reads the adapter in another way than meant"
     raise ExportError(

@@ -54,10 +54,10 @@ def test_every_kind_of_model(tmp_path, kind, dtype, sharded):
     for name, weight in theirs.items():
         if name not in wide:
             assert torch.equal(ours[name], weight), name
-        else:  # TUNED was rounded once, W + B A is rounded once, and so is B A: each by half an ulp of the largest
-            assert (ours[name].double() - weight.double()).abs().max() <= (
-                8 if dtype == torch.float64 else 2
-            ) * eps * weight.abs().max(), name
+        else:  # TUNED was rounded once, W + B A is rounded once, and so is B A: each by half an ulp of the largest; in
+            # float64 the factors themselves are of that precision, and their rounding is 10 times as much
+            allowed = (50 if dtype == torch.float64 else 2) * eps * weight.abs().max()
+            assert (ours[name].double() - weight.double()).abs().max() <= allowed, name
     expected = logits_of(load_model(tuned).eval())
     assert (through_peft(base, tmp_path / "out") - expected).abs().max() <= 20 * eps * expected.abs().max()
 

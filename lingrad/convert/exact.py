@@ -21,7 +21,7 @@ from lingrad.convert.parts import Record
 from lingrad.convert.report import Report
 from lingrad.convert.saved import FILE, load_state
 from lingrad.convert.writing import Job, Tick
-from lingrad.errors import CheckpointError, LingradError, require
+from lingrad.errors import CheckpointError, LingradError, optional, require
 from lingrad.factors import Factors, compress
 from lingrad.gradient import wide
 from lingrad.ledger import Ledger, total
@@ -79,6 +79,7 @@ def convert_run(
         refuse_existing(path)
     tuned = ModelFolder(Path(run))
     was = None if base is None else ModelFolder(Path(base))
+    optional("peft", "checking an adapter", "hf")
     model = open_model(str(run))
     if was is not None:
         refuse_other_model(was, tuned, tied_names(model, was) | tied_names(model, tuned))

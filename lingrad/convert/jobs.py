@@ -20,7 +20,7 @@ from lingrad.convert.pairs import Pair, pairs, require_place, tied_names
 from lingrad.convert.parts import Parts, Record
 from lingrad.convert.report import Report
 from lingrad.convert.writing import Job, Tick
-from lingrad.errors import DataError, require
+from lingrad.errors import DataError, optional, require
 from lingrad.factors import Factors
 from lingrad.models import open_model
 from lingrad.transforms.factorize import derive_seed
@@ -92,6 +92,7 @@ def convert(
     for path in (out, *([] if decayed_base is None else [Path(decayed_base)])):
         refuse_existing(path)
     was, now = ModelFolder(Path(base)), ModelFolder(Path(tuned))
+    optional("peft", "checking an adapter", "hf")  # before the search, not after it
     model = open_model(str(base))
     tied = tied_names(model, was) | tied_names(model, now)
     refuse_other_model(was, now, tied)

@@ -223,8 +223,8 @@ def _check_residual(row: Row, source: Source, *, dtype: torch.dtype, allow: floa
         why = "the base is not what the run started from, or other programs changed the weight"
         if not dtype.is_floating_point:
             why += (
-                " (on some CPUs bitsandbytes repacks 4-bit layers for good, scales rounded, when a model in eval mode runs before "
-                "lingrad.adapt: generate and evaluate with another copy of it)"
+                " (on some CPUs bitsandbytes repacks 4-bit layers for good, scales rounded, when a model in eval mode runs "
+                "before lingrad.adapt: generate and evaluate with another copy of it)"
             )
     else:
         why = "another program changed the weight, or PEFT reads the adapter in another way than meant"

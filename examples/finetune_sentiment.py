@@ -32,8 +32,8 @@ SPEC = "svd(rank=16, every=20)"
 # Learning rates were set by hand, once, on another split; `scale` is on the coordinates alone.
 METHODS = {
     "AdamW, full rank": {"lr": 3e-4},
-    "GaLore, optimizer mode": {"lr": 1e-3, "scale": 0.5, "mode": "optimizer"},
-    "GaLore, adapter mode": {"lr": 1e-3, "scale": 0.5, "mode": "adapter"},
+    "GaLore, optimizer mode": {"lr": 5e-4, "scale": 1.0, "mode": "optimizer"},
+    "GaLore, adapter mode": {"lr": 5e-4, "scale": 1.0, "mode": "adapter"},
     "LoRA (PEFT)": {"lr": 3e-3, "rank": 16},
     "head only": {"lr": 1e-2},
 }

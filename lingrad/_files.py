@@ -8,29 +8,44 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 from lingrad.errors import DataError
 
 
+@contextmanager
+def new_file(path: Path) -> Iterator[BinaryIO]:
+    """Write a file by way of a temporary one beside it, which takes its name when the block ends without an error.
+
+    Args:
+        path: The file; replaced if it is there.
+
+    Yields:
+        The temporary file, open. It is removed where the block fails; errors of the operating system come as they are.
+    """
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            yield file
+        Path(temporary).chmod(0o644)
+        Path(temporary).replace(path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
 def write_whole(path: Path, data: bytes) -> Path:
-    """Write a file by way of a temporary one beside it.
+    """Write a file as a whole; see `new_file`.
 
     Args:
         path: The file; replaced if it is there.
         data: What it shall hold.
 
     Returns:
-        The path. Errors of the operating system come as they are; nothing half-written is left.
+        The path.
     """
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-        Path(temporary).chmod(0o644)
-        Path(temporary).replace(path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    with new_file(path) as file:
+        file.write(data)
     return path
 
 

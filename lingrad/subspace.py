@@ -267,7 +267,7 @@ def merge(sub: Subspace, weight: Tensor, *, release: bool = False) -> None:
     """
     if sub.released:
         return
-    sub.merged = sub.merged or bool(sub.coords.any())
+    sub.merged = sub.merged or release or bool(sub.coords.any())  # what is released has been stepped
     if sub.ledger is not None:
         sub.ledger.merged(sub.coords)
     matrix = sub.layout.matrix(weight)

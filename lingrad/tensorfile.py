@@ -9,7 +9,6 @@ from __future__ import annotations
 import ctypes
 import json
 import os
-import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from math import prod
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lingrad._files import new_file
 from lingrad.errors import DataError
 
 DTYPES = {
@@ -155,23 +155,16 @@ def write_tensors(path: Path, pieces: Mapping[str, Piece], metadata: Mapping[str
         header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(len(text).to_bytes(8, "little") + text)
-            for name in order:
-                tensor, (dtype, shape, _) = pieces[name].make(), pieces[name]
-                if (tensor.dtype, tuple(tensor.shape)) != (dtype, tuple(shape)):
-                    raise DataError(f"'{name}' came as {tensor.dtype} {tuple(tensor.shape)}, announced as {dtype} {shape}")
-                flat = tensor.detach().cpu().contiguous()
-                if flat.numel():
-                    file.write(_memory(flat))
-                del tensor, flat  # before the next one is made
-        Path(temporary).chmod(0o644)
-        Path(temporary).replace(path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    with new_file(path) as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in order:
+            tensor, (dtype, shape, _) = pieces[name].make(), pieces[name]
+            if (tensor.dtype, tuple(tensor.shape)) != (dtype, tuple(shape)):
+                raise DataError(f"'{name}' came as {tensor.dtype} {tuple(tensor.shape)}, announced as {dtype} {shape}")
+            flat = tensor.detach().cpu().contiguous()
+            if flat.numel():
+                file.write(_memory(flat))
+            del tensor, flat  # before the next one is made
     return path
 
 

@@ -498,7 +498,7 @@ class TestStructure:
         assert all(saved[key].any() for key in extra)
         other = llama()
         lingrad.wrap(other, "svd(rank=4)", lr=1e-2)
-        with pytest.raises(RuntimeError, match=r"coords was saved in adapter mode, but the state of this model holds no coordinates: it is in optimizer mode"):
+        with pytest.raises(RuntimeError, match=r"was saved in adapter mode, but the state.* holds no coordinates"):
             other.load_state_dict(saved)
         with pytest.raises(
             RuntimeError, match=r"there is no .*coords: the file is of a plain model.*switch\('optimizer'\) before"

@@ -627,7 +627,13 @@ MUTANTS = (
     Mutant(
         "stepping.py", "                ledger.decay(float(factor))\n", "                pass\n", "decay is not noted", CHANGES
     ),
-    Mutant("subspace.py", "    sub.merged = sub.merged or bool(sub.coords.any())\n", "", "a merge leaves no trace", CHANGES),
+    Mutant(
+        "subspace.py",
+        "sub.merged = sub.merged or release or bool(sub.coords.any())",
+        "pass",
+        "a merge leaves no trace",
+        CHANGES,
+    ),
     Mutant(
         "adapters/base.py",
         "                known = self.lifted().detach()\n",

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
 
+from lingrad._progress import progress
 from lingrad.convert import exact, jobs, merging
-from lingrad.convert.writing import Tick
-from lingrad.errors import SpecError, optional
+from lingrad.errors import SpecError
 
 
 @dataclass(frozen=True)
@@ -68,7 +65,7 @@ def convert(base: Path, tuned: Path | None, asked: Asked) -> str:
             option="tuned",
         )
     started = time.perf_counter()
-    with _progress("converting") as tick:
+    with progress("converting", "tensor", least=100) as tick:
         report = jobs.convert(
             base,
             tuned,
@@ -91,7 +88,7 @@ def _convert_run(run: Path, base: Path | None, asked: Asked) -> str:
         if getattr(asked, option):
             name = option.replace("_", "-")
             raise SpecError(f"--{name} has no effect with --exact, which reads what the run kept; leave it out", option=option)
-    with _progress("converting") as tick:
+    with progress("converting", "tensor", least=100) as tick:
         report = exact.convert_run(
             run,
             asked.out or "",
@@ -117,33 +114,6 @@ def merge(base: Path, adapter: Path, out: Path) -> str:
     Returns:
         A line.
     """
-    with _progress("merging") as tick:
+    with progress("merging", "tensor", least=100) as tick:
         merging.merge(base, adapter, out, tick=tick)
     return f"Written: {out}"
-
-
-@contextmanager
-def _progress(title: str) -> Iterator[Tick]:
-    """A live bar with the time left; one line now and then where the output is no terminal."""
-    console = optional("rich.console", "showing progress", "cli").Console(stderr=True)
-    progress = import_module("rich.progress")
-    columns = (
-        progress.TextColumn("{task.description}"),
-        progress.BarColumn(bar_width=24),
-        progress.MofNCompleteColumn(),
-        progress.TimeRemainingColumn(),
-        progress.TextColumn("{task.fields[name]}"),
-    )
-    with progress.Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task(title, total=None, name="")
-        told = 0
-
-        def tick(done: int, total: int, name: str) -> None:
-            nonlocal told
-            bar.update(task, completed=done, total=total, name=name)
-            tenth = 10 * done // total
-            if not console.is_terminal and tenth > told and total >= 100:
-                told = tenth
-                console.print(f"{title}: {done} of {total} tensors", soft_wrap=True, highlight=False)
-
-        yield tick

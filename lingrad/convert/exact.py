@@ -12,6 +12,7 @@ from torch import nn
 
 from lingrad import state as trees
 from lingrad._files import publish, refuse_existing
+from lingrad._progress import Tick
 from lingrad.checkpoint import FORMAT, PREFIX
 from lingrad.convert.folders import ModelFolder, refuse_other_model
 from lingrad.convert.jobs import DTYPES, finishing
@@ -20,7 +21,7 @@ from lingrad.convert.pairs import Pair, pairs, tied_names
 from lingrad.convert.parts import Record
 from lingrad.convert.report import Report
 from lingrad.convert.saved import FILE, load_state
-from lingrad.convert.writing import Job, Tick
+from lingrad.convert.writing import Job
 from lingrad.errors import CheckpointError, LingradError, optional, require
 from lingrad.factors import Factors, compress
 from lingrad.gradient import wide

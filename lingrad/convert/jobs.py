@@ -14,12 +14,13 @@ import torch
 from torch import nn
 
 from lingrad._files import publish, refuse_existing
+from lingrad._progress import Tick
 from lingrad.convert.folders import ModelFolder, refuse_other_model
 from lingrad.convert.lowrank import Goal, detect
 from lingrad.convert.pairs import Pair, pairs, require_place, tied_names
 from lingrad.convert.parts import Parts, Record
 from lingrad.convert.report import Report
-from lingrad.convert.writing import Job, Tick
+from lingrad.convert.writing import Job
 from lingrad.errors import DataError, optional, require
 from lingrad.factors import Factors
 from lingrad.models import open_model

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lingrad._files import new_folder
+from lingrad._progress import Tick
 from lingrad.convert.folders import INDEX, ModelFolder
 from lingrad.convert.pairs import param_of, tied_names
 from lingrad.errors import CheckpointError, DataError
@@ -22,9 +22,7 @@ from lingrad.tensorfile import Piece, write_tensors
 _WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx"}
 
 
-def merge(
-    base: str | Path, adapter: str | Path, out: str | Path, *, tick: Callable[[int, int, str], None] | None = None
-) -> Path:
+def merge(base: str | Path, adapter: str | Path, out: str | Path, *, tick: Tick | None = None) -> Path:
     """Write the plain model that PEFT's ``merge_and_unload`` makes of a base and an adapter, to the bit in float32.
 
     Read and written tensor by tensor: memory holds the adapter and the largest weight.
@@ -78,9 +76,7 @@ def _arithmetic(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype.is_floating_point and dtype.itemsize < 4 else dtype
 
 
-def write_model(
-    like: ModelFolder, out: Path, make: Callable[[str], Tensor], tick: Callable[[int, int, str], None] | None = None
-) -> Path:
+def write_model(like: ModelFolder, out: Path, make: Callable[[str], Tensor], tick: Tick | None = None) -> Path:
     """Write a model folder with the files of another one and new values.
 
     Args:

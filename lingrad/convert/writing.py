@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lingrad._files import write_whole
+from lingrad._progress import Tick
 from lingrad.convert import verify
 from lingrad.convert.folders import ModelFolder
 from lingrad.convert.lowrank import Goal
@@ -24,7 +25,6 @@ from lingrad.errors import DataError, ExportError
 from lingrad.factors import Factors
 from lingrad.peft.format import write_adapter
 
-Tick = Callable[[int, int, str], None]  # tensors done, of how many, the last one's name
 Finder = Callable[[Pair], tuple[Record, Factors | None]]
 
 T = TypeVar("T")

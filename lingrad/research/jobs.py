@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
@@ -12,10 +12,9 @@ from typing import Any
 
 import torch
 
+from lingrad._progress import progress
 from lingrad.errors import optional
 from lingrad.research import corpus, plans, report, runner
-
-Tick = Callable[[int, list[runner.Record]], None]
 
 
 def demo(out: Path, *, steps: int | None = None) -> report.Result:
@@ -75,32 +74,15 @@ def _job(methods: list[plans.Method], setup: plans.Setup, text: corpus.Corpus, o
     return result
 
 
-def _progress(steps: int, title: str) -> AbstractContextManager[Tick]:
-    """A live bar with the time left and the losses; one line now and then where the output is no terminal."""
-    console = _console()
-    progress = import_module("rich.progress")
-    columns = (
-        progress.TextColumn("{task.description}"),
-        progress.BarColumn(bar_width=24),
-        progress.MofNCompleteColumn(),
-        progress.TimeRemainingColumn(),
-        progress.TextColumn("{task.fields[losses]}"),
-    )
+@contextmanager
+def _progress(steps: int, title: str) -> Iterator[Callable[[int, list[runner.Record]], None]]:
+    """Progress with the losses of all methods."""
+    with progress(title, "step") as tick:
 
-    @contextmanager
-    def live() -> Iterator[Tick]:
-        with progress.Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-            task = bar.add_task(title, total=steps, losses="")
+        def on_step(step: int, records: list[runner.Record]) -> None:
+            tick(step, steps, "loss " + " ".join(f"{record.valid[-1][1]:.2f}" for record in records))
 
-            def tick(step: int, records: list[runner.Record]) -> None:
-                losses = "loss " + " ".join(f"{record.valid[-1][1]:.2f}" for record in records)
-                bar.update(task, completed=step, losses=losses)
-                if not console.is_terminal and (step % max(1, steps // 10) == 0 or step == steps):
-                    console.print(f"{title}: step {step} of {steps}, {losses}", soft_wrap=True, highlight=False)
-
-            yield tick
-
-    return live()
+        yield on_step
 
 
 def _show(result: report.Result, files: list[Path]) -> None:

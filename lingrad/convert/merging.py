@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from lingrad._files import new_folder
@@ -44,10 +42,6 @@ def merge(base: str | Path, adapter: str | Path, out: str | Path, *, tick: Tick 
     folder, model = ModelFolder(Path(base)), open_model(str(base))
     found = read_adapter(Path(adapter), model)
     params = {name: param_of(model, name) for name in folder.names}
-    dtypes = {params[name]: _arithmetic(folder.entry(name).dtype) for name in folder.names}
-    for name, pair in found.low_rank.items():
-        wanted = dtypes.get(name, pair.a.dtype)
-        found.low_rank[name] = replace(pair, a=pair.a.to(wanted), b=pair.b.to(wanted))
     known = {*params.values()}
     tied = tied_names(model, folder)
     aliases = dict(model.named_parameters(remove_duplicate=False))
@@ -64,17 +58,12 @@ def merge(base: str | Path, adapter: str | Path, out: str | Path, *, tick: Tick 
         weight = folder.read(name)
         if params[name] not in found.low_rank and params[name] not in found.full:
             return weight
-        changed = found.apply(params[name], weight.to(_arithmetic(weight.dtype))).to(weight.dtype)
+        changed = found.apply(params[name], weight)
         if not bool(changed.isfinite().all()):
             raise DataError(f"'{name}' of '{base}' with the adapter has numbers that are not finite")
         return changed
 
     return write_model(folder, Path(out), merged, tick)
-
-
-def _arithmetic(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which PEFT multiplies factors and adds them to a weight: its own, float32 for a shorter one."""
-    return torch.float32 if dtype.is_floating_point and dtype.itemsize < 4 else dtype
 
 
 def write_model(like: ModelFolder, out: Path, make: Callable[[str], Tensor], tick: Tick | None = None) -> Path:

@@ -113,8 +113,10 @@ class Adapter:
             return found.clone()
         if tuple(weight.shape) != pair.slot.layout.weight_shape:
             raise CheckpointError(f"'{name}' is for {pair.slot.layout.weight_shape} in the adapter, {tuple(weight.shape)} here")
-        delta = pair.slot.delta(pair.slot.decode(pair.a, pair.b)) * pair.scaling
-        return found + delta.to(weight.device, weight.dtype)
+        short = weight.is_floating_point() and weight.dtype.itemsize < 4
+        wide = torch.float32 if short else weight.dtype  # in which PEFT multiplies and adds
+        delta = pair.slot.delta(pair.slot.decode(pair.a.to(wide), pair.b.to(wide))) * pair.scaling
+        return (found.to(wide) + delta.to(weight.device)).to(weight.dtype)
 
 
 def read_adapter(folder: Path, model: nn.Module) -> Adapter:

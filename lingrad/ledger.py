@@ -74,6 +74,10 @@ class Ledger:
             self._open = torch.zeros_like(coords)
         self._open += coords
 
+    def tensors(self) -> list[Tensor]:
+        """What stays on the weight's device: the sum of the coordinates that were merged through the basis in use."""
+        return [] if self._open is None else [self._open]
+
     def close(self, state: Any, factors: Any) -> None:
         """The basis in use goes.
 

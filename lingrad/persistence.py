@@ -65,6 +65,8 @@ class StatefulOptimizer(Optimizer):
         for attachment in self.attachments:
             yield from ((tensor, "weight") for tensor in attachment.held())
             yield attachment.sub.coords, "coords"
+            if attachment.sub.ledger is not None:
+                yield from ((tensor, "coords") for tensor in attachment.sub.ledger.tensors())
             yield from ((tensor, "basis") for tensor in attachment.sub.tensors())
         for entries in self._base_state.values():
             yield from ((value, "moments") for value in entries.values() if isinstance(value, Tensor))

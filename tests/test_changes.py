@@ -99,6 +99,17 @@ class TestLedger:
         train(model, optimizer, text_batches(8))
         assert {change.factors.rank for change in optimizer.changes().values()} == {12}
 
+    @pytest.mark.parametrize("mode", MODES)
+    def test_what_it_holds_is_told(self, mode):
+        """In optimizer mode one more set of coordinates on the device; in adapter mode none before the first merge."""
+        model = llama()
+        optimizer = MODES[mode](model, "svd(rank=4, every=9)", lr=1e-2, ledger=True)
+        train(model, optimizer, text_batches(3), schedule=False)
+        held = sum(t.untyped_storage().nbytes() for t, kind in optimizer.held() if kind == "coords")
+        count = sum(sub.coords.numel() for sub in optimizer.subspaces)
+        released = 8 * len(optimizer.subspaces) if mode == "optimizer" else 0  # one zero each
+        assert held == 8 * count + released
+
     def test_decay_that_leaves_nothing(self):
         model = llama()
         start = start_of(model)

@@ -9,7 +9,6 @@ import inspect
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache
-from math import prod
 from typing import Any
 
 import torch
@@ -18,80 +17,13 @@ from torch.optim import Optimizer
 from torch.optim import optimizer as torch_optimizer
 
 from lingrad.errors import DualityError, SpecError, did_you_mean, optional
-from lingrad.gradient import wide
 from lingrad.quantized import QuantizedOptimizer, Quantizer, find_quantizer
+from lingrad.stock import STOCK, Row, Stock
 from lingrad.stored import Stored
-
-# Shape, dtype and the base's options -> what it keeps of such a parameter on CUDA
-Row = Callable[[tuple[int, ...], torch.dtype, Mapping[str, Any]], list[Stored]]
 
 _OURS = ("moments", "min_8bit_size")  # options of any base that are not its own
 
 BaseLike = str | type[Optimizer] | Callable[..., Optimizer]
-
-
-@dataclass(frozen=True)
-class _Stock:
-    """Where a named base lives, and the options that make it fit."""
-
-    path: str
-    options: Mapping[str, Any] = field(default_factory=dict)
-    extra: str = "all"
-    rest: str | None = None  # the base for parameters this one cannot step
-    moments: Row | None = None  # its row in the memory ledger
-
-
-def _adam(shape: tuple[int, ...], dtype: torch.dtype, options: Mapping[str, Any]) -> list[Stored]:
-    kept = [Stored(shape, dtype)] * (3 if options.get("amsgrad") else 2)
-    fused = options.get("fused", not ({"foreach", "differentiable"} & options.keys())) or options.get("capturable")
-    return [*kept, Stored((), torch.float32)] if fused else kept  # otherwise the step is counted on the CPU
-
-
-def _sgd(shape: tuple[int, ...], dtype: torch.dtype, options: Mapping[str, Any]) -> list[Stored]:
-    return [Stored(shape, dtype)] if options.get("momentum") else []
-
-
-def _rmsprop(shape: tuple[int, ...], dtype: torch.dtype, options: Mapping[str, Any]) -> list[Stored]:
-    kept = [Stored(shape, dtype)] * (1 + bool(options.get("momentum")) + bool(options.get("centered")))
-    return [*kept, Stored((), torch.float32)] if options.get("capturable") else kept
-
-
-def _one(shape: tuple[int, ...], dtype: torch.dtype, options: Mapping[str, Any]) -> list[Stored]:
-    return [Stored(shape, dtype)]
-
-
-def _adafactor(shape: tuple[int, ...], dtype: torch.dtype, options: Mapping[str, Any]) -> list[Stored]:
-    dtype = wide(dtype)
-    mean = [Stored(shape, dtype)] if options.get("beta1") is not None else []
-    squares = [shape] if len(shape) < 2 else [shape[:-1], (*shape[:-2], shape[-1])]
-    return [*mean, *(Stored(part, dtype) for part in squares), Stored((), dtype)]  # the last is the parameter's RMS
-
-
-def _adamw8bit(shape: tuple[int, ...], dtype: torch.dtype, options: Mapping[str, Any]) -> list[Stored]:
-    count = prod(shape)
-    if count < options.get("min_8bit_size", 4096):
-        return [Stored(shape, torch.float32)] * 2
-    blocks = -(-count // 256)
-    return [Stored(shape, torch.uint8), Stored((blocks,), torch.float32)] * 2
-
-
-_STOCK: dict[str, _Stock] = {
-    "adamw": _Stock("torch.optim.AdamW", moments=_adam),
-    "adam": _Stock("torch.optim.Adam", moments=_adam),
-    "sgd": _Stock("torch.optim.SGD", moments=_sgd),
-    "rmsprop": _Stock("torch.optim.RMSprop", moments=_rmsprop),
-    "adagrad": _Stock("torch.optim.Adagrad", moments=_one),
-    # Muon steps matrices only; its update is rescaled to AdamW's so that one learning rate serves both.
-    "muon": _Stock("torch.optim.Muon", {"adjust_lr_fn": "match_rms_adamw"}, rest="adamw", moments=_one),
-    "lion": _Stock("lion_pytorch.Lion", extra="lion", moments=_one),
-    "adafactor": _Stock(
-        "transformers.optimization.Adafactor",
-        {"lr": 1e-3, "scale_parameter": False, "relative_step": False, "warmup_init": False},
-        extra="hf",
-        moments=_adafactor,
-    ),
-    "adamw8bit": _Stock("bitsandbytes.optim.AdamW8bit", extra="bnb", moments=_adamw8bit),
-}
 
 
 @dataclass(frozen=True)
@@ -213,7 +145,7 @@ class Choice:
 
 def names() -> list[str]:
     """The names `find` knows."""
-    return sorted(_STOCK)
+    return sorted(STOCK)
 
 
 def find(base: BaseLike, options: Mapping[str, Any], *, decay: bool = True) -> Base:
@@ -233,21 +165,21 @@ def find(base: BaseLike, options: Mapping[str, Any], *, decay: bool = True) -> B
         DualityError: A factory brings a decay of its own.
         DependencyError: The package that holds the base is not installed.
     """
-    stock = _Stock("")
+    stock = Stock("")
     if isinstance(base, str):
-        if base not in _STOCK:
+        if base not in STOCK:
             raise SpecError(
                 f"unknown base optimizer '{base}'{did_you_mean(base, names())} "
                 f"Known: {', '.join(names())}; or pass an optimizer class or a factory."
             )
-        name, stock = base, _STOCK[base]
+        name, stock = base, STOCK[base]
         factory: Callable[..., Optimizer] = _load(name, stock)
     elif callable(base):
         name, factory = getattr(base, "__name__", type(base).__name__), base
     else:
         raise SpecError(f"base must be a name, an optimizer class or a factory, not {base!r}")
     accepted = _options_of(factory)
-    others = _options_of(_load(stock.rest, _STOCK[stock.rest])) if stock.rest is not None else ()
+    others = _options_of(_load(stock.rest, STOCK[stock.rest])) if stock.rest is not None else ()
     ours = {key: value for key, value in options.items() if key in _OURS and not any(key in of for of in (accepted, others))}
     options = {key: value for key, value in options.items() if key not in ours}
     _check_options(name, [*accepted, *others], options)
@@ -264,7 +196,7 @@ def find(base: BaseLike, options: Mapping[str, Any], *, decay: bool = True) -> B
     return replace(found, rest=find(stock.rest, {**kept, **ours}, decay=decay))
 
 
-def _load(name: str, stock: _Stock) -> Callable[..., Optimizer]:
+def _load(name: str, stock: Stock) -> Callable[..., Optimizer]:
     module, _, attribute = stock.path.rpartition(".")
     factory: Callable[..., Optimizer] = getattr(optional(module, f"base '{name}'", stock.extra), attribute)
     return factory

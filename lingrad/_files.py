@@ -83,7 +83,11 @@ def refuse_existing(path: Path) -> None:
     Raises:
         DataError: There is.
     """
-    if path.exists() or path.is_symlink():
+    try:
+        there = path.exists() or path.is_symlink()
+    except OSError as error:
+        raise DataError(f"cannot write '{path}': {error.strerror}; name another folder") from error
+    if there:
         raise DataError(f"'{path}' exists, and nothing is overwritten; name another folder, or remove it first")
 
 

@@ -213,7 +213,7 @@ def _fields(path: Path, name: str, value: Any) -> tuple[torch.dtype, list[int], 
     if not isinstance(dtype, str) or dtype not in DTYPES:
         raise DataError(f"{path}: '{name}' has the dtype {dtype!r}; expected one of {', '.join(DTYPES)}")
     for numbers in (shape, offsets):
-        if not isinstance(numbers, list) or any(type(number) is not int or number < 0 for number in numbers):
+        if not isinstance(numbers, list) or any(type(number) is not int or not 0 <= number < 2**63 for number in numbers):
             raise _damaged(path, f"shape and place of '{name}' are {shape} and {offsets}")
     if len(offsets) != 2:
         raise _damaged(path, f"the place of '{name}' is {offsets}")

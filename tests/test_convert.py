@@ -241,6 +241,28 @@ class TestMerge:
             assert ours[name].dtype == theirs[name].dtype
         assert not left_over(tmp_path)
 
+    @pytest.mark.parametrize(
+        ("saved", "ties"),
+        [(["lm_head"], False), (["embed_tokens"], False), (["embed_tokens", "lm_head"], False), (["lm_head"], True)],
+    )
+    def test_a_head_that_is_tied(self, tmp_path, saved, ties):
+        """PEFT gives a module saved whole a copy of its own: what then is no plain model any more is refused."""
+        base, _ = make(tmp_path, "tied llama")
+        options = {"modules_to_save": saved, "ensure_weight_tying": ties, "task_type": "CAUSAL_LM"}
+        adapted = peft.get_peft_model(load_model(base), peft.LoraConfig(target_modules=["q_proj"], r=2, **options))
+        generator = torch.Generator().manual_seed(0)
+        for param in adapted.parameters():
+            if param.requires_grad:
+                param.data.add_(0.1 * torch.randn(param.shape, generator=generator))
+        adapted.save_pretrained(tmp_path / "adapter")
+        if not ties:
+            with pytest.raises(CheckpointError, match=r"are one tensor in the model, .* ensure_weight_tying=True"):
+                convert.merge(base, tmp_path / "adapter", tmp_path / "out")
+            return
+        convert.merge(base, tmp_path / "adapter", tmp_path / "out")
+        expected = through_peft(base, tmp_path / "adapter")
+        assert (logits_of(load_model(tmp_path / "out")) - expected).abs().max() <= 1e-5 * expected.abs().max()
+
     def test_there_and_back(self, tmp_path):
         """convert, merge, convert: the second finds the factors of the first again."""
         base, tuned = make(tmp_path, others=False)

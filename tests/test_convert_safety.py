@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 from lingrad import convert
 from lingrad.convert import jobs
-from lingrad.errors import CheckpointError, DataError, ExportError, LingradError
+from lingrad.errors import CheckpointError, DataError, ExportError, LingradError, SpecError
 from lingrad.tensorfile import TensorFile
 from tests.folders import Malicious, contents, copy, edit, left_over, make
 
@@ -171,6 +171,46 @@ class TestResume:
         assert not left_over(tmp_path)
 
 
+class TestTwoAtOnce:
+    def test_the_second_is_refused_and_the_first_is_not_disturbed(self, models, expected, tmp_path):
+        refused = []
+
+        def tick(done, total, name):
+            if done in (1, total):
+                with pytest.raises(DataError, match="another process is writing '.*out' now") as caught:
+                    convert.convert(*models, tmp_path / "out")
+                refused.append(caught)
+
+        convert.convert(*models, tmp_path / "out", tick=tick)
+        assert len(refused) == 2
+        assert contents(tmp_path / "out") == expected
+        assert not left_over(tmp_path)
+
+    def test_what_is_not_ours_stays(self, models, expected, tmp_path):
+        """A folder that happens to have the name of the hidden one is not taken; what a kill left of ours is cleared away."""
+        hidden = tmp_path / ".out.partial"
+        hidden.mkdir()
+        (hidden / "notes.txt").write_text("mine")
+        with pytest.raises(DataError, match="holds 'notes.txt', which is none; move it"):
+            convert.convert(*models, tmp_path / "out")
+        assert contents(hidden) == {"notes.txt": b"mine"}
+        (hidden / "notes.txt").unlink()
+        (hidden / "finished").mkdir()
+        for name in (".manifest.json.abc", "00003.safetensors", ".00004.safetensors.x1", "finished/adapter_config.json"):
+            (hidden / name).write_bytes(b"left")
+        convert.convert(*models, tmp_path / "out")
+        assert contents(tmp_path / "out") == expected
+        assert not left_over(tmp_path)
+
+    def test_a_folder_that_came_meanwhile(self, models, tmp_path):
+        with pytest.raises(Stop):
+            convert.convert(*models, tmp_path / "out", tick=stop_after(2))
+        (tmp_path / "out").mkdir()
+        with pytest.raises(DataError, match="exists, and nothing is overwritten"):
+            jobs.Parts(tmp_path / "out", {})
+        assert len(contents(tmp_path / ".out.partial")) == 4  # manifest, lock, two parts
+
+
 class TestRefused:
     """Nothing is written, nothing is overwritten, and the message names the first thing that is wrong."""
 
@@ -193,6 +233,33 @@ class TestRefused:
         self.refused(tmp_path / "none", tuned, tmp_path / "new", "'.*none' is no model folder: there is no such folder")
         self.refused(tmp_path, tuned, tmp_path / "new", "is no model folder: it has no config.json")
         self.refused(base, copy(base, tmp_path / "same"), tmp_path / "new", "has changed; there is nothing to", ExportError)
+
+    def test_a_name_that_is_too_long(self, models, tmp_path):
+        self.refused(*models, tmp_path / ("x" * 300), "cannot write '.*x': File name too long; name another folder")
+
+    def test_one_folder_in_the_other(self, models, tmp_path):
+        for out, decayed in (("a", "a"), ("a", "a/b"), ("a/b", "a")):
+            with pytest.raises(SpecError, match="lie one in the other"):
+                convert.convert(*models, tmp_path / out, decayed_base=tmp_path / decayed)
+        assert not list(tmp_path.iterdir())
+
+    @pytest.mark.parametrize(
+        "change", [lambda w: torch.cat([w, w]), lambda w: w[:5].clone(), lambda w: w.t().contiguous(), lambda w: w.view(-1)]
+    )
+    def test_weights_of_another_shape_than_the_config_says(self, folders, tmp_path, change):
+        """In both folders alike: read as the config has it, rows would be others, and their residual would look well."""
+        key = "model.layers.0.mlp.up_proj.weight"
+        for folder in folders:
+            edit(folder, lambda t: t.update({key: change(t[key])}))
+        self.refused(*folders, tmp_path / "out", rf"'{key}' is \[.*\] in '.*tuned', and \[88, 32\] by its config")
+
+    def test_the_name_of_a_model_known_by_name(self, models, tmp_path, monkeypatch):
+        """A folder `demo` is that folder."""
+        copy(models[0], tmp_path / "demo")
+        monkeypatch.chdir(tmp_path)
+        convert.convert("demo", models[1], "out")
+        convert.merge("demo", "out", "merged")
+        assert not left_over(tmp_path)
 
     def test_another_architecture(self, models, tmp_path):
         _, other = make(tmp_path / "in", "gpt2")
@@ -228,6 +295,10 @@ class TestRefused:
                 lambda t: t.update({"model.layers.0.mlp.up_proj.weight": torch.ones(88, 32, dtype=torch.int8)}),
                 "'model.layers.0.mlp.up_proj.weight' is torch.int8 in .* as of quantised weights",
             ),
+            (
+                lambda t: t.update({"model.norm.weight": torch.ones(32).to(torch.float8_e4m3fn)}),
+                "'model.norm.weight' is torch.float8_e4m3fn in .* as of quantised weights",
+            ),
         ],
     )
     def test_tensors(self, folders, tmp_path, change, message):
@@ -256,6 +327,8 @@ class TestRefused:
             (good.replace("lm_head.weight", "lm_head.wait"), "does not fit its files, first at 'lm_head.wait'"),
             (good[:-40], "cannot read .*index.json"),
             ("{}", "has no 'weight_map'"),
+            ("[" * 100_000, "cannot read .*index.json"),
+            (good.replace(first, "model\\u0000.safetensors"), "expected safetensors files in the same folder"),
         ):
             index.write_text(bad)
             self.refused(base, tuned, tmp_path / "out", message)

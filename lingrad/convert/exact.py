@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,13 +11,13 @@ import torch
 from torch import nn
 
 from lingrad import state as trees
-from lingrad._files import publish, refuse_existing
+from lingrad._files import publish
 from lingrad._progress import Tick
 from lingrad.checkpoint import FORMAT, PREFIX
 from lingrad.convert.folders import ModelFolder, refuse_other_model
-from lingrad.convert.jobs import DTYPES, finishing
+from lingrad.convert.jobs import DTYPES, finishing, refuse_places
 from lingrad.convert.lowrank import MOST_ROUNDINGS, Goal
-from lingrad.convert.pairs import Pair, pairs, tied_names
+from lingrad.convert.pairs import Pair, pairs, require_place, tied_names
 from lingrad.convert.parts import Record
 from lingrad.convert.report import Report
 from lingrad.convert.saved import FILE, load_state
@@ -76,15 +76,14 @@ def convert_run(
         require(
             not asked or base is not None, option, f"{option} needs the model that the run started from; give its folder too"
         )
-    for path in (out, *([] if decayed_base is None else [Path(decayed_base)])):
-        refuse_existing(path)
+    refuse_places(out, decayed_base)
     tuned = ModelFolder(Path(run))
     was = None if base is None else ModelFolder(Path(base))
     optional("peft", "checking an adapter", "hf")
-    model = open_model(str(run))
+    model = open_model(str(Path(run).absolute()))  # a name alone may be that of a model known by name
+    saved = _Run(load_state(Path(run)), model, tuned)
     if was is not None:
         refuse_other_model(was, tuned, tied_names(model, was) | tied_names(model, tuned))
-    saved = _Run(load_state(Path(run)), model, tuned)
     stat = (Path(run) / FILE).stat()
     identity: dict[str, Any] = {
         "run": {**tuned.fingerprint(), FILE: [stat.st_size, stat.st_mtime_ns]},
@@ -93,7 +92,9 @@ def convert_run(
         "torch": torch.__version__,
     }
     with finishing(out, identity) as work:
-        job = Job(was, tuned, model, pairs(model, was or tuned, tuned, list(saved.places)), work)
+        found = pairs(model, was or tuned, tuned, list(saved.places))
+        saved.require_all(found)
+        job = Job(was, tuned, model, found, work)
 
         def find(pair: Pair) -> tuple[Record, Factors | None]:
             return saved.find(pair, was, rank, None if dtype is None else DTYPES[dtype])
@@ -133,19 +134,28 @@ class _Run:
     def __init__(self, saved: Mapping[str, Any], model: nn.Module, tuned: ModelFolder) -> None:
         groups = saved["param_groups"]
         if not groups or any("kind" not in group or "param_names" not in group for group in groups):
-            raise CheckpointError(f"the {FILE} of '{tuned.path}' was not written by lingrad's optimizer")
-        formats = {group.get("format") for group in groups}
-        if formats != {FORMAT}:
-            raise CheckpointError(f"the {FILE} of '{tuned.path}' has format {formats.pop()!r}; expected {FORMAT!r}")
-        self._folder = tuned
+            raise CheckpointError(
+                f"the {FILE} of '{tuned.path}' was not written by lingrad's optimizer; compare the weights with those they "
+                "started from: lingrad convert BASE TUNED"
+            )
+        for group in groups:
+            if group.get("format") != FORMAT:
+                raise CheckpointError(
+                    f"the {FILE} of '{tuned.path}' has format {group.get('format')!r}; expected {FORMAT!r}, of this version"
+                )
+        self._folder, self._model = tuned, model
         coords = [group for group in groups if group["kind"] == "coords"]
+        for group in groups:
+            named = [group["param_names"], *([group.get("specs")] if group["kind"] == "coords" else [])]
+            if any(not isinstance(texts, list) or len(texts) != len(group["params"]) for texts in named):
+                raise CheckpointError(f"the {FILE} of '{tuned.path}' is damaged: a param group does not name each parameter")
         self.full = {name for group in groups if group["kind"] != "coords" for name in group["param_names"]}
-        named = [
+        trained = [
             (name, text, index)
             for group in coords
             for name, text, index in zip(group["param_names"], group["specs"], group["params"], strict=True)
         ]
-        entries = {name: saved["state"].get(index, {}) for name, _, index in named}
+        entries = {name: saved["state"].get(index, {}) for name, _, index in trained}
         for name, held in entries.items():
             if f"{PREFIX}ledger.kept" not in held:
                 raise CheckpointError(
@@ -158,13 +168,30 @@ class _Run:
                     "opt.switch('optimizer'), or make it with self_contained=True"
                 )
         try:
-            plan = resolve_model(model, {name: text for name, text, _ in named})
+            plan = resolve_model(model, {name: text for name, text, _ in trained})
         except LingradError as error:
             raise CheckpointError(f"the {FILE} of '{tuned.path}' is of another model: {error}") from error
         placed = places(plan.targets, groups[0].get("share"))
         self.places = {
             place.target.name: _Entry(place, entries[place.target.name], entries[place.group[0].name]) for place in placed
         }
+
+    def require_all(self, found: Sequence[Pair]) -> None:
+        """Make sure that every weight the run changed is in the model's files, so that no change is left out.
+
+        Args:
+            found: What the files hold.
+
+        Raises:
+            CheckpointError: One is not.
+        """
+        lost = sorted({*self.places} - {pair.param for pair in found})
+        if lost:
+            raise CheckpointError(
+                f"the run changed '{lost[0]}'{f' and {len(lost) - 1} more' if lost[1:] else ''}, and the files of "
+                f"'{self._folder.path}' do not hold it under this name; save the run's model under the names of its "
+                "parameters: safetensors.torch.save_model(model, 'model.safetensors')"
+            )
 
     def find(
         self, pair: Pair, base: ModelFolder | None, rank: int | None, dtype: torch.dtype | None
@@ -186,6 +213,8 @@ class _Run:
         shape = self._folder.entry(pair.name).shape
         if pair.param not in self.places:
             same = pair.param not in self.full if base is None else pair.equal(base, self._folder)
+            if not same:
+                require_place(self._model, pair)
             return Record(pair.name, "equal" if same else "full", shape), None
         own = self._folder.entry(pair.name).dtype
         factors, kept = self._change(pair.param, own)

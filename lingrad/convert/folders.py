@@ -92,13 +92,13 @@ class ModelFolder:
         path = self.path / INDEX
         try:
             self.index = json.loads(path.read_text())
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise DataError(f"cannot read {path}: {error}") from error
         where = self.index.get("weight_map") if isinstance(self.index, dict) else None
         if not isinstance(where, dict) or not where or not all(isinstance(file, str) for file in where.values()):
             raise DataError(f"{path} has no 'weight_map' from tensors to files; copy or save the model again")
         for name in sorted(set(where.values())):
-            if Path(name).name != name or not name.endswith(".safetensors"):
+            if Path(name).name != name or "\0" in name or not name.endswith(".safetensors"):
                 raise DataError(f"{path} names '{name}'; expected safetensors files in the same folder")
             self.files[name] = TensorFile(self.path / name)
         held = {tensor: name for name, file in self.files.items() for tensor in file.entries}

@@ -147,7 +147,7 @@ def _targets(model: nn.Module, modules: str | Sequence[str]) -> set[str]:
 def _read(saved: dict[str, Any], model: nn.Module, name: str, group: dict[str, Any], index: int) -> _Saved:
     """One parameter's part of the file, compared with the model."""
     entries, param = saved["state"].get(index, {}), model.get_parameter(name)
-    if not group.get("correct_bias", True):
+    if group.get("correct_bias", True) is not True:
         raise CheckpointError("the run had correct_bias=False, which no base of lingrad's does")
     if not entries and "rank" not in group:
         return _Saved(name, group, {})
@@ -158,6 +158,10 @@ def _read(saved: dict[str, Any], model: nn.Module, name: str, group: dict[str, A
             else f"{sorted(entries)}: an 8-bit or Adafactor state, whose next step cannot be made exactly"
         )
         raise CheckpointError(f"the file holds for '{name}' {reason}; expected exp_avg and exp_avg_sq of galore_torch's AdamW")
+    if type(entries.get("step")) is not int:
+        raise CheckpointError(
+            f"the 'step' of '{name}' in the file is no whole number; expected a state of galore_torch's AdamW"
+        )
     spec, left, right, scale, shape = None, None, None, 1.0, tuple(param.shape)
     if "rank" in group:
         if is_conv1d(model.get_submodule(name.rpartition(".")[0])) or param.dim() != 2:
@@ -165,6 +169,11 @@ def _read(saved: dict[str, Any], model: nn.Module, name: str, group: dict[str, A
         spec, left, right, scale = _basis(name, entries.get("projector"), (shape[0], shape[1]))
         sides = [basis.shape[1] if basis is not None else size for basis, size in zip((left, right), shape, strict=True)]
         shape = (sides[0], sides[1])
+    tensors = {key: entries[key] for key in ("exp_avg", "exp_avg_sq")} | {"left basis": left, "right basis": right}
+    for key, value in tensors.items():
+        numbers = isinstance(value, Tensor) and value.is_floating_point() and bool(value.isfinite().all())
+        if not (numbers or (value is None and key not in entries)):
+            raise CheckpointError(f"'{key}' of '{name}' is no tensor of finite numbers; give a checkpoint of before that")
     for key in ("exp_avg", "exp_avg_sq"):
         if tuple(entries[key].shape) != shape:
             raise CheckpointError(
@@ -181,8 +190,8 @@ def _basis(name: str, projector: Any, shape: tuple[int, int]) -> tuple[str, Tens
     held_bases = found if isinstance(found, list) else [found]
     bases = [basis for basis in held_bases if isinstance(basis, Tensor) and basis.dim() == 2]
     numbers = [fields.get(key) for key in ("rank", "update_proj_gap", "scale")]
-    known = kind in _SIDES and all(isinstance(number, int | float) for number in numbers)
-    if not known or len(bases) != len(held_bases) or not isinstance(kind, str):
+    known = all(isinstance(number, int | float) for number in numbers)
+    if not known or len(bases) != len(held_bases) or not isinstance(kind, str) or kind not in _SIDES:
         raise CheckpointError(f"the file holds no projector of galore_torch for '{name}'")
     m, n = shape
     side = {"std": "right" if m >= n else "left", "reverse_std": "left" if m >= n else "right"}.get(kind, kind)
@@ -225,10 +234,17 @@ def _fill(optimizer: SubspaceOptimizer, found: list[_Saved], step: int) -> None:
     for group in fresh["param_groups"]:
         ours = [by_name[name].group for name in group["param_names"]]
         for key in _OURS:
+            if not all(_is_option(was.get(key)) for was in ours):
+                raise CheckpointError(f"'{key}' in the file's param groups is neither a number nor a pair of numbers")
             values = {tuple(v) if isinstance(v, list) else v for v in (was.get(key) for was in ours) if v is not None}
             if values:
                 group[key] = _one(values, key)
     optimizer.load_state_dict(fresh)
+
+
+def _is_option(value: Any) -> bool:
+    numbers = value if isinstance(value, list | tuple) else [value]
+    return all(number is None or type(number) in (int, float) for number in numbers)
 
 
 def _one(values: set[Any], what: str) -> Any:

@@ -90,11 +90,10 @@ def convert(
         "decayed_base is for a change kept whole, where decay is taken apart from it; leave out rank, energy and max_error",
     )
     out = Path(out)
-    for path in (out, *([] if decayed_base is None else [Path(decayed_base)])):
-        refuse_existing(path)
+    refuse_places(out, decayed_base)
     was, now = ModelFolder(Path(base)), ModelFolder(Path(tuned))
     optional("peft", "checking an adapter", "hf")  # before the search, not after it
-    model = open_model(str(base))
+    model = open_model(str(Path(base).absolute()))  # a name alone may be that of a model known by name
     tied = tied_names(model, was) | tied_names(model, now)
     refuse_other_model(was, now, tied)
     options: dict[str, Any] = {"goal": asdict(goal), "dtype": dtype, "full_svd": full_svd}
@@ -107,6 +106,26 @@ def convert(
             report = job.write(goal, for_base, uniform_rank, logits)
             publish(work.finished, out)
     return report
+
+
+def refuse_places(out: Path, decayed_base: str | Path | None) -> None:
+    """Make sure that what shall be written can be, without one in the other.
+
+    Args:
+        out: The adapter's folder.
+        decayed_base: That of the decayed base.
+
+    Raises:
+        DataError: One exists.
+        SpecError: One lies in the other.
+    """
+    refuse_existing(out)
+    if decayed_base is None:
+        return
+    refuse_existing(Path(decayed_base))
+    a, b = out.resolve(), Path(decayed_base).resolve()
+    apart = a != b and a not in b.parents and b not in a.parents
+    require(apart, "decayed_base", f"'{out}' and '{decayed_base}' lie one in the other; name folders apart")
 
 
 @contextmanager
@@ -125,8 +144,11 @@ def finishing(out: Path, identity: dict[str, Any]) -> Iterator[Parts]:
     """
     try:
         work = Parts(out, identity)
-        yield work
-        shutil.rmtree(work.folder)
+        try:
+            yield work
+            shutil.rmtree(work.folder)
+        finally:
+            work.close()
     except OSError as error:
         raise DataError(
             f"cannot write '{out}': {error}; what was finished is kept, and the same command goes on from it"

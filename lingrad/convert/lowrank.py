@@ -53,10 +53,13 @@ class Goal:
         """Check the three."""
         given = [name for name in ("rank", "energy", "max_error") if getattr(self, name) is not None]
         require(len(given) < 2, given[-1] if given else "", f"{' and '.join(given)} are different goals; give one of them")
-        require(self.rank is None or self.rank >= 1, "rank", f"rank must be at least 1, not {self.rank}")
+        whole = self.rank is None or (type(self.rank) is int and self.rank >= 1)
+        require(whole, "rank", f"rank must be a whole number, at least 1, not {self.rank!r}")
         for name in ("energy", "max_error"):
             value = getattr(self, name)
             require(value is None or 0 < value < 1, name, f"{name} must lie between 0 and 1, not {value}")
+        least = self.max_error is None or self.max_error >= 1e-15
+        require(least, "max_error", f"max_error must be at least 1e-15, what float64 can tell, not {self.max_error}")
 
     @property
     def exact(self) -> bool:

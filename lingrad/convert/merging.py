@@ -39,7 +39,7 @@ def merge(base: str | Path, adapter: str | Path, out: str | Path, *, tick: Tick 
         DataError: A folder cannot be used, ``out`` exists or cannot be written.
         CheckpointError: The adapter is for another model, or changes a weight that the base's files do not have.
     """
-    folder, model = ModelFolder(Path(base)), open_model(str(base))
+    folder, model = ModelFolder(Path(base)), open_model(str(Path(base).absolute()))
     found = read_adapter(Path(adapter), model)
     params = {name: param_of(model, name) for name in folder.names}
     known = {*params.values()}
@@ -54,11 +54,15 @@ def merge(base: str | Path, adapter: str | Path, out: str | Path, *, tick: Tick 
     if tied & {name for name, param in params.items() if param in found.low_rank}:
         raise CheckpointError(f"the adapter changes one side of weights that are tied, and '{base}' stores both")
 
+    saved = {id(aliases[param]): param for param in found.full if param in aliases}
+
     def merged(name: str) -> Tensor:
-        weight = folder.read(name)
-        if params[name] not in found.low_rank and params[name] not in found.full:
-            return weight
-        changed = found.apply(params[name], weight)
+        weight, param = folder.read(name), params[name]
+        if param not in found.low_rank and param not in found.full:
+            param = saved.get(id(aliases.get(param)), "")  # the adapter may call one tensor of several names by another
+            if not param:
+                return weight
+        changed = found.apply(param, weight)
         if not bool(changed.isfinite().all()):
             raise DataError(f"'{name}' of '{base}' with the adapter has numbers that are not finite")
         return changed

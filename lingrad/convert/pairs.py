@@ -69,6 +69,9 @@ class Pair:
 
     def equal(self, base: ModelFolder, tuned: ModelFolder) -> bool:
         """Whether it has the same values in both."""
+        dtypes = {folder.entry(self.name).dtype for folder in (base, tuned)}
+        if len(dtypes) == 2 and not dtypes <= {*_FLOATS}:
+            return False
         m, n = _flat(base.entry(self.name).shape)
         step = max(1, (1 << 20) // max(1, n))
         return all(
@@ -88,12 +91,20 @@ def pairs(model: nn.Module, base: ModelFolder, tuned: ModelFolder, chosen: Colle
 
     Returns:
         A pair for each tensor, in the order of names.
+
+    Raises:
+        DataError: A tensor is not of the shape that the config gives it.
     """
-    every = dict(model.named_parameters())
+    every, own = dict(model.named_parameters()), model.state_dict()
     wide = _wide(model) if chosen is None else {name: every[name] for name in chosen}
     found = []
     for name in sorted({*base.names} & {*tuned.names}):
         param = param_of(model, name)
+        if param and tuned.entry(name).shape != tuple(own[param].shape):
+            raise DataError(
+                f"'{name}' is {list(tuned.entry(name).shape)} in '{tuned.path}', and {list(own[param].shape)} by its config; "
+                "the folder holds the weights of one model and the config of another"
+            )
         if param not in wide:
             found.append(Pair(name, param))
             continue
@@ -147,7 +158,8 @@ def require_place(model: nn.Module, pair: Pair) -> None:
     if not pair.param:
         raise ExportError(
             f"'{pair.name}' changed, and {type(model).__name__}, the model of this config, has no such parameter; no "
-            "adapter could hold the change; save both folders with the transformers that is installed"
+            "adapter could hold the change. Where transformers writes this model's files under other names, save both folders "
+            "under those of the parameters: safetensors.torch.save_model(model, 'model.safetensors'), with the config.json"
         )
 
 

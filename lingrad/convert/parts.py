@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from torch import Tensor
 
-from lingrad._files import write_whole
+from lingrad._files import refuse_existing, write_whole
 from lingrad.errors import DataError
 from lingrad.factors import Factors
 from lingrad.tensorfile import TensorFile, whole, write_tensors
 
-MANIFEST = "manifest.json"
+try:  # not on Windows
+    import fcntl
+except ImportError:
+    fcntl = None  # type: ignore[assignment]
+
+MANIFEST, LOCK = "manifest.json", "lock.lingrad"
+_OURS = re.compile(r"lock\.lingrad|finished|\.?(\d{5}\.safetensors|manifest\.json)(\..*)?")  # and their temporary files
 
 
 @dataclass(frozen=True)
@@ -51,7 +60,7 @@ class Parts:
         identity: What is converted, and how: plain values. A folder left by the same conversion is gone on with.
 
     Raises:
-        DataError: The folder was left by another conversion.
+        DataError: The folder was left by another conversion, is used by one that runs, or is something else.
     """
 
     def __init__(self, out: Path, identity: Mapping[str, Any]) -> None:
@@ -59,11 +68,26 @@ class Parts:
         self._records: dict[int, Record] = {}
         text = json.dumps(identity, indent=2, sort_keys=True)
         manifest = self.folder / MANIFEST
-        if manifest.exists():
-            self._check(manifest, json.loads(text))
-        else:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            write_whole(manifest, text.encode())
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._lock = self._locked(out)
+        try:
+            refuse_existing(out)  # another process may have finished it
+            if manifest.exists():
+                self._check(manifest, json.loads(text))
+            else:
+                self._clear()
+                write_whole(manifest, text.encode())
+        except BaseException:
+            if not manifest.exists():
+                (self.folder / LOCK).unlink(missing_ok=True)
+                if not list(self.folder.iterdir()):
+                    self.folder.rmdir()
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Let another process go on from here."""
+        self._lock.close()
 
     @property
     def finished(self) -> Path:
@@ -103,6 +127,40 @@ class Parts:
         """The factors of a tensor that is done."""
         file = TensorFile(self._path(index))
         return Factors(file.read("left"), file.read("right"))
+
+    def _clear(self) -> None:
+        """Remove what a process that was killed while it made or removed the folder has left, and nothing else."""
+        found = sorted(self.folder.iterdir())
+        for path in found:
+            if _OURS.fullmatch(path.name) is None:
+                raise DataError(
+                    f"'{self.folder}' is where unfinished work is kept, and holds '{path.name}', which is none; move it, or "
+                    "name another folder with --out"
+                )
+        for path in found:
+            if path.is_dir():
+                shutil.rmtree(path)
+            elif path.name != LOCK:
+                path.unlink()
+
+    def _locked(self, out: Path) -> BinaryIO:
+        """The lock's file, open; the lock goes with the process, however it ends."""
+        while True:
+            file = (self.folder / LOCK).open("ab")
+            try:
+                if fcntl is not None:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                file.close()
+                raise DataError(f"another process is writing '{out}' now; wait for it, or name another folder") from None
+            except OSError:  # a file system without locks
+                return file
+            try:
+                if os.path.samestat(os.fstat(file.fileno()), (self.folder / LOCK).stat()):
+                    return file
+            except FileNotFoundError:  # who held it has finished, and removed the folder
+                self.folder.mkdir(parents=True, exist_ok=True)
+            file.close()
 
     def _path(self, index: int) -> Path:
         return self.folder / f"{index:05d}.safetensors"

@@ -46,4 +46,14 @@ def load_state(path: Path, inert: Sequence[str] = ()) -> dict[str, Any]:
     parts = (found.get("state"), found.get("param_groups")) if isinstance(found, dict) else (None, None)
     if not isinstance(parts[0], dict) or not isinstance(parts[1], list):
         raise CheckpointError(f"'{file}' is no optimizer's state dict, which has 'state' and 'param_groups'")
+    whole = all(isinstance(entries, dict) for entries in parts[0].values()) and all(map(_is_group, parts[1]))
+    if not whole:
+        raise CheckpointError(
+            f"'{file}' is damaged: 'state' must map to dicts, 'param_groups' hold dicts with 'params', numbers"
+        )
     return {"state": parts[0], "param_groups": parts[1]}
+
+
+def _is_group(group: Any) -> bool:
+    params = group.get("params") if isinstance(group, dict) else None
+    return isinstance(params, list) and all(type(index) is int for index in params)

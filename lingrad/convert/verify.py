@@ -15,6 +15,7 @@ from lingrad.convert.parts import Record
 from lingrad.errors import ExportError, optional
 from lingrad.peft.format import WEIGHTS
 from lingrad.peft.slots import Slot, slots
+from lingrad.peft.verify import make_inputs
 from lingrad.tensorfile import TensorFile
 
 
@@ -103,7 +104,7 @@ def compare_logits(folder: Path, base: Path, tuned: Path) -> tuple[float, float]
         model = load_model(path)
         if path is base:
             model = peft.PeftModel.from_pretrained(model, str(folder))
-        outputs.append(logits_of(model.eval()))
+        outputs.append(logits_of(model))
     theirs, ours = outputs
     return float((ours - theirs).abs().max()), float(theirs.abs().max())
 
@@ -116,11 +117,25 @@ def load_model(path: Path) -> Any:
     return cls.from_pretrained(path, dtype="auto", local_files_only=True, use_safetensors=True)
 
 
-@torch.no_grad()
 def logits_of(model: Any) -> Tensor:
-    """What a model of tokens says to 2 x 16 random ones: logits, or hidden states where it has no head."""
-    vocabulary = model.get_input_embeddings().weight.shape[0]
-    ids = torch.randint(0, vocabulary, (2, 16), generator=torch.Generator().manual_seed(0), device="cpu")
-    output = model(input_ids=ids)
-    found: Tensor = output.logits if "logits" in output else output[0]
-    return found.double()
+    """What a model of tokens says to 2 x 16 random ones, or as many as it takes: logits, or hidden states without a head.
+
+    Args:
+        model: The model.
+
+    Returns:
+        The numbers, in float64.
+
+    Raises:
+        ExportError: It is no model of tokens, or fails.
+    """
+    inputs = make_inputs(None, model)
+    try:
+        found = None if inputs is None else inputs.run(model)
+    except Exception as error:  # what a model does with tokens that are only random is anybody's guess
+        raise ExportError(
+            f"logits cannot be compared, {type(model).__name__} fails on random tokens: {error}; leave logits out"
+        ) from error
+    if found is None:
+        raise ExportError(f"logits cannot be compared, {type(model).__name__} does not read tokens alone; leave logits out")
+    return found

@@ -256,6 +256,10 @@ def _task(model: nn.Module) -> str | None:
 
 
 def _ties_embeddings(model: nn.Module) -> bool:
-    """Whether the model says, as those of transformers do, that its head is tied to its embedding."""
+    """Whether the head is tied to the embedding as PEFT can keep it: it makes every other place of that weight a Linear."""
     config = getattr(model, "config", None)
-    return bool(getattr(config, "tie_word_embeddings", False)) and bool(getattr(model, "_tied_weights_keys", None))
+    if not (getattr(config, "tie_word_embeddings", False) and getattr(model, "_tied_weights_keys", None)):
+        return False
+    weight = getattr(getattr(model, "get_input_embeddings", lambda: None)(), "weight", None)
+    every = [module for _, module in model.named_modules(remove_duplicate=False) if getattr(module, "weight", None) is weight]
+    return sum(not isinstance(module, nn.Linear) for module in every) == 1

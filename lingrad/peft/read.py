@@ -17,7 +17,7 @@ from lingrad.errors import CheckpointError, DataError, ShapeError
 from lingrad.factors import Factors
 from lingrad.peft import names
 from lingrad.peft.format import CONFIG, FROZEN, WEIGHTS
-from lingrad.peft.slots import PREFIX, Side, Slot, slots
+from lingrad.peft.slots import PREFIX, Side, Slot, places, slots
 from lingrad.tensorfile import TensorFile
 
 # Options of a LoRA that make it more than W + B A, or change W itself when PEFT loads it.
@@ -161,11 +161,26 @@ def read_adapter(folder: Path, model: nn.Module) -> Adapter:
             raise CheckpointError(
                 f"'{name}' is {tuple(full[name].shape)} in the adapter, {tuple(own[name].shape)} in the model"
             )
+    _require_ties(model, full, bool(config.get("ensure_weight_tying")))
     tensors = full | {name: pair.a for name, pair in low_rank.items()} | {f"{n} (B)": p.b for n, p in low_rank.items()}
     for name, tensor in tensors.items():
         if not bool(torch.isfinite(tensor).all()):
             raise DataError(f"'{name}' in '{folder}' has numbers that are not finite")
     return Adapter(low_rank, full, config)
+
+
+def _require_ties(model: nn.Module, full: Mapping[str, Tensor], ties: bool) -> None:
+    """Make sure that no adapter parts what is one tensor: PEFT gives each module it saves whole a copy of its own."""
+    params = dict(model.named_parameters(remove_duplicate=False))
+    for name in full:
+        every = places(model, name) if name in params else [name]
+        for other in every:
+            same = torch.equal(full[other], full[name]) if other in full else ties
+            if not same:
+                raise CheckpointError(
+                    f"'{name}' and '{other}' are one tensor in the model, and the adapter changes them apart, which a plain "
+                    "model of this config cannot hold; train the adapter with ensure_weight_tying=True, or with neither saved"
+                )
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
@@ -188,6 +203,9 @@ def _read_config(folder: Path) -> dict[str, Any]:
             f"the adapter in '{folder}' has init_lora_weights={start!r}, with which PEFT changes the base weights as it "
             "loads; convert it by PEFT to a plain LoRA (save_pretrained with path_initial_model_for_weight_conversion)"
         )
+    targets = config.get("target_parameters") or []
+    if not isinstance(targets, list) or not all(isinstance(target, str) for target in targets):
+        raise DataError(f"{path}: target_parameters must be a list of names, not {targets!r}")
     for option in ("rank_pattern", "alpha_pattern"):
         value = config.get(option) or {}
         if not isinstance(value, dict) or not all(_number(v) for v in value.values()) or not all(map(_compiles, value)):

@@ -192,6 +192,26 @@ class TestWhatPeftMakesOfIt:
         with pytest.raises(SpecError, match="rank must be a whole number"):
             bridge.export(opt, tmp_path / "b", rank=0)
 
+    @pytest.mark.parametrize(
+        ("options", "why"),
+        [({"rank": 2}, "rank=2 was asked for, and its change has up to 8"), ({"dtype": torch.bfloat16}, "factors in bfloat16")],
+    )
+    def test_what_was_asked_for_is_named_as_the_cause(self, options, why, tmp_path):
+        _, opt = llama_run()
+        for base in (None, llama()):
+            with pytest.raises(ExportError, match=f"{why}.*allow_residual=.* accepts it"):
+                bridge.export(opt, tmp_path / "a", base=base, quiet=True, **options)
+        assert left_in(tmp_path) == []
+
+    @pytest.mark.parametrize(
+        "options",
+        [{"dtype": "bfloat16"}, {"dtype": torch.int8}, {"allow_residual": -1}, {"allow_residual": "1"}, {"rank": 2.0}],
+    )
+    def test_options_of_another_type(self, options, tmp_path):
+        _, opt = llama_run()
+        with pytest.raises(SpecError, match=f"^{next(iter(options))} must be a "):
+            bridge.export(opt, tmp_path / "a", quiet=True, **options)
+
     def test_from_the_model_and_its_changes(self, tmp_path):
         model, opt = run_of("gpt2", SIDES[0])
         changes = opt.changes()
@@ -490,6 +510,22 @@ class TestWhatPeftCannotExpress:
         assert any(reason in note for note in report.notes)
         loaded = peft.PeftModel.from_pretrained(fresh(_Odd), tmp_path / "a")
         assert torch.allclose(loaded(x), opt._model(x), rtol=0, atol=1e-12)
+
+    def test_a_weight_that_several_embeddings_share_is_saved_whole_in_each(self, tmp_path):
+        from transformers import T5Config, T5ForConditionalGeneration
+
+        def t5():
+            torch.manual_seed(0)
+            sizes = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 1, "num_heads": 4, "dropout_rate": 0.0}
+            return T5ForConditionalGeneration(T5Config(vocab_size=64, decoder_start_token_id=0, **sizes)).double()
+
+        model = t5()
+        opt = lingrad.adapt(model, "svd(rank=2, every=2)", "adamw", lr=1e-2, ledger=True)
+        train(model, opt, text_batches(3, micro=1), lambda model, ids: model(input_ids=ids, labels=ids).loss)
+        report = bridge.export(opt, tmp_path / "a", base=t5(), quiet=True)
+        assert {"shared", "encoder.embed_tokens", "decoder.embed_tokens", "lm_head"} <= set(report.whole)
+        merged, trained = merged_by_peft(t5(), tmp_path / "a"), weights_of(opt)  # in the one, copies that are tied no more
+        assert gap({name: merged[name] for name in trained}, trained) <= EXACT
 
     def test_a_tied_weight_is_saved_whole_in_both_places(self, tmp_path):
         model = CASES["tied"].build()

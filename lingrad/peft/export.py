@@ -68,6 +68,14 @@ def export(
     """
     optional("peft", "exporting to PEFT", "hf")
     require(rank is None or (type(rank) is int and rank > 0), "rank", f"rank must be a whole number from 1, not {rank!r}")
+    floating = isinstance(dtype, torch.dtype) and dtype.is_floating_point
+    require(
+        dtype is None or floating, "dtype", f"dtype must be a floating-point torch.dtype, such as torch.bfloat16, not {dtype!r}"
+    )
+    bounded = type(allow_residual) in (int, float) and allow_residual >= 0  # type: ignore[operator]
+    require(
+        allow_residual is None or bounded, "allow_residual", f"allow_residual must be a number from 0, not {allow_residual!r}"
+    )
     path = Path(path)
     with new_folder(path) as folder:
         source = open_source(what)
@@ -92,7 +100,8 @@ def export(
         )
         if written.beside:
             notes.append("PEFT puts what is saved beside adapters into the base: disable_adapter() leaves it there")
-        report = _compare(source, start, folder, written, full, inputs, allow_residual, str(path), base, notes)
+        lost = {name: why for name in low_rank if (why := _narrowed(changes[name], source.changes[name], rank, dtype))}
+        report = _compare(source, start, folder, written, full, inputs, allow_residual, str(path), base, notes, lost)
         report.write(folder)
     if not quiet:
         sys.stdout.write(f"{report}\n")
@@ -134,6 +143,15 @@ def _thin(factors: Factors, rank: int | None) -> Factors:
     return factors if factors.rank <= most else compress(factors, rank=rank)[0]
 
 
+def _narrowed(written: Factors, change: Factors, rank: int | None, dtype: torch.dtype | None) -> str:
+    """What the rank or the dtype that was asked for may have lost of a change, in words; nothing where neither can have."""
+    if rank is not None and written.rank == rank < min(change.rank, *change.shape):
+        return f"rank={rank} was asked for, and its change has up to {min(change.rank, *change.shape)}"
+    if dtype is not None and torch.finfo(dtype).eps > torch.finfo(change.left.dtype).eps:
+        return f"factors in {str(dtype).removeprefix('torch.')} were asked for, and are rounded"
+    return ""
+
+
 def _refuse_unknown_start(source: Source, low_rank: list[str], *, allowed: bool) -> None:
     """Make sure that the weights the run started from can be had as they were."""
     for name in low_rank:
@@ -163,6 +181,7 @@ def _compare(
     path: str,
     given: Any,
     notes: list[str],
+    lost: dict[str, str],
 ) -> Report:
     asked = make_inputs(inputs, source.model)
     expected = None if asked is None else asked.run(source.model)
@@ -185,7 +204,7 @@ def _compare(
     loaded = Loaded(bare, folder, written.plan)
     rows = compare_weights(loaded, written, source.now, starts.__getitem__, source.kept)
     for row in rows:
-        _check_residual(row, source, dtype=dtypes[row.name], allow=allow, given=start is not None)
+        _check_residual(row, source, dtype=dtypes[row.name], allow=allow, given=start is not None, lost=lost.get(row.name, ""))
     for name, value in as_is.items():
         if not torch.equal(loaded.tensor(name).to(value), value):
             raise ExportError(f"'{name}', saved as it is, came back from PEFT with another value")
@@ -207,7 +226,7 @@ def _compare(
     )
 
 
-def _check_residual(row: Row, source: Source, *, dtype: torch.dtype, allow: float | None, given: bool) -> None:
+def _check_residual(row: Row, source: Source, *, dtype: torch.dtype, allow: float | None, given: bool, lost: str) -> None:
     explained = ROUNDINGS * torch.finfo(dtype).eps / row.change if _many_digits(dtype) and row.change else 0.0
     limit = allow if allow is not None else max(EXACT, explained)
     if row.residual <= limit:
@@ -217,6 +236,8 @@ def _check_residual(row: Row, source: Source, *, dtype: torch.dtype, allow: floa
             f"weight decay has left {row.kept:.6g} of what the weight was, and that part of the change, {abs(1 - row.kept):.1e}"
             " of the weight, has no low rank. Train with weight_decay=0 what shall become an adapter, or save the model"
         )
+    elif lost:
+        why = lost
     elif not _many_digits(dtype) and source.start(row.name) is None:
         why = "merges into weights of so few digits were rounded. Train in adapter mode, or in float32"
     elif given:

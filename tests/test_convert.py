@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_model
 
 from lingrad import __main__, convert
 from lingrad.convert import jobs
 from lingrad.convert.verify import load_model, logits_of
-from lingrad.errors import ExportError, SpecError
+from lingrad.errors import CheckpointError, ExportError, SpecError
 from tests.folders import BUILD, contents, edit, is_wide, left_over, make, tune
 
 peft = pytest.importorskip("peft", reason="make test installs it (extra: hf)", exc_type=ImportError)
@@ -150,6 +151,9 @@ class TestGoals:
         ("options", "message"),
         [
             ({"rank": 3, "energy": 0.9}, "rank and energy are different goals"),
+            ({"rank": 2.5}, "rank must be a whole number, at least 1, not 2.5"),
+            ({"max_error": 1e-200}, "max_error must be at least 1e-15"),
+            ({"energy": float("nan")}, "energy must lie between 0 and 1, not nan"),
             ({"dtype": "int8"}, "dtype must be one of fp32, .* not 'int8'"),
             ({"rank": 3, "decayed_base": "x"}, "decayed_base is for a change kept whole"),
         ],
@@ -211,6 +215,33 @@ def test_a_change_of_full_rank_is_said_to_be_one(tmp_path):
     (note, larger) = report.notes()
     assert note.startswith("14 of 14 modules changed by a matrix of full rank")
     assert larger.startswith("The adapter is larger than the model")
+
+
+@pytest.mark.parametrize("kind", ["a decoder beside", "few positions", "images"])
+def test_logits_of_models_that_read_otherwise(tmp_path, kind):
+    """An encoder with a decoder gets tokens for both, a short model fewer; of what reads no tokens none can be compared."""
+    import transformers
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 48}
+    if kind == "a decoder beside":
+        config = transformers.T5Config(vocab_size=64, d_model=32, d_kv=8, d_ff=48, num_layers=1, num_heads=4)
+        model = transformers.T5ForConditionalGeneration(config)
+    elif kind == "few positions":
+        model = transformers.BertModel(transformers.BertConfig(vocab_size=64, max_position_embeddings=8, **sizes))
+    else:
+        model = transformers.ViTForImageClassification(transformers.ViTConfig(image_size=8, patch_size=4, **sizes))
+    for name in ("base", "tuned"):
+        tune(model, 2, others=False, wide=lambda _, param: param.dim() == 2 and min(param.shape) >= 32 and len(param) < 64)
+        model.save_pretrained(tmp_path / name)
+        save_model(model, tmp_path / name / "model.safetensors")  # transformers' own names for images are others
+    if kind == "images":
+        with pytest.raises(ExportError, match="ViTForImageClassification does not read tokens alone; leave logits out"):
+            convert.convert(tmp_path / "base", tmp_path / "tuned", tmp_path / "out", logits=True)
+        assert convert.convert(tmp_path / "base", tmp_path / "tuned", tmp_path / "out").residual <= 1e-5
+        return
+    report = convert.convert(tmp_path / "base", tmp_path / "tuned", tmp_path / "out", logits=True)
+    assert report.logits[0] <= 1e-4 * report.logits[1]
 
 
 @pytest.mark.parametrize("tied", ["base", "tuned"])

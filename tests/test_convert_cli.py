@@ -48,7 +48,7 @@ def test_what_is_printed_is_the_report(lingrad, tmp_path):
         (["BASE", "TUNED", "--out", "TUNED"], "lingrad: 'TUNED' exists, and nothing is overwritten"),
         (["BASE", "NONE", "--out", "x"], "lingrad: 'NONE' is no model folder: there is no such folder"),
         (["BASE", "TUNED", "--out", "x", "--energy", "2"], "lingrad: energy must lie between 0 and 1, not 2.0"),
-        (["BASE", "TUNED", "--out", "x", "--rank", "0"], "lingrad: rank must be at least 1, not 0"),
+        (["BASE", "TUNED", "--out", "x", "--rank", "0"], "lingrad: rank must be a whole number, at least 1, not 0"),
         (["BASE", "TUNED", "--out", "x", "--dtype", "int4"], "lingrad: dtype must be one of fp32, "),
         (["TUNED", "--out", "x", "--exact"], "lingrad: there is no 'TUNED/optimizer.pt'"),
         (["TUNED", "--out", "x", "--exact", "--energy", "0.9"], "lingrad: --energy has no effect with --exact"),

@@ -7,7 +7,7 @@ import lingrad
 from lingrad import convert
 from lingrad.convert.verify import load_model
 from lingrad.errors import CheckpointError, DataError, ExportError, SpecError
-from tests.folders import Malicious, left_over
+from tests.folders import Malicious, edit, left_over
 from tests.training import gpt2, llama, text_batches, train
 
 pytest.importorskip("peft", reason="make test installs it (extra: hf)", exc_type=ImportError)
@@ -126,6 +126,34 @@ class TestRefused:
         _, other, _ = run(tmp_path / "b", gpt2)
         (other / "optimizer.pt").rename(folder / "optimizer.pt")
         self.refused(tmp_path, folder, "is of another model: rule .* matches no trainable parameter")
+
+    @pytest.mark.parametrize("with_base", [False, True])
+    def test_a_weight_that_is_not_in_the_files(self, tmp_path, with_base):
+        """The ledger knows what became of it; an adapter without it would not be the run's."""
+        base, folder, _ = run(tmp_path)
+        for path in (base, folder):
+            edit(path, lambda t: t.pop("model.layers.0.mlp.up_proj.weight"))
+        options = {"base": base} if with_base else {}
+        self.refused(tmp_path, folder, "the run changed 'model.layers.0.mlp.up_proj.weight', and the files of", **options)
+
+    @pytest.mark.parametrize(
+        "spoil",
+        [
+            lambda saved: saved["param_groups"].append(5),
+            lambda saved: saved["param_groups"][0].pop("params"),
+            lambda saved: saved["param_groups"][0].update(params=["a"]),
+            lambda saved: saved["param_groups"][0]["param_names"].pop(),
+            lambda saved: saved["param_groups"][0].update(specs=None),
+            lambda saved: saved["param_groups"][0].update(format={}),
+            lambda saved: saved["state"].update({0: 3}),
+        ],
+    )
+    def test_a_state_that_is_spoilt(self, tmp_path, spoil):
+        _, folder, _ = run(tmp_path)
+        saved = torch.load(folder / "optimizer.pt")
+        spoil(saved)
+        torch.save(saved, folder / "optimizer.pt")
+        self.refused(tmp_path, folder, "is damaged|has format {}")
 
     def test_another_base(self, tmp_path):
         """The same architecture, other weights."""

@@ -158,6 +158,25 @@ class TestRefused:
         torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
         self.refused(tmp_path, "no moments: of a layerwise run of the Trainer nothing is saved")
 
+    @pytest.mark.parametrize(
+        ("spoil", "message"),
+        [
+            (lambda state, group: state.pop("step"), "the 'step' of '.*' in the file is no whole number"),
+            (lambda state, group: state.update(exp_avg=5), "'exp_avg' of '.*' is no tensor of finite numbers"),
+            (lambda state, group: state["exp_avg_sq"].fill_(float("nan")), "'exp_avg_sq' of '.*' is no tensor of finite"),
+            (lambda state, group: state["projector"].ortho_matrix.fill_(float("inf")), "basis' of '.*' is no tensor of finite"),
+            (lambda state, group: setattr(state["projector"], "proj_type", ["std"]), "no projector of galore_torch for"),
+            (lambda state, group: group.update(lr={}), "'lr' in the file's param groups is neither a number nor a pair"),
+            (lambda state, group: group.pop("params"), "is damaged: expected dicts"),
+        ],
+    )
+    def test_a_state_that_is_spoilt(self, tmp_path, spoil, message):
+        _, optimizer, _ = halfway(tmp_path)
+        saved = optimizer.state_dict()
+        spoil(saved["state"][20], saved["param_groups"][1])
+        torch.save(saved, tmp_path / "optimizer.pt")
+        self.refused(tmp_path, message)
+
     def test_steps_that_differ(self, tmp_path):
         _, optimizer, _ = halfway(tmp_path)
         state = optimizer.state_dict()

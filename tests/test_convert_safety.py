@@ -211,6 +211,15 @@ class TestTwoAtOnce:
         assert len(contents(tmp_path / ".out.partial")) == 4  # manifest, lock, two parts
 
 
+def test_the_name_of_a_model_known_by_name(models, tmp_path, monkeypatch):
+    """A folder `demo` is that folder."""
+    copy(models[0], tmp_path / "demo")
+    monkeypatch.chdir(tmp_path)
+    convert.convert("demo", models[1], "out")
+    convert.merge("demo", "out", "merged")
+    assert not left_over(tmp_path)
+
+
 class TestRefused:
     """Nothing is written, nothing is overwritten, and the message names the first thing that is wrong."""
 
@@ -252,14 +261,6 @@ class TestRefused:
         for folder in folders:
             edit(folder, lambda t: t.update({key: change(t[key])}))
         self.refused(*folders, tmp_path / "out", rf"'{key}' is \[.*\] in '.*tuned', and \[88, 32\] by its config")
-
-    def test_the_name_of_a_model_known_by_name(self, models, tmp_path, monkeypatch):
-        """A folder `demo` is that folder."""
-        copy(models[0], tmp_path / "demo")
-        monkeypatch.chdir(tmp_path)
-        convert.convert("demo", models[1], "out")
-        convert.merge("demo", "out", "merged")
-        assert not left_over(tmp_path)
 
     def test_another_architecture(self, models, tmp_path):
         _, other = make(tmp_path / "in", "gpt2")
@@ -401,6 +402,7 @@ class TestTampered:
             ('{"a":{"dtype":"F32","shape":[-2],"data_offsets":[0,8]}}', r"shape and place of 'a' are \[-2\]"),
             ('{"a":{"dtype":"F32","shape":[2.0],"data_offsets":[0,8]}}', "shape and place of 'a'"),
             ('{"a":{"dtype":"F32","shape":[true,2],"data_offsets":[0,8]}}', "shape and place of 'a'"),
+            ('{"a":{"dtype":"F32","shape":[0,18446744073709551616],"data_offsets":[0,0]}}', "shape and place of 'a'"),
             ('{"a":{"dtype":"F33","shape":[2],"data_offsets":[0,8]}}', "'a' has the dtype 'F33'; expected one of F64, F32"),
             ('{"a":{"dtype":"F32","shape":[1],"data_offsets":[4,8]}}', "'a' begins at byte 4 of the data; expected 0"),
             ('{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}', "its header describes .* bytes, and the file is"),

@@ -49,7 +49,7 @@ def load_state(path: Path, inert: Sequence[str] = ()) -> dict[str, Any]:
     whole = all(isinstance(entries, dict) for entries in parts[0].values()) and all(map(_is_group, parts[1]))
     if not whole:
         raise CheckpointError(
-            f"'{file}' is damaged: 'state' must map to dicts, 'param_groups' hold dicts with 'params', numbers"
+            f"'{file}' is damaged: expected dicts in 'state', and in 'param_groups' dicts with a list 'params'"
         )
     return {"state": parts[0], "param_groups": parts[1]}
 

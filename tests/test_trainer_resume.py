@@ -11,10 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import lingrad.hf
 from lingrad.errors import CheckpointError
-from tests.trainers import SPECS, assert_equal, logs, make, weights
+from tests.peft_models import mixtral
+from tests.trainers import SPECS, assert_equal, examples, logs, make, weights
 from tests.training import llama
 
 MODES = ("optimizer", "adapter")
@@ -79,6 +81,44 @@ def test_a_checkpoint_is_a_plain_model(tmp_path, mode):
     for name, weight in weights(trainer).items():
         assert torch.equal(loaded.get_parameter(name), weight), name
     assert not (tmp_path / "checkpoint-8/adapter").exists()
+
+
+class TestOtherNames:
+    """Mixtral's experts are fused in the model and saved one by one; the Trainer loads by the names in the file."""
+
+    def make(self, folder, mode, **args):
+        trainer = {"eval_dataset": examples(6, seed=2)}
+        args = {"save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps", "eval_steps": 2} | args
+        return make(folder, "svd(rank=4, every=3)", mixtral().float(), args=args, mode=mode, trainer=trainer)
+
+    @pytest.mark.parametrize("mode", MODES)
+    def test_a_run_goes_on(self, tmp_path, mode):
+        straight = self.make(tmp_path, mode, max_steps=6)
+        straight.train()
+        assert "model.layers.0.mlp.experts.gate_up_proj" not in load_file(tmp_path / "checkpoint-4/model.safetensors")
+        again = self.make(tmp_path / "again", mode, max_steps=6)
+        again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+        assert_equal(again.model.state_dict(), straight.model.state_dict())
+
+    @pytest.mark.parametrize("mode", MODES)
+    def test_the_best_model_is_loaded(self, tmp_path, mode):
+        """A learning rate that ruins the model: the last evaluation is not the best one."""
+        ruinous = {"learning_rate": 0.5, "lr_scheduler_type": "linear", "warmup_steps": 6, "load_best_model_at_end": True}
+        trainer = self.make(tmp_path, mode, **ruinous)
+        trainer.train()
+        assert trainer.state.best_global_step < 8
+        found = trainer.evaluate()["eval_loss"]
+        assert found == pytest.approx(trainer.state.best_metric, rel=1e-5)  # float32, W + S z rounded into W
+        assert found != pytest.approx(trainer.state.log_history[-3]["eval_loss"], rel=1e-2)
+
+    def test_a_weight_that_is_not_there(self, tmp_path):
+        self.make(tmp_path, "optimizer", max_steps=2).train()
+        path = tmp_path / "checkpoint-2/model.safetensors"
+        state = load_file(path)
+        del state["lm_head.weight"]
+        save_file(state, path, {"format": "pt"})
+        with pytest.raises(CheckpointError, match=r"checkpoint-2' has no 'lm_head\.weight'"):
+            self.make(tmp_path, "optimizer").train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
 
 
 def test_a_checkpoint_of_another_run_is_refused(tmp_path):

@@ -20,6 +20,7 @@ from lingrad.errors import LingradError, ModeError, optional
 from lingrad.hf.access import find_optimizer, metrics
 from lingrad.hf.arguments import Factory
 from lingrad.hf.folders import check_checkpoint, last_checkpoint
+from lingrad.hf.renamed import load_renamed
 from lingrad.optimizer import SubspaceOptimizer
 from lingrad.peft.export import export
 
@@ -160,11 +161,19 @@ class TrainerMixin(_Trainer):  # type: ignore[misc]
             for sub in optimizer.subspaces:
                 sub.energy = energy.get(sub.name)
 
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if self._uses_lingrad():
+            load_renamed(self.model if model is None else model, Path(resume_from_checkpoint))
+
     def _load_best_model(self) -> None:
         super()._load_best_model()
         optimizer = find_optimizer(self)
         best = Path(self.state.best_model_checkpoint)
-        if optimizer is None or optimizer.mode != "adapter":
+        if optimizer is None:
+            return
+        load_renamed(self.model, best)
+        if optimizer.mode != "adapter":
             return
         if (best / "optimizer.pt").is_file():  # coordinates, and what had been merged by then, go with the weights
             optimizer.load_state_dict(torch.load(best / "optimizer.pt", map_location="cpu", weights_only=True))

@@ -52,6 +52,8 @@ def test_what_is_printed_is_the_report(lingrad, tmp_path):
         (["BASE", "TUNED", "--out", "x", "--dtype", "int4"], "lingrad: dtype must be one of fp32, "),
         (["TUNED", "--out", "x", "--exact"], "lingrad: there is no 'TUNED/optimizer.pt'"),
         (["TUNED", "--out", "x", "--exact", "--energy", "0.9"], "lingrad: --energy has no effect with --exact"),
+        (["TUNED", "--out", "x", "--exact", "--max-error", "0"], "lingrad: --max-error has no effect with --exact"),
+        (["BASE", "TUNED", "--out", "BASE/config.json/x"], "lingrad: cannot write 'BASE/config.json/x': "),
     ],
 )
 def test_errors_are_one_message_and_status_2(lingrad, tmp_path, monkeypatch, arguments, message):

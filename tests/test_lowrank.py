@@ -62,6 +62,22 @@ def test_the_floor_is_the_rounding_of_the_dtype():
         assert found.floor == pytest.approx(float(happened), rel=0.03)
 
 
+def test_the_floor_of_what_is_tiny_or_zero():
+    """Below the smallest normal number units shrink no more, and zeros, of a pruned weight, are not rounded as ones are."""
+    generator = torch.Generator().manual_seed(0)
+    exact = 1e-6 * torch.randn(96, 160, generator=generator, dtype=FP64)
+    rounded = exact.half()
+    found = detect(difference(rounded, torch.zeros_like(rounded)), Goal(), seed=0)
+    assert found.floor == pytest.approx(float((rounded.double() - exact).norm() / rounded.double().norm()), rel=0.03)
+    for dtype, size in ((FP32, 1e-2), (torch.float16, 1.0)):
+        tuned, base = weights(96, 160, 5, dtype, size=size)
+        rows = detect(difference(tuned[:24], base[:24]), Goal(), seed=1)
+        tuned[24:], base[24:] = 0, 0
+        found = detect(difference(tuned, base), Goal(), seed=1)
+        assert found.factors.rank == rows.factors.rank == 5
+        assert found.floor == pytest.approx(rows.floor, rel=1e-4)  # three rows of zeros for one, each (2^-9)^2 of it or less
+
+
 @pytest.mark.parametrize("steps", [4, 20])
 def test_many_roundings_are_told_from_what_was_learned(steps):
     """A training rounds at every step, and more than one rounding is left; it looks like noise, and no rank is spent on it."""
@@ -159,7 +175,7 @@ class TestGoals:
     @pytest.mark.parametrize(
         ("options", "message"),
         [
-            ({"rank": 0}, "rank must be at least 1, not 0"),
+            ({"rank": 0}, "rank must be a whole number, at least 1, not 0"),
             ({"energy": 1.5}, "energy must lie between 0 and 1, not 1.5"),
             ({"max_error": 0.0}, "max_error must lie between 0 and 1, not 0.0"),
             ({"rank": 2, "energy": 0.5}, "rank and energy are different goals; give one of them"),

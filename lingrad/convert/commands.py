@@ -85,7 +85,8 @@ def convert(base: Path, tuned: Path | None, asked: Asked) -> str:
 
 def _convert_run(run: Path, base: Path | None, asked: Asked) -> str:
     for option in ("energy", "max_error", "full_svd"):
-        if getattr(asked, option):
+        value = getattr(asked, option)
+        if value is not None and value is not False:  # 0.0 was given too
             name = option.replace("_", "-")
             raise SpecError(f"--{name} has no effect with --exact, which reads what the run kept; leave it out", option=option)
     with progress("converting", "tensor", least=100) as tick:

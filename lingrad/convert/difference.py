@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from math import isfinite
+from math import frexp, isfinite
 from typing import NamedTuple
 
 import torch
@@ -91,9 +91,11 @@ class Difference:
         """
         energy = along = base_energy = rounding = 0.0
         bits = _BITS[self.dtype]
+        least = frexp(torch.finfo(self.dtype).tiny)[1]  # below the smallest normal number, and at zero, units shrink no more
         for part, change, base in self.blocks():
             if r.shape[0] == 0:  # the pass that sees every entry first
-                exponent = torch.frexp(change.add(base, alpha=self.kept))[1].double()
+                values = change.add(base, alpha=self.kept)
+                exponent = torch.where(values == 0, least, torch.frexp(values)[1]).clamp(min=least).double()
                 rounding += float(((exponent - bits) * 2).exp2().sum()) / 12
             change = torch.addmm(change, q[part], r, alpha=-1)
             energy += float(change.square().sum())

@@ -144,6 +144,9 @@ def finishing(out: Path, identity: dict[str, Any]) -> Iterator[Parts]:
     """
     try:
         work = Parts(out, identity)
+    except OSError as error:
+        raise DataError(f"cannot write '{out}': {error}") from error
+    try:
         try:
             yield work
             shutil.rmtree(work.folder)

@@ -735,6 +735,21 @@ class TestGoingOnFromAnAdapter:
             assert gap(found, expected) <= EXACT
             assert gap(merged_by_peft(case.build(), tmp_path / mode), expected) <= EXACT
 
+    @pytest.mark.parametrize(
+        ("saved", "config"), [(True, {}), ("auto", {"layers_to_transform": [1]})], ids=["embeddings", "some layers"]
+    )
+    def test_what_the_adapter_does_not_train_stays(self, saved, config, tmp_path):
+        """PEFT saves embeddings that it does not train, if it is told to; and has adapters in some layers only."""
+        model = peft.get_peft_model(llama(), peft.LoraConfig(target_modules=["q_proj"], r=3, **config))
+        model.save_pretrained(tmp_path / "lora", save_embedding_layers=saved)
+        expected = trained_by_peft(tmp_path / "lora", CASES["llama"], "A", ADAMW[2])
+        for mode in ("adapter", "optimizer"):
+            model = llama()
+            opt = bridge.load(tmp_path / "lora", model, lr=1e-2, mode=mode, frozen="A")
+            train(model, opt, text_batches(6, micro=1))
+            opt.detach()
+            assert gap(dict(model.named_parameters()), expected) <= EXACT
+
     def test_it_starts_as_peft_has_it(self, tmp_path):
         path = lora(tmp_path / "lora", llama, target_modules=["q_proj"], r=3, lora_alpha=7)
         expected = merged_by_peft(llama(), path)

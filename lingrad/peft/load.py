@@ -18,6 +18,7 @@ from lingrad.errors import DualityError, SpecError, require, require_one_of
 from lingrad.gradient import wide
 from lingrad.moments import Carry
 from lingrad.optimizer import SubspaceOptimizer
+from lingrad.peft import names
 from lingrad.peft.plain import refuse_peft
 from lingrad.peft.read import Adapter, Pair, read_adapter
 from lingrad.peft.slots import Basis, Side
@@ -57,7 +58,7 @@ def load(
     """Go on from a LoRA of PEFT with one of its factors frozen, as the basis, and the other trained, as the coordinates.
 
     What the adapter saved whole, and its biases, are put into the model and trained in full; everything else is frozen, as PEFT
-    freezes it.
+    freezes it, embeddings too that it only saved.
 
     Args:
         path: The adapter's folder, with its weights in safetensors.
@@ -173,9 +174,23 @@ def _freeze(model: nn.Module, adapter: Adapter, undo: ExitStack) -> None:
     for param in params.values():
         undo.callback(param.requires_grad_, param.requires_grad)
     model.requires_grad_(False)
-    for name in (*adapter.low_rank, *adapter.full):
+    for name in (*adapter.low_rank, *(name for name in adapter.full if _trains(adapter, model, name))):
         if name in params and params[name].dtype.is_floating_point:
             params[name].requires_grad_(True)
+
+
+def _trains(adapter: Adapter, model: nn.Module, name: str) -> bool:
+    """Whether what was saved as it is was trained: PEFT saves embeddings too that it leaves alone, if it is told to."""
+    owner = name.rpartition(".")[0]
+    module = model.get_submodule(owner)
+    for end in ("get_input_embeddings", "get_output_embeddings"):
+        try:
+            embedding = getattr(model, end, lambda: None)()
+        except NotImplementedError:  # of a model of transformers that has none
+            continue
+        if embedding is module:
+            return any(names.saved(owner, entry) for entry in adapter.config.get("modules_to_save") or [])
+    return True
 
 
 @torch.no_grad()

@@ -25,7 +25,6 @@ _MORE = (
     "use_dora",
     "lora_bias",
     "layer_replication",
-    "layers_to_transform",
     "megatron_config",
     "trainable_token_indices",
     "alora_invocation_tokens",

@@ -132,7 +132,7 @@ class StatefulOptimizer(Optimizer):
                 self._base_state[param] = found.moments
             if sub is not None and found.step is not None:
                 sub.replace_state(found.state, found.refreshes)  # of one that is led there is none
-                sub.merged, sub.ledger, sub.loss = found.merged, found.ledger, found.loss
+                sub.merged, sub.ledger, sub.loss, sub.replaced = found.merged, found.ledger, found.loss, False
                 for key, tensor in found.stored.items():
                     if tensor.data_ptr() != stored[key].data_ptr():  # as in accelerate's load_state_dict(state_dict())
                         stored[key].copy_(tensor)

@@ -58,6 +58,7 @@ class Subspace:
         merged: Whether coordinates that were not zero have been merged.
         ledger: What was merged, where the run keeps that.
         loss: What merges have lost, where the weight is quantised.
+        replaced: Whether the weight was loaded anew after it had changed, so that what is known of its change is of another.
         leader: The subspace whose right basis this one shares.
         members: Those that share this one's basis, itself first; their weights are stacked to one of shape ``when.shape``.
     """
@@ -79,6 +80,7 @@ class Subspace:
     merged: bool = False
     ledger: Ledger | None = None
     loss: MergeLoss | None = None
+    replaced: bool = False
     leader: Subspace | None = None
     memo: Any = None  # of the input that members share in the forward that is running
     members: list[Subspace] = field(init=False)

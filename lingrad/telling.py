@@ -37,7 +37,8 @@ class TellingOptimizer(SteppingOptimizer):
             Parameter name -> change, of rank r for each basis that was used; on the CPU, exact to rounding.
 
         Raises:
-            ModeError: Something was merged or decayed, and the run was made without ``ledger=True``.
+            ModeError: Something was merged or decayed, and the run was made without ``ledger=True``; or a plain model was
+                loaded into the run, and no state of the optimizer after it.
         """
         found: dict[str, Change] = {}
         for group in self.param_groups:
@@ -67,6 +68,12 @@ class TellingOptimizer(SteppingOptimizer):
 
 
 def _change(sub: Subspace, *, decayed: bool) -> Change:
+    if sub.replaced:
+        raise ModeError(
+            f"{sub.name} was loaded into the model after it had changed, and what was kept of its change is another weight's: "
+            "load the optimizer's state that was saved with it (optimizer.pt of a Trainer's checkpoint), or compare the "
+            "weights with those the run started from (lingrad convert)"
+        )
     if sub.ledger is None and (sub.merged or decayed):
         raise ModeError(
             f"{sub.name} {'was merged into' if sub.merged else 'decays'}, and what was merged was not kept: make the run with "

@@ -1,5 +1,6 @@
 """What a run says of itself: the ledger of its merges, and checkpoints that are complete by themselves."""
 
+import copy
 import io
 
 import pytest
@@ -201,6 +202,24 @@ class TestSelfContained:
         train(model, optimizer, text_batches(3), schedule=False)
         model.load_state_dict(llama().state_dict())
         assert gap(optimizer.weights(), dict(llama().named_parameters())) == 0.0
+
+    @pytest.mark.parametrize("steps", [3, 6])
+    def test_then_its_change_is_not_known(self, steps):
+        """Before and after a merge; with the optimizer's state of the same moment it is known again."""
+        model = llama()
+        optimizer = self.run(model, ledger=True)
+        model.load_state_dict(llama().state_dict())  # nothing had changed
+        assert all(change.factors is None for change in optimizer.changes().values())
+        train(model, optimizer, text_batches(steps), schedule=False)
+        saved, state = model.state_dict(), optimizer.state_dict()
+        saved, state = copy.deepcopy(saved), copy.deepcopy(state)
+        expected = {name: change.factors.dense() for name, change in optimizer.changes().items()}
+        train(model, optimizer, text_batches(2, seed=5), schedule=False)
+        model.load_state_dict(saved)
+        with pytest.raises(errors.ModeError, match=r"was loaded into the model after it had changed.*optimizer\.pt"):
+            optimizer.changes()
+        optimizer.load_state_dict(state)
+        assert gap({name: change.factors.dense() for name, change in optimizer.changes().items()}, expected) == 0.0
 
     def test_detaching_gives_the_model_back(self):
         model = llama()

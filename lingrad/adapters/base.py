@@ -143,6 +143,7 @@ class Attachment(ABC):
         """Take the weight of a plain model, whole."""
         if f"{prefix}{attribute}" in state:
             state[f"{prefix}{key}"] = state.pop(f"{prefix}{attribute}")
+            self.sub.replaced = self.sub.replaced or self.sub.merged or bool(self.sub.coords.any())
             self.sub.coords.data.zero_()
 
     @abstractmethod

@@ -246,6 +246,13 @@ class TestRefused:
     def test_a_name_that_is_too_long(self, models, tmp_path):
         self.refused(*models, tmp_path / ("x" * 300), "cannot write '.*x': File name too long; name another folder")
 
+    def test_weights_that_are_packed(self, folders, tmp_path):
+        """Two codes in a byte: another shape than the config's, in both folders."""
+        key = "model.layers.0.mlp.up_proj.weight"
+        for folder, code in zip(folders, (1, 2), strict=True):
+            edit(folder, lambda t, code=code: t.update({key: torch.full((1408, 1), code, dtype=torch.uint8)}))
+        self.refused(*folders, tmp_path / "out", f"'{key}' is torch.uint8 in .* as of quantised weights")
+
     def test_one_folder_in_the_other(self, models, tmp_path):
         for out, decayed in (("a", "a"), ("a", "a/b"), ("a/b", "a")):
             with pytest.raises(SpecError, match="lie one in the other"):
@@ -295,6 +302,10 @@ class TestRefused:
             (
                 lambda t: t.update({"model.layers.0.mlp.up_proj.weight": torch.ones(88, 32, dtype=torch.int8)}),
                 "'model.layers.0.mlp.up_proj.weight' is torch.int8 in .* as of quantised weights",
+            ),
+            (
+                lambda t: t.update({"model.layers.0.mlp.up_proj.weight": torch.ones(88, 32, dtype=torch.uint8)}),
+                "'model.layers.0.mlp.up_proj.weight' is torch.uint8 in .* as of quantised weights",
             ),
             (
                 lambda t: t.update({"model.norm.weight": torch.ones(32).to(torch.float8_e4m3fn)}),

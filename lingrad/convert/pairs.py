@@ -100,7 +100,8 @@ def pairs(model: nn.Module, base: ModelFolder, tuned: ModelFolder, chosen: Colle
     found = []
     for name in sorted({*base.names} & {*tuned.names}):
         param = param_of(model, name)
-        if param and tuned.entry(name).shape != tuple(own[param].shape):
+        numbers = tuned.entry(name).dtype in _FLOATS  # of what is quantised shapes tell nothing; it is refused where it differs
+        if param and numbers and tuned.entry(name).shape != tuple(own[param].shape):
             raise DataError(
                 f"'{name}' is {list(tuned.entry(name).shape)} in '{tuned.path}', and {list(own[param].shape)} by its config; "
                 "the folder holds the weights of one model and the config of another"

@@ -208,6 +208,18 @@ class TestAdapter:
         assert not (tmp_path / "saved/adapter").exists()
         assert (tmp_path / "saved/model.safetensors").exists()
 
+    def test_it_takes_the_place_of_nothing_but_an_adapter(self, tmp_path):
+        trainer = make(tmp_path, mode="adapter", args={"max_steps": 2})
+        trainer.train()
+        (tmp_path / "saved/adapter").mkdir(parents=True)
+        (tmp_path / "saved/adapter/notes.txt").write_text("mine")
+        with pytest.warns(
+            UserWarning, match="no adapter: there is something at .* that is no adapter, and it is not overwritten"
+        ):
+            trainer.save_model(tmp_path / "saved")
+        assert [path.name for path in (tmp_path / "saved/adapter").iterdir()] == ["notes.txt"]
+        assert not list((tmp_path / "saved").glob(".*"))
+
     @pytest.mark.parametrize("only_model", [False, True])
     def test_of_the_best_model(self, tmp_path, only_model):
         """A learning rate that rises until it ruins the model; the best one was merged into before, the last again since."""

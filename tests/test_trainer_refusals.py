@@ -53,6 +53,12 @@ class TestRefusals:
             base="lion",
         )
 
+    def test_an_optimizer_whose_models_would_lack_its_coordinates(self, tmp_path):
+        model = llama(torch.float32)
+        opt = lingrad.adapt(model, SPEC, lr=1e-2)
+        with pytest.raises(ModeError, match="would lack its coordinates; make it with self_contained=True"):
+            lingrad.hf.LingradTrainer(model, arguments(tmp_path), optimizers=(opt, None))
+
     def test_sharding(self, tmp_path, monkeypatch):
         monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
         args = trainers.quietly(arguments, tmp_path)
@@ -83,6 +89,7 @@ class TestRefusals:
         self.refused(tmp_path, SpecError, "unknown option 'rnak'", spec="svd(rnak=4)")
         self.refused(tmp_path, SpecError, "takes no option 'momentun'", base="sgd", momentun=0.1)
         self.refused(tmp_path, SpecError, "mode must be one of optimizer, adapter", mode="lora")
+        self.refused(tmp_path, SpecError, "carry must be one of", carry="sometimes")
         self.refused(tmp_path, SpecError, "'self_contained' is what lingrad.hf sets", self_contained=False)
         with pytest.raises(SpecError, match="args must be the TrainingArguments"):
             lingrad.hf.trainer_kwargs(SPEC, {"learning_rate": 1})

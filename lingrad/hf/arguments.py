@@ -80,6 +80,7 @@ def trainer_kwargs(
     """
     optional("transformers", "lingrad.hf", "hf")
     require_one_of(mode, get_args(Mode), "mode")
+    require_one_of(carry, get_args(Carry), "carry")
     translated = isinstance(spec_or_rules, GaloreTargets)
     if not callable(spec_or_rules):
         parse_rules(spec_or_rules)

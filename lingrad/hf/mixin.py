@@ -62,6 +62,7 @@ class TrainerMixin(_Trainer):  # type: ignore[misc]
             if self.optimizer is not None:
                 raise ModeError("this trainer got an optimizer and **lingrad.hf.trainer_kwargs(...); leave one of them out")
             self.optimizer_cls_and_kwargs = given
+        _check_plain(find_optimizer(self))
 
     def create_optimizer(self, model: nn.Module | None = None) -> Any:
         """Make the optimizer, with what this trainer's own ``get_decay_parameter_names`` says of decay.
@@ -225,6 +226,15 @@ def ready_made(name: str) -> Any:
     return type(name, (TrainerMixin, stock), {"__module__": __name__, "__doc__": f"{base} with `TrainerMixin`."})
 
 
+def _check_plain(optimizer: SubspaceOptimizer | None) -> None:
+    """What a trainer saves must be the plain model, W + S z, and not W with coordinates beside it."""
+    if optimizer is not None and optimizer.mode == "adapter" and not optimizer._self_contained:
+        raise ModeError(
+            "this optimizer is in adapter mode and was made without self_contained=True: the models and checkpoints that the "
+            "trainer saves would lack its coordinates; make it with self_contained=True"
+        )
+
+
 @contextmanager
 def _own_forward(model: nn.Module) -> Iterator[None]:
     """Set aside a forward that accelerate (autocast) or TRL has put in the place of a model's own: PEFT computes without it."""
@@ -241,6 +251,8 @@ def _write_adapter(optimizer: SubspaceOptimizer, folder: Path, no_adapter: str, 
     fresh = folder.with_name(f".{folder.name}.new")
     shutil.rmtree(fresh, ignore_errors=True)
     why = no_adapter
+    if not why and folder.exists() and not (folder / "adapter_config.json").is_file():
+        why = f"there is something at '{folder}' that is no adapter, and it is not overwritten"
     if not why:
         try:
             export(optimizer, fresh, **{"quiet": True, **options})

@@ -120,6 +120,15 @@ class TestReadme:
         assert report.markdown(result) in self.TEXT
         assert (ROOT / "docs/demo/table.md").read_text() == report.markdown(result)
 
+    @pytest.mark.parametrize(("name", "page"), [("finetune", "README.md"), ("smollm2", "docs/lowbit.md")])
+    def test_tables_of_examples_are_those_of_recorded_runs(self, name, page):
+        import json
+
+        table = (ROOT / f"docs/examples/{name}.md").read_text()
+        assert f"<!-- {name}:begin -->\n{table}<!-- {name}:end -->" in (ROOT / page).read_text()
+        result = json.loads((ROOT / f"docs/examples/{name}.json").read_text())
+        assert f"{result['seconds']:.0f} s" in table
+
     def test_files_it_links_to_exist(self):
         import re
 

@@ -56,11 +56,9 @@ class Ledger:
         """Follow a decoupled decay of the weight.
 
         Args:
-            factor: By which the weight was multiplied.
+            factor: By which the weight was multiplied, and `tensors` with it.
         """
         self.kept *= factor
-        if self._open is not None:
-            self._open *= factor
         if self.kept == 0.0:  # nothing is left, and nothing can be told apart by what decayed since
             self._parts.clear()
 

@@ -217,11 +217,13 @@ class SteppingOptimizer(StatefulOptimizer):
             entry = tensors.setdefault(id(group), (group, [], []))
             entry[1].extend(found)
             if attachment is not None and attachment.sub.ledger is not None:
+                entry[1].extend(attachment.sub.ledger.tensors())
                 entry[2].append(attachment.sub.ledger)
         for group, decayed, ledgers in tensors.values():
             factor = 1.0 - group["lr"] * group["weight_decay"]
             if undo:
                 factor = 1.0 / factor if factor else 1.0
             torch._foreach_mul_(decayed, factor)
+            number = float(factor) if ledgers else 1.0  # of a learning rate that is a tensor, once
             for ledger in ledgers:
-                ledger.decay(float(factor))
+                ledger.decay(number)

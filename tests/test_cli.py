@@ -10,25 +10,11 @@ from importlib.metadata import version
 import pytest
 from typer.testing import CliRunner
 
-from lingrad import __main__
 from lingrad.cli import app
 from lingrad.explain import explain
 from lingrad.models import LlamaShape
 from lingrad.research import plans, report
 from tests.training import llama, zoo
-
-
-@pytest.fixture
-def lingrad(monkeypatch, capsys):
-    """The program in this process: exit status, output, errors."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["lingrad", *map(str, arguments)])
-        with pytest.raises(SystemExit) as caught:
-            __main__.main()
-        return (caught.value.code or 0, *capsys.readouterr())
-
-    return run
 
 
 @pytest.fixture

@@ -5,25 +5,12 @@ import sys
 import pytest
 import torch
 
-from lingrad import __main__, convert
+from lingrad import convert
 from tests.folders import contents, make
 from tests.trainers import make as make_trainer
 from tests.training import llama
 
 pytest.importorskip("peft", reason="make test installs it (extra: hf)", exc_type=ImportError)
-
-
-@pytest.fixture
-def lingrad(monkeypatch, capsys):
-    """The program in this process: exit status, output, errors."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["lingrad", *map(str, arguments)])
-        with pytest.raises(SystemExit) as caught:
-            __main__.main()
-        return (caught.value.code or 0, *capsys.readouterr())
-
-    return run
 
 
 def test_what_is_printed_is_the_report(lingrad, tmp_path):

@@ -601,7 +601,13 @@ MUTANTS = (
         "checkpoint.py", "trees.copied(value, places.get(key, device))", "value", "a run writes into what it loaded", CHECKPOINT
     ),
     Mutant("ledger.py", "        self.kept *= factor\n", "", "the ledger forgets decay", CHANGES),
-    Mutant("ledger.py", "            self._open *= factor\n", "            pass\n", "what is open does not decay", CHANGES),
+    Mutant(
+        "stepping.py",
+        "                entry[1].extend(attachment.sub.ledger.tensors())\n",
+        "",
+        "what is open does not decay",
+        CHANGES,
+    ),
     Mutant("ledger.py", "(self.kept / part.kept)", "1.0", "what is closed does not decay", CHANGES),
     Mutant(
         "ledger.py",
@@ -624,9 +630,7 @@ MUTANTS = (
         "bases run together",
         CHANGES,
     ),
-    Mutant(
-        "stepping.py", "                ledger.decay(float(factor))\n", "                pass\n", "decay is not noted", CHANGES
-    ),
+    Mutant("stepping.py", "                ledger.decay(number)\n", "                pass\n", "decay is not noted", CHANGES),
     Mutant(
         "subspace.py",
         "sub.merged = sub.merged or release or bool(sub.coords.any())",

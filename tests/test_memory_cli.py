@@ -10,7 +10,6 @@ from lingrad import memory
 from lingrad.errors import DataError, SpecError
 from lingrad.memory import jobs
 from lingrad.memory.snapshot import load_snapshot
-from tests.test_cli import lingrad as lingrad
 
 SMALL = jobs.Asked("demo", "svd(rank=16)", length=32)
 

@@ -13,11 +13,11 @@ import torch
 from torch import nn
 
 import lingrad
-from lingrad import lowbit
-from lingrad._table import align
+from lingrad.console import align
+from lingrad.memory import moments as lowbit
 from lingrad.models import LlamaShape, build_llama, next_token_loss
-from lingrad.packed import packed_of
 from lingrad.research.corpus import moby_dick, tokenize, training_batches, validation_batches
+from lingrad.weights.bitsandbytes import packed_of
 
 SHAPE = LlamaShape(hidden=128, intermediate=384, layers=2, heads=4, length=64)
 ROWS, BEFORE, STEPS = 8, 400, 300

@@ -22,7 +22,7 @@ def compare(workload: Workload) -> dict[str, dict[str, Any]]:
     """Simulate two steps of each method, checkpointing on, and tell the most of what is not weights or activations.
 
     The simulation runs the real step on tensors without numbers; that it takes the bytes of a real run is what
-    tests/test_memory.py shows.
+    tests/memory/test_runs.py shows.
 
     Args:
         workload: The model and the batch.

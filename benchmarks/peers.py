@@ -9,12 +9,12 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from typing_extensions import override
 
-from lingrad import bases
-from lingrad._typing import override
+from lingrad import optimizers
+from lingrad.config.targets import resolve_model
 from lingrad.errors import optional
-from lingrad.memory.methods import Method, Training
-from lingrad.rules import resolve_model
+from lingrad.methods import Method, Training
 
 LR = 1e-4
 
@@ -48,7 +48,7 @@ class Frozen(Method):
         linears, rest = split(model, 1)
         for param in linears:
             param.requires_grad_(False)
-        return Training(model, [bases.find("adamw", {"lr": LR}).build(rest)])
+        return Training(model, [optimizers.find("adamw", {"lr": LR}).build(rest)])
 
 
 @final
@@ -199,5 +199,5 @@ class PublishedOSD(Method):
     @override
     def prepare(self, model: nn.Module, *, layerwise: bool = False) -> Training:
         linears, rest = split(model, self.rank)
-        build: Callable[..., Optimizer] = bases.find("adamw", {"lr": LR}).build
+        build: Callable[..., Optimizer] = optimizers.find("adamw", {"lr": LR}).build
         return Training(model, [_OnlineSubspaceDescent(linears, self.rank), build(rest)])

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 
 from benchmarks.peers import Frozen, LinearsOnly, PublishedOSD, apollo_torch, pytorch_optimizer
-from lingrad.memory.methods import Full, GaloreTorch, Lingrad, Lora, Method
+from lingrad.methods import Full, GaloreTorch, Lingrad, Lora, Method
 from lingrad.models import LlamaShape
 
 PERIOD = 200  # steps over which the cost of a refresh is spread

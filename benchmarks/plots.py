@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 from benchmarks.measure import ratio
 from benchmarks.plan import FULL, PERIOD
-from lingrad._files import write_whole
+from lingrad import plotting
 
 
 def draw(found: dict[str, Any], folder: Path) -> None:
@@ -52,7 +51,7 @@ def _steps(name: str, timings: list[dict[str, Any]], path: Path) -> None:
     axes[0].invert_yaxis()
     axes[0].axvline(1.0, color="black", linewidth=0.8, linestyle=":")
     axes[0].set(xlabel=f"time of a step / full AdamW, refresh spread over {PERIOD} steps; median and quartiles", title=name)
-    _save(figure, path)
+    plotting.save(figure, path)
 
 
 def _refreshes(records: list[dict[str, Any]], path: Path) -> None:
@@ -67,7 +66,7 @@ def _refreshes(records: list[dict[str, Any]], path: Path) -> None:
         )
     axes[0].set(xscale="log", xlabel="ms a refresh", ylabel="energy captured / exact SVD's", title="refreshes, all shapes")
     axes[0].legend(fontsize=8)
-    _save(figure, path)
+    plotting.save(figure, path)
 
 
 def _curves(found: dict[str, list[dict[str, Any]]], path: Path) -> None:
@@ -87,18 +86,8 @@ def _curves(found: dict[str, list[dict[str, Any]]], path: Path) -> None:
         axis.set(xlabel=what)
     axes[0].set_ylabel("time of a step / full AdamW")
     axes[-1].legend(fontsize=7)
-    _save(figure, path)
+    plotting.save(figure, path)
 
 
 def _figure(columns: int, height: float = 3.6) -> tuple[Any, list[Any]]:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7.0 if columns == 1 else 3.4 * columns, height), layout="constrained")
-    axes = figure.subplots(1, columns, squeeze=False)
-    return figure, list(axes[0])
-
-
-def _save(figure: Any, path: Path) -> None:
-    picture = io.BytesIO()
-    figure.savefig(picture, dpi=130, format="png", metadata={"Software": None})
-    write_whole(path, picture.getvalue())
+    return plotting.figure((7.0 if columns == 1 else 3.4 * columns, height), columns)

@@ -16,10 +16,10 @@ from benchmarks import measure
 from benchmarks.peers import published_pca
 from benchmarks.plan import LLAMA_1024, PERIOD, Capture, Workload
 from benchmarks.steps import batches
-from lingrad import spec
-from lingrad.gather import products
-from lingrad.gradient import DenseGradient, FactoredGradient
+from lingrad.config import spec
+from lingrad.gradients.local import DenseGradient, FactoredGradient
 from lingrad.models import build_llama, next_token_loss
+from lingrad.subspaces.gather import products
 from lingrad.transforms import Transform, When
 
 TRANSFORMS = (

@@ -16,9 +16,9 @@ import torch
 from benchmarks import plots
 from benchmarks.measure import ratio
 from benchmarks.plan import FROZEN, FULL, GALORE, GOALS, PERIOD, Workload
-from lingrad._files import write_whole
-from lingrad._table import markdown as tabulate
+from lingrad.console import markdown as tabulate
 from lingrad.errors import LingradError
+from lingrad.files.atomic import write_whole
 from tools.marks import put
 
 ROOT = Path(__file__).parents[1]

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from benchmarks import flops, measure
 from benchmarks.plan import ENTRIES, PERIOD, Steps, Workload
-from lingrad.memory.methods import Training
+from lingrad.methods import Training
 from lingrad.models import build_llama, next_token_loss
 from lingrad.research.corpus import moby_dick, tokenize, training_batches
 

@@ -26,7 +26,7 @@ from transformers.utils import logging
 import lingrad
 import lingrad.hf
 import lingrad.peft
-from lingrad._table import markdown
+from lingrad.console import markdown
 
 SPEC = "svd(rank=16, every=20)"
 # Learning rates were set by hand, once, on another split; `scale` is on the coordinates alone.

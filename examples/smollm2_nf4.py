@@ -22,7 +22,7 @@ from trl import SFTConfig
 
 import lingrad.hf
 import lingrad.peft
-from lingrad._table import markdown
+from lingrad.console import markdown
 from lingrad.research.corpus import moby_dick
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"

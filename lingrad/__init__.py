@@ -3,16 +3,16 @@
 from importlib import import_module as _import_module
 from types import ModuleType as _ModuleType
 
-from lingrad import bases as bases
 from lingrad import errors as errors
-from lingrad import spec as spec
+from lingrad import optimizers as optimizers
 from lingrad import transforms as transforms
 from lingrad.api import adapt as adapt
 from lingrad.api import wrap as wrap
+from lingrad.config import spec as spec
+from lingrad.engine.optimizer import SubspaceOptimizer as SubspaceOptimizer
 from lingrad.errors import LingradError as LingradError
-from lingrad.gradient import Gradient as Gradient
+from lingrad.gradients.base import Gradient as Gradient
 from lingrad.maps import LinearMap as LinearMap
-from lingrad.optimizer import SubspaceOptimizer as SubspaceOptimizer
 from lingrad.transforms import BasisTransform as BasisTransform
 from lingrad.transforms import GradientBasis as GradientBasis
 from lingrad.transforms import Transform as Transform

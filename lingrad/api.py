@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from lingrad.bases import BaseLike
-from lingrad.compat import Compat
-from lingrad.groups import Trainable
-from lingrad.moments import Carry
-from lingrad.optimizer import SubspaceOptimizer
-from lingrad.rules import Rules
-from lingrad.sharing import Share
+from lingrad.config.rules import Rules
+from lingrad.config.sharing import Share
+from lingrad.engine.arithmetic import Compat
+from lingrad.engine.build import Trainable
+from lingrad.engine.moments import Carry
+from lingrad.engine.optimizer import SubspaceOptimizer
+from lingrad.optimizers.base import BaseLike
 
 
 def wrap(
@@ -39,7 +39,7 @@ def wrap(
         spec_or_rules: A config string such as ``svd(rank=128, every=200)``, for every Linear weight but the output head's;
             or rules, ``{"*.attn.*": "svd(rank=64)", "*": "none"}``: globs over module names, the first match wins. What no
             rule matches trains in full through the same base.
-        base: The optimizer of the coordinates: a name (see ``lingrad.bases.names()``), a ``torch.optim.Optimizer`` class,
+        base: The optimizer of the coordinates: a name (see ``lingrad.optimizers.names()``), a ``torch.optim.Optimizer`` class,
             or a factory ``f(params, **base_kwargs)``.
         weight_decay: Decoupled decay of every parameter, W <- (1 - lr * weight_decay) W, whatever the base.
         scale: Multiplies the learning rate of the coordinates, not their decay (GaLore's ``scale``).
@@ -51,7 +51,7 @@ def wrap(
             micro-batches, no clipping by a norm and no loss scaling.
         stagger: Refresh the weights in turns, spread over the steps between two refreshes of one, so that no step pays for all.
             Until its first turn a weight is trained in a random basis.
-        share: ``input`` gives linear layers that read the same input (q, k, v; gate, up; see `lingrad.sharing`) one right
+        share: ``input`` gives linear layers that read the same input (q, k, v; gate, up; `lingrad.config.sharing`) one right
             basis, chosen for all their gradients together, and one saved x @ Q.
         ledger: Keep, in the memory of the host, the basis (or its seed) and the coordinates of everything that is merged, so
             that the whole run is known as a low-rank change of the weights it started from; see ``opt.changes()``.

@@ -8,11 +8,11 @@ from typing import Annotated
 import typer
 
 from lingrad import __version__
-from lingrad.convert import commands
-from lingrad.explain import explain as explain_
-from lingrad.memory import jobs as memory_jobs
+from lingrad.config.explain import explain as explain_
+from lingrad.convert import commands as convert_commands
+from lingrad.memory import commands as memory_commands
 from lingrad.models import open_model
-from lingrad.research import jobs
+from lingrad.research import commands as research_commands
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__, pretty_exceptions_enable=False)
 
@@ -31,7 +31,7 @@ def demo(
     steps: Annotated[int | None, typer.Option(min=3, help="Training steps; the demo's own number if left out.")] = None,
 ) -> None:
     """Train a small Llama on Moby-Dick: full AdamW, GaLore in both modes, a random map, online PCA."""
-    jobs.demo(out, steps=steps)
+    research_commands.demo(out, steps=steps)
 
 
 @app.command()
@@ -47,7 +47,7 @@ def train(
     out: Out = Path("runs/train"),
 ) -> None:
     """Train the demo's model on your own text: one transform in both modes, beside full-rank AdamW."""
-    jobs.train(text, spec, out, base=base, lr=lr, scale=scale, carry=carry, steps=steps, length=length)
+    research_commands.train(text, spec, out, base=base, lr=lr, scale=scale, carry=carry, steps=steps, length=length)
 
 
 @app.command()
@@ -84,11 +84,11 @@ def memory(
     snapshot: Annotated[Path | None, typer.Option(help="Write a snapshot for pytorch.org/memory_viz here.")] = None,
 ) -> None:
     """Show where a run's memory would go, and whether it fits, without running it."""
-    asked = memory_jobs.Asked(
+    asked = memory_commands.Asked(
         *(model, spec, base, mode, batch, seq, dtype, checkpointing, layerwise, capacity, expandable, share, stagger)
     )
-    outputs = memory_jobs.Outputs(json, plot, snapshot)
-    typer.echo(memory_jobs.answer(asked, outputs, compare_all=compare, max_batch=max_batch, closed_form=closed_form))
+    outputs = memory_commands.Outputs(json, plot, snapshot)
+    typer.echo(memory_commands.answer(asked, outputs, compare_all=compare, max_batch=max_batch, closed_form=closed_form))
 
 
 @app.command()
@@ -107,8 +107,8 @@ def convert(
     exact: Annotated[bool, typer.Option("--exact", help="From the ledger of a lingrad run: RUN, or BASE RUN.")] = False,
 ) -> None:
     """Turn what a training made of a model into an adapter for PEFT: full models in, LoRA out."""
-    asked = commands.Asked(out, rank, energy, max_error, dtype, uniform_rank, full_svd, logits, decayed_base, exact)
-    typer.echo(commands.convert(base, tuned, asked))
+    asked = convert_commands.Asked(out, rank, energy, max_error, dtype, uniform_rank, full_svd, logits, decayed_base, exact)
+    typer.echo(convert_commands.convert(base, tuned, asked))
 
 
 @app.command()
@@ -118,7 +118,7 @@ def merge(
     out: Annotated[Path, typer.Option(help="Folder of the merged model; must not exist.")],
 ) -> None:
     """Write the plain model that a base and an adapter make together."""
-    typer.echo(commands.merge(base, adapter, out))
+    typer.echo(convert_commands.merge(base, adapter, out))
 
 
 @app.command()

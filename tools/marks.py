@@ -3,8 +3,8 @@
 import re
 from pathlib import Path
 
-from lingrad._files import write_whole
 from lingrad.errors import DataError
+from lingrad.files.atomic import write_whole
 
 
 def put(page: Path, blocks: dict[str, str]) -> None:

@@ -8,14 +8,14 @@ from pathlib import Path
 
 import torch
 
-from lingrad._table import markdown
+from lingrad.console import markdown
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 from marks import put  # noqa: E402
 
-from tests import breakers, cases  # noqa: E402 - the tests' own cases
+from tests.support import breakers, cases  # noqa: E402 - the tests' own cases
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}
 Case = tuple[str, str, str, tuple[str, dict], float | None]

@@ -14,8 +14,8 @@ from statistics import median
 import torch
 
 from lingrad import memory
-from lingrad.memory import jobs
-from lingrad.memory.jobs import DTYPES
+from lingrad.memory import commands
+from lingrad.memory.commands import DTYPES
 from lingrad.memory.units import readable
 from lingrad.models import LLAMAS, LlamaShape, build_llama, open_model
 
@@ -104,14 +104,14 @@ def gpu_table() -> str:
 
 def seven_billion() -> str:
     """7B at rank 1024 with 8-bit moments, one row of 256 tokens, layerwise, against 24 GiB."""
-    asked = jobs.Asked("llama-7b", "svd(rank=1024)", "adamw8bit", layerwise=True, capacity="24GiB")
+    asked = commands.Asked("llama-7b", "svd(rank=1024)", "adamw8bit", layerwise=True, capacity="24GiB")
     lines = [
         "| method | asked for | between steps | reserved | 24 GiB | largest batch |",
         "| --- | ---: | ---: | ---: | --- | ---: |",
     ]
-    for method in jobs.methods(asked):
+    for method in commands.methods(asked):
         report = asked.simulate(method)
-        rows, _ = jobs.largest_batch(asked, method) if report.fits else (0, "")
+        rows, _ = commands.largest_batch(asked, method) if report.fits else (0, "")
         verdict = "fits" if report.fits else "does not fit"
         cells = [method.label, readable(report.peak), readable(report.steady), readable(report.reserved), verdict, str(rows)]
         lines.append(f"| {' | '.join(cells)} |")
@@ -121,7 +121,7 @@ def seven_billion() -> str:
 
 def seventy_billion() -> str:
     """70B, the same, with checkpointing."""
-    asked = jobs.Asked("llama-70b", "svd(rank=1024)", "adamw8bit", length=2048, layerwise=True, checkpointing=True)
+    asked = commands.Asked("llama-70b", "svd(rank=1024)", "adamw8bit", length=2048, layerwise=True, checkpointing=True)
     lines = ["| method | asked for | between steps | reserved |", "| --- | ---: | ---: | ---: |"]
     for method in (asked.method, replace(asked, mode="adapter").method):
         report = asked.simulate(method)
@@ -141,8 +141,8 @@ def headlines() -> str:
     """The papers' figures beside ours."""
     (galore8, bytewise), (full8, _) = (optimizer_state(spec, "adamw8bit") for spec in ("svd(rank=1024)", "full()"))
     bf16 = 2 * 2 * 6_738_415_616  # two moments of bfloat16
-    asked = jobs.Asked("llama-7b", "svd(rank=1024)", "adamw8bit", layerwise=True)
-    _, galore, optimizer, adapter, _ = jobs.methods(asked)
+    asked = commands.Asked("llama-7b", "svd(rank=1024)", "adamw8bit", layerwise=True)
+    _, galore, optimizer, adapter, _ = commands.methods(asked)
     reports = [asked.simulate(method) for method in (galore, optimizer, adapter)]
     full = replace(asked, layerwise=False).simulate(memory.Full("adamw"))
     peaks, taken = ([getattr(r, key) / GB for r in reports] for key in ("peak", "reserved"))

@@ -15,31 +15,43 @@ ROOT = Path(__file__).parents[1]
 SECONDS = 600  # for one run of pytest; a mutant that never ends is killed too
 
 # which tests to try first
-MAPS, BACKWARD, OPTIMIZER = ("tests/test_maps.py",), ("tests/test_backward.py",), ("tests/test_optimizer.py",)
-HAND = ("tests/test_optimizer.py::test_a_step_by_hand",)
-CLIPPING = ("tests/test_optimizer.py::TestClipping",)
-ZERO_GRAD = ("tests/test_optimizer.py::TestZeroGrad", *OPTIMIZER)
-UNUSUAL = ("tests/test_optimizer.py::TestUnusualGradients", *OPTIMIZER)
-STRUCTURE = ("tests/test_optimizer.py::TestStructure",)
-CHECKPOINT, RESUMES = ("tests/test_checkpoint.py",), ("tests/test_checkpoint.py::test_resuming_is_exact",)
-REFERENCE, GALORE, PARALLEL = ("tests/test_reference.py",), ("tests/test_galore.py",), ("tests/test_parallel.py",)
-BASES, TRANSFORMS = ("tests/test_bases.py",), ("tests/test_transforms.py",)
-DETAILS, LAYERWISE = ("tests/test_details.py",), ("tests/test_layerwise.py",)
-REFRESH, SHARING, STEPPING = ("tests/test_refresh.py",), ("tests/test_sharing.py",), ("tests/test_stepping.py",)
-SKETCHES, ENERGY = ("tests/test_refresh.py::TestSketches",), ("tests/test_refresh.py::TestEnergy",)
-PRODUCTS = ("tests/test_refresh.py::TestSketches::test_the_products_are_those_of_the_whole_gradient",)
-STACKED = ("tests/test_sharing.py::test_the_basis_is_that_of_the_stacked_gradient",)
-STAGGER, MERGING = ("tests/test_refresh.py::TestStagger",), ("tests/test_stepping.py::TestMergeEvery",)
-CHANGES = ("tests/test_changes.py",)
-FLOPS, FORWARD = ("tests/test_stepping.py::TestFlops",), ("tests/test_stepping.py::TestForwardOfAdapterMode",)
+MAPS, BACKWARD, OPTIMIZER = (
+    ("tests/maps/test_maps.py",),
+    ("tests/adapters/test_linear.py",),
+    ("tests/engine/test_optimizer.py",),
+)
+HAND = ("tests/engine/test_optimizer.py::test_a_step_by_hand",)
+CLIPPING = ("tests/engine/test_optimizer.py::TestClipping",)
+ZERO_GRAD = ("tests/engine/test_optimizer.py::TestZeroGrad", *OPTIMIZER)
+UNUSUAL = ("tests/engine/test_optimizer.py::TestUnusualGradients", *OPTIMIZER)
+STRUCTURE = ("tests/engine/test_optimizer.py::TestStructure",)
+CHECKPOINT, RESUMES = ("tests/engine/test_checkpoint.py",), ("tests/engine/test_checkpoint.py::test_resuming_is_exact",)
+REFERENCE, GALORE, PARALLEL = (
+    ("tests/contract/test_reference.py",),
+    ("tests/contract/test_galore.py",),
+    ("tests/contract/test_parallel.py",),
+)
+BASES, TRANSFORMS = ("tests/optimizers/test_base.py",), ("tests/transforms/test_transforms.py",)
+DETAILS, LAYERWISE = ("tests/contract/test_details.py",), ("tests/engine/test_layerwise.py",)
+REFRESH, SHARING, STEPPING = (
+    ("tests/engine/test_refresh.py",),
+    ("tests/config/test_sharing.py",),
+    ("tests/engine/test_step.py",),
+)
+SKETCHES, ENERGY = ("tests/engine/test_refresh.py::TestSketches",), ("tests/engine/test_refresh.py::TestEnergy",)
+PRODUCTS = ("tests/engine/test_refresh.py::TestSketches::test_the_products_are_those_of_the_whole_gradient",)
+STACKED = ("tests/config/test_sharing.py::test_the_basis_is_that_of_the_stacked_gradient",)
+STAGGER, MERGING = ("tests/engine/test_refresh.py::TestStagger",), ("tests/engine/test_step.py::TestMergeEvery",)
+CHANGES = ("tests/subspaces/test_ledger.py",)
+FLOPS, FORWARD = ("tests/engine/test_step.py::TestFlops",), ("tests/engine/test_step.py::TestForwardOfAdapterMode",)
 
 # what a mutant meets that these let pass: everything fast that is about numbers, state and structure
 WIDE = (
     *(DETAILS + MAPS + BACKWARD + OPTIMIZER + REFERENCE + CHECKPOINT + BASES + TRANSFORMS + GALORE),
     *(REFRESH + SHARING + STEPPING),
-    "tests/test_faults.py",
-    "tests/test_resume.py",
-    "tests/test_duality.py",
+    "tests/contract/test_faults.py",
+    "tests/contract/test_resume.py",
+    "tests/contract/test_duality.py",
 )
 
 
@@ -98,7 +110,7 @@ MUTANTS = (
         "_both_sides(self, self, coords, power=1).mul(coords).sum().clamp_min(0).sqrt()",
         "torch.linalg.vector_norm(coords)",
         "|S z| is |z|, whatever the basis",
-        ("tests/test_testing.py",),
+        ("tests/testing/test_oracles.py",),
     ),
     # gradient
     Mutant("gradient.py", "torch.promote_types(dtype, torch.float32)", "dtype", "norms and coordinates in bfloat16", MAPS),
@@ -328,14 +340,14 @@ MUTANTS = (
         "target.layout.shape[1], target.transform",
         "target.layout.shape[1]",
         "weights of different transforms share a basis",
-        ("tests/test_sharing.py::TestGroups",),
+        ("tests/config/test_sharing.py::TestGroups",),
     ),
     Mutant(
         "stacked.py",
         "[part.product(None, right) for part in self.parts]",
         "[part.product(None, right) for part in self.parts[::-1]]",
         "stacked gradients in the wrong order",
-        ("tests/test_sharing.py::TestStackedGradient",),
+        ("tests/config/test_sharing.py::TestStackedGradient",),
     ),
     Mutant(
         "adapters/linear.py", "self.given() is given and", "True and", "an input is served the reduced one of another", STACKED
@@ -345,7 +357,7 @@ MUTANTS = (
         "self.version == given._version and",
         "True and",
         "an input written into is not reduced again",
-        ("tests/test_sharing.py::test_an_input_changed_in_place_or_used_again_is_reduced_again",),
+        ("tests/config/test_sharing.py::test_an_input_changed_in_place_or_used_again_is_reduced_again",),
     ),
     # transforms
     Mutant(
@@ -353,28 +365,28 @@ MUTANTS = (
         '"sketch", when.step, side)',
         '"sketch", side)',
         "every sketch is by the same test matrix",
-        ("tests/test_refresh.py::TestSketches::test_each_step_and_side_has_test_columns_of_its_own",),
+        ("tests/engine/test_refresh.py::TestSketches::test_each_step_and_side_has_test_columns_of_its_own",),
     ),
     Mutant(
         "transforms/sketch.py",
         '"sketch", when.step, side)',
         '"sketch", when.step)',
         "both sides are sketched by one test matrix",
-        ("tests/test_refresh.py::TestSketches::test_each_step_and_side_has_test_columns_of_its_own",),
+        ("tests/engine/test_refresh.py::TestSketches::test_each_step_and_side_has_test_columns_of_its_own",),
     ),
     Mutant(
         "transforms/pca.py",
         "return align_signs(found, basis), memory",
         "return found, memory",
         "pca's first basis has signs of its own",
-        ("tests/test_refresh.py::TestSketches::test_columns_point_as_those_before_did",),
+        ("tests/engine/test_refresh.py::TestSketches::test_columns_point_as_those_before_did",),
     ),
     Mutant(
         "transforms/power.py",
         "align_signs(orthonormalize(columns, seed=seed), old)",
         "orthonormalize(columns, seed=seed)",
         "power's bases have signs of their own",
-        ("tests/test_refresh.py::TestSketches::test_columns_point_as_those_before_did",),
+        ("tests/engine/test_refresh.py::TestSketches::test_columns_point_as_those_before_did",),
     ),
     Mutant(
         "transforms/power.py",
@@ -392,7 +404,7 @@ MUTANTS = (
         "                pull(own, group)\n",
         "                pass\n",
         "what a base keeps in its group is lost",
-        ("tests/test_optimizer.py::TestBaseState",),
+        ("tests/engine/test_optimizer.py::TestBaseState",),
     ),
     Mutant(
         "stepping.py",
@@ -421,7 +433,7 @@ MUTANTS = (
         "sub.coords.grad is not None or self._layerwise is not None",
         "True",
         "a dropped gradient's sketch decides a basis",
-        ("tests/test_refresh.py::TestSketches::test_a_gradient_that_was_dropped_refreshes_nothing",),
+        ("tests/engine/test_refresh.py::TestSketches::test_a_gradient_that_was_dropped_refreshes_nothing",),
     ),
     Mutant("stepping.py", "probe = self._is_probe()", "probe = False", "the step that allocates state refreshes", DETAILS),
     Mutant(
@@ -453,7 +465,7 @@ MUTANTS = (
         "        if plain:\n",
         "        if False:\n",
         "a compiled step takes a learning rate that is a number",
-        ("tests/test_stepping.py::test_a_compiled_step_refuses_a_plain_learning_rate",),
+        ("tests/engine/test_step.py::test_a_compiled_step_refuses_a_plain_learning_rate",),
     ),
     Mutant("stepping.py", "        param.grad = None\n", "", "a stepped gradient stays", LAYERWISE),
     # layerwise
@@ -677,7 +689,7 @@ MUTANTS = (
         '            "share": self._share,\n',
         "",
         "a run that shares no basis loads one that does",
-        ("tests/test_sharing.py::test_it_resumes_to_the_bit_with_one_basis_in_the_file",),
+        ("tests/config/test_sharing.py::test_it_resumes_to_the_bit_with_one_basis_in_the_file",),
     ),
     # parallel
     Mutant("parallel.py", "(tensor / count)", "(tensor)", "a sum over ranks instead of a mean", PARALLEL),
@@ -708,7 +720,7 @@ MUTANTS = (
 def copy_tracked(folder: Path) -> None:
     """Copy what git tracks, as it is in the working tree, and this program's own tests."""
     listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, check=True, capture_output=True, text=True).stdout  # noqa: S607
-    for name in [*filter(None, listed.split("\0")), *REFERENCE, "tests/reference.py"]:
+    for name in [*filter(None, listed.split("\0")), *REFERENCE, "tests/support/reference.py"]:
         if (ROOT / name).is_file():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(ROOT / name, folder / name)
@@ -734,7 +746,7 @@ def killer(folder: Path, tests: tuple[str, ...]) -> str | None:
         return None
     options = ("-x", "-q", "-n", "0", "-m", "not slow", "-p", "no:cacheprovider")
     # it starts three processes to show what other tests show in one
-    skipped = "--deselect=tests/test_checkpoint.py::test_a_saved_model_goes_on_in_another_process"
+    skipped = "--deselect=tests/engine/test_checkpoint.py::test_a_saved_model_goes_on_in_another_process"
     status, said = run(folder, "-m", "pytest", *options, skipped, *present)
     if status == 0:
         return None

@@ -8,8 +8,8 @@ from lingrad.adapters.base import refuse_attached as refuse_attached
 from lingrad.adapters.linear import LinearAttachment as LinearAttachment
 from lingrad.adapters.quantized import QuantizedAttachment as QuantizedAttachment
 from lingrad.adapters.weight import WeightAttachment as WeightAttachment
-from lingrad.rules import Target
-from lingrad.subspace import Subspace
+from lingrad.config.targets import Target
+from lingrad.subspaces.subspace import Subspace
 
 
 def make_attachment(target: Target, sub: Subspace, *, plain: bool = False, keep_remainder: bool = False) -> Attachment:

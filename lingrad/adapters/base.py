@@ -11,12 +11,12 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from typing_extensions import override
 
-from lingrad._typing import override
 from lingrad.errors import ModeError
-from lingrad.gradient import wide
 from lingrad.maps import LinearMap
-from lingrad.subspace import Subspace, decaying, lifted, merge
+from lingrad.subspaces.subspace import Subspace, decaying, lifted, merge
+from lingrad.tensors import wide
 
 Mode = Literal["optimizer", "adapter"]
 

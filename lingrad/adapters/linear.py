@@ -21,14 +21,15 @@ from typing import Any, NamedTuple, final
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
-from lingrad._typing import override
 from lingrad.adapters.base import CHILD, Attachment, Coords, Mode, once, uncompiled
 from lingrad.errors import ModeError
-from lingrad.gather import note
-from lingrad.gradient import FactoredGradient, cast
+from lingrad.gradients.local import FactoredGradient
 from lingrad.maps import LinearMap
-from lingrad.subspace import Subspace
+from lingrad.subspaces.gather import note
+from lingrad.subspaces.subspace import Subspace
+from lingrad.tensors import cast
 
 
 class LayerAttachment(Attachment):

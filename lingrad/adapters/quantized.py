@@ -14,14 +14,15 @@ from typing import Any, final
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
-from lingrad._typing import override
 from lingrad.adapters.base import Mode
 from lingrad.adapters.linear import LayerAttachment
 from lingrad.errors import ModeError
 from lingrad.maps import LinearMap
-from lingrad.packed import MergeLoss, packed_of
-from lingrad.subspace import Subspace
+from lingrad.subspaces.subspace import Subspace
+from lingrad.weights.base import MergeLoss
+from lingrad.weights.bitsandbytes import packed_of
 
 
 @final

@@ -14,14 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+from typing_extensions import override
 
-from lingrad._typing import override
 from lingrad.adapters.base import CHILD, Attachment, Coords, Mode, once, uncompiled
 from lingrad.errors import ModeError
-from lingrad.gather import capture, note
-from lingrad.gradient import DenseGradient
+from lingrad.gradients.local import DenseGradient
 from lingrad.parallel import average
-from lingrad.subspace import Subspace, call
+from lingrad.subspaces.gather import capture, note
+from lingrad.subspaces.subspace import Subspace, call
 
 # A module of these calls every child in its forward, and holds parameters of its own only in a subclass.
 _RUN_THEIR_CHILDREN = (nn.Sequential, nn.ModuleList, nn.ModuleDict)

@@ -6,8 +6,10 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from lingrad._progress import progress
-from lingrad.convert import exact, jobs, merging
+from lingrad.console import progress
+from lingrad.convert.merge import merge as merge_
+from lingrad.convert.models import convert as convert_
+from lingrad.convert.run import convert_run
 from lingrad.errors import SpecError
 
 
@@ -66,7 +68,7 @@ def convert(base: Path, tuned: Path | None, asked: Asked) -> str:
         )
     started = time.perf_counter()
     with progress("converting", "tensor", least=100) as tick:
-        report = jobs.convert(
+        report = convert_(
             base,
             tuned,
             asked.out,
@@ -90,7 +92,7 @@ def _convert_run(run: Path, base: Path | None, asked: Asked) -> str:
             name = option.replace("_", "-")
             raise SpecError(f"--{name} has no effect with --exact, which reads what the run kept; leave it out", option=option)
     with progress("converting", "tensor", least=100) as tick:
-        report = exact.convert_run(
+        report = convert_run(
             run,
             asked.out or "",
             base=base,
@@ -116,5 +118,5 @@ def merge(base: Path, adapter: Path, out: Path) -> str:
         A line.
     """
     with progress("merging", "tensor", least=100) as tick:
-        merging.merge(base, adapter, out, tick=tick)
+        merge_(base, adapter, out, tick=tick)
     return f"Written: {out}"

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from lingrad.convert.difference import Difference, Rest
 from lingrad.errors import require
-from lingrad.factors import Factors
+from lingrad.maps.factors import Factors
 
 FIRST = 16  # columns of the first block
 ONE_ROUNDING = 1.2  # as a norm, allowing for chance and for a program that rounds twice

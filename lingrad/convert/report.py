@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from lingrad._table import align
+from lingrad.console import align
 
 FILE = "lingrad_report.json"
 

@@ -9,14 +9,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lingrad.convert.folders import ModelFolder
-from lingrad.convert.pairs import Pair
-from lingrad.convert.parts import Record
+from lingrad.convert.tensors import Pair
+from lingrad.convert.work import Record
 from lingrad.errors import ExportError, optional
-from lingrad.peft.format import WEIGHTS
+from lingrad.files.model_folder import ModelFolder
+from lingrad.files.tensorfile import TensorFile
 from lingrad.peft.slots import Slot, slots
 from lingrad.peft.verify import make_inputs
-from lingrad.tensorfile import TensorFile
+from lingrad.peft.write import WEIGHTS
 
 
 class Residuals(NamedTuple):

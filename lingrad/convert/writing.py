@@ -12,18 +12,18 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
-from lingrad._files import write_whole
-from lingrad._progress import Tick
+from lingrad.console import Tick
 from lingrad.convert import verify
-from lingrad.convert.folders import ModelFolder
 from lingrad.convert.lowrank import Goal
-from lingrad.convert.merging import write_model
-from lingrad.convert.pairs import Pair
-from lingrad.convert.parts import Parts, Record
+from lingrad.convert.merge import write_model
 from lingrad.convert.report import FILE, Report, Row
+from lingrad.convert.tensors import Pair
+from lingrad.convert.work import Parts, Record
 from lingrad.errors import DataError, ExportError
-from lingrad.factors import Factors
-from lingrad.peft.format import write_adapter
+from lingrad.files.atomic import write_whole
+from lingrad.files.model_folder import ModelFolder
+from lingrad.maps.factors import Factors
+from lingrad.peft.write import write_adapter
 
 Finder = Callable[[Pair], tuple[Record, Factors | None]]
 

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from lingrad.engine.optimizer import SubspaceOptimizer
 from lingrad.errors import ModeError
-from lingrad.optimizer import SubspaceOptimizer
 
 
 def find_optimizer(trainer: Any) -> SubspaceOptimizer | None:

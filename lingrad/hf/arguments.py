@@ -16,15 +16,15 @@ from typing import Any, get_args
 from torch import nn
 from torch.optim import Optimizer
 
-from lingrad import bases
+from lingrad import optimizers
 from lingrad.adapters import Mode
 from lingrad.api import adapt, wrap
+from lingrad.config.rules import Rules, parse_rules
+from lingrad.engine.moments import Carry
+from lingrad.engine.optimizer import SubspaceOptimizer
 from lingrad.errors import ModeError, SpecError, optional, require, require_one_of
+from lingrad.galore.arguments import GaloreTargets, is_galore
 from lingrad.hf.decay import exempt_from_decay
-from lingrad.hf.galore_args import GaloreTargets, is_galore
-from lingrad.moments import Carry
-from lingrad.optimizer import SubspaceOptimizer
-from lingrad.rules import Rules, parse_rules
 
 AnyRules = Rules | Callable[[nn.Module], Rules]
 
@@ -45,7 +45,7 @@ def trainer_kwargs(
     args: Any,
     *,
     mode: Mode = "optimizer",
-    base: bases.BaseLike = "adamw",
+    base: optimizers.BaseLike = "adamw",
     scale: float = 1.0,
     carry: Carry = "keep",
     seed: int | None = None,
@@ -92,7 +92,7 @@ def trainer_kwargs(
     given = {"scale": scale, "carry": carry, "seed": seed, **options}
     ours = set(signature(adapt if mode == "adapter" else wrap).parameters)
     rest = {key: value for key, value in options.items() if key not in ours}
-    bases.find(base, {**_of_the_base(args, base), **rest}, decay=False)
+    optimizers.find(base, {**_of_the_base(args, base), **rest}, decay=False)
     settings = {"args": args, "rules": spec_or_rules, "mode": mode, "base": base, "ledger": ledger, "options": given}
     return {"optimizer_cls_and_kwargs": (Factory, settings)}
 
@@ -107,7 +107,7 @@ class Factory:
         args: Any,
         rules: AnyRules,
         mode: Mode,
-        base: bases.BaseLike,
+        base: optimizers.BaseLike,
         ledger: bool | None,
         options: Mapping[str, Any],
         decaying: Iterable[str] | None = None,
@@ -160,7 +160,7 @@ def _changed(args: Any, name: str) -> bool:
     return bool(getattr(args, name, None) != _default(args, name))
 
 
-def _check_args(args: Any, base: bases.BaseLike, *, translated: bool) -> None:
+def _check_args(args: Any, base: optimizers.BaseLike, *, translated: bool) -> None:
     training_arguments = optional("transformers", "lingrad.hf", "hf").TrainingArguments
     if not isinstance(args, training_arguments):
         raise SpecError(
@@ -227,9 +227,9 @@ def _check_parallel(args: Any) -> None:
         )
 
 
-def _of_the_base(args: Any, base: bases.BaseLike) -> dict[str, Any]:
+def _of_the_base(args: Any, base: optimizers.BaseLike) -> dict[str, Any]:
     """Betas and epsilon of the arguments: for every Adam, and wherever somebody has chosen them."""
-    found = bases.find(base, {}, decay=False)
+    found = optimizers.find(base, {}, decay=False)
     own, beside = (set() if part is None else _options_of(part.factory) for part in (found, found.rest))
     betas = _changed(args, "adam_beta1") or _changed(args, "adam_beta2")
     epsilon = _changed(args, "adam_epsilon")
@@ -255,7 +255,7 @@ def _options_of(factory: Callable[..., Optimizer]) -> set[str]:
     return set(signature(factory).parameters)
 
 
-def _named(base: bases.BaseLike) -> str:
+def _named(base: optimizers.BaseLike) -> str:
     return repr(base) if isinstance(base, str) else getattr(base, "__name__", type(base).__name__)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Any
 
-from lingrad.optimizer import SubspaceOptimizer
+from lingrad.engine.optimizer import SubspaceOptimizer
 
 
 def exempt_from_decay(optimizer: SubspaceOptimizer, decaying: Collection[str]) -> None:

@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lingrad._files import write_whole
+from lingrad.engine.optimizer import SubspaceOptimizer
 from lingrad.errors import LingradError, ModeError, optional
+from lingrad.files.atomic import write_whole
 from lingrad.hf.access import find_optimizer, metrics
 from lingrad.hf.arguments import Factory
 from lingrad.hf.folders import check_checkpoint, last_checkpoint
 from lingrad.hf.renamed import load_renamed
-from lingrad.optimizer import SubspaceOptimizer
 from lingrad.peft.export import export
 
 READY_MADE = {"LingradTrainer": ("transformers", "Trainer", "hf"), "LingradSFTTrainer": ("trl", "SFTTrainer", "trl")}

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from lingrad.errors import DualityError
-from lingrad.factors import Factors
-from lingrad.gradient import DenseGradient, Gradient
+from lingrad.gradients.base import Gradient
+from lingrad.gradients.local import DenseGradient
+from lingrad.maps.factors import Factors
 
 ITERATIONS = 100  # of conjugate gradients at most; bases are well conditioned, and need one to twenty
 

@@ -8,11 +8,12 @@ from typing import final
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
-from lingrad._typing import override
-from lingrad.factors import Factors
-from lingrad.gradient import Gradient, cast
+from lingrad.gradients.base import Gradient
 from lingrad.maps.base import LinearMap, as_gradient
+from lingrad.maps.factors import Factors
+from lingrad.tensors import cast
 
 BLOCK = 2**22  # numbers of a lift that are formed at a time
 
@@ -54,7 +55,7 @@ class KroneckerMap(LinearMap):
 
     @cached_property
     @override
-    def T(self) -> KroneckerMap:  # noqa: N802
+    def T(self) -> KroneckerMap:
         return KroneckerMap(self.right, self.left)
 
     @property

@@ -7,11 +7,11 @@ from typing import final
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
-from lingrad._typing import override
-from lingrad.factors import Factors
-from lingrad.gradient import Gradient
+from lingrad.gradients.base import Gradient
 from lingrad.maps.base import LinearMap, as_gradient
+from lingrad.maps.factors import Factors
 
 
 @final
@@ -53,7 +53,7 @@ class SelectionMap(LinearMap):
 
     @property
     @override
-    def T(self) -> SelectionMap:  # noqa: N802
+    def T(self) -> SelectionMap:
         return SelectionMap(self.columns, self.rows, self.shape[::-1])
 
     @property

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from typing import final
 
 from torch import Tensor
+from typing_extensions import override
 
-from lingrad._typing import override
-from lingrad.factors import Factors
-from lingrad.gradient import Gradient
+from lingrad.gradients.base import Gradient
 from lingrad.maps.base import LinearMap
+from lingrad.maps.factors import Factors
 from lingrad.maps.kronecker import KroneckerMap
 
 
@@ -41,7 +41,7 @@ class TwoSidedMap(LinearMap):
 
     @property
     @override
-    def T(self) -> TwoSidedMap:  # noqa: N802
+    def T(self) -> TwoSidedMap:
         return TwoSidedMap(self.right.T, self.left.T)
 
     @property

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from lingrad.memory.closed_form import Ledger as Ledger
-from lingrad.memory.closed_form import ledger as ledger
-from lingrad.memory.methods import Full as Full
-from lingrad.memory.methods import GaloreTorch as GaloreTorch
-from lingrad.memory.methods import Lingrad as Lingrad
-from lingrad.memory.methods import Lora as Lora
-from lingrad.memory.methods import Method as Method
+from lingrad.memory.estimate import Ledger as Ledger
+from lingrad.memory.estimate import ledger as ledger
+from lingrad.memory.moments import Moments as Moments
+from lingrad.memory.moments import moments as moments
 from lingrad.memory.report import MemoryReport as MemoryReport
 from lingrad.memory.runs import measure as measure
 from lingrad.memory.runs import simulate as simulate
 from lingrad.memory.tracker import Tracker as Tracker
 from lingrad.memory.tracker import track as track
+from lingrad.methods import Full as Full
+from lingrad.methods import GaloreTorch as GaloreTorch
+from lingrad.methods import Lingrad as Lingrad
+from lingrad.methods import Lora as Lora
+from lingrad.methods import Method as Method

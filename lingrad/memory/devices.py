@@ -11,8 +11,8 @@ from typing import Literal, TypeVar, final
 
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
+from typing_extensions import override
 
-from lingrad._typing import override
 from lingrad.errors import MemoryModelError
 from lingrad.memory.log import Log
 from lingrad.memory.report import MemoryReport, summarize

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lingrad.adapters.base import Coords
-from lingrad.persistence import StatefulOptimizer
+from lingrad.engine.run import StatefulOptimizer
 
 _DEPTH = 6  # how deep an optimizer's state is searched for tensors: projector objects hold dicts of lists
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lingrad._files import write_whole
+from lingrad import plotting
 from lingrad.errors import optional
 from lingrad.memory.log import CATEGORIES
 
@@ -15,6 +14,7 @@ if TYPE_CHECKING:
     from lingrad.memory.report import MemoryReport
 
 GIB = 2**30
+SIZE = (9.0, 4.5)
 
 
 def draw_timeline(report: MemoryReport, path: Path) -> Path:
@@ -27,7 +27,7 @@ def draw_timeline(report: MemoryReport, path: Path) -> Path:
     Returns:
         The path.
     """
-    figure, axes = _figure()
+    figure, (axes,) = plotting.figure(SIZE)
     places = [point.event for point in report.timeline]
     names = [c for c in CATEGORIES if any(point.bytes.get(c, 0) for point in report.timeline)]
     layers = [[point.bytes.get(name, 0) / GIB for point in report.timeline] for name in names]
@@ -40,7 +40,7 @@ def draw_timeline(report: MemoryReport, path: Path) -> Path:
         xlim=(0, max(places[-1], 1)),
     )
     figure.legend(loc="outside right upper", fontsize=8, reverse=True)
-    return _save(figure, path)
+    return plotting.save(figure, path)
 
 
 def draw_comparison(reports: Mapping[str, MemoryReport], path: Path) -> Path:
@@ -53,7 +53,7 @@ def draw_comparison(reports: Mapping[str, MemoryReport], path: Path) -> Path:
     Returns:
         The path.
     """
-    figure, axes = _figure()
+    figure, (axes,) = plotting.figure(SIZE)
     names = [c for c in CATEGORIES if any(report.breakdown.get(c, 0) for report in reports.values())]
     labels = list(reports)
     left = [0.0] * len(labels)
@@ -67,20 +67,9 @@ def draw_comparison(reports: Mapping[str, MemoryReport], path: Path) -> Path:
     axes.invert_yaxis()
     axes.set(xlabel="GiB asked for at the peak")
     figure.legend(loc="outside lower center", ncols=4, fontsize=8)
-    return _save(figure, path)
-
-
-def _figure() -> tuple[Any, Any]:
-    figure = optional("matplotlib.figure", "plotting", "plot").Figure(figsize=(9, 4.5), dpi=120, layout="constrained")
-    return figure, figure.subplots()
+    return plotting.save(figure, path)
 
 
 def _color(category: str) -> Any:
     colors = optional("matplotlib", "plotting", "plot").colormaps["tab20"].colors
     return colors[CATEGORIES.index(category) % len(colors)]
-
-
-def _save(figure: Any, path: Path) -> Path:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format=path.suffix.lstrip(".") or "png")
-    return write_whole(path, buffer.getvalue())

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from lingrad._files import write_whole
-from lingrad._table import align
-from lingrad.memory.allocator import replay
+from lingrad.console import align
+from lingrad.files.atomic import write_whole
+from lingrad.memory.cuda.allocator import replay
 from lingrad.memory.log import CATEGORIES, END_OF_STEP, Log
 from lingrad.memory.units import readable
 
@@ -158,7 +158,7 @@ class MemoryReport:
         Returns:
             The path.
         """
-        from lingrad.memory.snapshot import to_snapshot, write_snapshot
+        from lingrad.memory.cuda.snapshot import to_snapshot, write_snapshot
 
         write_snapshot(to_snapshot(self.log), Path(path))
         return Path(path)

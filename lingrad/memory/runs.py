@@ -9,15 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from lingrad.adapters import Mode
-from lingrad.bases import BaseLike
+from lingrad.config.rules import Rules
 from lingrad.errors import MemoryModelError, require, require_one_of
 from lingrad.memory import kernels
 from lingrad.memory.devices import allocator_of
 from lingrad.memory.log import END_OF_STEP
-from lingrad.memory.methods import Lingrad, Method, Training
 from lingrad.memory.report import MemoryReport, summarize
 from lingrad.memory.tracker import Tracker
-from lingrad.rules import Rules
+from lingrad.methods import Lingrad, Method, Training
+from lingrad.optimizers.base import BaseLike
 
 Build = Callable[[], nn.Module]
 Loss = Callable[[nn.Module], Tensor]

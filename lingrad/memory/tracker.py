@@ -16,8 +16,8 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
+from typing_extensions import override
 
-from lingrad._typing import override
 from lingrad.errors import MemoryModelError, ModeError
 from lingrad.memory import labels
 from lingrad.memory.log import BACKWARD, BEFORE, END_OF_STEP, FORWARD, RECOMPUTE, STEP, Log, Storage

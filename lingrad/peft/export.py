@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lingrad._files import new_folder
 from lingrad.errors import ExportError, optional, require
-from lingrad.factors import Factors, compress
-from lingrad.peft.format import Written, value_of, write_adapter
+from lingrad.files.atomic import new_folder
+from lingrad.maps.factors import Factors, compress
 from lingrad.peft.report import Report, Row
 from lingrad.peft.slots import places, slots, why_not
 from lingrad.peft.source import Exported, Source, dense, open_base, open_source
 from lingrad.peft.verify import Inputs, Loaded, compare_weights, make_inputs
+from lingrad.peft.write import Written, value_of, write_adapter
 
 EXACT = 1e-3  # a relative residual that needs no permission
 ROUNDINGS = 100  # of a weight, each of half an epsilon, that may add up to more than that where little has changed

@@ -11,18 +11,18 @@ import torch
 from torch import Tensor, nn
 
 from lingrad import api
-from lingrad import spec as specs
 from lingrad.adapters import Mode
-from lingrad.bases import BaseLike
+from lingrad.config import spec as specs
+from lingrad.engine.moments import Carry
+from lingrad.engine.optimizer import SubspaceOptimizer
 from lingrad.errors import DualityError, SpecError, require, require_one_of
-from lingrad.gradient import wide
-from lingrad.moments import Carry
-from lingrad.optimizer import SubspaceOptimizer
+from lingrad.optimizers.base import BaseLike
 from lingrad.peft import names
-from lingrad.peft.plain import refuse_peft
+from lingrad.peft.bare import refuse_peft
 from lingrad.peft.read import Adapter, Pair, read_adapter
 from lingrad.peft.slots import Basis, Side
-from lingrad.subspace import Subspace
+from lingrad.subspaces.subspace import Subspace
+from lingrad.tensors import wide
 from lingrad.transforms.base import Transform
 
 NEVER = 2**62  # steps

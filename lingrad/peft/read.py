@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from lingrad.errors import CheckpointError, DataError, ShapeError
-from lingrad.factors import Factors
+from lingrad.files.tensorfile import TensorFile
+from lingrad.maps.factors import Factors
 from lingrad.peft import names
-from lingrad.peft.format import CONFIG, FROZEN, WEIGHTS
 from lingrad.peft.slots import PREFIX, Side, Slot, places, slots
-from lingrad.tensorfile import TensorFile
+from lingrad.peft.write import CONFIG, FROZEN, WEIGHTS
 
 # Options of a LoRA that make it more than W + B A, or change W itself when PEFT loads it.
 _MORE = (

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from lingrad._table import align
+from lingrad.console import align
 
 
 @dataclass(frozen=True)

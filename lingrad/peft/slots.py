@@ -26,8 +26,8 @@ from einops import rearrange, repeat
 from torch import Tensor, nn
 
 from lingrad.errors import ShapeError
-from lingrad.factors import Factors
-from lingrad.layout import Layout, is_conv1d, layout_of
+from lingrad.maps.factors import Factors
+from lingrad.weights.layout import Layout, is_conv1d, layout_of
 
 Side = Literal["A", "B"]  # PEFT's factors
 Basis = Literal["left", "right"]  # those of a change

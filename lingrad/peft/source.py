@@ -12,15 +12,15 @@ from torch import Tensor, nn
 
 from lingrad.adapters import Attachment
 from lingrad.adapters.base import Coords
+from lingrad.engine.optimizer import SubspaceOptimizer
 from lingrad.errors import DataError, ExportError, ModeError
-from lingrad.factors import Factors
-from lingrad.layout import layout_of
-from lingrad.ledger import Change
 from lingrad.maps import KroneckerMap, SelectionMap
-from lingrad.optimizer import SubspaceOptimizer
-from lingrad.packed import is_packed, packed_of
-from lingrad.peft.plain import plain_copy, refuse_peft
+from lingrad.maps.factors import Factors
+from lingrad.peft.bare import plain_copy, refuse_peft
 from lingrad.peft.slots import Basis
+from lingrad.subspaces.ledger import Change
+from lingrad.weights.bitsandbytes import is_packed, packed_of
+from lingrad.weights.layout import layout_of
 
 Changes = Mapping[str, Change | Factors]
 Exported = SubspaceOptimizer | tuple[nn.Module, Changes]

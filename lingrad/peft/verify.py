@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from lingrad.errors import ExportError, optional
-from lingrad.peft.format import Plan, Written
-from lingrad.peft.plain import devices_of
+from lingrad.peft.bare import devices_of
 from lingrad.peft.report import Row, ratio
 from lingrad.peft.slots import PREFIX, Slot
+from lingrad.peft.write import Plan, Written
 
 SEED = 0
 ROWS, LENGTH = 2, 16  # of generated token ids

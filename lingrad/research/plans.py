@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
-from lingrad import spec
+from lingrad.config import spec
+from lingrad.config.rules import parse_rules
 from lingrad.models import LlamaShape
-from lingrad.rules import parse_rules
 from lingrad.transforms import Transform
 
 

@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
-from lingrad import _table
-from lingrad._files import write_whole
+from lingrad import console, plotting
 from lingrad.errors import DataError, optional
+from lingrad.files.atomic import write_whole
 from lingrad.research.plans import Setup
 from lingrad.research.runner import Record
 
@@ -123,7 +123,7 @@ def markdown(result: Result) -> str:
     Returns:
         Lines with a final newline.
     """
-    return _table.markdown([HEADERS, *rows(result)])
+    return console.markdown([HEADERS, *rows(result)])
 
 
 def caption(result: Result) -> str:
@@ -209,19 +209,10 @@ def prepare(folder: Path) -> None:
 
 
 def _figure(title: str, ylabel: str) -> tuple[Any, Any]:
-    figure = optional("matplotlib.figure", "plotting", "plot").Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
-    axes = figure.subplots()
+    figure, (axes,) = plotting.figure((8.0, 4.5))
     axes.set(title=title, xlabel="step", ylabel=ylabel)
     axes.grid(visible=True, alpha=0.3)
     return figure, axes
-
-
-def _png(figure: Any) -> bytes:
-    from io import BytesIO
-
-    buffer = BytesIO()
-    figure.savefig(buffer, format="png", metadata={"Software": None})
-    return buffer.getvalue()
 
 
 def _plot_losses(result: Result) -> bytes:
@@ -230,7 +221,7 @@ def _plot_losses(result: Result) -> bytes:
     for record, style in zip(result.records, styles * len(result.records), strict=False):
         axes.plot(*zip(*record.valid, strict=True), linestyle=style, label=record.label, linewidth=1.8)
     axes.legend()
-    return _png(figure)
+    return plotting.picture(figure)
 
 
 def _plot_gaps(result: Result) -> bytes:
@@ -246,4 +237,4 @@ def _plot_gaps(result: Result) -> bytes:
                 axes.plot(steps, heights, style, color=color, label=f"{record.label}, {dtype}", linewidth=1.8)
     axes.set_yscale("log")
     axes.legend(fontsize="small")
-    return _png(figure)
+    return plotting.picture(figure)

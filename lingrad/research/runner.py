@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lingrad import api, bases
-from lingrad.compare import weight_gap
+from lingrad import api, optimizers
+from lingrad.config.targets import resolve_model
+from lingrad.engine.optimizer import SubspaceOptimizer
 from lingrad.models import build_llama, next_token_loss
-from lingrad.optimizer import SubspaceOptimizer
 from lingrad.research.corpus import Corpus, check_length, training_batches, validation_batches
 from lingrad.research.plans import Method, Setup
-from lingrad.rules import resolve_model
+from lingrad.testing.training import weight_gap
 
 
 @dataclass
@@ -120,7 +120,7 @@ def stock_optimizer(model: nn.Module, method: Method) -> Optimizer:
     scale = options.pop("scale", 1.0)
     plan = resolve_model(model, "full()")
     groups = [{"params": [target.param for target in plan.targets]}, {"params": [param for _, param in plan.full]}]
-    optimizer = bases.find(method.base, options).build(groups)
+    optimizer = optimizers.find(method.base, options).build(groups)
     optimizer.param_groups[0]["lr"] *= scale
     return optimizer
 

@@ -1,7 +1,7 @@
 """What a transform is: an immutable choice of how a weight's basis is picked and refreshed.
 
 A transform holds no tensors, no optimizer and no mode. Its state is a NamedTuple of tensors, ints and dicts of them, passed
-in and out. `Transform` is the whole interface; `lingrad.transforms.basis` adds the options and the orientation that every
+in and out. `Transform` is the whole interface; `lingrad.transforms.side` adds the options and the orientation that every
 transform with a basis of given rank shares, so that a new one writes only how its basis is found.
 """
 
@@ -14,9 +14,9 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from lingrad.gradient import Gradient
+from lingrad.gradients.base import Gradient
 from lingrad.maps import LinearMap
-from lingrad.stored import Stored
+from lingrad.tensors import TensorSpec
 from lingrad.transforms import options
 
 # What a refresh looks at. ``gradient``: G itself, kept until the step, which is the first to use the new basis. ``sketch``:
@@ -166,7 +166,7 @@ class Transform(ABC):
         """Shapes of the left and right basis that stay in memory, [m, p] and [n, q]; None where there is none."""
 
     @abstractmethod
-    def storage(self, shape: tuple[int, int], dtype: torch.dtype) -> list[Stored]:
+    def storage(self, shape: tuple[int, int], dtype: torch.dtype) -> list[TensorSpec]:
         """What stays in memory between steps, tensor by tensor: the row of this transform in the memory ledger.
 
         Args:

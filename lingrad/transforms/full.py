@@ -6,14 +6,14 @@ from dataclasses import dataclass
 from typing import final
 
 import torch
+from typing_extensions import override
 
-from lingrad._typing import override
-from lingrad.gradient import Gradient
+from lingrad.gradients.base import Gradient
 from lingrad.maps import KroneckerMap, LinearMap
-from lingrad.stored import Stored
+from lingrad.tensors import TensorSpec
 from lingrad.transforms.base import Reads, Transform, When
-from lingrad.transforms.basis import Bases
 from lingrad.transforms.registry import register
+from lingrad.transforms.side import Bases
 
 
 @register("full")
@@ -31,7 +31,7 @@ class Full(Transform):
         return None, None
 
     @override
-    def storage(self, shape: tuple[int, int], dtype: torch.dtype) -> list[Stored]:
+    def storage(self, shape: tuple[int, int], dtype: torch.dtype) -> list[TensorSpec]:
         return []
 
     @override

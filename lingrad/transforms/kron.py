@@ -7,15 +7,15 @@ from functools import cached_property
 from typing import Any, NamedTuple, final, get_args
 
 import torch
+from typing_extensions import override
 
-from lingrad._typing import override
 from lingrad.errors import SpecError, require
-from lingrad.gradient import Gradient
+from lingrad.gradients.base import Gradient
 from lingrad.maps import LinearMap, two_sided
-from lingrad.stored import Stored
+from lingrad.tensors import TensorSpec
 from lingrad.transforms.base import Probe, Reads, Sketch, Transform, When
-from lingrad.transforms.basis import BasisTransform
 from lingrad.transforms.registry import register
+from lingrad.transforms.side import BasisTransform
 
 
 class Pair(NamedTuple):
@@ -69,7 +69,7 @@ class Kron(Transform):
         return left.basis_shapes(shape)[0], right.basis_shapes(shape)[1]
 
     @override
-    def storage(self, shape: tuple[int, int], dtype: torch.dtype) -> list[Stored]:
+    def storage(self, shape: tuple[int, int], dtype: torch.dtype) -> list[TensorSpec]:
         # a factor drawn from a seed lives in the map alone
         kept = [factor for factor in self._factors if self.stores_map or factor.reads != "nothing"]
         return [stored for factor in kept for stored in factor.storage(shape, dtype)]

@@ -7,18 +7,18 @@ from typing import Any, NamedTuple, final
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
-from lingrad._typing import override
-from lingrad.bases import Choice
 from lingrad.errors import SpecError, require
-from lingrad.gradient import Gradient, wide
+from lingrad.gradients.base import Gradient
 from lingrad.maps import KroneckerMap, LinearMap
-from lingrad.stored import Stored
+from lingrad.optimizers.base import Choice
+from lingrad.tensors import TensorSpec, wide
 from lingrad.transforms import options
 from lingrad.transforms.base import Probe, Sketch, When
-from lingrad.transforms.basis import SketchBasis
-from lingrad.transforms.factorize import align_signs, derive_seed, leading_vectors, orthonormalize
+from lingrad.transforms.linalg import align_signs, derive_seed, leading_vectors, orthonormalize
 from lingrad.transforms.registry import register
+from lingrad.transforms.side import SketchBasis
 from lingrad.transforms.sketch import by_side, range_probes
 
 
@@ -98,7 +98,7 @@ class PCA(SketchBasis):
         return Learned(left, right, *({} if b is None or self.every == 0 else base.memory(b) for b in (left, right)))
 
     @override
-    def storage(self, shape: tuple[int, int], dtype: torch.dtype) -> list[Stored]:
+    def storage(self, shape: tuple[int, int], dtype: torch.dtype) -> list[TensorSpec]:
         learned = super().storage(shape, wide(dtype))
         if self.every == 0:
             return learned

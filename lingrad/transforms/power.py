@@ -7,14 +7,14 @@ from typing import NamedTuple, final
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
-from lingrad._typing import override
 from lingrad.maps import KroneckerMap, LinearMap
-from lingrad.stored import Stored
+from lingrad.tensors import TensorSpec
 from lingrad.transforms.base import Probe, Sketch, When
-from lingrad.transforms.basis import SketchBasis
-from lingrad.transforms.factorize import align_signs, derive_seed, orthonormalize
+from lingrad.transforms.linalg import align_signs, derive_seed, orthonormalize
 from lingrad.transforms.registry import register
+from lingrad.transforms.side import SketchBasis
 
 
 class Iterated(NamedTuple):
@@ -62,9 +62,9 @@ class Power(SketchBasis):
         return Iterated(left, right, self.drawn(size, rank, seed=derive_seed(seed, "companion"), device=device, dtype=dtype))
 
     @override
-    def storage(self, shape: tuple[int, int], dtype: torch.dtype) -> list[Stored]:
+    def storage(self, shape: tuple[int, int], dtype: torch.dtype) -> list[TensorSpec]:
         size, rank = self._companion(shape)
-        return [*super().storage(shape, dtype), *([] if rank is None else [Stored((size, rank), dtype)])]
+        return [*super().storage(shape, dtype), *([] if rank is None else [TensorSpec((size, rank), dtype)])]
 
     @override
     def probes(self, state: Iterated, when: When) -> tuple[Probe, ...]:

@@ -7,15 +7,15 @@ from typing import Literal, NamedTuple, final
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
-from lingrad._typing import override
-from lingrad.gradient import Gradient, wide
+from lingrad.gradients.base import Gradient
 from lingrad.maps import KroneckerMap, LinearMap, SelectionMap
-from lingrad.stored import Stored
+from lingrad.tensors import TensorSpec, wide
 from lingrad.transforms.base import Reads, When
-from lingrad.transforms.basis import BasisTransform
-from lingrad.transforms.factorize import derive_seed, gaussian, orthonormalize
+from lingrad.transforms.linalg import derive_seed, gaussian, orthonormalize
 from lingrad.transforms.registry import register
+from lingrad.transforms.side import BasisTransform
 
 Kind = Literal["gaussian", "rademacher", "orthonormal", "rows"]
 
@@ -73,10 +73,10 @@ class Random(BasisTransform):
         return super().basis_shapes(shape) if self.store and self.kind != "rows" else (None, None)
 
     @override
-    def storage(self, shape: tuple[int, int], dtype: torch.dtype) -> list[Stored]:
+    def storage(self, shape: tuple[int, int], dtype: torch.dtype) -> list[TensorSpec]:
         if self.kind != "rows" or not self.store:
             return super().storage(shape, dtype)
-        return [Stored((rank,), torch.int64) for rank in self.ranks(shape) if rank is not None]
+        return [TensorSpec((rank,), torch.int64) for rank in self.ranks(shape) if rank is not None]
 
     @override
     def init(self, shape: tuple[int, int], *, seed: int, device: torch.device, dtype: torch.dtype) -> Drawn:

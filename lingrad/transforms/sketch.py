@@ -13,9 +13,11 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from lingrad.gradient import DenseGradient, Gradient, wide
+from lingrad.gradients.base import Gradient
+from lingrad.gradients.local import DenseGradient
+from lingrad.tensors import wide
 from lingrad.transforms.base import Probe, Sketch, When
-from lingrad.transforms.factorize import derive_seed, start_basis
+from lingrad.transforms.linalg import derive_seed, start_basis
 
 
 def sketched(grad: Gradient, probes: Sequence[Probe]) -> Sketch:

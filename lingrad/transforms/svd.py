@@ -6,14 +6,14 @@ from dataclasses import dataclass
 from typing import Literal, final
 
 import torch
+from typing_extensions import override
 
-from lingrad._typing import override
 from lingrad.errors import require
-from lingrad.gradient import Gradient
+from lingrad.gradients.base import Gradient
 from lingrad.transforms.base import Probe, Reads, Sketch, When
-from lingrad.transforms.basis import Bases, GradientBasis
-from lingrad.transforms.factorize import align_signs, derive_seed, leading_vectors
+from lingrad.transforms.linalg import align_signs, derive_seed, leading_vectors
 from lingrad.transforms.registry import register
+from lingrad.transforms.side import Bases, GradientBasis
 from lingrad.transforms.sketch import by_side, range_probes, sketched
 
 

@@ -1,0 +1,1 @@
+"""What is written down: config strings, rules, which weights they mean."""

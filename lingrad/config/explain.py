@@ -1,0 +1,125 @@
+"""What a spec or rules would do to a model, as a table; nothing is trained and no tensor is made."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+
+from torch import nn
+
+from lingrad.config import spec
+from lingrad.config.rules import Rules
+from lingrad.config.sharing import Place, Share, places
+from lingrad.config.targets import resolve_model
+from lingrad.console import align, layers
+
+HEADERS = ("parameter", "weight", "transform", "coords", "basis", "gradient", "trained")
+
+
+@dataclass(frozen=True)
+class Line:
+    """One parameter, or several alike.
+
+    Args:
+        name: The parameter's name; ``*`` stands for a layer's number where several are alike.
+        count: How many parameters the line stands for.
+        weight: The shape it is read as, such as ``1024 x 4096``.
+        transform: Its config string, or ``in full``.
+        coords: The shape of its coordinates.
+        basis: The shapes of its bases in memory.
+        gradient: Where its gradient is born: ``projected`` in the layer's backward, by a ``hook``, or in ``full``.
+        trained: Numbers the base optimizer steps, over all ``count``.
+    """
+
+    name: str
+    count: int
+    weight: str
+    transform: str
+    coords: str
+    basis: str
+    gradient: str
+    trained: int
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """The resolution of rules against a model.
+
+    Args:
+        lines: One for each parameter, or for each group of like ones.
+        parameters: Trainable numbers of the model.
+        trained: Numbers the base optimizer steps.
+    """
+
+    lines: tuple[Line, ...]
+    parameters: int
+    trained: int
+
+    def __str__(self) -> str:
+        cells = [HEADERS]
+        for line in self.lines:
+            name = f"{line.name} (x {line.count})" if line.count > 1 else line.name
+            cells.append((name, line.weight, line.transform, line.coords, line.basis, line.gradient, f"{line.trained:,}"))
+        header, *rest = align(cells, right=[name == "trained" for name in HEADERS])
+        rule = ["-" * len(cell) for cell in header]
+        text = ["  ".join(row) for row in (header, rule, *rest)]
+        share = self.trained / self.parameters if self.parameters else 0.0
+        text.append(f"{self.trained:,} of {self.parameters:,} numbers are stepped by the base optimizer ({share:.1%})")
+        return "\n".join(text)
+
+
+def explain(
+    model: nn.Module, spec_or_rules: Rules, *, share: Share | None = None, every_parameter: bool = False
+) -> Explanation:
+    """Show what `lingrad.wrap` would do.
+
+    Args:
+        model: The model; the meta device will do.
+        spec_or_rules: As for `lingrad.wrap`.
+        share: As for `lingrad.wrap`.
+        every_parameter: Give each parameter its own line, instead of one to the parameters that differ in nothing but the
+            numbers in their names.
+
+    Returns:
+        A table; its ``str`` is for reading. Errors are those of `lingrad.wrap`.
+    """
+    plan = resolve_model(model, spec_or_rules)
+    targets = {place.target.name: _transformed(place) for place in places(plan.targets, share)}
+    untouched = {name: _untouched(name, param) for name, param in plan.full}
+    order = [name for name, _ in model.named_parameters() if name in targets or name in untouched]
+    lines = [targets.get(name) or untouched[name] for name in order]
+    sizes = {t.name: prod(t.layout.shape) for t in plan.targets} | {name: p.numel() for name, p in plan.full}
+    parameters, trained = sum(sizes.values()), sum(line.trained for line in lines)
+    return Explanation(tuple(lines if every_parameter else _alike(lines)), parameters, trained)
+
+
+def _transformed(place: Place) -> Line:
+    target, coords, shape = place.target, place.coords, place.target.layout.shape
+    bases = [_by(s) for s in target.transform.basis_shapes(place.shape) if s is not None]
+    if not place.leads:
+        bases = [f"that of {place.group[0].name.removesuffix('.weight').rpartition('.')[2]}"]
+    gradient = "hook" if target.road == "weight" else "projected"
+    text = spec.format(target.transform)
+    return Line(target.name, 1, _by(shape), text, _by(coords), ", ".join(bases) or "-", gradient, coords[0] * coords[1])
+
+
+def _untouched(name: str, param: nn.Parameter) -> Line:
+    return Line(name, 1, _by(param.shape), "in full", "-", "-", "full", param.numel())
+
+
+def _by(shape: tuple[int, ...]) -> str:
+    return " x ".join(map(str, shape)) or "scalar"
+
+
+def _alike(lines: list[Line]) -> list[Line]:
+    groups: dict[tuple[str, ...], list[Line]] = {}
+    for line in lines:
+        pattern = layers(line.name)
+        groups.setdefault((pattern, line.weight, line.transform, line.gradient), []).append(line)
+    merged = []
+    for (pattern, *_), group in groups.items():
+        first, count = group[0], len(group)
+        name = pattern if count > 1 else first.name
+        total = sum(line.trained for line in group)
+        merged.append(Line(name, count, first.weight, first.transform, first.coords, first.basis, first.gradient, total))
+    return merged

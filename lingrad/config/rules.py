@@ -1,0 +1,75 @@
+"""Rules: a config string for all linear layers, or one for each glob over module names."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from lingrad.config import spec
+from lingrad.errors import SpecError
+from lingrad.transforms.base import Transform
+
+SpecLike = str | Transform
+
+Rules = SpecLike | Mapping[str, SpecLike | None]
+
+
+def parse_rules(rules: Rules) -> Transform | dict[str, Transform | None]:
+    """Read a spec, or rules.
+
+    Args:
+        rules: A transform, a config string, a mapping of globs to either, or the same as one string:
+            ``"*.attn.*: svd(rank=64); *: none"``.
+
+    Returns:
+        The transform, or globs with their transforms, None meaning to train in full.
+
+    Raises:
+        SpecError: A spec is malformed or there are no rules.
+    """
+    if isinstance(rules, Transform):
+        return rules
+    if isinstance(rules, str) and rules.strip():
+        parts = [_outside_brackets(line, ":") for line in _outside_brackets(rules, ";\n") if line.strip()]
+        if len(parts) == 1 and len(parts[0]) == 1:
+            return spec.parse(rules)
+        for part in parts:
+            if len(part) != 2:
+                raise SpecError(
+                    f"a rule is written 'glob: spec', and rules are separated by ';', not '{':'.join(part).strip()}'"
+                )
+        globs = [glob.strip() for glob, _ in parts]
+        for glob in globs:
+            if globs.count(glob) > 1:
+                raise SpecError(f"rule '{glob}' is given twice; the first match wins, so keep one of them")
+        rules = {glob: text.strip() for glob, (_, text) in zip(globs, parts, strict=True)}
+    if not isinstance(rules, Mapping) or not rules:
+        raise SpecError(
+            f"expected a spec such as 'svd(rank=128)' or rules such as {{'*.attn.*': 'svd(rank=64)'}}, not {rules!r}"
+        )
+    for glob in rules:
+        if not isinstance(glob, str):
+            raise SpecError(f"rules are globs over module names, such as '*.attn.*', not {glob!r}")
+    return {glob: _rule_value(glob, value) for glob, value in rules.items()}
+
+
+def _outside_brackets(text: str, separators: str) -> list[str]:
+    """Split a text at separators that stand in no brackets: those of a spec are its own."""
+    parts, depth = [""], 0
+    for char in text:
+        depth += (char == "(") - (char == ")")
+        if char in separators and depth <= 0:
+            parts.append("")
+        else:
+            parts[-1] += char
+    return parts
+
+
+def _rule_value(glob: str, value: SpecLike | None) -> Transform | None:
+    if value is None or isinstance(value, Transform):
+        return value
+    if isinstance(value, str) and value.strip().lower() == "none":
+        return None
+    try:
+        return spec.parse(value)
+    except SpecError as error:
+        raise SpecError(f"rule '{glob}': {error}") from None

@@ -1,0 +1,251 @@
+"""Which parameters are transformed, and how: a bare spec or rules by module name, resolved against a model.
+
+Nothing here makes a tensor: a model on the meta device resolves as any other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from lingrad.config import spec
+from lingrad.config.rules import Rules, parse_rules
+from lingrad.errors import ShapeError, SpecError
+from lingrad.transforms.base import Transform
+from lingrad.weights.bitsandbytes import is_packed, packed_of
+from lingrad.weights.layout import Layout, is_conv1d, layout_of
+
+Road = Literal["projected", "quantized", "weight"]
+
+# Names under which models hold their output layer, where get_output_embeddings() does not tell.
+_HEADS = {"lm_head", "head", "classifier", "score", "qa_outputs", "fc_out", "output", "output_projection"}
+
+
+@dataclass(frozen=True)
+class Target:
+    """One parameter that is transformed.
+
+    Args:
+        name: The parameter's name.
+        param: The parameter.
+        transform: Its transform.
+        layout: How it is read as a matrix.
+        road: ``projected`` where the gradient is born small (linear layers), ``quantized`` where so it is and the weight is
+            held in 4 or 8 bits, ``weight`` where it is projected afterwards.
+        owners: Every (module, attribute) that holds it.
+    """
+
+    name: str
+    param: nn.Parameter
+    transform: Transform
+    layout: Layout
+    road: Road
+    owners: tuple[tuple[nn.Module, str], ...] = ()
+
+    @property
+    def like(self) -> Tensor:
+        """The weight, for device and dtype; an empty tensor in its place where it is quantised."""
+        if self.road != "quantized":
+            return self.param
+        dtype = torch.float32 if self.param.is_meta else packed_of(self.owners[0][0], self.name).dtype
+        return torch.empty(0, dtype=dtype, device=self.param.device)
+
+
+@dataclass
+class Plan:
+    """What happens to each trainable parameter: transformed, or trained in full.
+
+    Args:
+        targets: The transformed ones.
+        full: (name, parameter) of the others.
+    """
+
+    targets: list[Target] = field(default_factory=list)
+    full: list[tuple[str, nn.Parameter]] = field(default_factory=list)
+
+
+@dataclass
+class _Candidate:
+    """A trainable parameter, all its names, and who owns it."""
+
+    names: list[str]
+    param: nn.Parameter
+    owners: list[tuple[nn.Module, str]] = field(default_factory=list)
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether it holds codes of 4 or 8 bits."""
+        return any(is_packed(module) and attribute == "weight" for module, attribute in self.owners)
+
+    def known_as(self) -> set[str]:
+        """Names a rule may match: of the parameter and of the modules that own it."""
+        return {*self.names, *(name.rpartition(".")[0] for name in self.names)}
+
+
+def resolve_model(model: nn.Module, rules: Rules) -> Plan:
+    """Decide for every trainable parameter of a model, and for the weights of linear layers that are held in 4 or 8 bits.
+
+    Args:
+        model: The model; not changed.
+        rules: A spec for every Linear (and Conv1D) weight but the output head's, or a mapping of globs over module or
+            parameter names to specs, where ``none`` means to train in full; the first match wins.
+
+    Returns:
+        The plan.
+
+    Raises:
+        SpecError: A spec is malformed; a rule matches nothing, or nothing that can be transformed.
+        ShapeError: A rank does not fit; the message names the parameter.
+    """
+    candidates = _candidates(model)
+    parsed = parse_rules(rules)
+    if isinstance(parsed, Transform):
+        head = _output_head(model)
+        chosen = [parsed if _is_linear_weight(c) and not _owned_by(c, head) else None for c in candidates]
+        if not any(chosen):
+            if not candidates:
+                raise SpecError(f"nothing to train: every parameter of {type(model).__name__} is frozen")
+            raise SpecError(
+                f"no trainable Linear layer was found in {type(model).__name__} besides its output head; "
+                f"name the weights to transform by rules, such as {{'*.proj': '{spec.format(parsed)}'}}"
+            )
+    else:
+        chosen = _match(candidates, parsed)
+    return _plan(candidates, chosen)
+
+
+def resolve_parameters(named: Iterable[tuple[str, nn.Parameter]], rules: Rules) -> Plan:
+    """Decide for parameters whose modules are not known; a bare spec means every one with two or more dimensions.
+
+    Args:
+        named: (name, parameter) pairs.
+        rules: As for `resolve_model`, matched against parameter names.
+
+    Returns:
+        The plan; every target takes the ``weight`` road.
+
+    Raises:
+        SpecError: A spec is malformed, or a rule matches nothing.
+        ShapeError: A rank does not fit.
+    """
+    candidates = [_Candidate([name], param) for name, param in named if param.requires_grad]
+    parsed = parse_rules(rules)
+    if isinstance(parsed, Transform):
+        chosen = [parsed if c.param.dim() >= 2 else None for c in candidates]
+    else:
+        chosen = _match(candidates, parsed)
+    return _plan(candidates, chosen)
+
+
+def _candidates(model: nn.Module) -> list[_Candidate]:
+    found: dict[int, _Candidate] = {}
+    for module_name, module in model.named_modules():
+        for attribute, param in module.named_parameters(recurse=False):
+            name = f"{module_name}.{attribute}" if module_name else attribute
+            if param.requires_grad or (attribute == "weight" and is_packed(module)):
+                candidate = found.setdefault(id(param), _Candidate([], param))
+                candidate.names.append(name)
+                candidate.owners.append((module, attribute))
+    return list(found.values())
+
+
+def _is_linear_weight(candidate: _Candidate) -> bool:
+    return any(
+        attribute == "weight" and (isinstance(module, nn.Linear) or is_conv1d(module)) for module, attribute in candidate.owners
+    )
+
+
+def _output_head(model: nn.Module) -> set[nn.Module]:
+    told = getattr(model, "get_output_embeddings", lambda: None)()
+    if isinstance(told, nn.Module):
+        return {told}
+    found = set()
+    for name, module in model.named_modules():
+        *path, last = name.split(".")
+        in_a_block = any(part.isdigit() for part in path)  # a layer of that name inside a block, such as GPT-J's fc_out
+        if last in _HEADS and not in_a_block:
+            found.add(module)
+    return found
+
+
+def _owned_by(candidate: _Candidate, heads: set[nn.Module]) -> bool:
+    tied_to_embedding = any(isinstance(module, nn.Embedding) for module, _ in candidate.owners)
+    return tied_to_embedding or any(module in heads for module, _ in candidate.owners)
+
+
+def _match(candidates: list[_Candidate], rules: Mapping[str, Transform | None]) -> list[Transform | None]:
+    chosen: list[Transform | None] = [None] * len(candidates)
+    taken: set[int] = set()
+    for glob, transform in rules.items():
+        matched = [i for i, c in enumerate(candidates) if any(fnmatchcase(name, glob) for name in c.known_as())]
+        usable = [i for i in matched if transform is None or candidates[i].param.dim() >= 2]
+        if not matched:
+            raise SpecError(f"rule '{glob}' matches no trainable parameter{_near(glob, candidates)}")
+        if not usable:
+            raise SpecError(
+                f"rule '{glob}' matches nothing that can be transformed: '{candidates[matched[0]].names[0]}' has shape "
+                f"{tuple(candidates[matched[0]].param.shape)}, and a transform needs two dimensions or more"
+            )
+        fresh = [i for i in usable if i not in taken]
+        if not fresh:
+            raise SpecError(f"rule '{glob}' is never reached: the rules before it take every parameter it matches")
+        for i in fresh:
+            chosen[i] = transform
+        taken.update(matched)
+    return chosen
+
+
+def _near(glob: str, candidates: list[_Candidate]) -> str:
+    """End a sentence about a glob that matches nothing: the same glob with its misspelt part mended, and an example."""
+    words = {word.lower(): word for c in candidates for name in c.known_as() for word in name.split(".")}
+    mended = []
+    for part in glob.split("."):
+        bare = part.strip("*?")
+        known = any(fnmatchcase(word, part) for word in words.values())
+        near = [] if known else get_close_matches(bare.lower(), words, n=1, cutoff=0.5)
+        mended.append(part.replace(bare, words[near[0]]) if near and bare else part)
+    guess = ".".join(mended)
+    names = {name for c in candidates if c.param.dim() >= 2 for name in c.known_as()}
+    tried = (guess, f"*.{guess}", f"*.{guess}.*", f"*{guess}*")
+    hit = next((f"; did you mean '{g}'?" for g in tried if any(fnmatchcase(name, g) for name in names)), ".")
+    owners = [name.rpartition(".")[0] for c in candidates if c.param.dim() >= 2 for name in c.names]
+    return f"{hit} Rules are globs over module names, such as '{max(owners, key=len, default='')}'."
+
+
+def _plan(candidates: list[_Candidate], chosen: list[Transform | None]) -> Plan:
+    plan = Plan()
+    for candidate, transform in zip(candidates, chosen, strict=True):
+        name = candidate.names[0]
+        if transform is None and candidate.is_packed:
+            continue  # codes are not trained in full
+        if transform is None:
+            plan.full.append((name, candidate.param))
+            continue
+        if candidate.param.is_complex():
+            raise SpecError(f"{name} is complex, and transforms are real; leave it out by a rule: 'none'")
+        owners = tuple(candidate.owners)
+        if candidate.is_packed and len(owners) != 1:
+            raise SpecError(f"{name} is held in 4 or 8 bits and shared by several layers; leave it out by a rule: 'none'")
+        layout = layout_of(candidate.param, owners[0][0] if owners else None, name)
+        try:
+            transform.coords_shape(layout.shape)
+        except ShapeError as error:
+            raise ShapeError(f"{name}: {error}") from None
+        plan.targets.append(Target(name, candidate.param, transform, layout, _road(owners), owners))
+    return plan
+
+
+def _road(owners: tuple[tuple[nn.Module, str], ...]) -> Road:
+    if len(owners) == 1 and is_packed(owners[0][0]):
+        return "quantized"
+    # Projected backward is for layers known to use their weight in their own forward only, and owned once. A subclass of
+    # Linear may do otherwise: nn.MultiheadAttention reads the weight of its out_proj without calling it.
+    if len(owners) != 1 or owners[0][1] != "weight":
+        return "weight"
+    return "projected" if type(owners[0][0]) is nn.Linear or is_conv1d(owners[0][0]) else "weight"

@@ -1,0 +1,1 @@
+"""A run: how it is built, its step, its refreshes, its checkpoints."""

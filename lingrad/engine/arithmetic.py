@@ -1,0 +1,86 @@
+"""Reproducing another program's arithmetic to the last digit, where it differs from ours in details.
+
+``galore`` is galore_torch 1.0. Beside the algorithm (Zhao et al., ICML 2024, arXiv 2403.03507) its AdamW adds eps before the
+bias correction, decays after the step, takes the SVD in float32 and leaves the signs of a new basis as the SVD gave them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from lingrad.config import spec
+from lingrad.errors import SpecError, did_you_mean
+from lingrad.transforms import SVD, Transform
+
+Compat = Literal["galore"]
+
+
+@dataclass(frozen=True)
+class Arithmetic:
+    """The details of a step that other programs do differently.
+
+    Args:
+        decay_last: Decay after the base's step instead of before.
+        eps_uncorrected: eps is added to the uncorrected second moment, as if it were eps / sqrt(1 - b2^t).
+        default_eps: The base's eps where the user gives none; None leaves the base's own.
+    """
+
+    decay_last: bool = False
+    eps_uncorrected: bool = False
+    default_eps: float | None = None
+
+    def eps(self, group: Mapping[str, Any], step: int) -> float:
+        """The eps for a stock Adam in its ``step``-th step, counted from 1."""
+        eps: float = group["eps"]
+        return eps / math.sqrt(1 - group["betas"][1] ** step) if self.eps_uncorrected else eps
+
+
+OURS = Arithmetic()
+GALORE = Arithmetic(decay_last=True, eps_uncorrected=True, default_eps=1e-6)
+
+
+def arithmetic(compat: Compat | None, base: str) -> Arithmetic:
+    """The arithmetic to follow.
+
+    Args:
+        compat: ``galore``, or None for our own.
+        base: The name of the base.
+
+    Returns:
+        The details.
+
+    Raises:
+        SpecError: The name is unknown, or the base is not one the program has.
+    """
+    if compat is None:
+        return OURS
+    if compat != "galore":
+        raise SpecError(f"compat must be 'galore' or None, not {compat!r}{did_you_mean(str(compat), ['galore'])}")
+    if base not in ("adamw", "adam"):
+        raise SpecError(f"compat='galore' reproduces galore_torch's AdamW; use base='adamw', not '{base}'")
+    return GALORE
+
+
+def as_published(compat: Compat | None, transform: Transform) -> Transform:
+    """The transform with the numerical choices of the program to reproduce.
+
+    Args:
+        compat: ``galore``, or None.
+        transform: The transform asked for.
+
+    Returns:
+        The same transform under None; for ``galore`` an exact SVD in float32 with unaligned signs.
+
+    Raises:
+        SpecError: The program has no such transform.
+    """
+    if compat is None:
+        return transform
+    if not isinstance(transform, SVD) or transform.solver != "exact":
+        raise SpecError(
+            f"compat='galore' reproduces galore_torch, which has svd with the exact solver only, not {spec.format(transform)}"
+        )
+    return replace(transform, precision="float32", align=False)

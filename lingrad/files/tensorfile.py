@@ -1,0 +1,238 @@
+"""Safetensors files, tensor by tensor: a header that is checked to the byte, rows read and tensors written one at a time.
+
+The format is eight bytes with the header's length, a JSON header that gives each tensor's dtype, shape and place, and the data.
+Nothing of a file is trusted before its header fits its length exactly; no more of it is in memory than what was asked for.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+from collections.abc import Callable, Iterable, Mapping
+from math import prod
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lingrad.errors import DataError
+from lingrad.files.atomic import new_file
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "C64": torch.complex64,
+}
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_LARGEST_HEADER = 100_000_000  # as in the safetensors package
+
+
+class Entry(NamedTuple):
+    """Where one tensor lies.
+
+    Args:
+        dtype: Its dtype.
+        shape: Its shape.
+        begin: Its first byte, counted from the start of the file.
+    """
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    begin: int
+
+    @property
+    def nbytes(self) -> int:
+        """Its length."""
+        return prod(self.shape) * self.dtype.itemsize
+
+
+class Piece(NamedTuple):
+    """A tensor to be written, made when its turn comes.
+
+    Args:
+        dtype: Its dtype.
+        shape: Its shape.
+        make: Makes it.
+    """
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    make: Callable[[], Tensor]
+
+
+class TensorFile:
+    """A safetensors file whose header was checked; tensors are read when asked for.
+
+    Args:
+        path: The file.
+
+    Attributes:
+        path: The file.
+        entries: Name -> where and what.
+        metadata: The header's texts.
+
+    Raises:
+        DataError: The file is missing or cut off, or its header does not fit it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            with path.open("rb") as file:
+                size = os.fstat(file.fileno()).st_size
+                length = int.from_bytes(file.read(8), "little")
+                if size < 8 or length > min(size - 8, _LARGEST_HEADER):
+                    raise _damaged(path, f"its header would be {length:,} bytes long, and the file is {size:,}")
+                header = file.read(length)
+        except OSError as error:
+            raise DataError(f"cannot read {path}: {error.strerror}") from error
+        self.entries, self.metadata = _parse(path, header, size)
+
+    def read(self, name: str) -> Tensor:
+        """A tensor, in memory of its own."""
+        entry = self.entries[name]
+        return self._read(entry, entry.begin, prod(entry.shape)).view(entry.shape)
+
+    def rows(self, name: str, columns: int, start: int, stop: int) -> Tensor:
+        """Some rows of a tensor that is read as a matrix.
+
+        Args:
+            name: Its name.
+            columns: n, of the matrix [m, n] that its numbers are in their order.
+            start: The first row.
+            stop: The row after the last.
+
+        Returns:
+            [stop - start, n], in memory of its own.
+        """
+        entry = self.entries[name]
+        found = self._read(entry, entry.begin + start * columns * entry.dtype.itemsize, (stop - start) * columns)
+        return found.view(stop - start, columns)
+
+    def _read(self, entry: Entry, begin: int, count: int) -> Tensor:
+        found = torch.empty(count, dtype=entry.dtype)
+        with self.path.open("rb") as file:
+            file.seek(begin)
+            if count and file.readinto(_memory(found)) != found.numel() * found.element_size():
+                raise _damaged(self.path, "it became shorter while it was read")
+        return found
+
+
+def write_tensors(path: Path, pieces: Mapping[str, Piece], metadata: Mapping[str, str] | None = None) -> Path:
+    """Write a safetensors file one tensor after the other, by way of a temporary file beside it.
+
+    Args:
+        path: The file; replaced if it is there.
+        pieces: Name -> tensor. Equal pieces and metadata give equal bytes.
+        metadata: Texts for the header.
+
+    Returns:
+        The path. Errors of the operating system come as they are; nothing half-written is left.
+
+    Raises:
+        DataError: A tensor is of a dtype the format does not have, or not what its piece says.
+    """
+    order = sorted(pieces, key=lambda name: (-pieces[name].dtype.itemsize, name))  # each begins at a multiple of its dtype
+    header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
+    end = 0
+    for name in order:
+        dtype, shape, _ = pieces[name]
+        if dtype not in _NAMES:
+            raise DataError(f"'{name}' is {dtype}, which safetensors files cannot hold")
+        begin, end = end, end + prod(shape) * dtype.itemsize
+        header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    with new_file(path) as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in order:
+            tensor, (dtype, shape, _) = pieces[name].make(), pieces[name]
+            if (tensor.dtype, tuple(tensor.shape)) != (dtype, tuple(shape)):
+                raise DataError(f"'{name}' came as {tensor.dtype} {tuple(tensor.shape)}, announced as {dtype} {shape}")
+            flat = tensor.detach().cpu().contiguous()
+            if flat.numel():
+                file.write(_memory(flat))
+            del tensor, flat  # before the next one is made
+    return path
+
+
+def whole(tensors: Mapping[str, Tensor]) -> dict[str, Piece]:
+    """Pieces of tensors that are in memory already."""
+
+    def piece(tensor: Tensor) -> Piece:
+        return Piece(tensor.dtype, tuple(tensor.shape), lambda: tensor)
+
+    return {name: piece(tensor) for name, tensor in tensors.items()}
+
+
+def _parse(path: Path, header: bytes, size: int) -> tuple[dict[str, Entry], dict[str, str]]:
+    """Read a header; every byte of the file must belong to one tensor, and every name be said once."""
+    try:
+        found = json.loads(header.decode(), object_pairs_hook=_unique)
+    except (ValueError, RecursionError) as error:
+        raise _damaged(path, f"its header is no JSON that names each tensor once ({error})") from error
+    if not isinstance(found, dict):
+        raise _damaged(path, "its header is no JSON object")
+    metadata = found.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
+        raise _damaged(path, "the metadata of its header are not texts")
+    entries: dict[str, Entry] = {}
+    places = []
+    for name, value in found.items():
+        dtype, shape, offsets = _fields(path, name, value)
+        entries[name] = Entry(dtype, tuple(shape), 8 + len(header) + offsets[0])
+        if offsets[1] - offsets[0] != entries[name].nbytes:
+            raise _damaged(path, f"'{name}' is {list(shape)} {dtype}, and its place holds {offsets[1] - offsets[0]:,} bytes")
+        places.append((offsets[0], offsets[1], name))
+    end = 0
+    for begin, stop, name in sorted(places):
+        if begin != end:
+            raise _damaged(path, f"'{name}' begins at byte {begin:,} of the data; expected {end:,}")
+        end = stop
+    if 8 + len(header) + end != size:
+        raise _damaged(path, f"its header describes {8 + len(header) + end:,} bytes, and the file is {size:,}")
+    return entries, metadata
+
+
+def _fields(path: Path, name: str, value: Any) -> tuple[torch.dtype, list[int], list[int]]:
+    if not isinstance(value, dict) or value.keys() != {"dtype", "shape", "data_offsets"}:
+        raise _damaged(path, f"'{name}' is not described by dtype, shape and data_offsets")
+    dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        raise DataError(f"{path}: '{name}' has the dtype {dtype!r}; expected one of {', '.join(DTYPES)}")
+    for numbers in (shape, offsets):
+        if not isinstance(numbers, list) or any(type(number) is not int or not 0 <= number < 2**63 for number in numbers):
+            raise _damaged(path, f"shape and place of '{name}' are {shape} and {offsets}")
+    if len(offsets) != 2:
+        raise _damaged(path, f"the place of '{name}' is {offsets}")
+    return DTYPES[dtype], shape, offsets
+
+
+def _unique(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    listed = list(pairs)
+    names = [name for name, _ in listed]
+    if len(set(names)) != len(names):
+        raise ValueError(f"'{next(name for name in names if names.count(name) > 1)}' occurs twice")
+    return dict(listed)
+
+
+def _memory(tensor: Tensor) -> memoryview:
+    """The bytes of a contiguous tensor on the CPU, good while it lives; numpy is no dependency, and has no bfloat16."""
+    size = tensor.numel() * tensor.element_size()
+    return memoryview((ctypes.c_ubyte * size).from_address(tensor.data_ptr())).cast("B")
+
+
+def _damaged(path: Path, what: str) -> DataError:
+    return DataError(f"{path} is cut off, damaged, or no safetensors file: {what}; copy or save it again")

@@ -1,0 +1,91 @@
+"""What a gradient is: a matrix that is known by its products.
+
+Layout: a weight is W [m, n] = [out, in], the order of ``torch.nn.Linear``, and its gradient G has the same shape.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor
+
+
+class Gradient(ABC):
+    """A matrix G [m, n] given by what it does.
+
+    Laws, for any ``left`` [m, p] and ``right`` [n, q]:
+
+    - ``product(left, right) == left.T @ dense() @ right``, a missing factor meaning the identity;
+    - ``T.dense() == dense().T`` and ``norm() == |dense()|_F``;
+    - ``select(rows, columns).dense() == dense()[rows][:, columns]``.
+    """
+
+    @property
+    @abstractmethod
+    def shape(self) -> tuple[int, int]:
+        """(m, n), the shape of the weight matrix."""
+
+    @property
+    @abstractmethod
+    def dtype(self) -> torch.dtype:
+        """The dtype of the products."""
+
+    @property
+    @abstractmethod
+    def device(self) -> torch.device:
+        """Where the factors or the matrix live."""
+
+    @property
+    @abstractmethod
+    def nbytes(self) -> int:
+        """Bytes of the tensors this object keeps alive."""
+
+    @property
+    @abstractmethod
+    def T(self) -> Gradient:  # noqa: N802 - the name torch and numpy give a transpose
+        """The transpose, [n, m]; shares memory."""
+
+    @abstractmethod
+    def product(self, left: Tensor | None, right: Tensor | None) -> Tensor:
+        """Both-sided product ``left.T @ G @ right``.
+
+        Args:
+            left: [m, p], or None for the identity.
+            right: [n, q], or None for the identity.
+
+        Returns:
+            [p, q], in the gradient's dtype.
+        """
+
+    @abstractmethod
+    def select(self, rows: Tensor | None, columns: Tensor | None) -> Gradient:
+        """Restrict G to some rows and columns.
+
+        Args:
+            rows: int64 indices [p] into m, or None for all.
+            columns: int64 indices [q] into n, or None for all.
+
+        Returns:
+            The gradient ``G[rows][:, columns]``, [p, q].
+        """
+
+    @abstractmethod
+    def dense(self) -> Tensor:
+        """The matrix itself, [m, n]; formed when it is not held."""
+
+    @abstractmethod
+    def norm(self) -> Tensor:
+        """The Frobenius norm, a 0-d tensor in at least float32."""
+
+    @abstractmethod
+    def to(self, dtype: torch.dtype) -> Gradient:
+        """The same gradient with its products computed in ``dtype``."""
+
+    def matmul(self, right: Tensor) -> Tensor:
+        """``G @ right``: [n, q] -> [m, q]."""
+        return self.product(None, right)
+
+    def rmatmul(self, left: Tensor) -> Tensor:
+        """``left.T @ G``: [m, p] -> [p, n]."""
+        return self.product(left, None)

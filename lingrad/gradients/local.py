@@ -1,0 +1,190 @@
+"""Gradients of a weight matrix, known by their products.
+
+Layout: a weight is W [m, n] = [out, in], the order of ``torch.nn.Linear``, and its gradient G has the same shape. For a
+linear layer y = x W^T that saw T tokens, G = dY^T X with dY [T, m] and X [T, n]: every product a transform asks for costs
+O(T r (m + n)) from the two factors, and the m x n matrix need not exist.
+"""
+
+from __future__ import annotations
+
+from typing import final
+
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from lingrad.gradients.base import Gradient
+from lingrad.tensors import cast, wide
+
+
+@final
+class DenseGradient(Gradient):
+    """A gradient held as a matrix.
+
+    Args:
+        matrix: G [m, n].
+    """
+
+    def __init__(self, matrix: Tensor) -> None:
+        self.matrix = matrix
+
+    @property
+    @override
+    def shape(self) -> tuple[int, int]:
+        return self.matrix.shape[0], self.matrix.shape[1]
+
+    @property
+    @override
+    def dtype(self) -> torch.dtype:
+        return self.matrix.dtype
+
+    @property
+    @override
+    def device(self) -> torch.device:
+        return self.matrix.device
+
+    @property
+    @override
+    def nbytes(self) -> int:
+        return self.matrix.numel() * self.matrix.element_size()
+
+    @property
+    @override
+    def T(self) -> DenseGradient:
+        return DenseGradient(self.matrix.t())
+
+    @override
+    def product(self, left: Tensor | None, right: Tensor | None) -> Tensor:
+        result = self.matrix
+        if left is not None:
+            result = cast(left, self.dtype).t() @ result
+        if right is not None:
+            result = result @ cast(right, self.dtype)
+        return result
+
+    @override
+    def select(self, rows: Tensor | None, columns: Tensor | None) -> DenseGradient:
+        matrix = self.matrix if rows is None else self.matrix.index_select(0, rows)
+        return DenseGradient(matrix if columns is None else matrix.index_select(1, columns))
+
+    @override
+    def dense(self) -> Tensor:
+        return self.matrix
+
+    @override
+    def norm(self) -> Tensor:
+        # of the norms of rows, or of columns where these are what lies together: one sum of so many squares in float32 is
+        # right to 1e-3 only
+        along = int(self.matrix.stride(0) > self.matrix.stride(1))
+        lines = torch.linalg.vector_norm(self.matrix, dim=along, dtype=wide(self.dtype))
+        norm: Tensor = torch.linalg.vector_norm(lines)
+        return norm
+
+    @override
+    def to(self, dtype: torch.dtype) -> DenseGradient:
+        return DenseGradient(self.matrix.to(dtype))
+
+
+@final
+class FactoredGradient(Gradient):
+    """A gradient held as G = out_grad^T @ input, as a linear layer's backward finds it.
+
+    Args:
+        out_grad: dY [T, m].
+        input: X [T, n], same dtype.
+    """
+
+    def __init__(self, out_grad: Tensor, input: Tensor) -> None:  # noqa: A002 - torch's own name for a layer's input
+        self.out_grad = out_grad
+        self.input = input
+
+    @property
+    @override
+    def shape(self) -> tuple[int, int]:
+        return self.out_grad.shape[1], self.input.shape[1]
+
+    @property
+    @override
+    def dtype(self) -> torch.dtype:
+        return self.out_grad.dtype
+
+    @property
+    @override
+    def device(self) -> torch.device:
+        return self.out_grad.device
+
+    @property
+    @override
+    def nbytes(self) -> int:
+        return sum(t.numel() * t.element_size() for t in (self.out_grad, self.input))
+
+    @property
+    @override
+    def T(self) -> FactoredGradient:
+        return FactoredGradient(self.input, self.out_grad)
+
+    @override
+    def product(self, left: Tensor | None, right: Tensor | None) -> Tensor:
+        out_grad = self.out_grad if left is None else self.out_grad @ cast(left, self.dtype)
+        return out_grad.t() @ (self.input if right is None else self.input @ cast(right, self.dtype))
+
+    @override
+    def select(self, rows: Tensor | None, columns: Tensor | None) -> FactoredGradient:
+        out_grad = self.out_grad if rows is None else self.out_grad.index_select(1, rows)
+        return FactoredGradient(out_grad, self.input if columns is None else self.input.index_select(1, columns))
+
+    @override
+    def dense(self) -> Tensor:
+        return self.product(None, None)
+
+    @override
+    def norm(self) -> Tensor:
+        """|dY^T X|_F, through the T x T Gram matrices when they are smaller than G itself."""
+        if self.smaller_than_dense:
+            rows, columns = (t.to(wide(self.dtype)) for t in (self.out_grad, self.input))
+            # rounding can leave a tiny negative sum where the gradient vanishes
+            return ((rows @ rows.t()) * (columns @ columns.t())).sum().clamp_min(0).sqrt()
+        return DenseGradient(self.dense()).norm()
+
+    @override
+    def to(self, dtype: torch.dtype) -> FactoredGradient:
+        return FactoredGradient(self.out_grad.to(dtype), self.input.to(dtype))
+
+    @property
+    def smaller_than_dense(self) -> bool:
+        """Whether the two factors hold fewer numbers than the matrix would."""
+        m, n = self.shape
+        return self.out_grad.shape[0] * (m + n) < m * n
+
+
+def accumulate(total: Gradient | None, part: Gradient) -> Gradient:
+    """Add the gradient of one more micro-batch, in whichever form takes less memory.
+
+    Args:
+        total: What was accumulated so far; may be written into. None at the first micro-batch.
+        part: The gradient to add, [m, n].
+
+    Returns:
+        The sum: factored while the factors are smaller than the matrix, dense from then on.
+    """
+    if total is None:
+        if isinstance(part, FactoredGradient) and not part.smaller_than_dense:
+            return DenseGradient(_formed(part))
+        return part
+    if isinstance(total, FactoredGradient) and isinstance(part, FactoredGradient):
+        joined = FactoredGradient(torch.cat((total.out_grad, part.out_grad)), torch.cat((total.input, part.input)))
+        if joined.smaller_than_dense:
+            return joined
+    matrix = _formed(total)
+    if isinstance(part, FactoredGradient):
+        part = part.to(matrix.dtype)
+        matrix.addmm_(part.out_grad.t(), part.input)
+    else:
+        matrix.add_(part.dense())
+    return DenseGradient(matrix)
+
+
+def _formed(grad: Gradient) -> Tensor:
+    """The matrix; in float16 a factored one's entries may overflow where its projection does not, so that it is widened."""
+    half = isinstance(grad, FactoredGradient) and grad.dtype == torch.float16
+    return (grad.to(torch.float32) if half else grad).dense()

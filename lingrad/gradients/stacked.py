@@ -1,0 +1,133 @@
+"""The gradients of several weights that act on one input, read as the gradient of one tall weight."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import final
+
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from lingrad.gradients.base import Gradient
+from lingrad.gradients.local import DenseGradient
+
+
+@final
+class StackedGradient(Gradient):
+    """Gradients [m_i, n] one under the other, [sum of m_i, n].
+
+    Args:
+        parts: The gradients, of one dtype and device.
+    """
+
+    def __init__(self, parts: Sequence[Gradient]) -> None:
+        self.parts = tuple(parts)
+
+    @property
+    @override
+    def shape(self) -> tuple[int, int]:
+        return sum(part.shape[0] for part in self.parts), self.parts[0].shape[1]
+
+    @property
+    @override
+    def dtype(self) -> torch.dtype:
+        return self.parts[0].dtype
+
+    @property
+    @override
+    def device(self) -> torch.device:
+        return self.parts[0].device
+
+    @property
+    @override
+    def nbytes(self) -> int:
+        return sum(part.nbytes for part in self.parts)
+
+    @property
+    @override
+    def T(self) -> Gradient:
+        return _Transposed(self)
+
+    @override
+    def product(self, left: Tensor | None, right: Tensor | None) -> Tensor:
+        if left is None:
+            return torch.cat([part.product(None, right) for part in self.parts])
+        blocks = left.split([part.shape[0] for part in self.parts])
+        total, *others = (part.product(block, right) for part, block in zip(self.parts, blocks, strict=True))
+        for other in others:
+            total = total + other
+        return total
+
+    @override
+    def select(self, rows: Tensor | None, columns: Tensor | None) -> Gradient:
+        if rows is not None:
+            return DenseGradient(self.dense()).select(rows, columns)
+        return StackedGradient([part.select(None, columns) for part in self.parts])
+
+    @override
+    def dense(self) -> Tensor:
+        return torch.cat([part.dense() for part in self.parts])
+
+    @override
+    def norm(self) -> Tensor:
+        norm: Tensor = torch.linalg.vector_norm(torch.stack([part.norm() for part in self.parts]))
+        return norm
+
+    @override
+    def to(self, dtype: torch.dtype) -> StackedGradient:
+        return StackedGradient([part.to(dtype) for part in self.parts])
+
+
+@final
+class _Transposed(Gradient):
+    """The transpose of a gradient, by its own products."""
+
+    def __init__(self, whole: Gradient) -> None:
+        self.whole = whole
+
+    @property
+    @override
+    def shape(self) -> tuple[int, int]:
+        m, n = self.whole.shape
+        return n, m
+
+    @property
+    @override
+    def dtype(self) -> torch.dtype:
+        return self.whole.dtype
+
+    @property
+    @override
+    def device(self) -> torch.device:
+        return self.whole.device
+
+    @property
+    @override
+    def nbytes(self) -> int:
+        return self.whole.nbytes
+
+    @property
+    @override
+    def T(self) -> Gradient:
+        return self.whole
+
+    @override
+    def product(self, left: Tensor | None, right: Tensor | None) -> Tensor:
+        return self.whole.product(right, left).t()
+
+    @override
+    def select(self, rows: Tensor | None, columns: Tensor | None) -> Gradient:
+        return self.whole.select(columns, rows).T
+
+    @override
+    def dense(self) -> Tensor:
+        return self.whole.dense().t()
+
+    @override
+    def norm(self) -> Tensor:
+        return self.whole.norm()
+
+    @override
+    def to(self, dtype: torch.dtype) -> Gradient:
+        return _Transposed(self.whole.to(dtype))

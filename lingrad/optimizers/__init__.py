@@ -1,0 +1,7 @@
+"""Base optimizers: what steps the coordinates and whatever trains in full."""
+
+from lingrad.optimizers.base import Base as Base
+from lingrad.optimizers.base import BaseLike as BaseLike
+from lingrad.optimizers.base import Choice as Choice
+from lingrad.optimizers.base import find as find
+from lingrad.optimizers.base import names as names

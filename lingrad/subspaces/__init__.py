@@ -1,0 +1,1 @@
+"""One weight's subspace: its basis, its coordinates, what was merged."""

@@ -1,0 +1,148 @@
+"""What the backwards of a refresh step have found, on its way to the step.
+
+A refresh needs the gradient, or a sketch of it, summed over micro-batches, beside the projections that autograd adds up in
+``coords.grad``. Both belong together: who zeroes one means the other, and who scales one (GradScaler, a clip from outside)
+means the other.
+"""
+
+from __future__ import annotations
+
+import math
+import weakref
+
+import torch
+from torch import Tensor, nn
+
+from lingrad.errors import ModeError
+from lingrad.gradients.base import Gradient
+from lingrad.gradients.local import accumulate
+from lingrad.parallel import average, ranks
+
+Found = Gradient | tuple[Tensor, ...]
+
+
+class Captured:
+    """What one weight's backwards of a refresh step have found so far.
+
+    Args:
+        name: The parameter's name, for messages.
+
+    Attributes:
+        total: The sum over the micro-batches that are in ``coords.grad``: a gradient, or the products of a sketch; or None.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self._clear()
+
+    def forget(self) -> None:
+        """Drop everything: it was used, or thrown away."""
+        if self._backward >= 0 or self._seen is not None:  # else there is nothing
+            self._clear()
+
+    def _clear(self) -> None:
+        self.total: Found | None = None
+        self._staged: Found | None = None  # of the backward that is running, not yet in coords.grad
+        self._backward = -1
+        self._left: Tensor | None = None  # a copy of coords.grad as the last backward left it
+        self._seen: tuple[weakref.ref[Tensor], int] | None = None  # coords.grad itself, and how often it had been written
+        self._anew = True  # whether the running backward is the first since coords.grad was zeroed
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of what was found."""
+        if isinstance(self.total, tuple):
+            return sum(product.numel() * product.element_size() for product in self.total)
+        return 0 if self.total is None else self.total.nbytes
+
+    def stage(self, found: Found) -> None:
+        """Note what a layer's backward found; a layer used twice in a forward stages twice.
+
+        Args:
+            found: G [m, n] or products of it; kept, and possibly written into.
+        """
+        # A backward that never reached coords.grad (it failed, or asked for other gradients) must not count.
+        running = torch._C._current_graph_task_id()
+        self._staged = _plus(self._staged if running == self._backward else None, found)
+        self._backward = running
+
+    def before_accumulate(self, coords: nn.Parameter) -> None:
+        """Called when autograd, or a hook of ours, is about to add to ``coords.grad``."""
+        # Somebody who zeroed coords.grad by hand meant what was found for the refresh too.
+        self._anew = coords.grad is None or (self._written(coords.grad) and self._zeroed(coords.grad))
+
+    def after_accumulate(self, coords: nn.Parameter, *, compare: bool) -> None:
+        """Called when ``coords.grad`` holds one more backward; one that asked for other gradients never comes here.
+
+        Args:
+            coords: The coordinates.
+            compare: Keep a copy of their gradient, for `outside_factor`.
+        """
+        if self._staged is not None:
+            self.total = _plus(None if self._anew else self.total, self._staged)
+            self._staged = None
+        grad = coords.grad
+        self._left = grad.clone() if compare and grad is not None else None
+        self._seen = None if grad is None else (weakref.ref(grad), grad._version)
+
+    def _written(self, grad: Tensor) -> bool:
+        """Whether somebody else has written into the gradient, or replaced it, since the last backward."""
+        return self._seen is None or self._seen[0]() is not grad or self._seen[1] != grad._version
+
+    def _zeroed(self, grad: Tensor) -> bool:
+        had = self.total is not None if self._left is None else bool(self._left.any())
+        return had and not grad.any()
+
+    def outside_factor(self, coords: nn.Parameter) -> float | None:
+        """By how much other programs scaled ``coords.grad`` after backward.
+
+        The gradient they scaled belongs to the old basis and is replaced by the refresh; the factor must be carried over.
+
+        Args:
+            coords: The coordinates.
+
+        Returns:
+            The factor, NaN where they made a finite gradient infinite or NaN; None where backward left zeros or no finite
+            numbers, from which it cannot be read.
+
+        Raises:
+            ModeError: The gradient was set by hand, or changed by more than one factor.
+        """
+        now, left = coords.grad, self._left
+        if now is None:
+            return None
+        if ranks() > 1:  # the others may have found something where this rank did not
+            left = average(torch.zeros_like(now) if left is None else left)
+        elif left is None and not now.any():
+            return None
+        if left is None:
+            raise ModeError(
+                f"the gradient of {self.name} did not come from a backward since the last step. This step refreshes its basis, "
+                "which needs the backward's own gradient; run forward and backward, then step"
+            )
+        if not left.any() or not left.isfinite().all():
+            return None
+        left = left.to(now.dtype)  # model.to casts gradients
+        if torch.equal(now, left):
+            return 1.0
+        if not now.isfinite().all():  # a clip by a norm that another weight's gradient made infinite
+            return math.nan
+        factor = float((now.double() * left).sum() / left.double().square().sum())
+        # one multiplication of each entry rounds it by at most eps; a clip after an unscale makes two. Ranks may have been
+        # summed in another order, which rounds an entry by eps of the largest part
+        rounding = 8 * torch.finfo(now.dtype).eps
+        floor = float((factor * left).abs().max()) * rounding if ranks() > 1 else torch.finfo(now.dtype).tiny
+        if not torch.allclose(now, factor * left, rtol=rounding, atol=floor):
+            raise ModeError(
+                f"the gradient of {self.name} was changed between backward and step in another way than by one factor. "
+                "This step refreshes its basis, so the change cannot be carried over. Change the gradient by one factor, "
+                "or use opt.clip_grad_norm_, which refreshes first."
+            )
+        return factor
+
+
+def _plus(total: Found | None, part: Found) -> Found:
+    """The sum, in the memory of the first; products are added one by one."""
+    if isinstance(part, Gradient):
+        return accumulate(total if isinstance(total, Gradient) else None, part)
+    return part if not isinstance(total, tuple) else tuple(a.add_(b) for a, b in zip(total, part, strict=True))

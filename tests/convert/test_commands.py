@@ -1,0 +1,80 @@
+"""`lingrad convert` and `lingrad merge` as typed: what is printed, messages, exit codes; runs of lingrad's own Trainer."""
+
+import sys
+
+import pytest
+import torch
+
+from lingrad import convert
+from tests.support.folders import contents, make
+from tests.support.models import llama
+from tests.support.trainers import make as make_trainer
+
+pytest.importorskip("peft", reason="make test installs it (extra: hf)", exc_type=ImportError)
+
+
+def test_what_is_printed_is_the_report(lingrad, tmp_path):
+    base, tuned = make(tmp_path)
+    status, out, _ = lingrad("convert", base, tuned, "--out", tmp_path / "out", "--rank", 3)
+    assert status == 0
+    lines = out.splitlines()
+    assert lines[0].split() == ["tensor", "shape", "rank", "residual", "rounding"]
+    assert lines[-1].startswith(f"Written: {tmp_path / 'out'}, in ")
+    report = convert.convert(base, tuned, tmp_path / "again", rank=3)
+    assert "\n".join(lines[:-1]) == report.table()
+    assert contents(tmp_path / "out") == contents(tmp_path / "again")
+    status, out, _ = lingrad("merge", base, tmp_path / "out", "--out", tmp_path / "merged")
+    assert (status, out) == (0, f"Written: {tmp_path / 'merged'}\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["BASE", "TUNED"], "lingrad: say where the adapter shall be written: --out DIR"),
+        (["BASE", "--out", "x"], "lingrad: two folders are needed, BASE and TUNED; one is enough where"),
+        (["BASE", "TUNED", "--out", "TUNED"], "lingrad: 'TUNED' exists, and nothing is overwritten"),
+        (["BASE", "NONE", "--out", "x"], "lingrad: 'NONE' is no model folder: there is no such folder"),
+        (["BASE", "TUNED", "--out", "x", "--energy", "2"], "lingrad: energy must lie between 0 and 1, not 2.0"),
+        (["BASE", "TUNED", "--out", "x", "--rank", "0"], "lingrad: rank must be a whole number, at least 1, not 0"),
+        (["BASE", "TUNED", "--out", "x", "--dtype", "int4"], "lingrad: dtype must be one of fp32, "),
+        (["TUNED", "--out", "x", "--exact"], "lingrad: there is no 'TUNED/optimizer.pt'"),
+        (["TUNED", "--out", "x", "--exact", "--energy", "0.9"], "lingrad: --energy has no effect with --exact"),
+        (["TUNED", "--out", "x", "--exact", "--max-error", "0"], "lingrad: --max-error has no effect with --exact"),
+        (["BASE", "TUNED", "--out", "BASE/config.json/x"], "lingrad: cannot write 'BASE/config.json/x': "),
+    ],
+)
+def test_errors_are_one_message_and_status_2(lingrad, tmp_path, monkeypatch, arguments, message):
+    base, tuned = make(tmp_path)
+    base.rename(tmp_path / "BASE")
+    tuned.rename(tmp_path / "TUNED")
+    monkeypatch.chdir(tmp_path)
+    status, out, errors = lingrad("convert", *arguments)
+    assert (status, out) == (2, "")
+    assert message in errors
+    assert "Traceback" not in errors
+    assert not (tmp_path / "x").exists()
+
+
+def test_without_peft_one_sentence_says_what_to_install(lingrad, tmp_path, monkeypatch):
+    """Before anything is searched: what a check at the end needs is asked for at the start."""
+    base, tuned = make(tmp_path)
+    monkeypatch.setitem(sys.modules, "peft", None)
+    status, _, errors = lingrad("convert", base, tuned, "--out", tmp_path / "out")
+    assert status == 2
+    assert errors.splitlines()[-1].endswith("needs the package peft: pip install 'lingrad[hf]'")
+    assert {path.name for path in tmp_path.iterdir()} == {"base", "tuned"}
+
+
+@pytest.mark.parametrize("mode", ["optimizer", "adapter"])
+def test_a_checkpoint_of_lingrads_trainer(tmp_path, mode):
+    """What the Trainer saves of a run with a ledger is all that --exact needs, in both modes; in float32 the adapter leaves the
+    rounding of 8 steps, a few 1e-7 of the weight and 1e-5 of the change."""
+    model = llama(torch.float32)
+    model.save_pretrained(tmp_path / "base")
+    options = {"save_strategy": "steps", "save_steps": 8}
+    trainer = make_trainer(tmp_path / "run", model=model, args=options, mode=mode, ledger=True)
+    trainer.train()
+    report = convert.convert_run(tmp_path / "run/checkpoint-8", tmp_path / "out", base=tmp_path / "base", logits=True)
+    assert {row.rank for row in report.rows if row.kind == "low_rank"} == {12}
+    assert report.residual <= 1e-5
+    assert report.logits[0] <= 1e-5 * report.logits[1]

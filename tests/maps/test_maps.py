@@ -1,0 +1,195 @@
+"""The laws of `LinearMap` and `Gradient`, each against a dense oracle in float64."""
+
+import pytest
+import torch
+
+from lingrad.errors import DualityError
+from lingrad.gradients.local import DenseGradient, FactoredGradient, accumulate
+from lingrad.maps import KroneckerMap, SelectionMap, TwoSidedMap, two_sided
+
+M, N, P, Q, TOKENS = 7, 5, 3, 2, 11
+
+
+def draw(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+LEFT, RIGHT = draw(M, P, seed=1), draw(N, Q, seed=2)
+ROWS, COLUMNS = torch.tensor([0, 3, 6]), torch.tensor([1, 4])
+MAPS = {
+    "identity": KroneckerMap(None, None),
+    "left": KroneckerMap(LEFT, None),
+    "right": KroneckerMap(None, RIGHT),
+    "both": KroneckerMap(LEFT, RIGHT),
+    "rows": SelectionMap(ROWS, None, (M, N)),
+    "columns": SelectionMap(None, COLUMNS, (M, N)),
+    "entries": SelectionMap(ROWS, COLUMNS, (M, N)),
+    "rows x right": two_sided(SelectionMap(ROWS, None, (M, N)), KroneckerMap(None, RIGHT)),
+    "left x columns": two_sided(KroneckerMap(LEFT, None), SelectionMap(None, COLUMNS, (M, N))),
+    "left x right": two_sided(KroneckerMap(LEFT, None), KroneckerMap(None, RIGHT)),
+    "rows x columns": two_sided(SelectionMap(ROWS, None, (M, N)), SelectionMap(None, COLUMNS, (M, N))),
+}
+OUT_GRAD, INPUT = draw(TOKENS, M, seed=3), draw(TOKENS, N, seed=4)
+GRADIENTS = {
+    "dense": DenseGradient(OUT_GRAD.t() @ INPUT),
+    "factored": FactoredGradient(OUT_GRAD, INPUT),
+    "few tokens": FactoredGradient(OUT_GRAD[:2], INPUT[:2]),
+}
+
+each_map = pytest.mark.parametrize("smap", MAPS.values(), ids=MAPS.keys())
+each_gradient = pytest.mark.parametrize("grad", GRADIENTS.values(), ids=GRADIENTS.keys())
+
+
+def assert_close(actual, expected):
+    torch.testing.assert_close(actual, expected, rtol=1e-13, atol=1e-13)
+
+
+def coords_shape(smap):
+    return tuple(smap.project(torch.zeros(M, N, dtype=torch.float64)).shape)
+
+
+def matrix_of(smap):
+    """S as a matrix [m n, p q], column by column."""
+    p, q = coords_shape(smap)
+    units = torch.eye(p * q, dtype=torch.float64).view(p * q, p, q)
+    return torch.stack([smap.lift(unit).flatten() for unit in units], dim=1)
+
+
+@each_map
+@each_gradient
+def test_project_is_the_adjoint_of_lift(smap, grad):
+    assert_close(smap.project(grad).flatten(), matrix_of(smap).t() @ grad.dense().flatten())
+
+
+@each_map
+def test_lift_is_linear_and_its_autograd_is_project(smap):
+    coords = draw(*coords_shape(smap), seed=5).requires_grad_()
+    weights = draw(M, N, seed=6)
+    assert_close(smap.lift(coords).flatten(), matrix_of(smap) @ coords.flatten())
+    (smap.lift(coords) * weights).sum().backward()
+    assert_close(coords.grad, smap.project(weights))
+
+
+@each_map
+def test_apply_acts_as_the_lifted_weight(smap):
+    x, coords = draw(2, 4, N, seed=7), draw(*coords_shape(smap), seed=5)
+    assert_close(smap.apply(x, coords), x @ smap.lift(coords).t())
+
+
+@each_map
+def test_transpose(smap):
+    coords = draw(*coords_shape(smap), seed=5)
+    assert_close(smap.T.lift(coords.t()), smap.lift(coords).t())
+    grad = OUT_GRAD.t() @ INPUT
+    assert_close(smap.T.project(grad.t()), smap.project(grad).t())
+
+
+@each_map
+def test_reduced_inputs_are_enough(smap):
+    x, coords = draw(TOKENS, N, seed=7), draw(*coords_shape(smap), seed=5)
+    reduced = smap.reduce(x)
+    assert_close(smap.inner.apply(reduced, coords), smap.apply(x, coords))
+    assert_close(smap.inner.project(FactoredGradient(OUT_GRAD, reduced)), smap.project(FactoredGradient(OUT_GRAD, x)))
+
+
+@each_map
+@pytest.mark.parametrize("block", [2**22, 1, 3 * N])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_add_lift_in_place(smap, dtype, block, monkeypatch):
+    monkeypatch.setattr("lingrad.maps.kronecker.BLOCK", block)
+    coords = draw(*coords_shape(smap), seed=5)
+    weight = draw(M, N, seed=8).to(dtype)
+    expected = (weight.double() + smap.lift(coords)).to(dtype)
+    pointer = weight.data_ptr()
+    smap.add_lift_(weight, coords)
+    assert weight.data_ptr() == pointer
+    # float64 coordinates are summed in float64 and rounded once
+    torch.testing.assert_close(weight, expected, rtol=1e-13 if dtype == torch.float64 else 1.2e-7, atol=1e-13)
+
+
+OTHERS = {
+    "identity": KroneckerMap(None, None),
+    "left": KroneckerMap(draw(M, P, seed=9), None),
+    "right": KroneckerMap(None, draw(N, Q, seed=10)),
+    "both": KroneckerMap(draw(M, P, seed=9), draw(N, Q, seed=10)),
+    "rows": SelectionMap(torch.tensor([0, 2, 6]), None, (M, N)),
+    "columns": SelectionMap(None, torch.tensor([0, 4]), (M, N)),
+    "entries": SelectionMap(torch.tensor([0, 2, 6]), torch.tensor([0, 4]), (M, N)),
+    "rows x right": two_sided(SelectionMap(torch.tensor([0, 2, 6]), None, (M, N)), KroneckerMap(None, draw(N, Q, seed=10))),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_transport_is_project_after_lift(name):
+    old, new = MAPS[name], OTHERS[name]
+    overlap = matrix_of(new).t() @ matrix_of(old)
+    coords = draw(*coords_shape(old), seed=5)
+    assert_close(new.transport(old, coords).flatten(), overlap @ coords.flatten())
+    squares = coords.square()
+    assert_close(new.transport_squares(old, squares).flatten(), overlap.square() @ squares.flatten())
+
+
+def test_maps_of_different_kinds_transport_means_but_not_squares():
+    old, new = MAPS["rows"], MAPS["left"]
+    coords = draw(*coords_shape(old), seed=5)
+    assert_close(new.transport(old, coords), new.project(old.lift(coords)))
+    for one, other in ((new, old), (old, new), (MAPS["rows x right"], MAPS["both"])):
+        with pytest.raises(DualityError, match="carry='rotate' needs the square of"):
+            one.transport_squares(other, coords)
+
+
+def test_two_kronecker_maps_join_into_one():
+    assert isinstance(MAPS["left x right"], KroneckerMap)
+    assert isinstance(MAPS["rows x right"], TwoSidedMap)
+
+
+@each_gradient
+def test_gradient_products_match_the_matrix(grad):
+    dense, left, right = grad.dense(), draw(M, P, seed=1), draw(N, Q, seed=2)
+    assert grad.shape == tuple(dense.shape) == (M, N)
+    assert_close(grad.matmul(right), dense @ right)
+    assert_close(grad.rmatmul(left), left.t() @ dense)
+    assert_close(grad.product(left, right), left.t() @ dense @ right)
+    assert_close(grad.T.dense(), dense.t())
+    assert_close(grad.norm(), dense.norm())
+    assert_close(grad.select(ROWS, COLUMNS).dense(), dense[ROWS][:, COLUMNS])
+    assert_close(grad.select(None, COLUMNS).dense(), dense[:, COLUMNS])
+    assert_close(grad.select(ROWS, None).dense(), dense[ROWS])
+    assert grad.to(torch.float32).dtype == grad.to(torch.float32).dense().dtype == torch.float32
+    assert grad.nbytes == 8 * (M * N if isinstance(grad, DenseGradient) else grad.input.shape[0] * (M + N))
+
+
+@pytest.mark.parametrize("first", GRADIENTS)
+@pytest.mark.parametrize("second", GRADIENTS)
+def test_accumulate_is_a_sum_that_keeps_the_smaller_form(first, second):
+    def fresh(name):
+        grad = GRADIENTS[name]
+        return DenseGradient(grad.dense().clone()) if isinstance(grad, DenseGradient) else grad
+
+    total = accumulate(accumulate(None, fresh(first)), fresh(second))
+    assert_close(total.dense(), GRADIENTS[first].dense() + GRADIENTS[second].dense())
+    # two tokens of a 7 x 5 weight are 24 numbers, the matrix is 35, four tokens would be 48
+    assert isinstance(total, DenseGradient)
+    assert isinstance(accumulate(None, fresh("few tokens")), FactoredGradient)
+    one = FactoredGradient(OUT_GRAD[:1], INPUT[:1])
+    assert isinstance(accumulate(one, one), FactoredGradient)
+
+
+def test_factored_norm_of_a_vanishing_gradient_is_zero():
+    grad = FactoredGradient(torch.zeros(1, M), torch.ones(1, N))
+    assert grad.norm() == 0
+
+
+def test_low_precision_gradients_multiply_in_their_own_dtype():
+    grad = FactoredGradient(OUT_GRAD.bfloat16(), INPUT.bfloat16())
+    assert KroneckerMap(LEFT.float(), None).project(grad).dtype == torch.bfloat16
+    assert grad.norm().dtype == torch.float32
+
+
+def test_a_selection_is_merged_into_bfloat16_with_one_rounding():
+    smap = SelectionMap(torch.tensor([0, 2, 6]), None, (M, N))
+    coords = draw(3, N, seed=5).float()
+    weight = draw(M, N, seed=8).bfloat16()
+    expected = (weight.float() + smap.lift(coords)).bfloat16()
+    smap.add_lift_(weight, coords)
+    assert torch.equal(weight, expected)

@@ -1,0 +1,166 @@
+"""The combinations that tests run over, made from the registries, so that a new transform or base is in them by itself."""
+
+import dataclasses
+import itertools
+from typing import Literal, get_origin
+
+import torch
+
+from lingrad import optimizers
+from lingrad.config import spec
+from lingrad.errors import DualityError
+from lingrad.optimizers import checks
+from lingrad.testing.oracles import assert_dual
+from lingrad.testing.training import token_batches
+from lingrad.transforms import BasisTransform, registry
+from lingrad.transforms.options import kinds
+from tests.support.models import zoo
+
+SIDES = ("short", "long", "left", "right", "both")
+
+# Every transform with each solver and kind, refreshing every 7 steps; {side} is filled in by the test.
+SIDED = (
+    "svd(rank=4, every=7, side={side})",
+    "svd(rank=4, every=7, side={side}, solver=gram)",
+    "svd(rank=4, every=7, side={side}, solver=randomized)",
+    "svd(rank=4, every=7, side={side}, solver=randomized, oversample=1)",
+    "power(rank=4, every=7, side={side})",
+    "random(rank=4, every=7, side={side}, kind=gaussian)",
+    "random(rank=4, every=7, side={side}, kind=rademacher)",
+    "random(rank=4, every=7, side={side}, kind=orthonormal)",
+    "random(rank=4, every=7, side={side}, kind=rows)",
+    "random(rank=4, every=7, side={side}, store=false)",
+    "pca(rank=4, side={side})",
+    "pca(rank=4, every=7, side={side}, optimizer=sgd(momentum=0.9), lr=0.1, orthonormalize=true)",
+)
+UNSIDED = (
+    "kron(left=svd(rank=4, every=7), right=random(rank=3, every=5))",
+    "kron(left=random(rank=4, every=7, kind=rows), right=random(rank=3, every=7, kind=rows))",
+    "kron(left=power(rank=4, every=7), right=random(rank=3, every=7, kind=rows))",
+    "full()",
+)
+SPECS = tuple(text.format(side=side) for text in SIDED for side in SIDES) + UNSIDED
+
+BASES = {
+    "adamw": {"lr": 1e-2},
+    "sgd": {"lr": 1e-1, "momentum": 0.9},
+    "lion": {"lr": 1e-3},
+}
+
+CARRIES = ("keep", "reset", "rotate")
+CLIPS = (None, 0.05)
+
+# What a base needs to be tried well; a base that is not here is tried as it is, with lr=1e-2.
+# eps: S^T G of both-sided singular vectors is diagonal but for rounding; these bases divide an entry by its own size plus eps.
+_OPTIONS = {
+    "sgd": ({"lr": 1e-1}, {"lr": 1e-1, "momentum": 0.9, "nesterov": True}),
+    "lion": ({"lr": 1e-3},),
+    "adam": ({"eps": 1e-4},),
+    "adamw": ({"eps": 1e-4}, {"eps": 1e-4, "amsgrad": True}),
+    "adagrad": ({"eps": 1e-4},),
+    "rmsprop": ({"eps": 1e-3}, {"eps": 1e-3, "centered": True, "momentum": 0.9}),
+    "adamw8bit": ({"min_8bit_size": 16},),  # so that the moments of small coordinates are quantised too
+}
+
+
+def variants():
+    """Config strings with {side} where it has one: each transform, and each value of each of its words and switches."""
+    found = [*SIDED, *UNSIDED]
+    for name in registry.names():
+        cls = registry.find(name)
+        if not issubclass(cls, BasisTransform):
+            continue
+        text = f"{name}(rank=4, every=7, side={{side}}"
+        found.append(f"{text})")
+        for option in dataclasses.fields(cls):
+            (kind, *_) = kinds(cls)[option.name]
+            if option.name in ("side", "clip"):
+                continue
+            if get_origin(kind) is Literal:
+                found += [f"{text}, {option.name}={value})" for value in kind.__args__]
+            elif kind is bool:
+                found.append(f"{text}, {option.name}={str(not option.default).lower()})")
+    # a value may be the default, so that two strings say the same
+    return list({spec.format(spec.parse(text.format(side="left"))): text for text in reversed(found)}.values())[::-1]
+
+
+def base_options():
+    """(name, options) of every base."""
+    return [(name, {"lr": 1e-2} | options) for name in optimizers.names() for options in _OPTIONS.get(name, ({},))]
+
+
+def rotates(base, options):
+    """Whether carry=rotate is accepted: moments that are quantised, factored or normalised cannot be rotated."""
+    try:
+        checks.moment_degrees(optimizers.find(base, options))
+    except DualityError:
+        return False
+    return True
+
+
+def all_cases():
+    """(config string, side, carry, base and options, clip): the whole product, without what is refused or the same."""
+    for text, side, carry, base, clip in itertools.product(variants(), SIDES, CARRIES, base_options(), CLIPS):
+        if "{side}" not in text and side != "short":
+            continue
+        if carry == "rotate" and not rotates(*base):
+            continue
+        # without alignment the signs of singular vectors are decided by rounding, and moments that are carried refer to them
+        if "align=false" in text and carry != "reset":
+            continue
+        yield text, side, carry, base, clip
+
+
+def covering(cases, size):
+    """A small part of some cases in which every ``size`` of values that they have together stand in at least one."""
+    cases = list(cases)
+    keys = [[(i, repr(value)) for i, value in enumerate(case)] for case in cases]
+    tuples = [frozenset(itertools.combinations(key, size)) for key in keys]
+    missing = set().union(*tuples)
+    chosen = []
+    order = sorted(range(len(cases)), key=lambda i: (i * 7919) % len(cases))  # spread, but the same at every run
+    for wanted in range(len(tuples[0]), 0, -1):
+        for i in order:
+            if len(tuples[i] & missing) >= wanted:
+                chosen.append(cases[i])
+                missing -= tuples[i]
+    return chosen
+
+
+def tolerance(case, dtype):
+    """The largest relative difference of any weight that a case may leave between the modes, and why."""
+    text, side, carry, (base, _), _ = case
+    if dtype == torch.bfloat16:
+        return 2e-2  # a weight is rounded to 2^-8 at each merge: at every step, or at each refresh
+    if base == "lion" and carry == "reset" and side == "both" and not text.startswith("random("):
+        return 1e-2  # S^T G of both-sided singular vectors is diagonal but for rounding, and lion steps by each entry's sign
+    if base == "adamw8bit":
+        return 1e-2  # moments of 8 bits: rounding that crosses an edge comes back as up to 1 % of an entry's step
+    if base == "muon":
+        return 1e-3  # orthogonalises in bfloat16: the same
+    return 1e-12 if dtype == torch.float64 else 5e-5
+
+
+def run(case, dtype=torch.float64):
+    """Three runs of a case on every kind of weight: refreshes in steps 0, 3 and 6, switches before 2 and 5; the largest gap."""
+    text, side, carry, (base, options), clip = case
+    text = text.format(side=side).replace("every=7", "every=3").replace("every=5", "every=2")
+    options = {"weight_decay": 0.1, "scale": 0.25, "carry": carry, **options}
+    if dtype == torch.bfloat16:
+        options["lr"] /= 10
+    return assert_dual(
+        text,
+        base,
+        build=lambda: zoo(dtype),
+        batches=token_batches(7),
+        tolerance=tolerance(case, dtype),
+        clip=clip,
+        **options,
+    )
+
+
+def label(case):
+    """A test's name."""
+    text, side, carry, (base, options), clip = case
+    given = ",".join(f"{key}={value}" for key, value in options.items() if key != "lr")
+    return f"{text.format(side=side)}-{base}{f'({given})' if given else ''}-{carry}{'-clip' if clip else ''}"

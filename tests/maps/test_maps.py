@@ -1,5 +1,8 @@
 """The laws of `LinearMap`, each against a dense oracle in float64."""
 
+import copy
+import dataclasses
+
 import pytest
 import torch
 
@@ -146,3 +149,13 @@ def test_a_selection_is_merged_into_bfloat16_with_one_rounding():
     expected = (weight.float() + smap.lift(coords)).bfloat16()
     smap.add_lift_(weight, coords)
     assert torch.equal(weight, expected)
+
+
+@each_map
+def test_a_map_is_immutable_and_compared_by_identity(smap):
+    for field in dataclasses.fields(smap):
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(smap, field.name, None)
+    assert smap == smap
+    assert smap != copy.copy(smap)
+    assert hash(smap) != hash(copy.copy(smap))

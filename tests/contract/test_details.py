@@ -65,7 +65,7 @@ def test_zeroed_gradients_of_a_weight_that_a_refresh_step_does_not_reach(mode):
         optimizer.zero_grad(set_to_none=False)
         sum(layer(x).square().sum() for layer in (model if step < 2 else model[:1])).backward()
         optimizer.step()
-    assert [sub.refreshes for sub in optimizer.subspaces] == [2, 1]
+    assert [sub.basis.refreshes for sub in optimizer.subspaces] == [2, 1]
 
 
 def test_the_first_micro_batch_is_held_dense_where_that_is_smaller():
@@ -124,7 +124,7 @@ def test_a_basis_made_again_from_its_seed_is_not_held(mode):
     optimizer = MODES[mode](model, "random(rank=3, every=2, store=false)", "sgd", lr=0.1)
     (sub,) = optimizer.subspaces
     for _ in range(5):
-        assert sub.tensors() == []
+        assert sub.basis.tensors() == []
         optimizer.zero_grad()
         model(torch.ones(2, 8, dtype=torch.float64)).square().sum().backward()
         optimizer.step()
@@ -144,7 +144,7 @@ def test_a_gradient_that_was_dropped_refreshes_nothing(mode, how):
     else:
         model.zero_grad()
     optimizer.step()
-    assert sub.refreshes == 0
+    assert sub.basis.refreshes == 0
     assert sub.coords.grad is None
 
 
@@ -173,7 +173,7 @@ def test_casting_the_model_leaves_coordinates_in_float32(mode):
     model = zoo(torch.float32)
     optimizer = MODES[mode](model, {"*": "svd(rank=1)"}, lr=1e-2)
     model.bfloat16()
-    assert {attachment.weight.dtype for attachment in optimizer.attachments} == {torch.bfloat16}
+    assert {attachment.sub.weight.param.dtype for attachment in optimizer.attachments} == {torch.bfloat16}
     assert {sub.coords.dtype for sub in optimizer.subspaces} == {torch.float32}
 
 
@@ -190,7 +190,7 @@ def test_micro_batches_whose_gradient_is_one_number_expanded(mode):
     optimizer = MODES[mode](model, {"*": "svd(rank=2)"}, "sgd", lr=0.1)
     for _ in range(2):
         model.table.sum().backward()
-    assert torch.equal(optimizer.subspaces[0].captured.total.dense(), torch.full((4, 3), 2.0, dtype=torch.float64))
+    assert torch.equal(optimizer.subspaces[0].pending.total.dense(), torch.full((4, 3), 2.0, dtype=torch.float64))
 
 
 @each_mode
@@ -259,7 +259,7 @@ def test_a_run_that_is_dropped_is_freed(mode, layerwise):
             optimizer.step()
             optimizer.zero_grad()
         kept = [model, *model.parameters(), *(sub.coords for sub in optimizer.subspaces), *optimizer.subspaces]
-        kept += [tensor for sub in optimizer.subspaces for tensor in sub.tensors()]
+        kept += [tensor for sub in optimizer.subspaces for tensor in sub.basis.tensors()]
         return [weakref.ref(item) for item in kept]
 
     dropped = run()

@@ -50,7 +50,7 @@ def test_bases_follow_the_model_to_a_device(mode, monkeypatch):
     optimizer = MODES[mode](model, {"*": "svd(rank=1)"}, lr=1e-2)
     moved = []
     for sub in optimizer.subspaces:
-        monkeypatch.setattr(sub, "move", lambda device, name=sub.name: moved.append((name, device.type)))
+        monkeypatch.setattr(sub.basis, "move", lambda device, name=sub.name: moved.append((name, device.type)))
     model.to("cpu")
     assert set(moved) == {(sub.name, "cpu") for sub in optimizer.subspaces}
 

@@ -100,7 +100,7 @@ def require_shared(found: Sequence[Place]) -> None:
 def _key(target: Target) -> object:
     parent, _, layer = target.name.removesuffix(".weight").rpartition(".")
     family = next((i for i, family in enumerate(FAMILIES) if layer in family), None)
-    if family is None or target.road == "weight":
+    if family is None or target.route == "weight":
         return target.name
     return parent, family, target.layout.shape[1], target.transform
 

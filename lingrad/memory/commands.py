@@ -10,8 +10,8 @@ from typing import Any, Literal, cast, get_args
 
 import torch
 
-from lingrad.adapters import Mode
 from lingrad.config.rules import parse_rules
+from lingrad.config.settings import Mode
 from lingrad.config.sharing import Share
 from lingrad.console import align
 from lingrad.errors import DataError, DependencyError, MemoryModelError, SpecError, require, require_one_of

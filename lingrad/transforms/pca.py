@@ -95,7 +95,7 @@ class PCA(SideTransform):
         # at least float32: an update of the size of a learning rate would be lost in a bfloat16 basis
         left, right = self.start(shape, seed=seed, device=device, dtype=wide(dtype))
         base = self.optimizer.base(lr=self.lr)
-        return Learned(left, right, *({} if b is None or self.every == 0 else base.memory(b) for b in (left, right)))
+        return Learned(left, right, *({} if b is None or self.every == 0 else base.state_of(b) for b in (left, right)))
 
     @override
     def storage(self, shape: tuple[int, int], dtype: torch.dtype) -> list[TensorSpec]:

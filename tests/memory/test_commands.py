@@ -132,6 +132,6 @@ def test_a_comparison_leaves_out_what_is_not_installed(monkeypatch, capsys):
 
 
 def test_tables_of_reports_line_up():
-    report = SMALL.simulate(memory.Full("sgd"))
+    report = SMALL.simulate(memory.FullRank("sgd"))
     lines = commands.table({"a": report, "a longer name": report}).splitlines()
     assert len({len(line) for line in lines[1:]}) == 1

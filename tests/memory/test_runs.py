@@ -139,7 +139,7 @@ class TestWhatCannotBeKnown:
 
     def test_options_of_a_method_belong_to_it(self):
         with pytest.raises(TypeError, match="base, lr belongs into the method itself: Full"):
-            memory.simulate(build, memory.Full("sgd"), "sgd", lr=0.1)
+            memory.simulate(build, memory.FullRank("sgd"), "sgd", lr=0.1)
         with pytest.raises(SpecError, match="galore_torch has no base 'lion'"):
             memory.simulate(build, memory.GaloreTorch(4, base="lion"))
         with pytest.raises(SpecError, match="device must be one of cuda, cpu, not 'tpu'"):
@@ -207,7 +207,7 @@ class TestBadInput:
 
     def test_the_mode_of_a_ledger(self):
         with pytest.raises(SpecError, match="mode must be one of optimizer, adapter"):
-            memory.ledger(open_model("demo"), "svd(rank=4)", "adamw", "adaptor")
+            memory.estimate(open_model("demo"), "svd(rank=4)", "adamw", "adaptor")
 
     def test_a_model_that_is_no_language_model(self):
         from transformers import BertConfig, BertForSequenceClassification

@@ -35,7 +35,8 @@ def _group(help: str, epilog: str) -> typer.Typer:  # noqa: A002 - as typer call
     return typer.Typer(help=help, epilog=epilog, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
 
 
-app = _group("Low-rank training as a gradient transformation or as an adapter: one engine, two modes.", EXIT_CODES)
+EPILOG = _example('lingrad explain "svd(rank=64)" --model llama-7b') + "\n\n" + EXIT_CODES
+app = _group("Low-rank training as a gradient transformation or as an adapter: one engine, two modes.", EPILOG)
 memory = _group(
     "Show how much memory a run would take, without running it.",
     _example("lingrad memory simulate --model llama-7b --capacity 24GiB"),
@@ -46,14 +47,14 @@ Base = Annotated[str, typer.Option(help="Base optimizer, such as adamw, adamw8bi
 Batch = Annotated[int, typer.Option(help="Rows of a batch.")]
 Capacity = Annotated[str | None, typer.Option(help="Memory of the device, such as 24GiB: say whether the run fits.")]
 Checkpointing = Annotated[bool, typer.Option("--checkpointing", help="Recompute layers in the backward.")]
-Dtype = Annotated[str, typer.Option(help="Of the model: bfloat16, float16 or float32.")]
+Dtype = Annotated[str, typer.Option(help="Dtype of the model: bfloat16, float16 or float32.")]
 Expandable = Annotated[bool, typer.Option("--expandable", help="Model CUDA's expandable segments.")]
-Factors = Annotated[str | None, typer.Option(help="Of the factors: fp32, bf16, fp16 or fp64.")]
+Factors = Annotated[str | None, typer.Option(help="Dtype of the factors: fp32, bf16, fp16 or fp64.")]
 Json = Annotated[Path | None, typer.Option(help="Write the report as JSON to this file; - prints the JSON and nothing else.")]
 Layerwise = Annotated[bool, typer.Option("--layerwise", help="Step each weight inside the backward.")]
 Length = Annotated[int, typer.Option(help="Tokens of a row.")]
 Logits = Annotated[bool, typer.Option("--logits", help="Load both models and compare their logits through PEFT.")]
-Mode = Annotated[str, typer.Option(help="optimizer or adapter.")]
+Mode = Annotated[str, typer.Option(help="Mode: optimizer or adapter.")]
 Model = Annotated[str, typer.Option(help="llama-60m ... llama-70b, demo, a config.json of transformers, or a folder with one.")]
 NewAdapter = Annotated[Path, typer.Option(help="Folder of the adapter; must not exist.")]
 Plot = Annotated[Path | None, typer.Option(help="Write a plot to this file, such as run.png.")]
@@ -99,7 +100,7 @@ def train(
 
 @app.command(epilog=_example('lingrad explain "*.mlp.*: svd(rank=64); *: none" --model llama-7b'))
 def explain(
-    rules: Annotated[str, typer.Argument(help="Config string, or rules: '*.attn.*: svd(rank=64); *: none'.")],
+    rules: Annotated[str, typer.Argument(metavar="RULES", help="Config string, or rules: '*.attn.*: svd(rank=64); *: none'.")],
     model: Model = "demo",
     every_parameter: Annotated[bool, typer.Option("--all", help="One line for every parameter.")] = False,
     share: Share = False,
@@ -206,8 +207,8 @@ def estimate(
 
 @app.command(epilog=_example("lingrad convert BASE TUNED --out LORA --max-error 0.01"))
 def convert(
-    base: Annotated[Path, typer.Argument(help="Folder of the model that the training started from.")],
-    tuned: Annotated[Path, typer.Argument(help="Folder of the trained model.")],
+    base: Annotated[Path, typer.Argument(metavar="BASE", help="Folder of the model that the training started from.")],
+    tuned: Annotated[Path, typer.Argument(metavar="TUNED", help="Folder of the trained model.")],
     out: NewAdapter,
     rank: Rank = None,
     energy: Annotated[float | None, typer.Option(help="Keep this share of each change's squared norm.")] = None,
@@ -229,7 +230,7 @@ def convert(
 
 @app.command(epilog=_example("lingrad export RUN --out LORA --start BASE"))
 def export(
-    run: Annotated[Path, typer.Argument(help="Folder of a checkpoint: the model and optimizer.pt.")],
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a checkpoint: the model and optimizer.pt.")],
     out: NewAdapter,
     start: Annotated[Path | None, typer.Option(help="Folder of the model that the run started from, to compare with.")] = None,
     rank: Rank = None,
@@ -248,8 +249,8 @@ def export(
 
 @app.command(epilog=_example("lingrad merge BASE LORA --out MERGED"))
 def merge(
-    base: Annotated[Path, typer.Argument(help="Folder of the base model.")],
-    adapter: Annotated[Path, typer.Argument(help="Folder of the adapter.")],
+    base: Annotated[Path, typer.Argument(metavar="BASE", help="Folder of the base model.")],
+    adapter: Annotated[Path, typer.Argument(metavar="ADAPTER", help="Folder of the adapter.")],
     out: Annotated[Path, typer.Option(help="Folder of the merged model; must not exist.")],
 ) -> None:
     """Merge an adapter into its base model, and write the result."""

@@ -37,7 +37,16 @@ _MEMORY = ("simulate", "fit", "compare", "estimate")
 _MODES = {"--compare": "compare", "--max-batch": "fit", "--closed-form": "estimate"}
 # accepted before, without effect
 _IGNORED = {"compare": ("--mode",), "fit": ("--batch",), "estimate": ("--checkpointing", "--stagger", "--expandable")}
-_VALUED = ("--out", "--rank", "--energy", "--max-error", "--dtype", "--decayed-base")  # options of convert that take a value
+# options of convert that take a value
+_VALUED = ("--out", "--rank", "--energy", "--max-error", "--dtype", "--decayed-base", "--json")
+    "--out",
+    "--rank",
+    "--energy",
+    "--max-error",
+    "--dtype",
+    "--decayed-base",
+    "--json",
+)  # options of convert with a value
 
 
 def command_line(given: Sequence[str]) -> list[str]:

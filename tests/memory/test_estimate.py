@@ -185,7 +185,7 @@ def test_parameters_of_the_papers_models(name):
     assert estimate.parameters == sum(row.weight for row in estimate.rows) // 4
 
 
-def test_a_ledger_of_70b_needs_no_memory_and_reads_as_a_table():
+def test_an_estimate_of_70b_needs_no_memory_and_reads_as_a_table():
     model = open_model("llama-70b")
     begin = time.perf_counter()
     estimate = memory.estimate(model.to(torch.bfloat16), "svd(rank=1024)", "adamw8bit", lr=1e-3, tokens=2048)
@@ -194,6 +194,18 @@ def test_a_ledger_of_70b_needs_no_memory_and_reads_as_a_table():
     assert "68,976,648,192 parameters" in text
     assert len({len(line) for line in text.splitlines()[3:]}) <= 2
     assert json.loads(estimate.to_json())["totals"] == estimate.totals
+
+
+@pytest.mark.parametrize(
+    ("old", "new"), [("ledger", "estimate"), ("Ledger", "Estimate"), ("Full", "FullRank"), ("Moments", "MomentReport")]
+)
+def test_old_names_work_and_warn(old, new):
+    with pytest.warns(DeprecationWarning, match=f"lingrad.memory.{old} is deprecated; use lingrad.memory.{new}") as caught:
+        found = getattr(memory, old)
+    assert found is getattr(memory, new)
+    assert caught[0].filename == __file__
+    with pytest.raises(AttributeError, match="module 'lingrad.memory' has no attribute 'nothing'"):
+        memory.nothing  # noqa: B018
 
 
 def test_errors_are_those_of_wrap():

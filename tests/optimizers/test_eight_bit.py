@@ -324,9 +324,9 @@ def test_closed_forms_are_what_a_run_holds(base, mode, layerwise):
     simulated = memory.simulate(build, rules, base, mode, loss=loss, layerwise=layerwise, **options)
     with torch.device("meta"):
         model = build()
-    ledger = memory.ledger(model, rules, base, mode, layerwise=layerwise, **options)
+    ledger = memory.estimate(model, rules, base, mode, layerwise=layerwise, **options)
     assert ledger.totals == simulated.steady_breakdown
-    less = memory.ledger(model, rules, base, mode, layerwise=layerwise, lr=1e-3).totals["moments"]
+    less = memory.estimate(model, rules, base, mode, layerwise=layerwise, lr=1e-3).totals["moments"]
     assert ledger.totals["moments"] < 0.6 * less
 
 

@@ -14,7 +14,7 @@ from lingrad.errors import LingradError as LingradError
 from lingrad.gradients.base import Gradient as Gradient
 from lingrad.maps import LinearMap as LinearMap
 from lingrad.transforms import BasisTransform as BasisTransform
-from lingrad.transforms import GradientBasis as GradientBasis
+from lingrad.transforms import SideTransform as SideTransform
 from lingrad.transforms import Transform as Transform
 from lingrad.transforms import register as register
 

@@ -86,17 +86,17 @@ def test_the_basis_is_that_of_the_stacked_gradient(mode, text, crossed):
             model(inputs(10 * step + seed)).sum().backward()
             plain(inputs(10 * step + seed)).sum().backward()
         grads = [plain.get_parameter(sub.name).grad for sub in optimizer.subspaces]
-        before, due, when = lead.state, lead.due, lead.when
+        before, due, when = lead.basis.state, lead.basis.due, lead.basis.when
         optimizer.step()
         assert due == (step % 3 == 0)
         if due:
             assert when.shape == (21, 12)
-            expected = lead.transform.refresh(before, DenseGradient(torch.cat(grads)), when)
-            torch.testing.assert_close(lead.state.right, expected.right, rtol=0, atol=1e-9)
-        if lead.transform.reads == "gradient" or not due:
+            expected = lead.basis.transform.refresh(before, DenseGradient(torch.cat(grads)), when)
+            torch.testing.assert_close(lead.basis.state.right, expected.right, rtol=0, atol=1e-9)
+        if lead.basis.transform.reads == "gradient" or not due:
             for sub, grad in zip(optimizer.subspaces, grads, strict=True):
-                torch.testing.assert_close(sub.coords.grad, grad @ lead.state.right, rtol=0, atol=1e-9)
-    assert {sub.refreshes for sub in optimizer.subspaces} == {2}
+                torch.testing.assert_close(sub.coords.grad, grad @ lead.basis.state.right, rtol=0, atol=1e-9)
+    assert {sub.basis.refreshes for sub in optimizer.subspaces} == {2}
 
 
 @each_mode
@@ -118,7 +118,7 @@ def test_one_reduced_input_is_saved_for_all_and_none_is_kept_beyond(mode):
         text_loss(model, ids)
     # q, k, v save one; gate and up one; o one; down has a left basis and saves its input
     assert sorted(len(tensors) for tensors in saved.values()) == [1, 1, 2, 2, 3, 3]
-    assert all(sub.memo is None for sub in optimizer.subspaces)
+    assert all(attachment.layer.shared._last is None for attachment in optimizer.attachments)
 
 
 @each_mode
@@ -156,7 +156,7 @@ def test_a_layer_left_out_of_a_step_counts_as_zero(mode, missing, text):
     sum(layer(inputs()).square().sum() for layer in used).backward()
     optimizer.step()
     assert torch.equal(optimizer.weights()[f"{missing}.weight"], still)
-    assert {sub.refreshes for sub in optimizer.subspaces} == {1}
+    assert {sub.basis.refreshes for sub in optimizer.subspaces} == {1}
     optimizer.zero_grad()
     model(inputs()).sum().backward()
     optimizer.step()

@@ -78,6 +78,7 @@ def test_the_state_is_flat_and_plain():
         "subspace.step",
         "subspace.refreshes",
         "subspace.merged",
+        "subspace.energy",
         "subspace.m",
         "subspace.n",
         "subspace.state.left.left",
@@ -130,7 +131,7 @@ def test_a_checkpoint_of_another_run_is_refused_and_nothing_is_changed():
             optimizer.load_state_dict(saved)
         assert str(caught.value) == message
         assert optimizer.state_dict()["state"].keys() == before.keys()
-        assert optimizer._step == 0
+        assert optimizer._run.step == 0
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ def test_a_run_that_is_dropped_is_freed(mode, layerwise):
             optimizer.step()
             optimizer.zero_grad()
         kept = [model, *model.parameters(), *(sub.coords for sub in optimizer.subspaces), *optimizer.subspaces]
-        kept += [tensor for sub in optimizer.subspaces for tensor in sub.tensors()]
+        kept += [tensor for sub in optimizer.subspaces for tensor in sub.basis.tensors()]
         return [weakref.ref(item) for item in kept]
 
     dropped = run()

@@ -121,6 +121,8 @@ def load(run: Run, state_dict: dict[str, Any]) -> None:
     for group, was in zip(run.groups, saved.groups, strict=True):
         group.update({key: value for key, value in was.items() if key != "params" and key not in own})
     look_ahead(run)  # a redraw that was due had happened before the state was saved
+    if run.layerwise is not None:
+        run.layerwise.begin()
 
 
 class Saved:

@@ -244,7 +244,7 @@ class TestNamedParameters:
             "1.coords": (0.1, 0.2, 1.0, ["biased.weight"]),
             "1.vectors": (0.1, 0.2, None, ["biased.bias"]),
         }
-        assert [sub.transform.name for sub in optimizer.subspaces] == ["svd", "random"]
+        assert [sub.basis.transform.name for sub in optimizer.subspaces] == ["svd", "random"]
 
     @pytest.mark.parametrize(
         ("groups", "message"),

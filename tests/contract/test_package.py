@@ -234,7 +234,7 @@ class TestDocs:
         import dataclasses
 
         page = (ROOT / "docs/transforms.md").read_text()
-        shared = page.split("## Options of all")[1].split("\n## ")[0]
+        shared = page.split("## Common options")[1].split("\n## ")[0]
         for name in spec.registry.names():
             cls = spec.registry.find(name)
             if not cls.__module__.startswith("lingrad."):

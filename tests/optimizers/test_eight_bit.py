@@ -229,16 +229,18 @@ def test_rotated_moments_are_decoded_first(kind):
     old, quantizer = sub.map(), optimizer.base_of("coords").quantizer
     train(model, optimizer, batches[3:], schedule=False)  # a random basis changes at the end of the step before
     before = quantizer.decode(optimizer.state[sub.coords])
-    new = sub.transform.map(sub.transform.refresh(sub.state, None, sub.when._replace(step=sub.when.step + 4)))
+    basis = sub.basis
+    drawn = basis.transform.refresh(basis.state, None, basis.when._replace(step=basis.when.step + 4))
+    new = basis.transform.map(drawn)
     moments = lingrad.engine.moments.Moments(
-        optimizer._base_state[sub.coords], "rotate", {"exp_avg": 1, "exp_avg_sq": 2}, dict, quantizer
+        optimizer._run.stepper.state[sub.coords], "rotate", {"exp_avg": 1, "exp_avg_sq": 2}, dict, quantizer
     )
     carried = moments.rotated(old, new, sub.name, sub.coords.shape)
     assert torch.equal(carried["exp_avg"], new.transport(old, before["exp_avg"]))
     assert torch.equal(carried["exp_avg_sq"], new.transport_squares(old, before["exp_avg_sq"]))
     moments.replace(carried)
     again = quantizer.decode(quantizer.encode(carried))
-    assert torch.equal(quantizer.decode(optimizer._base_state[sub.coords])["exp_avg"], again["exp_avg"])
+    assert torch.equal(quantizer.decode(optimizer._run.stepper.state[sub.coords])["exp_avg"], again["exp_avg"])
 
 
 @each_mode
@@ -322,9 +324,9 @@ def test_closed_forms_are_what_a_run_holds(base, mode, layerwise):
     simulated = memory.simulate(build, rules, base, mode, loss=loss, layerwise=layerwise, **options)
     with torch.device("meta"):
         model = build()
-    ledger = memory.ledger(model, rules, base, mode, layerwise=layerwise, **options)
+    ledger = memory.estimate(model, rules, base, mode, layerwise=layerwise, **options)
     assert ledger.totals == simulated.steady_breakdown
-    less = memory.ledger(model, rules, base, mode, layerwise=layerwise, lr=1e-3).totals["moments"]
+    less = memory.estimate(model, rules, base, mode, layerwise=layerwise, lr=1e-3).totals["moments"]
     assert ledger.totals["moments"] < 0.6 * less
 
 
@@ -406,7 +408,7 @@ def test_carry_rotate_is_still_refused_where_a_moment_cannot_be_rotated():
 
 def test_a_compiled_step_is_refused():
     optimizer = lingrad.wrap(llama(), "svd(rank=4)", lr=torch.tensor(1e-3), moments="8bit")
-    with pytest.raises(SpecError, match="with moments='8bit' a step has parts, which torch would compile anew for each"):
+    with pytest.raises(SpecError, match="with moments='8bit' a step has parts, each of which torch would compile again"):
         optimizer.compile_step()
 
 

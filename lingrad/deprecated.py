@@ -39,14 +39,6 @@ _MODES = {"--compare": "compare", "--max-batch": "fit", "--closed-form": "estima
 _IGNORED = {"compare": ("--mode",), "fit": ("--batch",), "estimate": ("--checkpointing", "--stagger", "--expandable")}
 # options of convert that take a value
 _VALUED = ("--out", "--rank", "--energy", "--max-error", "--dtype", "--decayed-base", "--json")
-    "--out",
-    "--rank",
-    "--energy",
-    "--max-error",
-    "--dtype",
-    "--decayed-base",
-    "--json",
-)  # options of convert with a value
 
 
 def command_line(given: Sequence[str]) -> list[str]:

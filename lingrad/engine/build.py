@@ -16,8 +16,7 @@ from lingrad.config.settings import Mode, Settings, check_not_negative
 from lingrad.config.sharing import Place, places, require_shared
 from lingrad.config.targets import Plan, resolve_model, resolve_parameters
 from lingrad.engine.arithmetic import Arithmetic, arithmetic, as_published
-from lingrad.engine.checkpoint import FORMAT
-from lingrad.engine.identity import identity
+from lingrad.engine.checkpoint import identity
 from lingrad.engine.layerwise import Layerwise
 from lingrad.engine.refresh import schedule
 from lingrad.engine.run import Run
@@ -216,7 +215,7 @@ def build(model: Trainable, rules: Rules, base: BaseLike, mode: Mode, options: M
     if settings.layerwise:
         run.layerwise = Layerwise(step_one)
         run.layerwise.belong_to(run)
-    return run, [group | identity(run, FORMAT) for group in groups]
+    return run, [group | identity(run) for group in groups]
 
 
 def start(run: Run, mode: Mode) -> None:

@@ -1,5 +1,8 @@
 """How a basis is chosen and refreshed: one file a transform, found by its name in a config string."""
 
+from typing import TYPE_CHECKING
+
+from lingrad.deprecated import renamed_attributes as _renamed_attributes
 from lingrad.transforms.base import Probe as Probe
 from lingrad.transforms.base import Sketch as Sketch
 from lingrad.transforms.base import Transform as Transform
@@ -18,3 +21,7 @@ from lingrad.transforms.side import BasisTransform as BasisTransform
 from lingrad.transforms.side import Sides as Sides
 from lingrad.transforms.side import SideTransform as SideTransform
 from lingrad.transforms.svd import SVD as SVD
+
+if not TYPE_CHECKING:  # so that a type checker still reports misspelt names
+    _OLD = {"Bases": "Sides", "GradientBasis": "SideTransform", "SketchBasis": "SideTransform"}
+    __getattr__ = _renamed_attributes(__name__, _OLD)

@@ -240,7 +240,9 @@ class SideTransform(BasisTransform):
 
 
 def _described(found: object) -> str:
-    return f"a tensor of shape {tuple(found.shape)} and {found.dtype}" if isinstance(found, Tensor) else repr(found)
+    if isinstance(found, Tensor):
+        return f"a tensor of shape {tuple(found.shape)} and {found.dtype}"
+    return "None" if found is None else f"a {type(found).__name__}"
 
 
 def _expected(old: Tensor | None) -> str:

@@ -105,7 +105,7 @@ class TestShared:
             assert sub.basis.transform.rank == rank
             assert tuple(sub.coords.shape) == (TOKENS, rank)
             if "*" in rules:
-                assert {s.name: s.basis.basis.transform.rank for s in optimizer.subspaces} == {
+                assert {s.name: s.basis.transform.rank for s in optimizer.subspaces} == {
                     "embed.weight": 2,
                     "middle.weight": 5,
                 }

@@ -147,7 +147,7 @@ class TestContributing:
         simulated = memory.simulate(lambda: every_kind(torch.float32), rules, "adamw", mode, loss=loss, lr=1e-3)
         with torch.device("meta"):
             model = every_kind(torch.float32)
-        estimated = memory.ledger(model, rules, "adamw", mode, lr=1e-3)
+        estimated = memory.estimate(model, rules, "adamw", mode, lr=1e-3)
         assert estimated.totals == simulated.steady_breakdown
         assert estimated.totals["basis"] > 0
 

@@ -15,6 +15,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from lingrad import optimizers
+from lingrad.engine.saved import FORMAT
 from lingrad.errors import CheckpointError
 from tests.support.cases import BASES, SIDED, UNSIDED
 from tests.support.models import every_kind, llama, text_batches, text_loss, token_batches, token_loss, train
@@ -231,7 +232,7 @@ class TestRefused:
         state = self.saved(mode)
         for group in state["param_groups"]:
             group["format"] = number
-        self.refuse(mode, state, f"the checkpoint has format {number!r}, this run has 3")
+        self.refuse(mode, state, f"the checkpoint has format {number!r}, this run has {FORMAT}")
 
     @pytest.mark.parametrize(
         ("other", "message"),

@@ -440,15 +440,15 @@ class TestReport:
         # coordinates of rank 64, and the embedding and the head of 64 x 64
         assert {m.name for m in report.quantised} == {name for name, dims in names.items() if dims == 2}
         assert {m.name for m in report.others} == {name for name, dims in names.items() if dims == 1}
-        assert {m.why for m in report.others} == {"fewer than 4,096 numbers (min_8bit_size)"}
+        assert {m.why for m in report.others} == {"fewer than 4,096 elements (min_8bit_size)"}
         assert {m.bits for m in report.others} == {32}
         text = str(report).splitlines()
-        assert text[0].split() == ["bits", "moments", "numbers", "bytes", "why", "not", "8"]
-        assert text[2].endswith("fewer than 4,096 numbers (min_8bit_size)")
+        assert text[0].split() == ["bits", "moments", "elements", "bytes", "why", "not", "8", "bits"]
+        assert text[2].endswith("fewer than 4,096 elements (min_8bit_size)")
 
     def test_a_base_as_it_is(self):
         model = llama(torch.float32)
         report = memory.moments(lingrad.wrap(model, "svd(rank=4)", "adamw", lr=1e-3))
         assert not report.quantised
         assert str(report).startswith("after the first step there will be")
-        assert {m.why for m in report.others} == {"base 'adamw' keeps its moments as they are"}
+        assert {m.why for m in report.others} == {"base 'adamw' does not quantise its moments"}

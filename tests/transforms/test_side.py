@@ -169,7 +169,7 @@ class TestMessages:
             (lambda old: old.t(), r"a tensor of shape \(3, 7\) and torch.float32"),
             (lambda old: old.long(), r"a tensor of shape \(7, 3\) and torch.int64"),
             (lambda old: None, "None"),
-            (lambda old: "basis", "'basis'"),
+            (lambda old: "basis", "a str"),
         ],
     )
     def test_a_result_that_is_no_basis(self, returned, words):
@@ -191,6 +191,7 @@ class TestMessages:
             (lambda old: Sides(old.right, old.right), "mine returned a tensor .* as its left basis; expected None, since"),
             (lambda old: old.right, r"the bases method of mine returned a tensor .*; expected Sides\(left, right\)"),
             (lambda old: None, r"the bases method of mine returned None; expected Sides\(left, right\)"),
+            (lambda old: (*old, None), r"the bases method of mine returned a tuple; expected Sides\(left, right\)"),
         ],
     )
     def test_a_result_that_is_no_pair_of_bases(self, returned, words):

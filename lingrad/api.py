@@ -5,17 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 from lingrad.config.rules import Rules
-from lingrad.config.sharing import Share
-from lingrad.engine.arithmetic import Compat
+from lingrad.config.settings import Carry, Compat, Share
 from lingrad.engine.build import Trainable
-from lingrad.engine.moments import Carry
 from lingrad.engine.optimizer import SubspaceOptimizer
 from lingrad.optimizers.base import BaseLike
 
 
 def wrap(
     model: Trainable,
-    spec_or_rules: Rules,
+    rules: Rules,
     base: BaseLike = "adamw",
     *,
     weight_decay: float = 0.0,
@@ -36,7 +34,7 @@ def wrap(
         model: The model; or named parameters, ``model.named_parameters()``; or a list of param groups, dicts with named
             ``params``, an optional ``spec`` and any hyper-parameter. Linear layers of a model get a projected backward;
             where only parameters are given, hooks project their gradients.
-        spec_or_rules: A config string such as ``svd(rank=128, every=200)``, for every Linear weight but the output head's;
+        rules: A config string such as ``svd(rank=128, every=200)``, for every Linear weight but the output head's;
             or rules, ``{"*.attn.*": "svd(rank=64)", "*": "none"}``: globs over module names, the first match wins. What no
             rule matches trains in full through the same base.
         base: The optimizer of the coordinates: a name (see ``lingrad.optimizers.names()``), a ``torch.optim.Optimizer`` class,
@@ -73,7 +71,7 @@ def wrap(
     """
     return SubspaceOptimizer(
         model,
-        spec_or_rules,
+        rules,
         base,
         mode="optimizer",
         weight_decay=weight_decay,
@@ -92,7 +90,7 @@ def wrap(
 
 def adapt(
     model: Trainable,
-    spec_or_rules: Rules,
+    rules: Rules,
     base: BaseLike = "adamw",
     *,
     weight_decay: float = 0.0,
@@ -115,7 +113,7 @@ def adapt(
 
     Args:
         model: The model; see `wrap`. Bare parameters cannot be adapted: the forward must change.
-        spec_or_rules: See `wrap`.
+        rules: See `wrap`.
         base: See `wrap`.
         weight_decay: See `wrap`.
         scale: See `wrap`.
@@ -138,7 +136,7 @@ def adapt(
     """
     return SubspaceOptimizer(
         model,
-        spec_or_rules,
+        rules,
         base,
         mode="adapter",
         weight_decay=weight_decay,

@@ -5,9 +5,82 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
+from importlib import import_module
+from types import ModuleType
 from typing import Any
 
 from lingrad.errors import SpecError
+
+# --- names in Python ---
+
+_MODULES = {"bases": "lingrad.optimizers", "lowbit": "lingrad.memory"}  # attributes of the package, and what they are now
+_CLASSES = ("GradientBasis", "SketchBasis")
+_PATHS = {  # for ``from OLD import name``: where the names are, and what to write instead
+    "lingrad.explain": ("lingrad.config.explain", "from lingrad import explain"),
+    "lingrad.lowbit": ("lingrad.memory", "from lingrad.memory import moments"),
+}
+
+
+def top_level(name: str) -> Any:
+    """What ``lingrad.NAME`` was.
+
+    Args:
+        name: A name that the package does not have.
+
+    Returns:
+        What it has been replaced by, with a warning.
+
+    Raises:
+        AttributeError: The version before did not have it either.
+    """
+    if name in _MODULES:
+        _warn(f"lingrad.{name}", _MODULES[name], 3)
+        return import_module(_MODULES[name])
+    if name in _CLASSES:
+        _warn(f"lingrad.{name}", "lingrad.SideTransform", 3)
+        return old_base(name)
+    raise AttributeError(f"module 'lingrad' has no attribute '{name}'")
+
+
+def alias_modules() -> None:
+    """Have ``from OLD import name`` find modules that moved; a warning comes with the first name that is taken of one."""
+    for old, (module, instead) in _PATHS.items():
+        if old not in sys.modules:
+            sys.modules[old] = _Moved(old, module, instead)
+
+
+class _Moved(ModuleType):
+    def __init__(self, old: str, module: str, instead: str) -> None:
+        super().__init__(old)
+        self.__path__: list[str] = []
+        self._module, self._instead = module, instead
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        _warn(self.__name__, self._instead, 2)
+        return getattr(import_module(self._module), name)
+
+
+@cache
+def old_base(name: str) -> Any:
+    """A base class of transforms as it was: one method for both sides, or two for a sketch.
+
+    Args:
+        name: ``GradientBasis``, whose subclasses write ``bases``, or ``SketchBasis``, whose subclasses write ``probes`` and
+            ``learn``.
+
+    Returns:
+        The class, derived from `lingrad.SideTransform`.
+    """
+    side = import_module("lingrad.transforms").SideTransform
+
+    def basis(self: Any, seen: Any, old: Any, when: Any) -> Any:
+        raise SpecError(f"{type(self).__name__} writes no basis method; derive it from lingrad.SideTransform and write one")
+
+    body = {"basis": basis, "__module__": __name__, "__doc__": f"`lingrad.SideTransform` in place of {name}."}
+    return type(name, (side,), body | ({"reads": "sketch"} if name == "SketchBasis" else {}))
 
 
 def renamed_attributes(module: str, names: Mapping[str, str]) -> Callable[[str], Any]:
@@ -15,7 +88,7 @@ def renamed_attributes(module: str, names: Mapping[str, str]) -> Callable[[str],
 
     Args:
         module: The module's dotted name.
-        names: Old name -> new name, both of this module.
+        names: Old name -> new name, both of this module; or a class of `old_base` -> itself.
 
     Returns:
         A function of the missing name. It warns about an old name, and raises ``AttributeError`` for any other.
@@ -24,10 +97,36 @@ def renamed_attributes(module: str, names: Mapping[str, str]) -> Callable[[str],
     def find(name: str) -> Any:
         if name not in names:
             raise AttributeError(f"module '{module}' has no attribute '{name}'")
-        warnings.warn(f"{module}.{name} is deprecated; use {module}.{names[name]}", DeprecationWarning, stacklevel=2)
+        if name in _CLASSES:
+            return top_level(name)
+        _warn(f"{module}.{name}", f"{module}.{names[name]}", 2)
         return getattr(sys.modules[module], names[name])
 
     return find
+
+
+def renamed_option(options: dict[str, Any], old: str, new: str, where: str) -> None:
+    """Take an option by its old name.
+
+    Args:
+        options: Keyword arguments, changed in place.
+        old: The old name.
+        new: The new name.
+        where: Whose option it is, for messages.
+
+    Raises:
+        SpecError: Both are given.
+    """
+    if old not in options:
+        return
+    if new in options:
+        raise SpecError(f"{where} got {old}, which is now called {new}, and {new}; leave {old} out", option=old)
+    warnings.warn(f"{old} of {where} is deprecated; use {new}", DeprecationWarning, stacklevel=3)
+    options[new] = options.pop(old)
+
+
+def _warn(old: str, new: str, stacklevel: int) -> None:
+    warnings.warn(f"{old} is deprecated; use {new}", DeprecationWarning, stacklevel=stacklevel + 1)
 
 
 # --- the command line ---

@@ -12,10 +12,10 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lingrad import optimizers
-from lingrad.adapters import Mode
 from lingrad.api import adapt, wrap
 from lingrad.config import spec
 from lingrad.config.rules import Rules
+from lingrad.config.settings import Mode
 from lingrad.config.targets import resolve_model
 from lingrad.errors import SpecError, optional, require_one_of
 from lingrad.transforms.base import Transform

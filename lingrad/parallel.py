@@ -60,7 +60,7 @@ def refuse_wrapped(model: nn.Module) -> None:
         )
 
 
-def exempt(model: nn.Module, params: Iterable[nn.Parameter]) -> None:
+def exclude(model: nn.Module, params: Iterable[nn.Parameter]) -> None:
     """Tell a DistributedDataParallel that is built later to leave some parameters to us.
 
     Args:

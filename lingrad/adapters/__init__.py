@@ -1,31 +1,50 @@
-"""How a subspace is attached to a model: one file for each way a coordinate gradient is born."""
+"""How a gradient reaches the coordinates: one file for each route into a model's forward."""
 
 from __future__ import annotations
 
 from lingrad.adapters.base import Attachment as Attachment
-from lingrad.adapters.base import Mode as Mode
+from lingrad.adapters.base import Coords as Coords
 from lingrad.adapters.base import refuse_attached as refuse_attached
 from lingrad.adapters.linear import LinearAttachment as LinearAttachment
-from lingrad.adapters.quantized import QuantizedAttachment as QuantizedAttachment
+from lingrad.adapters.linear import PackedAttachment as PackedAttachment
+from lingrad.adapters.projected import SharedInput as SharedInput
 from lingrad.adapters.weight import WeightAttachment as WeightAttachment
 from lingrad.config.targets import Target
 from lingrad.subspaces.subspace import Subspace
+from lingrad.weights.base import Weight
+from lingrad.weights.bitsandbytes import PackedWeight, packed_of
+from lingrad.weights.dense import DenseWeight
 
 
-def make_attachment(target: Target, sub: Subspace, *, plain: bool = False, keep_remainder: bool = False) -> Attachment:
+def make_weight(target: Target) -> Weight:
+    """The weight of a target, as its layer stores it.
+
+    Args:
+        target: The weight, its owners and its route.
+
+    Returns:
+        The weight. Raises `ModeError` where it is to be quantised and is not yet.
+    """
+    if target.route == "packed":
+        return packed_of(target.owners[0][0], target.name)
+    return DenseWeight(target.layout, target.param, target.owners)
+
+
+def make_attachment(target: Target, sub: Subspace, shared: SharedInput, *, plain: bool = False) -> Attachment:
     """The connection a target takes.
 
     Args:
-        target: The weight, its owners and its road.
+        target: The weight, its owners and its route.
         sub: Its subspace.
+        shared: The input that layers on the same basis may share.
         plain: Whether the model's state_dict is to be that of the plain model in adapter mode too.
-        keep_remainder: Whether what a merge into a quantised weight loses is kept in coordinates, as far as it can be.
 
     Returns:
         The attachment, not attached yet.
     """
-    if target.road == "quantized":
-        return QuantizedAttachment(sub, *target.owners[0], plain=plain, keep_remainder=keep_remainder)
-    if target.road == "projected":
-        return LinearAttachment(sub, *target.owners[0], plain=plain)
-    return WeightAttachment(sub, target.param, target.owners, plain=plain)
+    if isinstance(sub.weight, PackedWeight):
+        return PackedAttachment(sub, sub.weight, shared, plain=plain)
+    if target.route == "projected":
+        return LinearAttachment(sub, *target.owners[0], shared, plain=plain)
+    assert isinstance(sub.weight, DenseWeight)  # noqa: S101 - the other kind is above
+    return WeightAttachment(sub, sub.weight, plain=plain)

@@ -6,26 +6,24 @@ import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import partial, wraps
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from typing_extensions import override
 
+from lingrad.config.settings import Mode
 from lingrad.errors import ModeError
-from lingrad.maps import LinearMap
-from lingrad.subspaces.subspace import Subspace, decaying, lifted, merge
+from lingrad.subspaces.subspace import Subspace
 from lingrad.tensors import wide
-
-Mode = Literal["optimizer", "adapter"]
 
 CHILD = "lingrad"  # the name under which a layer holds its coordinates
 _MARK = "_lingrad_attached"  # on a parameter whose gradient belongs to a subspace
 
 
 class Attachment(ABC):
-    """The connection between one subspace and the autograd graph of a model.
+    """The route between one subspace and the autograd graph of a model.
 
     Args:
         sub: The subspace.
@@ -41,109 +39,69 @@ class Attachment(ABC):
         self._last: tuple[weakref.ref[Tensor], object] | None = None  # what state_dict gave, for tied weights
 
     @property
-    @abstractmethod
-    def weight(self) -> nn.Parameter:
-        """The parameter the subspace belongs to, looked up afresh, since others may replace it."""
-
-    @property
-    def replaced(self) -> bool:
-        """Whether somebody has put something else in the place of what was attached; it may or may not call it."""
+    def overridden(self) -> bool:
+        """Whether another program has replaced what was attached; its replacement may or may not call it."""
         return False
 
-    def require(self, mode: Mode) -> None:  # noqa: B027 - most can have both
-        """Make sure, before anything is changed, that a mode can be had.
+    def require(self, mode: Mode) -> None:  # noqa: B027 - most support both
+        """Make sure, before anything is changed, that a mode is supported.
 
         Args:
-            mode: ``optimizer`` or ``adapter``. Raises `ModeError` where it cannot.
+            mode: ``optimizer`` or ``adapter``. Raises `ModeError` where it is not.
         """
 
     def attach(self, mode: Mode) -> None:
         """Connect in a mode. In optimizer mode the coordinates are zero; the forward is the plain layer's.
 
         Args:
-            mode: ``optimizer`` or ``adapter``. Raises `ModeError`, with nothing changed, where it cannot be had.
+            mode: ``optimizer`` or ``adapter``. Raises `ModeError`, with nothing changed, where it is not supported.
         """
         self._connect(mode)
         self._hook(mode)
-        setattr(self.weight, _MARK, id(self.weight))  # a saved copy keeps it, and is another object
+        weight = self.sub.weight.param
+        setattr(weight, _MARK, id(weight))  # a saved copy keeps it, and is another object
 
     def detach(self) -> None:
         """Disconnect and leave the model's structure as it was found; weights and coordinates are not touched."""
-        delattr(self.weight, _MARK)
+        delattr(self.sub.weight.param, _MARK)
         while self._hooks:
             self._hooks.pop().remove()
         self._disconnect()
 
-    def merge(self, *, release: bool = False) -> Tensor | None:
-        """``W += S z``, then ``z = 0``.
-
-        Args:
-            release: Give the coordinates' memory back.
-
-        Returns:
-            What the weight could not take and `keep` is to keep, [m, n]; None where there is nothing.
-        """
-        merge(self.sub, self.weight, release=release)
-        return None
-
-    def keep(self, current: LinearMap, remainder: Tensor) -> None:  # noqa: B027 - most keep nothing
-        """Keep what `merge` gave back, in coordinates.
-
-        Args:
-            current: The map of the basis in use.
-            remainder: [m, n].
-        """
-
-    def decaying(self) -> list[Tensor]:
-        """What a decoupled weight decay of W + S z multiplies."""
-        return decaying(self.sub, self.weight)
-
-    def base(self) -> Tensor:
-        """The weight without its coordinates, W, as numbers, in its own shape."""
-        return self.weight.detach()
-
-    def held(self) -> list[Tensor]:
-        """The tensors that hold the weight in memory."""
-        return [self.weight]
-
-    def stored(self) -> dict[str, Tensor]:
-        """The tensors that hold the weight, by name, for a state that is to hold them too."""
-        return {"weight": self.weight.detach()}
-
-    def lifted(self) -> Tensor:
-        """The weight of the forward, W + S z, in the weight's shape; the weight itself where the coordinates are zero."""
-        return lifted(self.sub, self.weight)
+    def forget(self) -> None:
+        """Drop what backwards and forwards have left for others of the same step."""
+        self.sub.forget()
 
     def _hook(self, mode: Mode) -> None:
-        """Have the model's state_dict be what it is to be."""
+        """Have the model's state_dict hold what it is to hold."""
         if self.plain and mode == "adapter":
-            for module, attribute, key in self._places():
+            for module, attribute, key in self._keys():
                 save, load = (partial(hook, attribute=attribute, key=key) for hook in (self._save, self._load))
                 self._hooks.append(module.register_state_dict_post_hook(save))
                 self._hooks.append(module.register_load_state_dict_pre_hook(load))
 
     @abstractmethod
-    def _places(self) -> list[tuple[nn.Module, str, str]]:
+    def _keys(self) -> list[tuple[nn.Module, str, str]]:
         """In adapter mode, the modules that hold the weight, its name there, and its key in their state_dict."""
 
     def _save(self, module: nn.Module, state: dict[str, Any], prefix: str, _: Any, *, attribute: str, key: str) -> None:
         """Put W + S z in the place of W, in a state_dict that was made."""
         weight = state[f"{prefix}{key}"] if key == attribute else state.pop(f"{prefix}{key}")
-        version = (weight.data_ptr(), weight._version, self.sub.coords._version, self.sub.refreshes)
+        version = (weight.data_ptr(), weight._version, self.sub.coords._version, self.sub.basis.refreshes)
         known = None if self._last is None or self._last[1] != version else self._last[0]()
         if known is None:
-            with torch.no_grad():
-                known = self.lifted().detach()
+            known = self.sub.effective()
             if known.data_ptr() != weight.data_ptr():
                 known = known.cpu()  # all layers at once may be more than a device has left
             self._last = weakref.ref(known), version
         state[f"{prefix}{attribute}"] = known
 
     def _load(self, module: nn.Module, state: dict[str, Any], prefix: str, *_: Any, attribute: str, key: str) -> None:
-        """Take the weight of a plain model, whole."""
+        """Take the weight of a plain model."""
         if f"{prefix}{attribute}" in state:
             state[f"{prefix}{key}"] = state.pop(f"{prefix}{attribute}")
-            self.sub.replaced = self.sub.replaced or self.sub.merged or bool(self.sub.coords.any())
+            ledger = self.sub.ledger
+            ledger.replaced = ledger.replaced or ledger.merged or bool(self.sub.coords.any())
             self.sub.coords.data.zero_()
 
     @abstractmethod
@@ -172,7 +130,7 @@ class Coords(nn.Module):
 
     @override
     def extra_repr(self) -> str:
-        return f"{self.sub.transform}, coords={tuple(self.coords.shape)}, active={self.active}"
+        return f"{self.sub.basis.transform}, coords={tuple(self.coords.shape)}, active={self.active}"
 
     @override
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Coords:
@@ -183,7 +141,7 @@ class Coords(nn.Module):
                 "call detach() first"
             )
         super()._apply(lambda t: t.to(device=asked.device, dtype=wide(asked.dtype)), recurse)  # type: ignore[no-untyped-call]
-        self.sub.move(asked.device)
+        self.sub.basis.move(asked.device)
         return self
 
     @override
@@ -247,7 +205,7 @@ uncompiled: Callable[[Callable[..., Any]], Callable[..., Any]] = torch._disable_
 
 
 def once(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """``once_differentiable``, for a backward that nobody differentiates without its price."""
+    """``once_differentiable``, skipping its overhead where grad mode is off."""
     refusing: Callable[..., Any] = once_differentiable(backward)
 
     @wraps(backward)

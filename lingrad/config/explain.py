@@ -98,7 +98,7 @@ def _transformed(place: Place) -> Line:
     bases = [_by(s) for s in target.transform.basis_shapes(place.shape) if s is not None]
     if not place.leads:
         bases = [f"that of {place.group[0].name.removesuffix('.weight').rpartition('.')[2]}"]
-    gradient = "hook" if target.road == "weight" else "projected"
+    gradient = "hook" if target.route == "weight" else "projected"
     text = spec.format(target.transform)
     return Line(target.name, 1, _by(shape), text, _by(coords), ", ".join(bases) or "-", gradient, coords[0] * coords[1])
 

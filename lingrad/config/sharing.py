@@ -100,15 +100,14 @@ def require_shared(found: Sequence[Place]) -> None:
 def _key(target: Target) -> object:
     parent, _, layer = target.name.removesuffix(".weight").rpartition(".")
     family = next((i for i, family in enumerate(FAMILIES) if layer in family), None)
-    if family is None or target.road == "weight":
+    if family is None or target.route == "weight":
         return target.name
     return parent, family, target.layout.shape[1], target.transform
 
 
 def _on_the_right(place: Place) -> bool:
-    rows, n = place.shape
     try:
-        p, q = place.target.transform.coords_shape((rows, n))
+        left, right = place.target.transform.ranks(place.shape)
     except ShapeError:
         return False
-    return p == rows and q < n
+    return left is None and right is not None

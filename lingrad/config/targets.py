@@ -21,7 +21,7 @@ from lingrad.transforms.base import Transform
 from lingrad.weights.bitsandbytes import is_packed, packed_of
 from lingrad.weights.layout import Layout, is_conv1d, layout_of
 
-Road = Literal["projected", "quantized", "weight"]
+Route = Literal["projected", "packed", "weight"]
 
 # Names under which models hold their output layer, where get_output_embeddings() does not tell.
 _HEADS = {"lm_head", "head", "classifier", "score", "qa_outputs", "fc_out", "output", "output_projection"}
@@ -36,7 +36,7 @@ class Target:
         param: The parameter.
         transform: Its transform.
         layout: How it is read as a matrix.
-        road: ``projected`` where the gradient is born small (linear layers), ``quantized`` where so it is and the weight is
+        route: ``projected`` where the gradient is born small (linear layers), ``quantized`` where so it is and the weight is
             held in 4 or 8 bits, ``weight`` where it is projected afterwards.
         owners: Every (module, attribute) that holds it.
     """
@@ -45,13 +45,13 @@ class Target:
     param: nn.Parameter
     transform: Transform
     layout: Layout
-    road: Road
+    route: Route
     owners: tuple[tuple[nn.Module, str], ...] = ()
 
     @property
     def like(self) -> Tensor:
         """The weight, for device and dtype; an empty tensor in its place where it is quantised."""
-        if self.road != "quantized":
+        if self.route != "packed":
             return self.param
         dtype = torch.float32 if self.param.is_meta else packed_of(self.owners[0][0], self.name).dtype
         return torch.empty(0, dtype=dtype, device=self.param.device)
@@ -128,7 +128,7 @@ def resolve_parameters(named: Iterable[tuple[str, nn.Parameter]], rules: Rules) 
         rules: As for `resolve_model`, matched against parameter names.
 
     Returns:
-        The plan; every target takes the ``weight`` road.
+        The plan; every target takes the ``weight`` route.
 
     Raises:
         SpecError: A spec is malformed, or a rule matches nothing.
@@ -234,16 +234,16 @@ def _plan(candidates: list[_Candidate], chosen: list[Transform | None]) -> Plan:
             raise SpecError(f"{name} is held in 4 or 8 bits and shared by several layers; leave it out by a rule: 'none'")
         layout = layout_of(candidate.param, owners[0][0] if owners else None, name)
         try:
-            transform.coords_shape(layout.shape)
+            transform.ranks(layout.shape)
         except ShapeError as error:
             raise ShapeError(f"{name}: {error}") from None
-        plan.targets.append(Target(name, candidate.param, transform, layout, _road(owners), owners))
+        plan.targets.append(Target(name, candidate.param, transform, layout, _route(owners), owners))
     return plan
 
 
-def _road(owners: tuple[tuple[nn.Module, str], ...]) -> Road:
+def _route(owners: tuple[tuple[nn.Module, str], ...]) -> Route:
     if len(owners) == 1 and is_packed(owners[0][0]):
-        return "quantized"
+        return "packed"
     # Projected backward is for layers known to use their weight in their own forward only, and owned once. A subclass of
     # Linear may do otherwise: nn.MultiheadAttention reads the weight of its out_proj without calling it.
     if len(owners) != 1 or owners[0][1] != "weight":

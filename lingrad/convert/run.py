@@ -19,7 +19,7 @@ from lingrad.convert.report import Report
 from lingrad.convert.tensors import Pair, pairs, require_place, tied_names
 from lingrad.convert.work import Record
 from lingrad.convert.writing import Job
-from lingrad.engine.checkpoint import FORMAT, PREFIX
+from lingrad.engine.saved import FORMAT, PREFIX, read_ledger, upgrade
 from lingrad.errors import CheckpointError, LingradError, optional, require
 from lingrad.files.atomic import publish
 from lingrad.files.model_folder import ModelFolder, refuse_other_model
@@ -27,7 +27,7 @@ from lingrad.files.optimizer_file import FILE, load_state
 from lingrad.maps.factors import Factors, compress
 from lingrad.models import open_model
 from lingrad.subspaces import trees as trees
-from lingrad.subspaces.ledger import Ledger, total
+from lingrad.subspaces.ledger import total
 from lingrad.tensors import wide
 
 
@@ -81,7 +81,7 @@ def convert_run(
     was = None if base is None else ModelFolder(Path(base))
     optional("peft", "checking an adapter", "hf")
     model = open_model(str(Path(run).absolute()))  # a name alone may be that of a model known by name
-    saved = _Run(load_state(Path(run)), model, tuned)
+    saved = _Run(upgrade(load_state(Path(run))), model, tuned)
     if was is not None:
         refuse_other_model(was, tuned, tied_names(model, was) | tied_names(model, tuned))
     stat = (Path(run) / FILE).stat()
@@ -157,7 +157,7 @@ class _Run:
         ]
         entries = {name: saved["state"].get(index, {}) for name, _, index in trained}
         for name, held in entries.items():
-            if f"{PREFIX}ledger.kept" not in held:
+            if f"{PREFIX}ledger.decay" not in held:
                 raise CheckpointError(
                     f"the {FILE} of '{tuned.path}' has no ledger for '{name}': the run was made without ledger=True; "
                     "compare its weights with those it started from: lingrad convert BASE TUNED"
@@ -257,16 +257,14 @@ class _Run:
         transform, cpu = found.place.target.transform, torch.device("cpu")
         like = transform.init(found.place.shape, seed=0, device=cpu, dtype=dtype)
         coords = torch.zeros(found.place.coords, dtype=wide(dtype))
-        prefix = f"{PREFIX}ledger."
-        flat = {key.removeprefix(prefix): value for key, value in found.entries.items() if key.startswith(prefix)}
-        ledger = Ledger(transform).unpack(flat, like, coords, name)
+        ledger = read_ledger(transform, found.entries, like, coords, name)
         if f"{PREFIX}stored.coords" in found.entries:
             coords = trees.checked(coords, found.entries, f"{PREFIX}stored.coords", name)
         open_ = ledger.open(coords)
         last = None
         if open_.any():
             last = transform.map(trees.restore(like, found.leader, f"{PREFIX}state", name)).factors(open_)
-        return total(ledger.closed(), last), ledger.kept
+        return total(ledger.closed(), last), ledger.decay
 
 
 def _norm(factors: Factors) -> float:

@@ -9,13 +9,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 from lingrad.config import spec
-from lingrad.errors import SpecError, did_you_mean
+from lingrad.config.settings import Compat
+from lingrad.errors import SpecError
 from lingrad.transforms import SVD, Transform
-
-Compat = Literal["galore"]
 
 
 @dataclass(frozen=True)
@@ -38,7 +37,7 @@ class Arithmetic:
         return eps / math.sqrt(1 - group["betas"][1] ** step) if self.eps_uncorrected else eps
 
 
-OURS = Arithmetic()
+LINGRAD = Arithmetic()
 GALORE = Arithmetic(decay_last=True, eps_uncorrected=True, default_eps=1e-6)
 
 
@@ -46,19 +45,17 @@ def arithmetic(compat: Compat | None, base: str) -> Arithmetic:
     """The arithmetic to follow.
 
     Args:
-        compat: ``galore``, or None for our own.
+        compat: ``galore``, or None for lingrad's own.
         base: The name of the base.
 
     Returns:
         The details.
 
     Raises:
-        SpecError: The name is unknown, or the base is not one the program has.
+        SpecError: The base is not one the program has.
     """
     if compat is None:
-        return OURS
-    if compat != "galore":
-        raise SpecError(f"compat must be 'galore' or None, not {compat!r}{did_you_mean(str(compat), ['galore'])}")
+        return LINGRAD
     if base not in ("adamw", "adam"):
         raise SpecError(f"compat='galore' reproduces galore_torch's AdamW; use base='adamw', not '{base}'")
     return GALORE

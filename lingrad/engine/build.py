@@ -1,32 +1,38 @@
-"""Param groups: what the user passed, sorted into coordinates, matrices and vectors, and mirrored to the stock optimizers."""
+"""How a run is made: what the user passed, sorted into coordinates, matrices and vectors, with a basis for each weight."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
-from lingrad.adapters import refuse_attached
+from lingrad import optimizers, parallel
+from lingrad.adapters import Attachment, SharedInput, make_attachment, make_weight, refuse_attached
 from lingrad.config import spec
 from lingrad.config.rules import Rules
+from lingrad.config.settings import Mode, Settings, check_not_negative
+from lingrad.config.sharing import Place, places, require_shared
 from lingrad.config.targets import Plan, resolve_model, resolve_parameters
-from lingrad.engine.arithmetic import Arithmetic
+from lingrad.engine.arithmetic import Arithmetic, arithmetic, as_published
+from lingrad.engine.checkpoint import identity
+from lingrad.engine.layerwise import Layerwise
+from lingrad.engine.refresh import schedule
+from lingrad.engine.run import Run
+from lingrad.engine.step import step_one
+from lingrad.engine.stepper import Group, Stepper
 from lingrad.errors import SpecError, did_you_mean, require
-from lingrad.optimizers.base import Base
+from lingrad.optimizers import Base, BaseLike, checks
+from lingrad.subspaces.basis import Basis
+from lingrad.subspaces.ledger import Ledger
 from lingrad.subspaces.subspace import Subspace
+from lingrad.transforms.linalg import derive_seed
 
 Named = tuple[str, nn.Parameter]
 Trainable = nn.Module | Iterable[Named] | Iterable[dict[str, Any]]
-Pairs = list[tuple[dict[str, Any], dict[str, Any]]]
 
 KINDS = ("coords", "matrices", "vectors")
-
-# Of a param group, what the stock optimizer must not get as it is: ours, settled when it was built, or rewritten in `push`.
-_OWN = {"params", "param_names", "name", "kind", "scale", "specs", "weight_decay", "lr", "eps", "fused", "foreach"}
 
 
 def resolve_groups(model: Trainable, rules: Rules) -> list[tuple[Plan, dict[str, Any]]]:
@@ -112,7 +118,7 @@ def make_groups(
     known: dict[str, dict[str, Any]] = {}
     for kind in KINDS:
         if named[kind]:
-            known[kind] = {**_hyper_parameters(base if kind == "coords" else base.rest or base), **defaults}
+            known[kind] = {**_hyper_parameters(base if kind == "coords" else base.fallback or base), **defaults}
             if arithmetic.default_eps is not None and "eps" not in base.options:
                 known[kind]["eps"] = arithmetic.default_eps
             if kind != "coords":
@@ -125,69 +131,145 @@ def make_groups(
     for kind, hyper in known.items():
         hyper |= {key: value for key, value in options.items() if key in hyper}
         group = {"params": named[kind], "name": prefix + kind, "kind": kind, **hyper}
-        groups.append(group | {"specs": [spec.format(sub.transform) for sub in subs]} if kind == "coords" else group)
+        groups.append(group | {"specs": [spec.format(sub.basis.transform) for sub in subs]} if kind == "coords" else group)
     return groups
 
 
-def pull(own: dict[str, Any], stock: Mapping[str, Any]) -> None:
-    """Copy what a stock optimizer keeps in its param group, such as a step size it found, back to ours.
+def split_groups(groups: list[Group], decaying: Callable[[str], bool]) -> list[Group]:
+    """Split param groups so that some parameters do not decay.
 
     Args:
-        own: Our group, changed in place.
-        stock: The stock optimizer's.
-    """
-    own.update({key: stock[key] for key in stock.keys() - _OWN})
-
-
-def push(own: Mapping[str, Any], stock: dict[str, Any], arithmetic: Arithmetic, step: int) -> None:
-    """Copy a param group's hyper-parameters, which schedulers change, to the stock optimizer's.
-
-    Args:
-        own: Our group.
-        stock: The stock optimizer's, changed in place.
-        arithmetic: Details of the step.
-        step: The step about to be made, counted from 1.
-    """
-    for key in stock.keys() - _OWN:
-        if key in own:
-            stock[key] = own[key]
-    if "eps" in stock:
-        stock["eps"] = arithmetic.eps(own, step)
-    stock["lr"] = own["lr"] * own.get("scale", 1.0)
-
-
-def build_stock(own: list[dict[str, Any]], base: Base, state: Any) -> list[tuple[Optimizer, Pairs]]:
-    """Build the stock optimizers behind a run: one, or two where the base cannot step what is not a matrix.
-
-    Args:
-        own: Our param groups.
-        base: The base of the coordinates.
-        state: Our state, which the stock optimizers share.
+        groups: The groups.
+        decaying: Whether a parameter decays, by its name.
 
     Returns:
-        Each optimizer with the pairs (our group, its group) it serves; that of the coordinates first.
+        The groups: what decays stays in its own; the rest goes to one of the same hyper-parameters without decay, called
+        ``<name>.no_decay`` where the group is split.
     """
-    served = [(base, own)]
-    if base.rest is not None:
-        coords = [group for group in own if group["kind"] == "coords"]
-        served = [(base, coords), (base.rest, [group for group in own if group["kind"] != "coords"])]
-    stocks: list[tuple[Optimizer, Pairs]] = []
-    for which, groups in served:
-        if groups:
-            optimizer = which.build([{"params": group["params"]} for group in groups])
-            for param, initial in optimizer.state.items():
-                if not state.get(param):
-                    state[param] = initial
-            optimizer.state = state
-            stocks.append((optimizer, list(zip(groups, optimizer.param_groups, strict=True))))
-    return stocks
+    found: list[Group] = []
+    for group in groups:
+        kept = [i for i, name in enumerate(group["param_names"]) if decaying(name)]
+        others = [i for i in range(len(group["params"])) if i not in set(kept)]
+        if kept:
+            found.append({**group, **_part(group, kept)})
+        if others:
+            name = f"{group['name']}.no_decay" if kept else group["name"]
+            found.append({**group, **_part(group, others), "name": name, "weight_decay": 0.0})
+    return found
 
 
-def check_not_negative(option: str, value: Any) -> None:
-    """Make sure that a hyper-parameter is a finite number, 0 or more; a 0-d tensor will do."""
-    number = value.item() if isinstance(value, Tensor) and value.numel() == 1 and not value.is_meta else value
-    fits = isinstance(number, int | float) and not isinstance(number, bool) and 0 <= number < math.inf
-    require(fits, option, f"{option} must be a number, 0 or more, not {value!r}")
+def _part(group: Group, indices: list[int]) -> Group:
+    by_parameter = [key for key in ("params", "param_names", "specs") if key in group]
+    return {key: [group[key][i] for i in indices] for key in by_parameter}
+
+
+def build(model: Trainable, rules: Rules, base: BaseLike, mode: Mode, options: Mapping[str, Any]) -> tuple[Run, list[Group]]:
+    """Make a run, not attached yet.
+
+    Args:
+        model: A model, named parameters, or dicts with named ``params``.
+        rules: The spec or rules.
+        base: The base optimizer.
+        mode: The mode it is to start in.
+        options: Options of the run and of the base.
+
+    Returns:
+        The run and its param groups, for ``torch.optim.Optimizer`` to take.
+    """
+    settings, base_options = Settings.split(options)
+    settings.check_mode(mode)
+    found = optimizers.find(base, base_options, decay=False, others=Settings.names())
+    checks.check_reads_only_gradients(found)
+    degrees = checks.moment_degrees(found) if settings.carry == "rotate" else {}
+    steps_as = arithmetic(settings.compat, found.name)
+    if settings.layerwise:
+        checks.check_keeps_nothing_for_all(found)
+    if found.quantizer is not None:
+        checks.check_keeps_nothing_for_all(found, f"moments='{found.quantizer.kind}'")
+    if isinstance(model, nn.Module):
+        parallel.refuse_wrapped(model)
+    plans = resolve_groups(model, rules)
+    placed = [places(plan.targets, settings.share) for plan, _ in plans]
+    if settings.share is not None:
+        require_shared([place for every in placed for place in every])
+    attachments: list[Attachment] = []
+    groups: list[Group] = []
+    for i, ((plan, given), every) in enumerate(zip(plans, placed, strict=True)):
+        made = _attachments(every, settings)
+        attachments += made
+        groups += make_groups(
+            plan,
+            [attachment.sub for attachment in made],
+            given,
+            base=found,
+            arithmetic=steps_as,
+            defaults={"weight_decay": settings.weight_decay, "scale": settings.scale},
+            prefix=f"{i}." if len(plans) > 1 else "",
+        )
+    _check_effective(settings, mode, attachments)
+    bases = list(dict.fromkeys(attachment.sub.basis for attachment in attachments))
+    for i, basis in enumerate(bases if settings.stagger else ()):
+        basis.offset = i * basis.transform.period // len(bases)
+    run = Run(settings, Stepper(found, steps_as, degrees), attachments, bases)
+    run.model = model if isinstance(model, nn.Module) else None
+    if settings.layerwise:
+        run.layerwise = Layerwise(step_one)
+        run.layerwise.belong_to(run)
+    return run, [group | identity(run) for group in groups]
+
+
+def start(run: Run, mode: Mode) -> None:
+    """Attach a run whose groups are made, and prepare its first step.
+
+    Args:
+        run: The run.
+        mode: The mode.
+    """
+    parallel.share(attachment.sub.weight.param.data for attachment in run.attachments if attachment.averages)
+    run.attach(mode)
+    schedule(run)
+
+
+def _attachments(placed: Sequence[Place], settings: Settings) -> list[Attachment]:
+    """The subspace of every target, on a basis of its own or a shared one, and its connection to the model."""
+    bases: dict[str, tuple[Basis, SharedInput, int]] = {}  # by the first of the weights: with the rows used so far
+    found = []
+    for place in placed:
+        target, first = place.target, place.group[0]
+        weight, rows = make_weight(target), target.layout.shape[0]
+        if first.name not in bases:
+            transform, like = as_published(settings.compat, first.transform), first.like
+            seed = derive_seed(settings.seed, first.name)
+            basis = Basis(first.name, transform, place.shape, seed=seed, run_seed=settings.seed, like=like)
+            bases[first.name] = basis, SharedInput({member.name for member in place.group}), 0
+        basis, shared, start = bases[first.name]
+        bases[first.name] = basis, shared, start + rows
+        ledger = Ledger(basis.transform, records=settings.ledger)
+        sub = Subspace(target.name, weight, basis, slice(start, start + rows), ledger)
+        found.append(make_attachment(target, sub, shared, plain=settings.self_contained))
+    return found
+
+
+def _check_effective(settings: Settings, mode: Mode, attachments: Sequence[Attachment]) -> None:
+    """Refuse options that would have no effect, and weights that do not support the mode."""
+    defaults = Settings()
+    for option in ("scale", "carry", "compat"):
+        idle = getattr(settings, option) != getattr(defaults, option) and not attachments
+        require(not idle, option, f"'{option}' has no effect where nothing is transformed; leave it out")
+    for attachment in attachments:
+        attachment.require(mode)
+    quantised = any(attachment.sub.weight.loss is not None for attachment in attachments)
+    require(
+        quantised or not settings.keep_remainder,
+        "keep_remainder",
+        "keep_remainder is for weights that are held in 4 or 8 bits, and none that is transformed is; leave it out",
+    )
+    require(
+        settings.merge_every is None or not quantised,
+        "merge_every",
+        "merge_every merges more often than refreshes do, and a merge into a quantised weight loses what is smaller than a "
+        "step of its grid; leave it out",
+    )
 
 
 def _short(item: Any) -> str:
@@ -196,6 +278,6 @@ def _short(item: Any) -> str:
 
 
 def _hyper_parameters(base: Base) -> dict[str, Any]:
-    """What a stock optimizer has in its groups, with the user's options; learnt from one built on a parameter of no use."""
+    """What a base optimizer has in its groups, with the user's options; read from one built on a dummy parameter."""
     group = base.build([nn.Parameter(torch.zeros(2, 2))]).param_groups[0]
     return {key: value for key, value in group.items() if key != "params"}

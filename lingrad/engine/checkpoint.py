@@ -1,42 +1,38 @@
-"""A run's state in the layout of ``torch.optim.Optimizer.state_dict``: flat keys, tensors and plain values only.
-
-Beside the base optimizer's own entries, the state of each coordinates' index holds ``subspace.*``: the step, the number of
-refreshes, the transform's state, and what the ledger holds. Each param group says what the run is: format, mode, base, carry,
-seed, compat, specs and parameter names; all of it must be equal to load. Coordinates themselves are model weights: zero, and
-nowhere, in optimizer mode; in the model's ``state_dict`` in adapter mode, or, with ``self_contained``, here, beside the weights
-they belong to.
-"""
+"""A run's state saved and loaded; what the entries are is in `lingrad.engine.saved`."""
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
+from lingrad.adapters import Attachment
+from lingrad.engine.refresh import look_ahead
+from lingrad.engine.run import Run
+from lingrad.engine.saved import FORMAT, PREFIX, Saved, check_groups, read_ledger
+from lingrad.engine.stepper import placed
 from lingrad.errors import CheckpointError
-from lingrad.optimizers.base import Base
-from lingrad.subspaces import trees as trees
+from lingrad.optimizers import Base
+from lingrad.subspaces import trees
 from lingrad.subspaces.ledger import Ledger
-from lingrad.subspaces.subspace import Subspace
 from lingrad.weights.base import MergeLoss
 
-FORMAT = 3
-PREFIX = "subspace."
+ENERGY = f"{PREFIX}energy"
 
 
-class Loaded(NamedTuple):
+class Entries(NamedTuple):
     """What a checkpoint holds for one parameter.
 
     Args:
         moments: The base optimizer's entries.
         step: Steps finished; None for a parameter without a subspace.
-        state: The transform's state.
+        state: The transform's state; None where another weight has it, with which this one shares its basis.
         refreshes: Refreshes committed.
-        merged: Whether anything was merged.
-        ledger: The ledger, where the run has one.
+        energy: |S S^T G| / |G| of the last refresh, where it was measured.
+        ledger: The ledger.
         loss: What merges have lost, where the weight is quantised.
         stored: Coordinates and the tensors of the weight, where the state holds them; not copied.
     """
@@ -45,146 +41,131 @@ class Loaded(NamedTuple):
     step: int | None = None
     state: Any = None
     refreshes: int = 0
-    merged: bool = False
+    energy: float | None = None
     ledger: Ledger | None = None
     loss: MergeLoss | None = None
     stored: Mapping[str, Tensor] = MappingProxyType({})
 
 
-def pack(sub: Subspace, step: int, stored: Mapping[str, Tensor] = MappingProxyType({})) -> dict[str, Any]:
-    """The flat entries of one subspace.
+def identity(run: Run) -> dict[str, Any]:
+    """What a checkpoint must agree on with a run, besides the groups, by the keys of a param group."""
+    return {"format": FORMAT, "mode": run.mode, "base": run.stepper.base.name, **run.settings.identity()}
+
+
+def state(run: Run) -> defaultdict[Tensor, dict[str, Any]]:
+    """What the base and the subspaces keep, by parameter; a copy of the mapping, for reading."""
+    merged = defaultdict(dict, {param: dict(entries) for param, entries in run.stepper.state.items()})
+    if run.step or run.stepper.state:
+        for attachment in run.attachments:
+            merged[attachment.sub.coords].update(_pack(run, attachment))
+    return merged
+
+
+def save(run: Run, packed: dict[str, Any]) -> dict[str, Any]:
+    """Complete a state dict with what the run knows.
 
     Args:
-        sub: The subspace.
-        step: Steps finished.
-        stored: Tensors of the model that belong to the state.
+        run: The run.
+        packed: What torch's own ``state_dict`` gives of it.
 
     Returns:
-        ``subspace.step``, ``.refreshes``, ``.merged``, the weight's ``.m`` and ``.n``, ``subspace.state.*``, ``.ledger.*``,
-        ``.loss.*`` and ``.stored.*``.
+        The same, with ``subspace.*``.
     """
-    m, n = sub.layout.shape
-    numbers = {"step": step, "refreshes": sub.refreshes, "merged": sub.merged, "m": m, "n": n}
-    tree = {**numbers, "state": sub.state, "stored": stored, "loss": sub.loss}
-    tree["ledger"] = sub.ledger.pack() if sub.ledger is not None else None
-    return trees.flatten(tree, PREFIX.rstrip("."))
+    for index, named in enumerate(run.named()):
+        if named.attachment is not None:
+            packed["state"].setdefault(index, {}).update(_pack(run, named.attachment))
+    return packed
 
 
-def unpack(
+def load(run: Run, state_dict: dict[str, Any]) -> None:
+    """Resume from a saved state; nothing is changed unless all of it fits.
+
+    Args:
+        run: The run.
+        state_dict: What `save` gave, in this format or the one before. Raises `CheckpointError` at the first difference.
+    """
+    saved = Saved(state_dict)
+    own = identity(run)
+    check_groups(saved.groups, run.groups, own)
+    indices = [index for group in saved.groups for index in group["params"]]
+    found = []
+    for named, index in zip(run.named(), indices, strict=True):
+        base = run.stepper.base_of(named.group["kind"])
+        stored = {} if named.attachment is None else _stored(run, named.attachment)
+        entries = _unpack(run, saved.state.get(index, {}), named.param, named.name, named.attachment, base, stored)
+        found.append((named, stored, entries))
+    run.stepper.load([(named.param, entries.moments) for named, _, entries in found])
+    for named, stored, entries in found:
+        if named.attachment is None or entries.step is None:
+            continue
+        sub = named.attachment.sub
+        if run.of(sub.basis)[0] is named.attachment:
+            sub.basis.replace(entries.state, entries.refreshes)
+            sub.basis.energy = entries.energy
+        sub.ledger, sub.weight.loss = entries.ledger or sub.ledger, entries.loss
+        for key, tensor in entries.stored.items():
+            if tensor.data_ptr() != stored[key].data_ptr():  # as in accelerate's load_state_dict(state_dict())
+                stored[key].copy_(tensor)
+        sub.coords.grad = None  # of weights and a basis that are replaced
+        run.step = entries.step
+    for group, was in zip(run.groups, saved.groups, strict=True):
+        group.update({key: value for key, value in was.items() if key != "params" and key not in own})
+    look_ahead(run)  # a redraw that was due had happened before the state was saved
+    if run.layerwise is not None:
+        run.layerwise.begin()
+
+
+def _stored(run: Run, attachment: Attachment) -> dict[str, Tensor]:
+    """What of the model the state holds too: in adapter mode, where it is to be complete, coordinates and weights."""
+    if not run.settings.self_contained or run.mode != "adapter":
+        return {}
+    return {"coords": attachment.sub.coords.detach(), **attachment.sub.weight.state()}
+
+
+def _pack(run: Run, attachment: Attachment) -> dict[str, Any]:
+    """The flat entries of one weight: ``subspace.step``, ``.refreshes``, ``.state.*`` and so on."""
+    sub, basis = attachment.sub, attachment.sub.basis
+    m, n = sub.weight.layout.shape
+    first = run.of(basis)[0] is attachment
+    numbers = {"step": run.step, "refreshes": basis.refreshes, "merged": sub.ledger.merged, "m": m, "n": n}
+    of_basis = {"state": basis.state, "energy": basis.energy} if first else {}
+    tree = {**numbers, **of_basis, "stored": _stored(run, attachment), "loss": sub.weight.loss}
+    return trees.flatten({**tree, "ledger": sub.ledger.pack()}, PREFIX.rstrip("."))
+
+
+def _unpack(
+    run: Run,
     entries: Mapping[str, Any],
     param: Tensor,
     name: str,
-    sub: Subspace | None,
+    attachment: Attachment | None,
     base: Base,
-    stored: Mapping[str, Tensor] = MappingProxyType({}),
-) -> Loaded:
-    """Read one index of a checkpoint, changing nothing.
-
-    Args:
-        entries: Its flat entries.
-        param: The parameter, or the coordinates.
-        name: Its name.
-        sub: Its subspace, if it has one.
-        base: The base that steps it.
-        stored: Tensors of the model that belong to the state.
-
-    Returns:
-        Copies in the dtypes they were saved in, where the base keeps them: step counters may be on the CPU.
-
-    Raises:
-        CheckpointError: An entry is missing, or of another type, dtype or shape.
-    """
-    loaded = Loaded({})
-    if sub is not None:
-        own = pack(sub, 0)
-        step, refreshes, merged, *shape = (
-            trees.checked(own[f"{PREFIX}{key}"], entries, f"{PREFIX}{key}", name)
-            for key in ("step", "refreshes", "merged", "m", "n")
-        )
-        if tuple(shape) != sub.layout.shape:
-            raise CheckpointError(f"{name} is {tuple(shape)} in the checkpoint, and {sub.layout.shape} in this run")
-        ledger = None
-        if sub.ledger is not None:
-            prefix = f"{PREFIX}ledger."
-            flat = {key.removeprefix(prefix): value for key, value in entries.items() if key.startswith(prefix)}
-            ledger = sub.ledger.unpack(flat, (sub.leader or sub).state, param, name)
-        found = {key: trees.checked(like, entries, f"{PREFIX}stored.{key}", name) for key, like in stored.items()}
-        state = trees.restore(sub.state, entries, f"{PREFIX}state", name)
-        loss = trees.restore(sub.loss, entries, f"{PREFIX}loss", name)
-        loaded = Loaded({}, step, state, refreshes, merged, ledger, loss, found)
+    stored: Mapping[str, Tensor],
+) -> Entries:
+    """Read one index of a checkpoint, changing nothing: copies in the dtypes they were saved in, where the base keeps them."""
     moments = {key: value for key, value in entries.items() if not key.startswith(PREFIX)}
-    fresh = base.memory(param) if moments else {}  # none where the parameter has had no gradient yet
-    for key, like in fresh.items():
-        trees.checked(like, moments, key, name)
-    return loaded._replace(moments=placed(moments, fresh, param.device))
-
-
-def placed(memory: Mapping[str, Any], like: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
-    """A base's entries for one parameter on the devices where it keeps them.
-
-    Args:
-        memory: The entries, on any device.
-        like: What the base keeps of such a parameter.
-        device: The parameter's, for entries that ``like`` does not have.
-
-    Returns:
-        Copies.
-    """
-    places = {key: value.device for key, value in like.items() if isinstance(value, Tensor)}
-    return {key: trees.copied(value, places.get(key, device)) for key, value in memory.items()}
-
-
-def check_layout(state_dict: Any) -> None:
-    """Make sure that a state dict is an optimizer's.
-
-    Args:
-        state_dict: Whatever was loaded.
-
-    Raises:
-        CheckpointError: It is something else.
-    """
-    if not (isinstance(state_dict, Mapping) and {"state", "param_groups"} <= state_dict.keys()):
-        held = list(state_dict)[:3] if isinstance(state_dict, Mapping) else type(state_dict).__name__
-        raise CheckpointError(
-            f"this is no optimizer's state_dict, which has 'state' and 'param_groups', but {held}; "
-            "pass what opt.state_dict() gave, not the whole file or a model's"
-        )
-
-
-def check_groups(saved: list[dict[str, Any]], own: list[dict[str, Any]], identity: Mapping[str, Any]) -> None:
-    """Compare what a checkpoint says it is with what a run is.
-
-    Args:
-        saved: The checkpoint's param groups.
-        own: The run's.
-        identity: What the run is beside its groups: format, mode, base, carry, seed, compat.
-
-    Raises:
-        CheckpointError: They differ; the first difference is named.
-    """
-    older = [was["format"] for was in saved if was.get("format", identity["format"]) != identity["format"]]
-    if older:
-        raise CheckpointError(f"the checkpoint has format {older[0]!r}, this run has {identity['format']!r}")
-    for key in identity:
-        if any(key not in was for was in saved):
-            raise CheckpointError(f"the checkpoint's param groups have no '{key}': it was not written by lingrad's optimizer")
-    if len(saved) != len(own):
-        raise CheckpointError(f"the checkpoint has {len(saved)} param groups and this run {len(own)}")
-    for was, now in zip(saved, own, strict=True):
-        for key, new in identity.items():
-            if was[key] != new:
-                remedy = "; call opt.switch first" if key == "mode" else ""
-                raise CheckpointError(f"the checkpoint has {key} {was[key]!r}, this run has {new!r}{remedy}")
-        if len(was["params"]) != len(now["params"]):
-            raise CheckpointError(
-                f"group '{now['name']}': the checkpoint has {len(was['params'])} params, this run has {len(now['params'])}"
-            )
-        for key in ("param_names", "specs"):
-            old, new = was.get(key, []), now.get(key, [])
-            if len(old) != len(new):
-                raise CheckpointError(f"group '{now['name']}': the checkpoint has {len(old)} {key}, this run has {len(new)}")
-            for i, (a, b) in enumerate(zip(old, new, strict=True)):
-                if a != b:
-                    raise CheckpointError(
-                        f"group '{now['name']}', entry {i}: the checkpoint has {key[:-1]} '{a}', this run has '{b}'"
-                    )
+    fresh = base.state_of(param) if moments else {}  # none where the parameter has had no gradient yet
+    for key, template in fresh.items():
+        trees.checked(template, moments, key, name)
+    found = Entries(placed(moments, fresh, param.device))
+    if attachment is None:
+        return found
+    sub, basis = attachment.sub, attachment.sub.basis
+    kinds = {"step": 0, "refreshes": 0, "merged": False, "m": 0, "n": 0}
+    step, refreshes, merged, *shape = (trees.checked(v, entries, f"{PREFIX}{key}", name) for key, v in kinds.items())
+    if tuple(shape) != sub.weight.layout.shape:
+        raise CheckpointError(f"{name} is {tuple(shape)} in the checkpoint, and {sub.weight.layout.shape} in this run")
+    ledger = Ledger(basis.transform)
+    if sub.ledger.records:
+        ledger = read_ledger(basis.transform, entries, basis.state, param, name)
+    ledger.merged = merged
+    first = run.of(basis)[0] is attachment
+    return found._replace(
+        step=step,
+        refreshes=refreshes,
+        state=trees.restore(basis.state, entries, f"{PREFIX}state", name) if first else None,
+        energy=trees.checked(0.0, entries, ENERGY, name) if ENERGY in entries else None,
+        ledger=ledger,
+        loss=trees.restore(sub.weight.loss, entries, f"{PREFIX}loss", name),
+        stored={key: trees.checked(template, entries, f"{PREFIX}stored.{key}", name) for key, template in stored.items()},
+    )

@@ -2,13 +2,14 @@
 
 The idea is that of fused or per-layer weight updates (Lv et al., "Full Parameter Fine-tuning for Large Language Models with
 Limited Resources", 2023, arXiv 2306.09782, section 3.1). Schedules, decay, refreshes and the step counter are those of any
-other run; what needs all gradients at once (accumulation over micro-batches, clipping by a norm, loss scaling) cannot be had.
+other run; what needs all gradients at once (accumulation over micro-batches, clipping by a norm, loss scaling) is refused.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,21 +17,20 @@ from torch import Tensor
 
 from lingrad.errors import ModeError
 from lingrad.parallel import together
-from lingrad.subspaces.subspace import call
-
-Update = Callable[[Tensor], None]
+from lingrad.subspaces.subspace import Subspace
 
 
 class Layerwise:
     """Waits for gradients and has each stepped once a step.
 
     Args:
-        update: A method that steps one parameter and frees its gradient. Its object is not kept alive: parameters hold what
-            waits for their gradients, and a cycle through a tensor's hooks would never be freed.
+        update: ``update(run, param)`` steps one parameter and frees its gradient.
     """
 
-    def __init__(self, update: Update | None) -> None:
-        self._method = None if update is None else weakref.WeakMethod(update)
+    def __init__(self, update: Callable[[Any, Tensor], None] | None) -> None:
+        self._update = update
+        self._run: weakref.ref[Any] | None = None  # hooks keep this object alive, and must not keep the run alive
+        self._handles: list[Any] = []
         self._waiting: list[Tensor] = []
         self._stepped: set[int] = set()
         self._backward = -1
@@ -38,6 +38,33 @@ class Layerwise:
     def __reduce__(self) -> Any:
         """A copy of a model, which is for evaluation, steps nothing."""
         return Layerwise, (None,)
+
+    def belong_to(self, run: object) -> None:
+        """Step the parameters of a run.
+
+        Args:
+            run: The run, not kept alive.
+        """
+        self._run = weakref.ref(run)
+
+    def listen(self, params: Iterable[tuple[Tensor, str, Subspace | None]]) -> None:
+        """Have gradients reported as they are completed.
+
+        Args:
+            params: Each parameter with its name and, of coordinates, their subspace.
+        """
+        for param, name, sub in params:
+            if sub is not None:
+                sub.on_gradient = partial(self.arrived, param, name, wait=True)
+                continue
+            report, trains = partial(self.arrived, name=name, wait=False), param.requires_grad
+            self._handles.append(param.requires_grad_(True).register_post_accumulate_grad_hook(report))
+            param.requires_grad_(trains)
+
+    def stop(self) -> None:
+        """Take the hooks off."""
+        while self._handles:
+            self._handles.pop().remove()
 
     def begin(self) -> None:
         """A new step begins: every parameter may be stepped again."""
@@ -50,13 +77,13 @@ class Layerwise:
         Args:
             param: The parameter.
             name: Its name, for messages.
-            wait: Step it when the next gradient arrives, or at the end of the backward: the layer itself may need its weight
-                once more, for the gradient of its input.
+            wait: Step it when the next gradient is complete, or at the end of the backward: the layer itself may need its
+                weight once more, for the gradient of its input.
 
         Raises:
             ModeError: It was stepped already in this step.
         """
-        if self._method is None:
+        if self._run is None:
             return
         if together():
             raise ModeError(
@@ -71,11 +98,10 @@ class Layerwise:
             )
         self._stepped.add(id(param))
         self.flush()
-        if not wait:
-            with torch.no_grad():
-                call(self._method, param)
-            return
         self._waiting.append(param)
+        if not wait:
+            self.flush()
+            return
         running = torch._C._current_graph_task_id()
         if running != self._backward and running != -1:
             self._backward = running
@@ -85,6 +111,9 @@ class Layerwise:
     def flush(self) -> None:
         """Step what waits."""
         waiting, self._waiting = self._waiting, []
+        run = None if self._run is None else self._run()
+        if run is None or self._update is None:
+            return
         with torch.no_grad():
             for param in waiting:
-                call(self._method, param)
+                self._update(run, param)

@@ -1,22 +1,21 @@
-"""The base optimizer's memory of one weight's coordinates, and how a refresh carries it over."""
+"""The base optimizer's state of one weight's coordinates, and how a refresh carries it over."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from lingrad.config.settings import Carry
 from lingrad.errors import DualityError
 from lingrad.maps import LinearMap
 from lingrad.optimizers.eight_bit import Quantizer
 
-Carry = Literal["keep", "reset", "rotate"]
-
 
 class Moments(NamedTuple):
-    """The base optimizer's memory of one weight's coordinates, and how a refresh carries it over.
+    """The base optimizer's state of one weight's coordinates, and how a refresh carries it over.
 
     Args:
         state: Its entries; changed in place.
@@ -60,11 +59,14 @@ class Moments(NamedTuple):
         return carried
 
     def replace(self, carried: Mapping[str, Tensor]) -> None:
-        """Take over what `rotated` gave.
+        """Move over to the new basis: take over what `rotated` gave, or start again where ``carry`` is ``reset``.
 
         Args:
             carried: Key -> moment.
         """
+        if self.carry == "reset":
+            self.state.clear()
+            self.state.update(self.initial())
         held = carried if self.quantizer is None else self.quantizer.encode(carried)
         for key, value in held.items():
             self.state[key].copy_(value)

@@ -1,188 +1,263 @@
-"""How a basis changes: chosen from the gradient within the step, from a sketch after it, or drawn before the next.
+"""How bases change: chosen from the gradient within the step, from a sketch after it, or drawn before the next.
 
-Weights that share a basis change together; ``members`` are their subspaces, the leader first.
+A refresh is proposed to a basis, and committed for all weights that use it: coordinates are merged through the old map, the
+base optimizer's moments carried over, the ledgers of the old basis closed, and then the basis is replaced, once.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from lingrad.engine.moments import Moments
+from lingrad.engine.run import Run
+from lingrad.gradients import FactoredGradient, Gradient
 from lingrad.gradients.averaged import averaged
-from lingrad.gradients.base import Gradient
-from lingrad.gradients.local import FactoredGradient
 from lingrad.gradients.stacked import StackedGradient
 from lingrad.maps import LinearMap
 from lingrad.parallel import average, ranks, share
-from lingrad.subspaces import trees as trees
-from lingrad.subspaces.gather import Questions, energy, gathered, questions, witnesses
-from lingrad.subspaces.subspace import Proposal, Subspace
-from lingrad.transforms.base import Sketch
-from lingrad.transforms.sketch import sketched
+from lingrad.subspaces import trees
+from lingrad.subspaces.basis import Basis, Probes, Proposal
+from lingrad.subspaces.subspace import Subspace
+from lingrad.tensors import cast
+from lingrad.transforms import Probe, Sketch
+from lingrad.transforms.sketch import forget_draws, sketched
 
 NOT_FINITE = "the gradient at a refresh is not finite; the old basis stays until the next one"
 
-Commit = Callable[[Subspace], None]
+
+def choose(run: Run, subs: Iterable[Subspace]) -> None:
+    """Propose new bases from the gradients of this step's backwards; each ``coords.grad`` becomes its projection.
+
+    Args:
+        run: The run.
+        subs: Subspaces that are due, of transforms that read the gradient; what has no gradient is left alone.
+    """
+    due = [sub for sub in subs if sub.basis.proposal is None and sub.coords.grad is not None]
+    factors = [sub.pending.outside_factor(sub.coords) for sub in due]
+    # where backward left zeros, the factor is the one seen everywhere else
+    common = next((factor for factor in factors if factor is not None), 1.0)
+    seen: dict[int, float] = {}
+    for sub, factor in zip(due, factors, strict=True):
+        seen.setdefault(id(sub.basis), common if factor is None else factor)
+    for basis in dict.fromkeys(sub.basis for sub in due):
+        _choose(basis, [attachment.sub for attachment in run.of(basis)], seen[id(basis)])
 
 
-class Weight(Protocol):
-    """A weight as a change of its basis sees it."""
+def renew(run: Run) -> None:
+    """Change the bases that are learned from sketches, after the step whose backwards gathered these.
 
-    def merge(self) -> Tensor | None:
-        """Merge the coordinates; what could not be merged and is to be kept comes back, [m, n]."""
+    Args:
+        run: The run. What is not finite, or zero, leaves the old basis, as in `choose`.
+    """
+    due = (sub for sub in run.subspaces if sub.basis.due and sub.basis.transform.reads == "sketch")
+    # dropping a gradient means its sketch too; where layerwise, the run has dropped it
+    stepped = (sub for sub in due if sub.coords.grad is not None or run.layerwise is not None)
+    bases = dict.fromkeys(sub.basis for sub in stepped if sub.pending.total is not None or ranks() > 1)
+    waiting: list[tuple[Basis, Probes, Sketch]] = []
+    for basis in bases:
+        subs = [attachment.sub for attachment in run.of(basis)]
+        asked = basis.asks(subs[0].coords)
+        every = (*asked.learned, *asked.held_out)
+        found = _gathered(subs, every)
+        if found is None and ranks() > 1:
+            found = sketched(averaged(_stacked([_nothing(sub, None) for sub in subs])), every)
+        if found is not None:
+            waiting.append((basis, asked, found))
+    # all flags are computed before the first is read, so that the host waits once
+    finite = [torch.stack([p.isfinite().all() for p in found]).all() for _, _, found in waiting]
+    nonzero = [torch.stack([p.any() for p in found]).any() for _, _, found in waiting]
+    measured: list[tuple[Basis, Tensor | None]] = []
+    for (basis, asked, found), good, any_at_all in zip(waiting, finite, nonzero, strict=True):
+        count = len(asked.learned)
+        if not bool(good):
+            basis.warn_once(NOT_FINITE)
+        elif bool(any_at_all):
+            proposal = _proposed(basis, basis.transform.learn(basis.state, found[:count], basis.when))
+            if not _finite(proposal):
+                _warn_of_basis(basis)
+                continue
+            measured.append((basis, captured(proposal.map, found[count:], asked.held_out)))
+            basis.proposal = proposal
+            commit(run, basis)
+    for basis, energy in measured:
+        basis.energy = _number(energy)
+    if bases:
+        forget_draws()
 
-    def keep(self, current: LinearMap, remainder: Tensor) -> None:
-        """Keep what could not be merged, in the coordinates of the new basis."""
+
+@torch.no_grad()
+def schedule(run: Run) -> None:
+    """Look ahead to the next step, and draw the bases that no gradient decides before its forward.
+
+    Args:
+        run: The run.
+    """
+    for basis in look_ahead(run):
+        basis.proposal = _proposed(basis, basis.transform.refresh(basis.state, None, basis.when))
+        commit(run, basis)
 
 
-def choose(members: Sequence[Subspace], factor: float) -> None:
-    """Choose a new basis from the captured gradient; each ``coords.grad`` becomes its projection.
+def look_ahead(run: Run) -> list[Basis]:
+    """Have every basis, and the gradients of its weights, know what the next step is.
 
-    A gradient that is not finite, or a basis that would not be, leaves the old basis in place and says so once; a zero gradient
+    Args:
+        run: The run.
+
+    Returns:
+        The bases that must be drawn again before that step's forward.
+    """
+    redrawn = []
+    for basis in run.bases:
+        redraw, changes = basis.schedule(run.step)
+        for attachment in run.of(basis):
+            attachment.forget()
+            attachment.sub.pending.stale = changes and attachment.sub.coords.grad is not None
+        if redraw:
+            redrawn.append(basis)
+    return redrawn
+
+
+def commit(run: Run, basis: Basis) -> None:
+    """Change to the basis that was proposed, if one was, for all weights that use it.
+
+    Args:
+        run: The run.
+        basis: The basis.
+    """
+    if basis.proposal is None:
+        return
+    old, new = basis.map(), basis.proposal.map
+    remainders = []
+    for attachment in run.of(basis):
+        sub = attachment.sub
+        moments = run.stepper.moments(sub, run.settings.carry)
+        carried = moments.rotated(old, new, sub.name, sub.coords.shape)
+        remainders.append((sub, sub.merge(keep=run.settings.keep_remainder)))
+        sub.ledger.close(basis.state, old.factors)
+        moments.replace(carried)
+        sub.pending.proposed = False
+    basis.commit()
+    for sub, remainder in remainders:
+        if remainder is not None:
+            sub.keep(remainder)
+
+
+def captured(chosen: LinearMap, products: Sequence[Tensor], probes: Sequence[Probe]) -> Tensor | None:
+    """|S S^T G| / |G|, estimated from hold-out test vectors.
+
+    For a left map |P P^T G w| / |G w| is measured for test vectors w, whose mean square is that of G itself. Of a two-sided one
+    it is known for each side, and the figure is the least that both can have together, (a^2 + b^2 - 1)^(1/2).
+
+    Args:
+        chosen: The map S.
+        products: The products of the probes.
+        probes: The test vectors, as `Basis.held_out` gives them.
+
+    Returns:
+        A 0-d tensor; None where the map has no side that is smaller than the weight's.
+    """
+    squares: list[Tensor] = []
+    for product, (left, _) in zip(products, probes, strict=True):
+        side = chosen.inner if left is None else chosen.T.inner.T
+        norm = torch.linalg.vector_norm(product).clamp_min(torch.finfo(product.dtype).tiny)
+        squares.append((side.norm(side.project(product)) / norm).square())
+    if not squares:
+        return None
+    return squares[0].sqrt() if len(squares) == 1 else (squares[0] + squares[1] - 1).clamp_min(0).sqrt()
+
+
+def _choose(basis: Basis, subs: Sequence[Subspace], factor: float) -> None:
+    """Propose a new basis from the gradient that was recorded.
+
+    A gradient that is not finite, or a basis that would not be, leaves the old basis in place and warns once; a zero gradient
     leaves it silently.
 
     Args:
-        members: The subspaces, ``due``, of a transform that reads the gradient.
+        basis: The basis, ``due``.
+        subs: The subspaces that use it.
         factor: The factor by which other programs scaled ``coords.grad`` since backward.
     """
-    lead = members[0]
-    parts = [sub.captured.total if isinstance(sub.captured.total, Gradient) else None for sub in members]
-    like = next((part for part in parts if part is not None), None)
-    if lead.proposal is not None or (ranks() == 1 and like is None):
+    parts = [sub.pending.total if isinstance(sub.pending.total, Gradient) else None for sub in subs]
+    template = next((part for part in parts if part is not None), None)
+    if ranks() == 1 and template is None:
         return
     # an absent one is zero; where all are, other ranks found something
-    whole = [_nothing(sub, like) if part is None else part for sub, part in zip(members, parts, strict=True)]
-    local = whole[0] if len(whole) == 1 else StackedGradient(whole)
+    every = [_nothing(sub, template) if part is None else part for sub, part in zip(subs, parts, strict=True)]
+    local = _stacked(every)
     size = average(local.norm())  # of the parts, which is not that of their mean, but zero or not finite with it
     norm = float(size) * factor
     if not math.isfinite(norm):
-        lead.warn_once(NOT_FINITE)
+        basis.warn_once(NOT_FINITE)
     if norm == 0.0 or not math.isfinite(norm):
         return
     grad = averaged(local)
-    proposal = _propose(lead, grad)
+    proposal = _proposed(basis, basis.transform.refresh(basis.state, grad, basis.when))
     if not _finite(proposal):
-        _say_basis(lead)
+        _warn_of_basis(basis)
         return
     chosen = proposal.map
-    for sub, part in zip(members, whole, strict=True):
-        sub.proposal = proposal
-        if sub.captured.total is not None or ranks() > 1:
-            projected = chosen.project(averaged(part)).to(sub.coords.dtype)
+    basis.proposal = proposal
+    for sub, part in zip(subs, every, strict=True):
+        if sub.pending.total is not None or ranks() > 1:
+            projected = cast(chosen.project(averaged(part)), sub.coords.dtype)
             sub.coords.grad = projected if factor == 1.0 else projected * factor
     if ranks() == 1:
-        total = torch.stack([chosen.norm(sub.coords.grad) for sub in members if sub.coords.grad is not None]).norm()
-        lead.energy = float(total) / norm
+        total = torch.stack([chosen.norm(sub.coords.grad) for sub in subs if sub.coords.grad is not None]).norm()
+        basis.energy = float(total) / norm
     else:  # the norm of the mean would cost an all-reduce of the whole matrix
-        asked = witnesses(lead)
-        lead.energy = _number(energy(chosen, sketched(grad, asked), asked))
-    for sub in members:
-        sub.captured.forget()
+        held_out = basis.held_out(subs[0].coords)
+        basis.energy = _number(captured(chosen, sketched(grad, held_out), held_out))
+    for sub in subs:
+        sub.pending.forget()
+        sub.pending.proposed = True
 
 
-def renew(groups: Sequence[Sequence[Subspace]], commit: Commit) -> None:
-    """Change the bases that are learned from sketches, after the step that gathered these.
-
-    What is not finite, or zero, leaves the old basis, as in `choose`.
-
-    Args:
-        groups: The subspaces that are due, each with those that share its basis.
-        commit: Moves one subspace over to its proposal.
-    """
-    waiting: list[tuple[Sequence[Subspace], Questions, Sketch]] = []
-    for members in groups:
-        asked = questions(members[0])
-        found = gathered(members, (*asked.probes, *asked.witnesses))
-        if found is None and ranks() > 1:
-            blank = _nothing(members[0], None) if len(members) == 1 else StackedGradient([_nothing(s, None) for s in members])
-            found = sketched(averaged(blank), (*asked.probes, *asked.witnesses))
-        if found is not None:
-            waiting.append((members, asked, found))
-    finite = [torch.stack([p.isfinite().all() for p in found]).all() for _, _, found in waiting]
-    nonzero = [torch.stack([p.any() for p in found]).any() for _, _, found in waiting]
-    measured: list[tuple[Subspace, Tensor | None]] = []
-    for (members, asked, found), good, any_at_all in zip(waiting, finite, nonzero, strict=True):
-        lead, count = members[0], len(asked.probes)
-        if not bool(good):
-            lead.warn_once(NOT_FINITE)
-        elif bool(any_at_all):
-            proposal = _proposed(lead, lead.transform.learn(lead.state, found[:count], lead.when))
-            if not _finite(proposal):
-                _say_basis(lead)
-                continue
-            measured.append((lead, energy(proposal.map, found[count:], asked.witnesses)))
-            exchange(members, proposal, commit)
-    for lead, captured in measured:
-        lead.energy = _number(captured)
-
-
-def redraw(members: Sequence[Subspace], commit: Commit) -> None:
-    """Change a basis that no gradient decides, before the forward that will use it.
+def _gathered(subs: Sequence[Subspace], probes: Sequence[Probe]) -> Sketch | None:
+    """The products of the stacked gradient, from what each weight's backwards recorded; the mean over ranks.
 
     Args:
-        members: The subspaces that share it.
-        commit: Moves one subspace over to its proposal.
+        subs: The subspaces that use one basis.
+        probes: What was asked.
+
+    Returns:
+        The products; None where nothing was recorded.
     """
-    exchange(members, _propose(members[0], None), commit)
+    found = [sub.pending.total if isinstance(sub.pending.total, tuple) else None for sub in subs]
+    known = next((total for total in found if total is not None), None)
+    if known is None:
+        return None
+    products = []
+    for i, (left, _) in enumerate(probes):
+        if left is not None:
+            terms = [total[i] for total in found if total is not None]
+            products.append(average(terms[0] if len(terms) == 1 else torch.stack(terms).sum(0)))
+            continue
+        rows = [
+            known[i].new_zeros(sub.weight.layout.shape[0], known[i].shape[1]) if total is None else total[i]
+            for sub, total in zip(subs, found, strict=True)
+        ]
+        products.append(average(rows[0] if len(rows) == 1 else torch.cat(rows)))
+    return tuple(products)
 
 
-def exchange(members: Sequence[Subspace], proposal: Proposal, commit: Commit) -> None:
-    """Move all over to a new basis; what is in their gradients belongs to the old one.
-
-    Args:
-        members: The subspaces, the leader first.
-        proposal: The new basis.
-        commit: Moves one subspace over to its proposal.
-    """
-    for sub in reversed(members):  # the leader holds the old map, which the others merge through
-        sub.proposal = proposal
-        commit(sub)
-
-
-def commit(sub: Subspace, weight: Weight, moments: Moments) -> None:
-    """Move over to the basis that was chosen, if one was: merge through the old map, carry the moments.
-
-    Args:
-        sub: The subspace; one that leads comes after those that share its basis.
-        weight: The weight.
-        moments: The base optimizer's memory of the coordinates.
-    """
-    if sub.proposal is None:
-        return
-    carried = moments.rotated(sub.map(), sub.proposal.map, sub.name, sub.coords.shape)
-    remainder = weight.merge()
-    if sub.ledger is not None:
-        sub.ledger.close((sub.leader or sub).state, sub.map().factors)
-    if moments.carry == "reset":
-        moments.state.clear()
-        moments.state.update(moments.initial())
-    moments.replace(carried)
-    state, chosen = sub.proposal
-    sub.replace_state(state if sub.leader is None else None, sub.refreshes + 1, chosen)
-    sub.proposal, sub.due = None, False
-    if remainder is not None:
-        weight.keep(chosen, remainder)
-
-
-def _propose(lead: Subspace, grad: Gradient | None) -> Proposal:
-    return _proposed(lead, lead.transform.refresh(lead.state, grad, lead.when))
-
-
-def _proposed(lead: Subspace, state: Any) -> Proposal:
-    if lead.transform.reads != "nothing":
+def _proposed(basis: Basis, state: Any) -> Proposal:
+    if basis.transform.reads != "nothing":
         share(trees.tensors(state))
-    return Proposal(state, lead.transform.map(state))
+    return basis.proposed(state)
 
 
-def _nothing(sub: Subspace, like: Gradient | None) -> FactoredGradient:
+def _stacked(parts: Sequence[Gradient]) -> Gradient:
+    return parts[0] if len(parts) == 1 else StackedGradient(parts)
+
+
+def _nothing(sub: Subspace, template: Gradient | None) -> FactoredGradient:
     """A gradient of no tokens, which is zero."""
-    m, n = sub.layout.shape
-    dtype = sub.coords.dtype if like is None else like.dtype
+    m, n = sub.weight.layout.shape
+    dtype = sub.coords.dtype if template is None else template.dtype
     return FactoredGradient(sub.coords.new_empty(0, m, dtype=dtype), sub.coords.new_empty(0, n, dtype=dtype))
 
 
@@ -194,5 +269,5 @@ def _finite(proposal: Proposal) -> bool:
     return all(bool(t.isfinite().all()) for t in proposal.map.tensors if t.is_floating_point())
 
 
-def _say_basis(lead: Subspace) -> None:
-    lead.warn_once(f"{lead.transform.name} gave a basis that is not finite; the old one stays until the next refresh")
+def _warn_of_basis(basis: Basis) -> None:
+    basis.warn_once(f"{basis.transform.name} gave a basis that is not finite; the old one stays until the next refresh")

@@ -1,61 +1,96 @@
-"""What a run keeps between steps, and how it is saved and loaded: the half of the optimizer that is not the step.
-
-torch's own layout, so that trainers and torch.distributed.checkpoint work unmodified; entries: `lingrad.engine.checkpoint`.
-"""
+"""A run: all that there is between two steps. The functions of the engine take it and change it."""
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterator
-from typing import Any
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
-from torch import Tensor
-from torch.optim import Optimizer
-from typing_extensions import override
+from torch import Tensor, nn
 
-from lingrad import optimizers
-from lingrad.adapters import Attachment, Mode
-from lingrad.engine import checkpoint
-from lingrad.engine.arithmetic import Compat
-from lingrad.engine.moments import Carry
+from lingrad import parallel
+from lingrad.adapters import Attachment
+from lingrad.config.settings import Mode, Settings
+from lingrad.engine.layerwise import Layerwise
+from lingrad.engine.stepper import Group, Stepper
 from lingrad.errors import ModeError
-from lingrad.subspaces.subspace import Subspace
+from lingrad.subspaces.basis import Basis
+from lingrad.subspaces.subspace import Subspace, allocate
 
 
-class StatefulOptimizer(Optimizer):
-    """The state of a run and its way to and from a checkpoint; `lingrad.SubspaceOptimizer` adds the step.
+class Named(NamedTuple):
+    """One parameter of a run.
 
-    Attributes:
-        mode: ``optimizer`` or ``adapter``; None once detached.
-        attachments: The connections to the model, one for each transformed weight; each has its ``sub``.
+    Args:
+        group: Its param group.
+        name: Its name; of coordinates that of their weight.
+        param: The parameter.
+        attachment: Of coordinates, their connection to the model.
     """
 
-    mode: Mode | None
-    attachments: list[Attachment]
+    group: Group
+    name: str
+    param: Tensor
+    attachment: Attachment | None
 
-    _base: optimizers.Base
-    _carry: Carry
-    _seed: int
-    _compat: Compat | None
-    _stagger: bool
-    _share: str | None
-    _ledger: bool
-    _self_contained: bool
-    _keep_remainder: bool
-    _step: int  # steps finished
-    _base_state: defaultdict[Tensor, dict[str, Any]]  # what the stock optimizers keep; they share this mapping
-    _by_coords: dict[int, Attachment]
-    _places: dict[int, tuple[torch.dtype, torch.device]]  # of each parameter, as the base's memory of it last followed
+
+@dataclass
+class Run:
+    """A model in training, between two steps.
+
+    Args:
+        settings: The options.
+        stepper: The base optimizers.
+        attachments: The connections to the model, one for each transformed weight, in its order.
+        bases: The bases, in the order of the first weight that uses each.
+        groups: The param groups; the optimizer's own list.
+        model: The model; None where only parameters were given.
+        layerwise: What steps each weight inside the backward, where the run does so.
+        mode: ``optimizer`` or ``adapter``; None while detached.
+        step: Steps finished.
+    """
+
+    settings: Settings
+    stepper: Stepper
+    attachments: list[Attachment]
+    bases: list[Basis]
+    groups: list[Group] = field(default_factory=list)
+    model: nn.Module | None = None
+    layerwise: Layerwise | None = None
+    mode: Mode | None = None
+    step: int = 0
+    _members: dict[int, list[Attachment]] = field(default_factory=dict)
+    _of_coords: dict[int, Attachment] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Index the attachments."""
+        for attachment in self.attachments:
+            self._members.setdefault(id(attachment.sub.basis), []).append(attachment)
+            self._of_coords[id(attachment.sub.coords)] = attachment
 
     @property
     def subspaces(self) -> list[Subspace]:
         """The subspace of every transformed weight."""
         return [attachment.sub for attachment in self.attachments]
 
-    def base_of(self, kind: str) -> optimizers.Base:
-        """The base that steps the param groups of a kind: ``coords``, ``matrices`` or ``vectors``."""
-        return self._base if kind == "coords" else self._base.rest or self._base
+    def of(self, basis: Basis) -> list[Attachment]:
+        """The attachments of the weights that use a basis, in the model's order."""
+        return self._members[id(basis)]
+
+    def attachment_of(self, param: Tensor) -> Attachment | None:
+        """The attachment whose coordinates a parameter is; None for one that is trained in full."""
+        return self._of_coords.get(id(param))
+
+    def named(self) -> Iterator[Named]:
+        """Every parameter that is stepped.
+
+        Yields:
+            The parameters, in the order of the groups.
+        """
+        for group in self.groups:
+            for name, param in zip(group["param_names"], group["params"], strict=True):
+                yield Named(group, name, param, self._of_coords.get(id(param)))
 
     def held(self) -> Iterator[tuple[Tensor, str]]:
         """The tensors that stay in memory between steps, for memory reports.
@@ -63,151 +98,99 @@ class StatefulOptimizer(Optimizer):
         Yields:
             (tensor, what it is): ``weight`` for those that are transformed, ``coords``, ``basis``, ``moments``.
         """
-        for attachment in self.attachments:
-            yield from ((tensor, "weight") for tensor in attachment.held())
-            yield attachment.sub.coords, "coords"
-            if attachment.sub.ledger is not None:
-                yield from ((tensor, "coords") for tensor in attachment.sub.ledger.tensors())
-            yield from ((tensor, "basis") for tensor in attachment.sub.tensors())
-        for entries in self._base_state.values():
+        for sub in self.subspaces:
+            yield from ((tensor, "weight") for tensor in sub.weight.tensors())
+            yield sub.coords, "coords"
+            yield from ((tensor, "coords") for tensor in sub.ledger.tensors())
+        for basis in self.bases:
+            yield from ((tensor, "basis") for tensor in basis.tensors())
+        for entries in self.stepper.state.values():
             yield from ((value, "moments") for value in entries.values() if isinstance(value, Tensor))
 
-    @property
-    def state(self) -> defaultdict[Tensor, dict[str, Any]]:
-        """What the base and the subspaces keep, by parameter; a copy of the mapping, for reading.
+    def require_attached(self) -> None:
+        """Make sure that the run is connected to its model.
 
-        torch.distributed.checkpoint learns from it what a checkpoint holds.
+        Raises:
+            ModeError: It was detached.
         """
-        merged = defaultdict(dict, {param: dict(entries) for param, entries in self._base_state.items()})
-        if self._step or self._base_state:
-            for attachment in self.attachments:
-                merged[attachment.sub.coords].update(checkpoint.pack(attachment.sub, self._step, self._stored(attachment)))
-        return merged
-
-    @state.setter
-    def state(self, value: defaultdict[Tensor, dict[str, Any]]) -> None:
-        self._base_state = value
-
-    @override
-    def state_dict(self) -> dict[str, Any]:
-        """The state in torch's layout: ``state`` by index, with ``subspace.*`` beside the base's entries, and groups.
-
-        Returns:
-            Tensors and plain values only; loads with ``weights_only=True``.
-        """
-        self._require_attached()
-        packed: dict[str, Any] = super().state_dict()
-        for index, param in enumerate(self._params()):
-            if id(param) in self._by_coords:
-                attachment = self._by_coords[id(param)]
-                own = checkpoint.pack(attachment.sub, self._step, self._stored(attachment))
-                packed["state"].setdefault(index, {}).update(own)
-        return packed
-
-    @override
-    @torch.no_grad()
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from a saved state; nothing is changed unless all of it fits.
-
-        Args:
-            state_dict: What `state_dict` gave, in the same mode. Raises `CheckpointError` where it belongs to other
-                parameters or another spec, base, carry, seed or mode; the first difference is named.
-        """
-        self._require_attached()
-        identity = self._identity()
-        checkpoint.check_layout(state_dict)
-        checkpoint.check_groups(state_dict["param_groups"], self.param_groups, identity)
-        names = [name for group in self.param_groups for name in group["param_names"]]
-        indices = [index for group in state_dict["param_groups"] for index in group["params"]]
-        loaded = []
-        for param, name, index in zip(self._params(), names, indices, strict=True):
-            attachment = self._by_coords.get(id(param))
-            entries = state_dict["state"].get(index, {})
-            sub = None if attachment is None else attachment.sub
-            base = self._base if sub is not None else self._base.rest or self._base
-            stored = {} if attachment is None else self._stored(attachment)
-            loaded.append((param, sub, stored, checkpoint.unpack(entries, param, name, sub, base, stored)))
-        for param, sub, stored, found in loaded:
-            self._base_state.pop(param, None)
-            if found.moments:
-                self._base_state[param] = found.moments
-            if sub is not None and found.step is not None:
-                sub.replace_state(found.state, found.refreshes)  # of one that is led there is none
-                sub.merged, sub.ledger, sub.loss, sub.replaced = found.merged, found.ledger, found.loss, False
-                for key, tensor in found.stored.items():
-                    if tensor.data_ptr() != stored[key].data_ptr():  # as in accelerate's load_state_dict(state_dict())
-                        stored[key].copy_(tensor)
-                sub.coords.grad = None  # of weights and a basis that are gone
-                self._step = found.step
-        self._places = {id(param): (param.dtype, param.device) for param in self._params()}
-        for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
-            group.update({key: value for key, value in saved.items() if key != "params" and key not in identity})
-        for sub in self.subspaces:
-            sub.schedule(self._step)  # a redraw that was due had happened before the state was saved
-
-    @override
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        raise ModeError(
-            "this optimizer is tied to its model by hooks and cannot be copied or pickled; "
-            "save opt.state_dict() and model.state_dict(), and load them into a new model and optimizer"
-        )
-
-    def _require_attached(self) -> None:
         if self.mode is None:
             raise ModeError("this optimizer was detached from its model; call lingrad.wrap or lingrad.adapt again")
 
-    def _identity(self) -> dict[str, Any]:
-        """What this run is, for checkpoints to compare."""
-        return {
-            "format": checkpoint.FORMAT,
-            "mode": self.mode,
-            "base": self._base.name,
-            "carry": self._carry,
-            "seed": self._seed,
-            "compat": self._compat,
-            "stagger": self._stagger,
-            "share": self._share,
-            "ledger": self._ledger,
-            "self_contained": self._self_contained,
-            "keep_remainder": self._keep_remainder,
-        }
+    def attach(self, mode: Mode) -> None:
+        """Connect all weights in a mode; with nothing changed where one of them does not support it.
 
-    def _stored(self, attachment: Attachment) -> dict[str, Tensor]:
-        """What of the model the state holds too: in adapter mode, where it is to be complete, coordinates and weights."""
-        if not self._self_contained or self.mode != "adapter":
-            return {}
-        return {"coords": attachment.sub.coords.detach(), **attachment.stored()}
-
-    def _params(self) -> list[Tensor]:
-        return [param for group in self.param_groups for param in group["params"]]
-
-    def _is_probe(self) -> bool:
-        """Whether this is the step by which torch.distributed.checkpoint makes a fresh optimizer allocate its state."""
-        if self._step or self._base_state or any(float(group["lr"]) for group in self.param_groups):
-            return False
-        return not any(bool(param.grad.any()) for param in self._params() if param.grad is not None)
-
-    def _follow(self, params: list[Tensor]) -> bool:
-        """Cast and move the base's memory where model.to has cast or moved the parameter since the last step.
-
-        Returns:
-            Whether any was moved: which kernels a stock optimizer uses is a matter of the device.
+        Args:
+            mode: ``optimizer`` or ``adapter``.
         """
-        moved = False
-        for param in params:
-            now = (param.dtype, param.device)
-            dtype, device = self._places.setdefault(id(param), now)
-            if (dtype, device) == now:
-                continue
-            self._places[id(param)] = now
-            memory = self._base_state.get(param, {})
-            base = self._base if id(param) in self._by_coords else self._base.rest or self._base
-            fresh = base.memory(param) if memory else {}
-            if device != param.device:
-                memory.update(checkpoint.placed(memory, fresh, param.device))
-            for key, value in memory.items():
-                like = fresh.get(key)
-                if isinstance(value, Tensor) and isinstance(like, Tensor) and value.dtype == dtype != like.dtype:
-                    memory[key] = value.to(like.dtype)  # not every base keeps its memory in the parameter's dtype
-            moved = moved or device != param.device
-        return moved
+        done: list[Attachment] = []
+        try:
+            for attachment in self.attachments:
+                attachment.attach(mode)
+                done.append(attachment)
+        except BaseException:
+            for attachment in done:
+                attachment.detach()
+            raise
+        self.mode = mode
+        for group in self.groups:
+            group["mode"] = mode  # as a checkpoint says it
+        if mode == "adapter":
+            allocate(self.subspaces)
+        else:
+            for sub in self.subspaces:
+                sub.release()
+        if self.layerwise is not None:
+            self.layerwise.listen((n.param, n.name, None if n.attachment is None else n.attachment.sub) for n in self.named())
+        self._exclude_from_ddp(self.attachments)
+
+    @torch.no_grad()
+    def detach(self) -> None:
+        """Merge all coordinates into the weights and disconnect; detaching twice does nothing."""
+        if self.mode is None:
+            return
+        for attachment in self.attachments:
+            attachment.sub.merge()
+            attachment.detach()
+            attachment.sub.on_gradient = None
+        if self.layerwise is not None:
+            self.layerwise.stop()
+        self.mode = None
+        self._exclude_from_ddp([])
+
+    def switch(self, mode: Mode) -> None:
+        """Continue in the other mode; as it was where a weight does not support that.
+
+        Args:
+            mode: ``optimizer`` or ``adapter``.
+        """
+        before = self.mode
+        if mode == before or before is None:
+            return
+        for attachment in self.attachments:
+            attachment.require(mode)
+        self.detach()
+        try:
+            self.attach(mode)
+        except BaseException:
+            self.attach(before)
+            raise
+
+    def forget(self) -> None:
+        """Drop the gradients that were not stepped, and what was recorded for a refresh."""
+        for attachment in self.attachments:
+            attachment.sub.weight.param.grad = None  # from before it was lingrad's, or from a backward that failed
+            attachment.forget()
+        if self.layerwise is not None:
+            self.layerwise.begin()
+
+    def is_dry_run(self) -> bool:
+        """Whether this is the step by which torch.distributed.checkpoint makes a fresh optimizer allocate its state."""
+        if self.step or self.stepper.state or any(float(group["lr"]) for group in self.groups):
+            return False
+        return not any(bool(named.param.grad.any()) for named in self.named() if named.param.grad is not None)
+
+    def _exclude_from_ddp(self, attachments: list[Attachment]) -> None:
+        """Leave the gradients that are averaged here out of a DistributedDataParallel that is built later."""
+        if self.model is not None:
+            own = [p for a in attachments if a.averages for p in (a.sub.weight.param, a.sub.coords)]
+            parallel.exclude(self.model, own)

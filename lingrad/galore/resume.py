@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lingrad.adapters import Mode
+from lingrad.config.settings import Mode
 from lingrad.engine.optimizer import SubspaceOptimizer
 from lingrad.errors import CheckpointError, require_one_of
 from lingrad.files.optimizer_file import Inert, load_state

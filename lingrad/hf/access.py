@@ -88,7 +88,7 @@ def metrics(optimizer: SubspaceOptimizer) -> dict[str, float]:
     held = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t, kind in optimizer.held() if kind != "weight"}
     energy = list(optimizer.captured_energy().values())
     found = {
-        "lingrad/refreshes": sum((sub.leader or sub).refreshes for sub in subs) / max(1, len(subs)),
+        "lingrad/refreshes": sum(optimizer.refreshes().values()) / max(1, len(subs)),
         "lingrad/coords_norm": float(torch.stack(norms).norm()) if norms else 0.0,
         "lingrad/state_bytes": sum(held.values()),
     }

@@ -17,14 +17,12 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lingrad import optimizers
-from lingrad.adapters import Mode
 from lingrad.api import adapt, wrap
 from lingrad.config.rules import Rules, parse_rules
-from lingrad.engine.moments import Carry
+from lingrad.config.settings import Carry, Mode, Settings
 from lingrad.engine.optimizer import SubspaceOptimizer
 from lingrad.errors import ModeError, SpecError, optional, require, require_one_of
 from lingrad.galore.arguments import GaloreTargets, is_galore
-from lingrad.hf.decay import exempt_from_decay
 
 AnyRules = Rules | Callable[[nn.Module], Rules]
 
@@ -90,9 +88,8 @@ def trainer_kwargs(
     _check_layerwise(args, layerwise=bool(options.get("layerwise")))
     _check_parallel(args)
     given = {"scale": scale, "carry": carry, "seed": seed, **options}
-    ours = set(signature(adapt if mode == "adapter" else wrap).parameters)
-    rest = {key: value for key, value in options.items() if key not in ours}
-    optimizers.find(base, {**_of_the_base(args, base), **rest}, decay=False)
+    _, of_base = Settings.split(options)
+    optimizers.find(base, {**_of_the_base(args, base), **of_base}, decay=False, others=Settings.names())
     settings = {"args": args, "rules": spec_or_rules, "mode": mode, "base": base, "ledger": ledger, "options": given}
     return {"optimizer_cls_and_kwargs": (Factory, settings)}
 
@@ -148,7 +145,7 @@ class Factory:
         except BaseException:
             optimizer.detach()
             raise
-        exempt_from_decay(optimizer, set(decaying))
+        optimizer.exclude_from_decay(set(decaying).__contains__)
         return optimizer
 
 
@@ -230,7 +227,7 @@ def _check_parallel(args: Any) -> None:
 def _of_the_base(args: Any, base: optimizers.BaseLike) -> dict[str, Any]:
     """Betas and epsilon of the arguments: for every Adam, and wherever somebody has chosen them."""
     found = optimizers.find(base, {}, decay=False)
-    own, beside = (set() if part is None else _options_of(part.factory) for part in (found, found.rest))
+    own, beside = (set() if part is None else _options_of(part.factory) for part in (found, found.fallback))
     betas = _changed(args, "adam_beta1") or _changed(args, "adam_beta2")
     epsilon = _changed(args, "adam_epsilon")
     adam = {"betas", "eps"} <= own
@@ -268,7 +265,7 @@ def _check_head(model: nn.Module, optimizer: SubspaceOptimizer, args: Any) -> No
     head = getattr(model, "get_output_embeddings", lambda: None)()
     weight = getattr(head, "weight", None)
     for attachment in optimizer.attachments:
-        if attachment.weight is weight:
+        if attachment.sub.weight.param is weight:
             raise ModeError(
                 f"{attachment.sub.name} is transformed, but {'SFTTrainer' if fused else 'use_liger_kernel'} multiplies by it "
                 f"without calling its layer, and it would not be trained; train it in full by a rule that comes first: "

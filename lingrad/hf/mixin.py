@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import warnings
 from collections.abc import Iterator, Mapping
@@ -17,7 +16,6 @@ from torch import Tensor, nn
 
 from lingrad.engine.optimizer import SubspaceOptimizer
 from lingrad.errors import LingradError, ModeError, optional
-from lingrad.files.atomic import write_whole
 from lingrad.hf.access import find_optimizer, metrics
 from lingrad.hf.arguments import Factory
 from lingrad.hf.folders import check_checkpoint, last_checkpoint
@@ -27,7 +25,6 @@ from lingrad.peft.export import export
 READY_MADE = {"LingradTrainer": ("transformers", "Trainer", "hf"), "LingradSFTTrainer": ("trl", "SFTTrainer", "trl")}
 
 ADAPTER = "adapter"  # the folder beside a saved model
-_MEASURED = "lingrad.json"
 
 _Trainer: Any = object  # whatever comes after this class in a trainer's bases
 
@@ -124,7 +121,7 @@ class TrainerMixin(_Trainer):  # type: ignore[misc]
 
     def _norm(self, optimizer: SubspaceOptimizer, max_norm: float) -> Tensor | None:
         """The norm before clipping; None where gradients never exist together, so that none is logged."""
-        if optimizer._layerwise is not None:
+        if optimizer.settings.layerwise:
             return None
         self.accelerator.unscale_gradients()
         return optimizer.clip_grad_norm_(max_norm)
@@ -146,21 +143,6 @@ class TrainerMixin(_Trainer):  # type: ignore[misc]
             folder = Path(self.args.output_dir if output_dir is None else output_dir) / ADAPTER
             with _own_forward(self.model):
                 _write_adapter(optimizer, folder, self._no_adapter, self.adapter_options)
-
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        super()._save_optimizer_and_scheduler(output_dir)
-        optimizer = find_optimizer(self)
-        if optimizer is not None and self.args.should_save:
-            write_whole(Path(output_dir) / _MEASURED, json.dumps({"energy": optimizer.captured_energy()}).encode())
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
-        optimizer = find_optimizer(self)
-        path = None if checkpoint is None else Path(checkpoint) / _MEASURED
-        if optimizer is not None and path is not None and path.is_file():
-            energy = json.loads(path.read_text())["energy"]
-            for sub in optimizer.subspaces:
-                sub.energy = energy.get(sub.name)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
@@ -228,7 +210,7 @@ def ready_made(name: str) -> Any:
 
 def _check_plain(optimizer: SubspaceOptimizer | None) -> None:
     """What a trainer saves must be the plain model, W + S z, and not W with coordinates beside it."""
-    if optimizer is not None and optimizer.mode == "adapter" and not optimizer._self_contained:
+    if optimizer is not None and optimizer.mode == "adapter" and not optimizer.settings.self_contained:
         raise ModeError(
             "this optimizer is in adapter mode and was made without self_contained=True: the models and checkpoints that the "
             "trainer saves would lack its coordinates; make it with self_contained=True"

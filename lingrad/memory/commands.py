@@ -11,8 +11,8 @@ from typing import Literal, cast, get_args
 
 import torch
 
-from lingrad.adapters import Mode
 from lingrad.config.rules import parse_rules
+from lingrad.config.settings import Mode
 from lingrad.console import align
 from lingrad.errors import DependencyError, MemoryModelError, SpecError, require, require_one_of
 from lingrad.memory import runs

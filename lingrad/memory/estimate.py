@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 from collections import Counter
 from dataclasses import asdict, dataclass
@@ -14,12 +13,11 @@ import torch
 from torch import nn
 
 from lingrad import optimizers
-from lingrad.adapters import Mode
 from lingrad.config.rules import Rules
+from lingrad.config.settings import Mode, Settings
 from lingrad.config.sharing import Place, Share, places
 from lingrad.config.targets import resolve_model
 from lingrad.console import align
-from lingrad.engine.optimizer import SubspaceOptimizer
 from lingrad.errors import require_one_of
 from lingrad.files.atomic import write_whole
 from lingrad.memory.log import CATEGORIES
@@ -148,9 +146,9 @@ def estimate(
         The estimate, exact to the byte. Raises the errors of `lingrad.wrap`.
     """
     require_one_of(mode, get_args(Mode), "mode")
-    ours = inspect.signature(SubspaceOptimizer.__init__).parameters
-    found = optimizers.find(base, {key: value for key, value in options.items() if key not in ours}, decay=False)
-    rest = found.rest or found
+    _, base_options = Settings.split(options)
+    found = optimizers.find(base, base_options, decay=False, others=Settings.names())
+    rest = found.fallback or found
     plan = resolve_model(model, rules)
     placed = {id(place.target.param): place for place in places(plan.targets, share)}
     full = {id(param) for _, param in plan.full}
@@ -189,7 +187,7 @@ def _sum(tensors: list[TensorSpec]) -> int:
 def _new(place: Place, seen: set[int]) -> int:
     """Bytes of a weight that are not in `seen` yet: quantised weights may share code books."""
     target = place.target
-    tensors = packed_of(target.owners[0][0], target.name).tensors() if target.road == "quantized" else [target.param]
+    tensors = packed_of(target.owners[0][0], target.name).tensors() if target.route == "packed" else [target.param]
     fresh = {t.untyped_storage()._cdata: t for t in tensors if t.untyped_storage()._cdata not in seen}
     seen |= fresh.keys()
     return sum(tensor.numel() * tensor.element_size() for tensor in fresh.values())
@@ -202,7 +200,7 @@ def _transformed(
     p, q = place.coords
     dtype = wide(like.dtype)
     nbytes = p * q * dtype.itemsize
-    saved = q * tokens * like.element_size() if target.road != "weight" and place.leads else 0
+    saved = q * tokens * like.element_size() if target.route != "weight" and place.leads else 0
     return ParameterBytes(
         target.name,
         weight=weight,

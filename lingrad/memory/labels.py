@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lingrad.adapters.base import Coords
-from lingrad.engine.run import StatefulOptimizer
+from lingrad.engine.optimizer import SubspaceOptimizer
 
 _DEPTH = 6  # levels of nesting searched for tensors in an optimizer's state: projector objects hold dicts of lists
 
@@ -55,7 +55,7 @@ def stored_by(optimizer: Optimizer, coords: Container[int]) -> Iterator[tuple[Te
         yield param, "coords" if is_coords else "weight" if param.requires_grad else "frozen"
         if param.grad is not None:
             yield param.grad, "coords gradient" if is_coords else "gradient"
-    if isinstance(optimizer, StatefulOptimizer):
+    if isinstance(optimizer, SubspaceOptimizer):
         yield from optimizer.held()
         return
     for param in params:
@@ -76,7 +76,7 @@ def gradients_of(models: Iterable[nn.Module], optimizers: Iterable[Optimizer]) -
     """
     seen: set[int] = set()
     for optimizer in optimizers:
-        if isinstance(optimizer, StatefulOptimizer):
+        if isinstance(optimizer, SubspaceOptimizer):
             for sub in optimizer.subspaces:
                 seen.add(id(sub.coords))
                 yield sub.coords, "coords gradient"

@@ -8,8 +8,8 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from lingrad.adapters import Mode
 from lingrad.config.rules import Rules
+from lingrad.config.settings import Mode
 from lingrad.errors import MemoryModelError, require, require_one_of
 from lingrad.memory import kernels
 from lingrad.memory.devices import allocator_of

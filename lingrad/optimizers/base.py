@@ -6,7 +6,7 @@ A base is used as it is; nothing here subclasses one. What the duality asks of i
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
@@ -34,7 +34,7 @@ class Base:
         name: What messages call it.
         factory: The optimizer class, or any callable ``factory(params, **options)``.
         options: Keyword arguments for the factory.
-        rest: The base that steps untransformed parameters, where this one cannot; None means this one.
+        fallback: The base that steps untransformed parameters, where this one cannot; None means this one.
         row: Its row in the memory ledger, if it has one.
         quantizer: How its moments are held between steps, where not as they are.
     """
@@ -42,12 +42,12 @@ class Base:
     name: str
     factory: Callable[..., Optimizer]
     options: Mapping[str, Any] = field(default_factory=dict)
-    rest: Base | None = None
+    fallback: Base | None = None
     row: Row | None = None
     quantizer: Quantizer | None = None
 
     @property
-    def plain(self) -> Base:
+    def unquantised(self) -> Base:
         """The same base with its moments as they are."""
         return self if self.quantizer is None else replace(self, quantizer=None)
 
@@ -63,10 +63,10 @@ class Base:
             parameters share, such as the code book of 8-bit moments, is not among them.
         """
         if self.quantizer is not None:
-            return self.quantizer.stored(self.plain.moments(shape, dtype))
+            return self.quantizer.stored(self.unquantised.moments(shape, dtype))
         if self.row is not None:
             return self.row(shape, dtype, self.options)
-        found = self.memory(torch.empty(shape, dtype=dtype, device="meta"))
+        found = self.state_of(torch.empty(shape, dtype=dtype, device="meta"))
         return [TensorSpec(tuple(t.shape), t.dtype) for t in found.values() if isinstance(t, Tensor) and t.is_meta]
 
     def build(self, params: Iterable[Any]) -> Optimizer:
@@ -99,11 +99,11 @@ class Base:
     def unfused(self) -> Base:
         """The same base without a fused kernel, which compilers do not see into; a choice of the user's stays."""
         chosen = {"fused", "foreach", "capturable", "differentiable"} & self.options.keys()
-        rest = None if self.rest is None else self.rest.unfused()
+        fallback = None if self.fallback is None else self.fallback.unfused()
         options = self.options if chosen or not _fused_on(self.factory) else {**self.options, "fused": False}
-        return replace(self, options=options, rest=rest)
+        return replace(self, options=options, fallback=fallback)
 
-    def memory(self, param: Tensor) -> dict[str, Any]:
+    def state_of(self, param: Tensor) -> dict[str, Any]:
         """What the optimizer keeps of a parameter after its first step, of no meaning but in names, dtypes and shapes.
 
         Args:
@@ -148,7 +148,7 @@ def names() -> list[str]:
     return sorted(STOCK)
 
 
-def find(base: BaseLike, options: Mapping[str, Any], *, decay: bool = True) -> Base:
+def find(base: BaseLike, options: Mapping[str, Any], *, decay: bool = True, others: Collection[str] = ()) -> Base:
     """Find a base by name, or accept a class or factory.
 
     Args:
@@ -156,6 +156,7 @@ def find(base: BaseLike, options: Mapping[str, Any], *, decay: bool = True) -> B
         options: Keyword arguments for it; of any base also ``moments``, ``8bit`` or ``8bit_linear``, which holds its moments as
             `lingrad.optimizers.eight_bit` says, and ``min_8bit_size``, from how many numbers of a tensor on (4096).
         decay: False switches off the decay inside the base, because the engine decays.
+        others: Names of options that the caller takes itself, to tell the nearest of all where one is misspelt.
 
     Returns:
         The base, its options checked against its signature.
@@ -179,21 +180,21 @@ def find(base: BaseLike, options: Mapping[str, Any], *, decay: bool = True) -> B
     else:
         raise SpecError(f"base must be a name, an optimizer class or a factory, not {base!r}")
     accepted = _options_of(factory)
-    others = _options_of(_load(stock.rest, STOCK[stock.rest])) if stock.rest is not None else ()
-    ours = {key: value for key, value in options.items() if key in _OURS and not any(key in of for of in (accepted, others))}
+    beside = _options_of(_load(stock.fallback, STOCK[stock.fallback])) if stock.fallback is not None else ()
+    ours = {key: value for key, value in options.items() if key in _OURS and not any(key in of for of in (accepted, beside))}
     options = {key: value for key, value in options.items() if key not in ours}
-    _check_options(name, [*accepted, *others], options)
+    _check_options(name, [*accepted, *beside], options, others)
     merged = {**stock.options, **{k: v for k, v in options.items() if _takes(accepted, k)}}
     if not decay and "weight_decay" in accepted:
         _refuse_own_decay(name, factory)
         merged["weight_decay"] = 0.0
     found = Base(name, factory, merged, row=stock.moments)
     found = replace(found, quantizer=find_quantizer(ours, name, found.build))
-    if stock.rest is None:
+    if stock.fallback is None:
         return found
     # one learning rate serves both; any other option belongs to the base itself, or else to the one beside it
     kept = {k: v for k, v in options.items() if k == "lr" or k not in accepted}
-    return replace(found, rest=find(stock.rest, {**kept, **ours}, decay=decay))
+    return replace(found, fallback=find(stock.fallback, {**kept, **ours}, decay=decay))
 
 
 def _load(name: str, stock: Stock) -> Callable[..., Optimizer]:
@@ -213,12 +214,13 @@ def _takes(accepted: Iterable[str], option: str) -> bool:
     return option in accepted or "**" in accepted
 
 
-def _check_options(name: str, accepted: list[str], options: Mapping[str, Any]) -> None:
+def _check_options(name: str, accepted: list[str], options: Mapping[str, Any], others: Collection[str]) -> None:
     known = list(dict.fromkeys(key for key in accepted if key != "weight_decay"))
     for option in options:
         if not _takes(accepted, option):
             raise SpecError(
-                f"base '{name}' takes no option '{option}'{did_you_mean(option, known)} It takes: {', '.join(known)}.",
+                f"base '{name}' takes no option '{option}'{did_you_mean(option, [*known, *_OURS, *others])} "
+                f"It takes: {', '.join(known)}." + (f" A run takes: {', '.join(others)}." if others else ""),
                 option=option,
             )
 

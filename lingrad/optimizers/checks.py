@@ -93,7 +93,7 @@ def moment_degrees(base: Base) -> dict[str, int]:
     Raises:
         DualityError: A state tensor is neither, so that it cannot be rotated into another basis.
     """
-    base = base.plain
+    base = base.unquantised
     start = [torch.zeros(TRIAL_SHAPE, device="cpu")]
     once, twice = (_trial(base, start, factor)[1] for factor in (1.0, 2.0))
     degrees = {}

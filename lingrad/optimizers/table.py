@@ -22,7 +22,7 @@ class Stock:
     path: str
     options: Mapping[str, Any] = field(default_factory=dict)
     extra: str = "all"
-    rest: str | None = None  # the base for parameters this one cannot step
+    fallback: str | None = None  # the base for parameters this one cannot step
     moments: Row | None = None  # its row in the memory ledger
 
 
@@ -67,7 +67,7 @@ STOCK: dict[str, Stock] = {
     "rmsprop": Stock("torch.optim.RMSprop", moments=_rmsprop),
     "adagrad": Stock("torch.optim.Adagrad", moments=_one),
     # Muon steps matrices only; its update is rescaled to AdamW's so that one learning rate serves both.
-    "muon": Stock("torch.optim.Muon", {"adjust_lr_fn": "match_rms_adamw"}, rest="adamw", moments=_one),
+    "muon": Stock("torch.optim.Muon", {"adjust_lr_fn": "match_rms_adamw"}, fallback="adamw", moments=_one),
     "lion": Stock("lion_pytorch.Lion", extra="lion", moments=_one),
     "adafactor": Stock(
         "transformers.optimization.Adafactor",

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from lingrad.adapters import Attachment, Mode
+from lingrad.adapters import Attachment
+from lingrad.config.settings import Mode
 from lingrad.errors import ExportError
 from lingrad.weights.bitsandbytes import is_packed, packed_of
 

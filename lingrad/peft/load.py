@@ -11,9 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from lingrad import api
-from lingrad.adapters import Mode
 from lingrad.config import spec as specs
-from lingrad.engine.moments import Carry
+from lingrad.config.settings import Carry, Mode
 from lingrad.engine.optimizer import SubspaceOptimizer
 from lingrad.errors import DualityError, SpecError, require, require_one_of
 from lingrad.optimizers.base import BaseLike
@@ -24,8 +23,6 @@ from lingrad.peft.slots import Basis, Side
 from lingrad.subspaces.subspace import Subspace
 from lingrad.tensors import wide
 from lingrad.transforms.base import Transform
-
-NEVER = 2**62  # steps
 
 
 @dataclass(frozen=True)
@@ -149,11 +146,10 @@ def _transform(asked: str | Transform | None, name: str, start: _Start, shape: t
             )
         return specs.parse(f"svd(rank={rank}, every=0, side={start.side})")  # chosen once, and it is chosen
     found = specs.parse(asked) if isinstance(asked, str) else asked
-    has = found.basis_shapes(shape)
-    wants = (tuple(start.basis.shape), None) if start.side == "left" else (None, tuple(start.basis.shape))
+    has, wants = found.ranks(shape), (rank, None) if start.side == "left" else (None, rank)
     if has != wants:
         raise SpecError(
-            f"spec {specs.format(found)} gives '{name}' bases of shapes {has}, left and right, and the adapter {wants}; "
+            f"spec {specs.format(found)} gives '{name}' bases of ranks {has}, left and right, and the adapter {wants}; "
             f"use rank={rank} and side={start.side}, leave spec out, or merge the adapter (lingrad merge) and start anew",
             option="spec",
         )
@@ -161,9 +157,9 @@ def _transform(asked: str | Transform | None, name: str, start: _Start, shape: t
 
 
 def _require_settable(sub: Subspace, start: _Start) -> None:
-    if not isinstance(getattr(sub.state, start.side, None), Tensor):
+    if not isinstance(getattr(sub.basis.state, start.side, None), Tensor):
         raise SpecError(
-            f"{sub.transform.name} draws its bases and cannot begin with that of an adapter; use svd or power, or no spec",
+            f"{sub.basis.transform.name} draws its bases and cannot begin with an adapter's; use svd or power, or no spec",
             option="spec",
         )
 
@@ -205,12 +201,10 @@ def _fill(model: nn.Module, adapter: Adapter, undo: ExitStack) -> None:
 @torch.no_grad()
 def _begin(sub: Subspace, start: _Start) -> None:
     """Put a subspace where its adapter is, its basis chosen for as long as that serves."""
-    held = getattr(sub.state, start.side)
+    held = getattr(sub.basis.state, start.side)
     basis = start.basis.to(held.device)
     rounded = basis.to(held.dtype)
     if not torch.equal(rounded.to(basis.dtype), basis):
         rounded = basis.to(wide(held.dtype))  # a basis of few digits would be another adapter
-    sub.replace_state(sub.state._replace(**{start.side: rounded.contiguous()}), 1)
     sub.coords.copy_(start.coords)
-    sub.offset += sub.transform.period or NEVER
-    sub.schedule(0)
+    sub.basis.begin(sub.basis.state._replace(**{start.side: rounded.contiguous()}))

@@ -54,22 +54,19 @@ class Source:
         attachment = self.attachments.get(name)
         if attachment is None:
             return dense(self.model, name)
-        sub, weight = attachment.sub, attachment.base().detach()
-        if sub.released or not bool(sub.coords.any()):
-            return weight
-        return weight.double() + sub.layout.restore(sub.map().lift(sub.coords.detach().double()))
+        return attachment.sub.effective(torch.float64)
 
     def rounded(self, name: str) -> Tensor:
         """The weight as the forward has it."""
         attachment = self.attachments.get(name)
-        return dense(self.model, name) if attachment is None else attachment.lifted().detach()
+        return dense(self.model, name) if attachment is None else attachment.sub.effective()
 
     def start(self, name: str) -> Tensor | None:
         """The weight the run started from, where the run still has it."""
         attachment = self.attachments.get(name)
-        if attachment is None or attachment.sub.merged or self.kept.get(name, 1.0) != 1.0:
+        if attachment is None or attachment.sub.ledger.merged or self.kept.get(name, 1.0) != 1.0:
             return None
-        return attachment.base().detach()
+        return attachment.sub.weight.dense()
 
     def rebuilt(self, name: str) -> Tensor:
         """The weight the run started from as its change tells it, to rounding."""
@@ -110,7 +107,7 @@ def open_source(what: Exported) -> Source:
     if any(isinstance(module, Coords) for module in model.modules()):
         raise ExportError("the model is wrapped by lingrad; pass its optimizer, or detach() that and pass (model, changes)")
     found = {name: change if isinstance(change, Factors) else change.factors for name, change in changes.items()}
-    kept = {name: 1.0 if isinstance(change, Factors) else change.kept for name, change in changes.items()}
+    kept = {name: 1.0 if isinstance(change, Factors) else change.decay for name, change in changes.items()}
     plain = plain_copy(model)
     trained = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad and n not in changes}
     return Source(model, plain, _some(found), kept, trained, {}, {})
@@ -144,7 +141,7 @@ def open_base(base: str | Path | nn.Module, like: nn.Module) -> nn.Module:
 
 
 def _of_run(optimizer: SubspaceOptimizer) -> Source:
-    model = optimizer._model
+    model = optimizer.model
     if model is None:
         raise ExportError(
             "the run was given parameters, not a model, and an adapter's form depends on its modules; pass the pair "
@@ -160,7 +157,7 @@ def _of_run(optimizer: SubspaceOptimizer) -> Source:
     plain = plain_copy(model, optimizer.attachments, optimizer.mode)
     bases = {name: basis for name, attachment in attachments.items() if (basis := _basis(attachment)) is not None}
     factors = _some({name: change.factors for name, change in found.items()})
-    kept = {name: change.kept for name, change in found.items()}
+    kept = {name: change.decay for name, change in found.items()}
     return Source(model, plain, factors, kept, trained, bases, attachments)
 
 

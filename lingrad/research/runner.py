@@ -164,7 +164,7 @@ def compare(
     for run in runs.values():
         run.record.state_bytes = state_bytes(run.optimizer)
         if isinstance(run.optimizer, SubspaceOptimizer):
-            run.record.refreshes = run.optimizer.subspaces[0].refreshes
+            run.record.refreshes = run.optimizer.subspaces[0].basis.refreshes
     return records
 
 
@@ -191,7 +191,7 @@ def gradient_bytes(model: nn.Module, optimizer: Optimizer) -> int:
     params |= {id(p): p for group in optimizer.param_groups for p in group["params"]}
     total = sum(p.grad.numel() * p.grad.element_size() for p in params.values() if p.grad is not None)
     if isinstance(optimizer, SubspaceOptimizer):
-        total += sum(sub.captured.nbytes for sub in optimizer.subspaces)
+        total += sum(sub.pending.nbytes for sub in optimizer.subspaces)
     return total
 
 
@@ -199,6 +199,6 @@ def state_bytes(optimizer: Optimizer) -> int:
     """Bytes that the optimizer stores between steps: moments, step counters and bases."""
     stored: list[Any] = [value for state in optimizer.state.values() for value in state.values()]
     if isinstance(optimizer, SubspaceOptimizer):
-        stored += [t for sub in optimizer.subspaces for t in sub.tensors()]
+        stored += [tensor for tensor, kind in optimizer.held() if kind == "basis"]
     distinct = {t.data_ptr(): t for t in stored if isinstance(t, Tensor) and t.numel()}
     return sum(t.numel() * t.element_size() for t in distinct.values())

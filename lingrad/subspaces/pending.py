@@ -1,8 +1,8 @@
-"""What the backwards of a refresh step have found, on its way to the step.
+"""The gradient of one weight's coordinates on its way from the backward to the step.
 
-A refresh needs the gradient, or a sketch of it, summed over micro-batches, beside the projections that autograd adds up in
-``coords.grad``. Both belong together: who zeroes one means the other, and who scales one (GradScaler, a clip from outside)
-means the other.
+Of a step that refreshes, it comes with the gradient that the refresh reads, or a sketch of it, summed over micro-batches like
+the projections that autograd adds up in ``coords.grad``. Both belong together: zeroing one means the other too, and so does
+scaling one (GradScaler, a clip by another program).
 """
 
 from __future__ import annotations
@@ -14,62 +14,82 @@ import torch
 from torch import Tensor, nn
 
 from lingrad.errors import ModeError
-from lingrad.gradients.base import Gradient
-from lingrad.gradients.local import accumulate
+from lingrad.gradients import Gradient, accumulate
 from lingrad.parallel import average, ranks
+from lingrad.tensors import nbytes
 
-Found = Gradient | tuple[Tensor, ...]
+Seen = Gradient | tuple[Tensor, ...]
 
 
-class Captured:
-    """What one weight's backwards of a refresh step have found so far.
+class PendingGradient:
+    """What the backwards of one weight have left for its step.
 
     Args:
         name: The parameter's name, for messages.
 
     Attributes:
-        total: The sum over the micro-batches that are in ``coords.grad``: a gradient, or the products of a sketch; or None.
+        total: In a step that refreshes, the sum over the micro-batches that are in ``coords.grad``: a gradient, or the
+            products of a sketch; or None.
+        stale: Whether ``coords.grad`` may be left from before a refresh.
+        proposed: Whether ``coords.grad`` is the projection by a basis that is chosen and not committed yet.
     """
 
     def __init__(self, name: str) -> None:
         self.name = name
+        self.stale = False
+        self.proposed = False
         self._clear()
 
     def forget(self) -> None:
-        """Drop everything: it was used, or thrown away."""
-        if self._backward >= 0 or self._seen is not None:  # else there is nothing
+        """Drop everything: it was used, or dropped by the caller."""
+        self.proposed = False
+        if self._backward >= 0 or self._written is not None:  # else there is nothing
             self._clear()
 
     def _clear(self) -> None:
-        self.total: Found | None = None
-        self._staged: Found | None = None  # of the backward that is running, not yet in coords.grad
+        self.total: Seen | None = None
+        self._staged: Seen | None = None  # of the backward that is running, not yet in coords.grad
         self._backward = -1
         self._left: Tensor | None = None  # a copy of coords.grad as the last backward left it
-        self._seen: tuple[weakref.ref[Tensor], int] | None = None  # coords.grad itself, and how often it had been written
-        self._anew = True  # whether the running backward is the first since coords.grad was zeroed
+        self._written: tuple[weakref.ref[Tensor], int] | None = None  # coords.grad itself, and its version then
+        self._first = True  # whether the running backward is the first since coords.grad was zeroed
 
     @property
     def nbytes(self) -> int:
-        """Bytes of what was found."""
+        """Bytes of what the refresh reads."""
         if isinstance(self.total, tuple):
-            return sum(product.numel() * product.element_size() for product in self.total)
+            return nbytes(*self.total)
         return 0 if self.total is None else self.total.nbytes
 
-    def stage(self, found: Found) -> None:
-        """Note what a layer's backward found; a layer used twice in a forward stages twice.
+    def record(self, seen: Seen) -> None:
+        """Keep what a refresh reads of one layer's backward; a layer used twice in a forward records twice.
 
         Args:
-            found: G [m, n] or products of it; kept, and possibly written into.
+            seen: G [m, n] or products of it; stored, and possibly written into.
         """
         # A backward that never reached coords.grad (it failed, or asked for other gradients) must not count.
         running = torch._C._current_graph_task_id()
-        self._staged = _plus(self._staged if running == self._backward else None, found)
+        self._staged = _plus(self._staged if running == self._backward else None, seen)
         self._backward = running
 
     def before_accumulate(self, coords: nn.Parameter) -> None:
-        """Called when autograd, or a hook of ours, is about to add to ``coords.grad``."""
-        # Somebody who zeroed coords.grad by hand meant what was found for the refresh too.
-        self._anew = coords.grad is None or (self._written(coords.grad) and self._zeroed(coords.grad))
+        """Called when autograd, or a hook of lingrad's, is about to add to ``coords.grad``.
+
+        Args:
+            coords: The coordinates.
+
+        Raises:
+            ModeError: The gradient that is there belongs to another basis than the one that is about to be added.
+        """
+        self.refuse_stale(coords)
+        if self.proposed and coords.grad is not None:
+            raise ModeError(
+                f"a backward reached {self.name} between clip_grad_norm_ and step, but its new basis is chosen, from the "
+                "gradient so far; clip after the last backward of a step"
+            )
+        self.proposed = False
+        # zeroing coords.grad by hand means what was recorded for the refresh too
+        self._first = coords.grad is None or (self._changed(coords.grad) and self._zeroed(coords.grad))
 
     def after_accumulate(self, coords: nn.Parameter, *, compare: bool) -> None:
         """Called when ``coords.grad`` holds one more backward; one that asked for other gradients never comes here.
@@ -79,15 +99,30 @@ class Captured:
             compare: Keep a copy of their gradient, for `outside_factor`.
         """
         if self._staged is not None:
-            self.total = _plus(None if self._anew else self.total, self._staged)
+            self.total = _plus(None if self._first else self.total, self._staged)
             self._staged = None
         grad = coords.grad
         self._left = grad.clone() if compare and grad is not None else None
-        self._seen = None if grad is None else (weakref.ref(grad), grad._version)
+        self._written = None if grad is None else (weakref.ref(grad), grad._version)
 
-    def _written(self, grad: Tensor) -> bool:
-        """Whether somebody else has written into the gradient, or replaced it, since the last backward."""
-        return self._seen is None or self._seen[0]() is not grad or self._seen[1] != grad._version
+    def refuse_stale(self, coords: nn.Parameter) -> None:
+        """Make sure that ``coords.grad`` is not left from before a refresh.
+
+        Args:
+            coords: The coordinates.
+
+        Raises:
+            ModeError: It is: neither its sum with a new gradient nor a step along it would mean anything.
+        """
+        if self.stale and coords.grad is not None and bool(coords.grad.any()):
+            raise ModeError(
+                f"the gradient of {self.name} is from before its basis was refreshed; call zero_grad() after each step"
+            )
+        self.stale = False
+
+    def _changed(self, grad: Tensor) -> bool:
+        """Whether another program has written into the gradient, or replaced it, since the last backward."""
+        return self._written is None or self._written[0]() is not grad or self._written[1] != grad._version
 
     def _zeroed(self, grad: Tensor) -> bool:
         had = self.total is not None if self._left is None else bool(self._left.any())
@@ -141,7 +176,7 @@ class Captured:
         return factor
 
 
-def _plus(total: Found | None, part: Found) -> Found:
+def _plus(total: Seen | None, part: Seen) -> Seen:
     """The sum, in the memory of the first; products are added one by one."""
     if isinstance(part, Gradient):
         return accumulate(total if isinstance(total, Gradient) else None, part)

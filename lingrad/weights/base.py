@@ -1,16 +1,19 @@
-"""Linear weights that are held in 4 or 8 bits: read as a matrix, written back, decayed, in place."""
+"""What a weight is to a run: a matrix that S z is added to, in whatever form a layer holds it."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from lingrad.maps import LinearMap
+from lingrad.weights.layout import Layout
+
 
 class MergeLoss(NamedTuple):
-    """What merges into a quantised weight have lost: W + S z that is to be quantised again is rounded.
+    """What merges into a quantised weight have lost: W + S z is quantised again, and rounded.
 
     Args:
         merges: How many there were.
@@ -32,70 +35,75 @@ class MergeLoss(NamedTuple):
         return MergeLoss(self.merges + 1, lost / changed, (a / b) ** 0.5, a, b)
 
 
-class Packed(ABC):
-    """The quantised weight of one layer.
+class Remainder(NamedTuple):
+    """What a quantised weight could not take of a merge.
 
     Args:
-        module: The layer.
-        name: The weight's name, for messages.
+        matrix: W + S z less the weight as it is stored now, float32 [m, n].
+        changed: |S z|_F.
     """
 
-    def __init__(self, module: nn.Module, name: str) -> None:
-        self.module: Any = module
-        self.name = name
+    matrix: Tensor
+    changed: float
+
+
+class Weight(ABC):
+    """The weight of one parameter, as it is stored.
+
+    Args:
+        layout: How it is read as a matrix [m, n].
+
+    Attributes:
+        loss: What merges have lost; None where a merge loses nothing but the rounding of its dtype.
+    """
+
+    def __init__(self, layout: Layout) -> None:
+        self.layout = layout
+        self.loss: MergeLoss | None = None
 
     @property
     @abstractmethod
-    def kind(self) -> str:
-        """What it is held in: ``nf4``, ``fp4`` or ``int8``."""
+    def param(self) -> nn.Parameter:
+        """The parameter, looked up at each use, since other programs may replace it."""
 
     @property
     @abstractmethod
     def dtype(self) -> torch.dtype:
-        """The dtype it was quantised from."""
+        """The dtype of the weight in the forward; of a quantised one that it was quantised from."""
 
     @abstractmethod
     def dense(self) -> Tensor:
-        """The weight [m, n], a new tensor in float32."""
+        """W in its own shape: the parameter itself without autograd, or, dequantised, a new tensor in float32."""
 
     @abstractmethod
-    def write(self, matrix: Tensor) -> None:
-        """Quantise a matrix [m, n], float32, into the memory of the weight."""
+    def add_(self, current: LinearMap, coords: Tensor) -> Remainder | None:
+        """``W += S z``, in place.
+
+        Args:
+            current: The map S.
+            coords: z [p, q]; of a quantised weight not all zero.
+
+        Returns:
+            What the weight could not take, not in ``loss`` yet; None where it took all.
+        """
 
     @abstractmethod
     def scales(self) -> list[Tensor]:
-        """What a factor of the weight is a factor of."""
+        """The tensors whose product with a factor multiplies the weight by it, for decoupled decay."""
+
+    @abstractmethod
+    def tensors(self) -> list[Tensor]:
+        """All tensors that hold the weight in memory."""
 
     @abstractmethod
     def state(self) -> dict[str, Tensor]:
-        """The tensors that make the weight, by name; who writes into all of them has set it."""
+        """The tensors that make the weight, by name, for a checkpoint: writing into all of them sets it."""
 
-    @abstractmethod
-    def entries(self, matrix: Tensor) -> dict[str, Tensor]:
-        """What the layer's ``state_dict`` would hold if the weight were a matrix [m, n], float32: key -> tensor."""
-
-    @abstractmethod
-    def take(self, entries: dict[str, Any]) -> list[str]:
-        """Take over entries of a ``state_dict``, which bitsandbytes itself cannot load into a layer that is quantised.
+    def lose(self, remainder: Remainder) -> None:
+        """Count a remainder as lost.
 
         Args:
-            entries: Key, without the layer's prefix, -> tensor.
-
-        Returns:
-            The keys that are done with; ``weight`` is left to torch.
+            remainder: What `add_` gave, less what was kept elsewhere.
         """
-
-    def tensors(self) -> list[Tensor]:
-        """All tensors in memory, code books included."""
-        return list(self.state().values())
-
-    def open(self) -> Any:
-        """Have the weight stay in the layout it is trained in.
-
-        Returns:
-            What `close` needs.
-        """
-        return None
-
-    def close(self, opened: Any) -> None:  # noqa: B027 - nothing to undo in most
-        """Undo `open`."""
+        if self.loss is not None:
+            self.loss = self.loss.plus(float(torch.linalg.vector_norm(remainder.matrix)), remainder.changed)

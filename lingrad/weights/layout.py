@@ -9,7 +9,6 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from lingrad.errors import ShapeError
-from lingrad.weights.bitsandbytes import is_packed
 
 
 @dataclass(frozen=True)
@@ -84,3 +83,14 @@ def layout_of(weight: Tensor, module: nn.Module | None, name: str) -> Layout:
 def is_conv1d(module: nn.Module | None) -> bool:
     """Whether a module is the Conv1D of transformers' GPT-2: y = x W + b with W [in, out]."""
     return type(module).__name__ == "Conv1D" and type(module).__module__.startswith("transformers.")
+
+
+def packed_kind(module: nn.Module | None) -> str:
+    """The name of bitsandbytes' class of a layer with a weight in 4 or 8 bits; empty for any other layer."""
+    names = (c.__name__ for c in type(module).__mro__ if c.__module__.partition(".")[0] == "bitsandbytes")
+    return next((name for name in names if name in ("Linear4bit", "Linear8bitLt")), "")
+
+
+def is_packed(module: nn.Module | None) -> bool:
+    """Whether a layer holds a quantised weight, as bitsandbytes' layers for 4 and 8 bits do."""
+    return bool(packed_kind(module)) and not getattr(getattr(module, "weight", None), "has_fp16_weights", False)

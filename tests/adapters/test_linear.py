@@ -62,13 +62,13 @@ def test_no_full_gradient_is_ever_made_off_refresh_steps(mode, side, build):
     optimizer = MODES[mode](model, f"svd(rank=4, every=7, side={side})", lr=1e-2)
     batches = text_batches(2, rows=1)  # of so few tokens that adapter mode applies S z rather than forms it
     train(model, optimizer, batches[:1], schedule=False)
-    shapes = [sub.layout.shape for sub in optimizer.subspaces]
+    shapes = [sub.weight.layout.shape for sub in optimizer.subspaces]
     optimizer.zero_grad()
     with NoTensorOfShape(shapes) as watch:
         for batch in batches[1]:
             text_loss(model, batch).backward()
     assert watch.found == []
-    assert all(a.weight.grad is None for a in optimizer.attachments)
+    assert all(a.sub.weight.param.grad is None for a in optimizer.attachments)
 
 
 @pytest.mark.parametrize("side", ["left", "right", "both"])
@@ -80,7 +80,7 @@ def test_in_adapter_mode_with_many_tokens_the_only_matrices_are_w_plus_s_z(side,
     batches = text_batches(2, micro=1, rows=9)
     train(model, optimizer, batches[:1], schedule=False)
     optimizer.zero_grad()
-    with NoTensorOfShape([sub.layout.shape for sub in optimizer.subspaces]) as watch:
+    with NoTensorOfShape([sub.weight.layout.shape for sub in optimizer.subspaces]) as watch:
         text_loss(model, batches[1][0]).backward()
     assert {name for name, _ in watch.found} == {"aten::addmm"}
     assert len(watch.found) == 2 * len(optimizer.subspaces)
@@ -126,8 +126,8 @@ def test_a_layer_used_twice_and_changed_in_place_afterwards(mode):
         optimizer.zero_grad()
         loss(model).backward()
         torch.testing.assert_close(sub.coords.grad, sub.map().project(weight.grad), rtol=1e-12, atol=1e-12)
-        if sub.due:
-            torch.testing.assert_close(sub.captured.total.dense(), weight.grad, rtol=1e-12, atol=1e-12)
+        if sub.basis.due:
+            torch.testing.assert_close(sub.pending.total.dense(), weight.grad, rtol=1e-12, atol=1e-12)
         optimizer.step()
 
 
@@ -145,7 +145,7 @@ def test_activation_checkpointing(mode, reentrant):
             hidden.tanh().sum().backward()
             optimizer.step()
         gradients.append(optimizer.subspaces[0].coords.grad)
-        assert optimizer.subspaces[0].refreshes == 2
+        assert optimizer.subspaces[0].basis.refreshes == 2
     assert torch.equal(*gradients)
 
 
@@ -192,7 +192,7 @@ def test_evaluation_and_inference_leave_no_trace(mode):
     for context in (torch.no_grad(), torch.inference_mode()):
         with context:
             torch.testing.assert_close(model.eval()(x), expected, rtol=1e-12, atol=1e-12)
-    assert optimizer.subspaces[0].captured.total is None
+    assert optimizer.subspaces[0].pending.total is None
 
 
 def test_a_layer_called_with_keywords():
@@ -242,12 +242,12 @@ def test_a_backward_that_asks_for_other_gradients_is_not_counted(mode):
     (sub,) = optimizer.subspaces
     x = torch.randn(5, 8, dtype=torch.float64, requires_grad=True)
     model(x).square().sum().backward()
-    once = sub.captured.total.dense().clone()
+    once = sub.pending.total.dense().clone()
     torch.autograd.grad(model(x).square().sum(), [x])
     torch.autograd.grad(model(x).square().sum(), [x, sub.coords])
-    assert torch.equal(sub.captured.total.dense(), once)
+    assert torch.equal(sub.pending.total.dense(), once)
     model(x).square().sum().backward()
-    torch.testing.assert_close(sub.captured.total.dense(), 2 * once, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(sub.pending.total.dense(), 2 * once, rtol=1e-12, atol=1e-12)
 
 
 def test_a_map_that_reads_no_gradient_keeps_none():
@@ -260,9 +260,9 @@ def test_a_map_that_reads_no_gradient_keeps_none():
         with NoTensorOfShape([(6, 8)]) as watch:
             model(torch.randn(5, 8, dtype=torch.float64)).square().sum().backward()
         assert watch.found == []
-        assert sub.captured.total is None
+        assert sub.pending.total is None
         optimizer.step()
-        assert sub.refreshes == 1 + (step + 1) // 2
+        assert sub.basis.refreshes == 1 + (step + 1) // 2
         assert torch.equal(sub.map().tensors[0], basis) == ((step + 1) % 2 != 0)
         optimizer.zero_grad()
 
@@ -277,7 +277,7 @@ def test_a_buffer_filled_again_between_micro_batches():
         for value in (1.0, 2.0):
             x = buffer.fill_(value) if reuse else torch.full_like(buffer, value)
             model(x).square().sum().backward()
-        totals.append(optimizer.subspaces[0].captured.total.dense())
+        totals.append(optimizer.subspaces[0].pending.total.dense())
     assert torch.equal(*totals)
 
 
@@ -310,9 +310,9 @@ def test_other_weights_free_their_gradient(mode):
     optimizer.zero_grad()
     zoo_loss(model, zoo_batches(1)[0][0]).backward()
     for attachment in optimizer.attachments:
-        assert attachment.weight.grad is None
+        assert attachment.sub.weight.param.grad is None
         assert attachment.sub.coords.grad is not None
-        assert attachment.sub.captured.total is None
+        assert attachment.sub.pending.total is None
 
 
 @each_mode
@@ -324,7 +324,7 @@ def test_sparse_embedding_gradients(mode):
     model(ids).square().sum().backward()
     dense = nn.Embedding(9, 4, _weight=optimizer.weights()["0.weight"].detach().clone())
     model[1](dense(ids)).square().sum().backward()
-    torch.testing.assert_close(optimizer.subspaces[0].captured.total.dense(), dense.weight.grad)
+    torch.testing.assert_close(optimizer.subspaces[0].pending.total.dense(), dense.weight.grad)
 
 
 def test_an_embedding_that_rescales_its_rows_stays_in_optimizer_mode():
@@ -394,7 +394,7 @@ def test_compiled_models_train_alike(mode, build):
         model = build()
         optimizer = MODES[mode](model, {"*": "svd(rank=1, every=4)"}, "sgd", lr=0.1)
         train(torch.compile(model, backend="aot_eager") if compiled else model, optimizer, batches, loss, schedule=False)
-        assert {sub.refreshes for sub in optimizer.subspaces} == {2}
+        assert {sub.basis.refreshes for sub in optimizer.subspaces} == {2}
         weights.append(optimizer.weights())
     # fused kernels of the traced graph round differently from the eager ones
     assert gap(*weights) <= 1e-5

@@ -30,7 +30,7 @@ LLAMA_LINEARS = {
 def test_a_bare_spec_means_every_linear_but_the_head():
     plan = resolve_model(llama(), "svd(rank=4)")
     assert {t.name for t in plan.targets} == LLAMA_LINEARS
-    assert all(t.road == "projected" and t.transform == SVD(rank=4) for t in plan.targets)
+    assert all(t.route == "projected" and t.transform == SVD(rank=4) for t in plan.targets)
     full = {name for name, _ in plan.full}
     assert {"model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"} <= full
     assert len(full) + len(plan.targets) == len(list(llama().parameters()))
@@ -39,7 +39,7 @@ def test_a_bare_spec_means_every_linear_but_the_head():
 def test_conv1d_of_gpt2_counts_as_linear():
     plan = resolve_model(gpt2(), "svd(rank=4)")
     assert {t.name.split(".")[-2] for t in plan.targets} == {"c_attn", "c_proj", "c_fc"}
-    assert all(t.road == "projected" for t in plan.targets)
+    assert all(t.route == "projected" for t in plan.targets)
     shapes = {t.name.split(".h.0.")[1]: t.layout.shape for t in plan.targets if ".h.0." in t.name}
     assert shapes["attn.c_attn.weight"] == (96, 32)  # [out, in], though it is stored [in, out]
 
@@ -61,12 +61,12 @@ def test_roads():
             return super().forward(x) * 2
 
     model = nn.ModuleDict({"plain": nn.Linear(4, 4), "sub": Doubled(4, 4), "attention": nn.MultiheadAttention(4, 2)})
-    roads = {t.name: t.road for t in resolve_model(model, "svd(rank=2)").targets}
-    assert roads == {"plain.weight": "projected", "sub.weight": "weight", "attention.out_proj.weight": "weight"}
+    routes = {t.name: t.route for t in resolve_model(model, "svd(rank=2)").targets}
+    assert routes == {"plain.weight": "projected", "sub.weight": "weight", "attention.out_proj.weight": "weight"}
     model["twin"] = nn.Linear(4, 4)
     model["twin"].weight = model["plain"].weight
     tied = {t.name: t for t in resolve_model(model, "svd(rank=2)").targets}["plain.weight"]
-    assert tied.road == "weight"
+    assert tied.route == "weight"
     assert [module for module, _ in tied.owners] == [model["plain"], model["twin"]]
 
 
@@ -229,7 +229,7 @@ class TestNamedParameters:
     def test_a_bare_spec_means_all_matrices(self):
         plan = resolve_parameters(zoo().named_parameters(), "svd(rank=1)")
         assert {t.name for t in plan.targets} == {n for n, p in zoo().named_parameters() if p.dim() >= 2}
-        assert all(t.road == "weight" for t in plan.targets)
+        assert all(t.route == "weight" for t in plan.targets)
 
     def test_groups_bring_their_own_specs_and_hyper_parameters(self):
         model = zoo()
@@ -244,7 +244,7 @@ class TestNamedParameters:
             "1.coords": (0.1, 0.2, 1.0, ["biased.weight"]),
             "1.vectors": (0.1, 0.2, None, ["biased.bias"]),
         }
-        assert [sub.transform.name for sub in optimizer.subspaces] == ["svd", "random"]
+        assert [sub.basis.transform.name for sub in optimizer.subspaces] == ["svd", "random"]
 
     @pytest.mark.parametrize(
         ("groups", "message"),

@@ -12,8 +12,7 @@ from lingrad.config.explain import explain
 from lingrad.config.sharing import FAMILIES, places
 from lingrad.config.targets import resolve_model
 from lingrad.errors import CheckpointError, SpecError
-from lingrad.gradients.local import DenseGradient, FactoredGradient
-from lingrad.gradients.stacked import StackedGradient
+from lingrad.gradients.local import DenseGradient
 from lingrad.testing.oracles import assert_dual
 from tests.support.models import gap, llama, text_batches, text_loss, train
 
@@ -87,17 +86,17 @@ def test_the_basis_is_that_of_the_stacked_gradient(mode, text, crossed):
             model(inputs(10 * step + seed)).sum().backward()
             plain(inputs(10 * step + seed)).sum().backward()
         grads = [plain.get_parameter(sub.name).grad for sub in optimizer.subspaces]
-        before, due, when = lead.state, lead.due, lead.when
+        before, due, when = lead.basis.state, lead.basis.due, lead.basis.when
         optimizer.step()
         assert due == (step % 3 == 0)
         if due:
             assert when.shape == (21, 12)
-            expected = lead.transform.refresh(before, DenseGradient(torch.cat(grads)), when)
-            torch.testing.assert_close(lead.state.right, expected.right, rtol=0, atol=1e-9)
-        if lead.transform.reads == "gradient" or not due:
+            expected = lead.basis.transform.refresh(before, DenseGradient(torch.cat(grads)), when)
+            torch.testing.assert_close(lead.basis.state.right, expected.right, rtol=0, atol=1e-9)
+        if lead.basis.transform.reads == "gradient" or not due:
             for sub, grad in zip(optimizer.subspaces, grads, strict=True):
-                torch.testing.assert_close(sub.coords.grad, grad @ lead.state.right, rtol=0, atol=1e-9)
-    assert {sub.refreshes for sub in optimizer.subspaces} == {2}
+                torch.testing.assert_close(sub.coords.grad, grad @ lead.basis.state.right, rtol=0, atol=1e-9)
+    assert {sub.basis.refreshes for sub in optimizer.subspaces} == {2}
 
 
 @each_mode
@@ -119,7 +118,7 @@ def test_one_reduced_input_is_saved_for_all_and_none_is_kept_beyond(mode):
         text_loss(model, ids)
     # q, k, v save one; gate and up one; o one; down has a left basis and saves its input
     assert sorted(len(tensors) for tensors in saved.values()) == [1, 1, 2, 2, 3, 3]
-    assert all(sub.memo is None for sub in optimizer.subspaces)
+    assert all(attachment.layer.shared._last is None for attachment in optimizer.attachments)
 
 
 @each_mode
@@ -157,7 +156,7 @@ def test_a_layer_left_out_of_a_step_counts_as_zero(mode, missing, text):
     sum(layer(inputs()).square().sum() for layer in used).backward()
     optimizer.step()
     assert torch.equal(optimizer.weights()[f"{missing}.weight"], still)
-    assert {sub.refreshes for sub in optimizer.subspaces} == {1}
+    assert {sub.basis.refreshes for sub in optimizer.subspaces} == {1}
     optimizer.zero_grad()
     model(inputs()).sum().backward()
     optimizer.step()
@@ -274,37 +273,3 @@ class TestGroups:
             lingrad.wrap(llama(), "svd(rank=4)", lr=1e-2, share=True)
         with pytest.raises(SpecError, match="layerwise=True steps one after the other"):
             lingrad.wrap(llama(), "svd(rank=4)", lr=1e-2, share="input", layerwise=True)
-
-
-class TestStackedGradient:
-    def draw(self, *shape, seed):
-        return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-    @pytest.fixture
-    def pair(self):
-        out, x = self.draw(6, 7, seed=0), self.draw(6, 5, seed=1)
-        parts = [FactoredGradient(out[:, :3], x), DenseGradient(out[:, 3:].t() @ x)]
-        return StackedGradient(parts), out.t() @ x
-
-    def test_its_laws(self, pair):
-        grad, dense = pair
-        left, right = self.draw(7, 2, seed=2), self.draw(5, 3, seed=3)
-        for one, other in ((grad, dense), (grad.T, dense.t())):
-            p, q = (left, right) if one is grad else (right, left)
-            assert one.shape == other.shape
-            for a, b in ((p, q), (p, None), (None, q), (None, None)):
-                expected = other if a is None else a.t() @ other
-                expected = expected if b is None else expected @ b
-                torch.testing.assert_close(one.product(a, b), expected, rtol=1e-13, atol=1e-13)
-            torch.testing.assert_close(one.dense(), other, rtol=1e-13, atol=1e-13)
-            torch.testing.assert_close(one.norm(), other.norm(), rtol=1e-13, atol=0)
-            rows, columns = torch.tensor([0, 4]), torch.tensor([1])
-            for r, c in ((rows, columns), (None, columns), (rows, None), (None, None)):
-                expected = other if r is None else other[r]
-                expected = expected if c is None else expected[:, c]
-                torch.testing.assert_close(one.select(r, c).dense(), expected, rtol=1e-13, atol=1e-13)
-            assert one.to(torch.float32).dtype == torch.float32
-            assert one.dtype == torch.float64
-            assert one.device == dense.device
-            assert one.nbytes == 8 * (6 * (3 + 5) + 4 * 5)
-        assert grad.T.T is grad

@@ -74,7 +74,7 @@ class TestExceptions:
                     with fault(model, optimizer), pytest.raises(Fault):
                         attempt(batch)
                 attempt(batch)
-            assert all(sub.refreshes == 3 for sub in optimizer.subspaces)
+            assert all(sub.basis.refreshes == 3 for sub in optimizer.subspaces)
             optimizer.detach()
             weights.append(named(model))
         assert leaves_nothing_behind(model)
@@ -101,7 +101,7 @@ class TestExceptions:
                 armed[0] = False
                 optimizer.zero_grad()
             zoo_loss(model, batch).backward()
-            grads.append(optimizer.subspaces[0].captured.total.dense())
+            grads.append(optimizer.subspaces[0].pending.total.dense())
         close(*grads)
 
     @each_mode

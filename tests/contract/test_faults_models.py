@@ -101,10 +101,13 @@ class TestShared:
             optimizer = MODES[mode](model, rules, lr=0.01)
             teach(model, optimizer, zoo_batches(2))
             (sub,) = [s for s in optimizer.subspaces if s.name == "embed.weight"]
-            assert sub.transform.rank == rank
+            assert sub.basis.transform.rank == rank
             assert tuple(sub.coords.shape) == (TOKENS, rank)
             if "*" in rules:
-                assert {s.name: s.transform.rank for s in optimizer.subspaces} == {"embed.weight": 2, "middle.weight": 5}
+                assert {s.name: s.basis.transform.rank for s in optimizer.subspaces} == {
+                    "embed.weight": 2,
+                    "middle.weight": 5,
+                }
 
 
 ALL_SPECS = (
@@ -196,7 +199,7 @@ class TestShapes:
                 squared(model, inputs(step, n)).backward()
                 optimizer.step()
             runs.append(optimizer.weights() if wrapped else named(model))
-        assert optimizer.subspaces[0].refreshes == 4
+        assert optimizer.subspaces[0].basis.refreshes == 4
         assert gap(runs[1], runs[0]) <= EXACT
 
     @pytest.mark.parametrize("every", [0, 1])
@@ -231,7 +234,7 @@ class TestShapes:
                 squared(model, inputs(step)).backward()
                 optimizer.step()
                 seen.append(sub.map().tensors[0].clone())
-            assert sub.refreshes == refreshes
+            assert sub.basis.refreshes == refreshes
             assert all(torch.equal(a, b) == (every == 0) for a, b in itertools.pairwise(seen))
 
 
@@ -268,7 +271,7 @@ class TestFreezing:
             optimizer = make(model, EVERYTHING, lr=0.01, weight_decay=0.1)
             self.run(model, optimizer, layer, frozen)
             (sub,) = [s for s in optimizer.subspaces if s.name.startswith(layer)]
-            refreshes.append(sub.refreshes)
+            refreshes.append(sub.basis.refreshes)
             weights.append(optimizer.weights())
         assert gap(*weights) <= EXACT
         # due in steps 0, 2, 4, 6; the first is made up for as soon as there is a gradient, even if another follows

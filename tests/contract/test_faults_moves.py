@@ -132,7 +132,7 @@ class TestCopies:
             expected = model(ids)
             assert torch.equal(duplicate(ids), expected)
         zoo_loss(duplicate, ids).backward()  # of no use to anybody, and no crash
-        assert all(sub.captured.total is None for sub in optimizer.subspaces)
+        assert all(sub.pending.total is None for sub in optimizer.subspaces)
         teach(model, optimizer, zoo_batches(2))
         with torch.no_grad():
             assert torch.equal(duplicate(ids), expected)

@@ -200,7 +200,7 @@ class TestGradScaler:
 
     @staticmethod
     def state_of(optimizer):
-        return optimizer._step, [sub.refreshes for sub in optimizer.subspaces], weights_of(optimizer)
+        return optimizer._run.step, [sub.basis.refreshes for sub in optimizer.subspaces], weights_of(optimizer)
 
     def run(self, model, optimizer, batches, loss_of, scaler, *, overflowing=(), clip=None, autocast=None):
         """Each step one micro-batch or more; those named overflow, and must leave no trace."""
@@ -243,7 +243,7 @@ class TestGradScaler:
             scaler = torch.amp.GradScaler(DEVICE, init_scale=2.0**12, growth_interval=3, enabled=enabled)
             steps, overflowing = (longer, bad) if enabled else (batches, ())
             self.run(model, optimizer, steps, zoo_loss, scaler, overflowing=overflowing, clip=clip)
-            assert {sub.refreshes for sub in optimizer.subspaces} == {3}
+            assert {sub.basis.refreshes for sub in optimizer.subspaces} == {3}
             found.append(weights_of(optimizer))
         assert gap(*found) <= TOLERANCE
 
@@ -266,7 +266,7 @@ class TestGradScaler:
                 )
             )
             assert not half or scaler.get_scale() == 2.0**14
-            assert {sub.refreshes for sub in optimizer.subspaces} == {3}
+            assert {sub.basis.refreshes for sub in optimizer.subspaces} == {3}
             assert {sub.coords.dtype for sub in optimizer.subspaces} == {torch.float32}
             assert {weight.dtype for weight in optimizer.weights().values()} == {torch.float32}
             found.append(changes_of(optimizer, start))
@@ -315,7 +315,7 @@ def test_clipping(ours):
             found.append(float(norm))
             optimizer.step()
         assert min(found) > 0.05
-        assert {sub.refreshes for sub in optimizer.subspaces} == {3}
+        assert {sub.basis.refreshes for sub in optimizer.subspaces} == {3}
         norms.append(torch.tensor(found, dtype=torch.float64))
         weights.append(weights_of(optimizer))
     on_cpu, wrapped, adapted = weights
@@ -344,7 +344,7 @@ class TestActivationCheckpointing:
                 hidden.tanh().sum().backward()
                 optimizer.step()
             gradients.append([sub.coords.grad for sub in optimizer.subspaces])
-            assert {sub.refreshes for sub in optimizer.subspaces} == {2}
+            assert {sub.basis.refreshes for sub in optimizer.subspaces} == {2}
         for plain, again in zip(*gradients, strict=True):
             torch.testing.assert_close(again, plain, rtol=TOLERANCE, atol=TOLERANCE)
 
@@ -362,7 +362,7 @@ class TestActivationCheckpointing:
             model.model.layers[0].mlp.up_proj.register_forward_hook(lambda *_, calls=calls: calls.append(1))
             train(model.train(), optimizer, moved(text_batches(5)), clip=1.0)
             assert len(calls) == 15 * (1 + checkpointed)
-            assert {sub.refreshes for sub in optimizer.subspaces} == {2}
+            assert {sub.basis.refreshes for sub in optimizer.subspaces} == {2}
             found.append(weights_of(optimizer))
         assert gap(*found) <= TOLERANCE
 

@@ -47,14 +47,14 @@ class TestGradScaler:
             for batch in micro_batches:
                 loss = loss_of(model, batch) / len(micro_batches)
                 scaler.scale(loss * float("inf") if step in overflowing else loss).backward()
-            before = (optimizer._step, [sub.refreshes for sub in optimizer.subspaces], weights_of(optimizer))
+            before = (optimizer._run.step, [sub.basis.refreshes for sub in optimizer.subspaces], weights_of(optimizer))
             if unscale or clip is not None:
                 scaler.unscale_(optimizer)
             if clip is not None:
                 assert nn.utils.clip_grad_norm_(model.parameters(), clip) > clip or step in overflowing
             scaler.step(optimizer)
             scaler.update()
-            after = (optimizer._step, [sub.refreshes for sub in optimizer.subspaces], weights_of(optimizer))
+            after = (optimizer._run.step, [sub.basis.refreshes for sub in optimizer.subspaces], weights_of(optimizer))
             if step in overflowing:
                 assert after[:2] == before[:2]
                 assert_equal_bits(after[2], before[2])
@@ -105,7 +105,7 @@ class TestLowPrecision:
     @staticmethod
     def assert_stays_wide(optimizer, dtype):
         for attachment in optimizer.attachments:
-            assert attachment.weight.dtype == dtype
+            assert attachment.sub.weight.param.dtype == dtype
             coords = attachment.sub.coords
             assert coords.dtype == torch.float32
             assert optimizer.state[coords]["exp_avg"].dtype == optimizer.state[coords]["exp_avg_sq"].dtype == torch.float32
@@ -146,7 +146,7 @@ class TestLowPrecision:
         start = weights_of(optimizer)
         train(model, optimizer, zoo_batches(5), zoo_loss)
         self.assert_stays_wide(optimizer, torch.bfloat16)
-        assert all(sub.refreshes == 2 for sub in optimizer.subspaces)
+        assert all(sub.basis.refreshes == 2 for sub in optimizer.subspaces)
         assert all(not torch.equal(weight, start[name]) for name, weight in optimizer.weights().items())
 
     def test_modes_stay_close_on_bfloat16_weights_of_every_kind(self):

@@ -148,7 +148,7 @@ def two_ranks(rank, folder):
         ddp(x).square().sum().backward()
         nn.utils.clip_grad_norm_(model.parameters(), 0.1)
         optimizer.step()
-    assert [sub.refreshes for sub in optimizer.subspaces] == [2, 2]
+    assert [sub.basis.refreshes for sub in optimizer.subspaces] == [2, 2]
     torch.save({name: w.clone() for name, w in optimizer.weights().items()}, f"{folder}/{rank}.pt")
     optimizer.detach()
     assert not getattr(model, "_ddp_params_and_buffers_to_ignore", [])

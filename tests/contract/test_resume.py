@@ -17,6 +17,7 @@ from torch.distributed.checkpoint.state_dict import (
 
 import lingrad
 from lingrad import optimizers
+from lingrad.engine.saved import FORMAT
 from lingrad.errors import CheckpointError
 from tests.support.cases import BASES, SIDED, UNSIDED
 from tests.support.models import every_kind, llama, text_batches, text_loss, token_batches, token_loss, train
@@ -242,7 +243,7 @@ class TestRefused:
         state = self.saved(mode)
         for group in state["param_groups"]:
             group["format"] = number
-        self.refuse(mode, state, f"the checkpoint has format {number!r}, this run has 3")
+        self.refuse(mode, state, f"the checkpoint has format {number!r}, this run has {FORMAT}")
 
     @pytest.mark.parametrize(
         ("other", "message"),
@@ -306,7 +307,7 @@ class TestRefused:
             ("biased.weight", "subspace.step"),
             ("biased.weight", "subspace.state.basis"),
             ("experts.gate_up_proj", "subspace.state.seed"),
-            ("conv.weight", "subspace.state.left_memory.exp_avg_sq"),
+            ("conv.weight", "subspace.state.left_optimizer.exp_avg_sq"),
             ("biased.weight", "exp_avg"),
             ("embed.weight", "exp_avg_sq"),
             ("biased.bias", "exp_avg"),
@@ -331,7 +332,7 @@ class TestRefused:
             ("biased.weight", "subspace.step", lambda step: "five"),
             ("experts.gate_up_proj", "subspace.state.seed", lambda seed: None),
             ("biased.weight", "subspace.state.basis", torch.Tensor.long),
-            ("conv.weight", "subspace.state.left_memory.exp_avg", torch.Tensor.long),
+            ("conv.weight", "subspace.state.left_optimizer.exp_avg", torch.Tensor.long),
             ("biased.weight", "exp_avg", torch.Tensor.long),
             ("embed.weight", "exp_avg", torch.Tensor.bool),
             ("biased.bias", "exp_avg_sq", lambda tensor: float(tensor.sum())),

@@ -113,7 +113,7 @@ class TestRefused:
     def test_coordinates_that_are_elsewhere(self, tmp_path):
         _, folder, optimizer = run(tmp_path, mode="adapter")
         optimizer.detach()
-        optimizer._model.save_pretrained(folder)  # without coordinates
+        optimizer.model.save_pretrained(folder)  # without coordinates
         self.refused(tmp_path, folder, "has coordinates that are not in optimizer.pt; save the run in optimizer mode")
 
     def test_another_optimizer(self, tmp_path):

@@ -1,5 +1,6 @@
 """State: saved, loaded into a fresh run, and gone on with to the same bits; or refused with the first difference."""
 
+import copy
 import io
 import subprocess
 import sys
@@ -77,6 +78,7 @@ def test_the_state_is_flat_and_plain():
         "subspace.step",
         "subspace.refreshes",
         "subspace.merged",
+        "subspace.energy",
         "subspace.m",
         "subspace.n",
         "subspace.state.left.left",
@@ -129,7 +131,7 @@ def test_a_checkpoint_of_another_run_is_refused_and_nothing_is_changed():
             optimizer.load_state_dict(saved)
         assert str(caught.value) == message
         assert optimizer.state_dict()["state"].keys() == before.keys()
-        assert optimizer._step == 0
+        assert optimizer._run.step == 0
 
 
 @pytest.mark.parametrize(
@@ -165,6 +167,34 @@ def test_what_is_no_optimizer_s_state_is_refused(wrong):
     optimizer = lingrad.wrap(llama(), "svd(rank=4)", lr=1e-2)
     with pytest.raises(CheckpointError, match=r"this is no optimizer's state_dict, which has 'state' and 'param_groups'"):
         optimizer.load_state_dict(wrong)
+
+
+def test_moments_of_another_shape_are_refused():
+    model = llama()
+    optimizer = lingrad.wrap(model, "svd(rank=4)", lr=1e-2)
+    train(model, optimizer, text_batches(2))
+    saved = optimizer.state_dict()
+    saved["state"][0]["exp_avg"] = torch.zeros(3, 3)
+    fresh = lingrad.wrap(llama(), "svd(rank=4)", lr=1e-2)
+    with pytest.raises(CheckpointError, match=r"'exp_avg' of .*q_proj.weight is .*\(3, 3\) in the checkpoint, and .*\(32, 4\)"):
+        fresh.load_state_dict(saved)
+    assert not fresh.state
+
+
+def test_loading_shares_no_memory_with_what_was_loaded():
+    model = llama()
+    optimizer = lingrad.wrap(model, "svd(rank=4)", lr=1e-2)
+    train(model, optimizer, text_batches(2))
+    saved = copy.deepcopy(optimizer.state_dict())
+    kept = copy.deepcopy(saved)
+    other = llama()
+    optimizer = lingrad.wrap(other, "svd(rank=4)", lr=1e-2)
+    optimizer.load_state_dict(saved)
+    train(other, optimizer, text_batches(2))
+    for index, entries in kept["state"].items():
+        for key, value in entries.items():
+            if isinstance(value, torch.Tensor):
+                assert torch.equal(saved["state"][index][key], value), key
 
 
 def test_loading_restores_hyper_parameters():

@@ -7,8 +7,9 @@ import torch
 from torch import nn
 
 import lingrad
+from lingrad.engine.refresh import choose
 from lingrad.errors import ModeError
-from lingrad.transforms import Bases
+from lingrad.transforms import Sides
 from tests.support.layers import MODES, backward, each_mode, inputs, layer
 
 
@@ -27,9 +28,9 @@ class TestClipping:
             assert torch.stack([g.norm() for g in grads]).norm() == pytest.approx(1.0, rel=1e-5)
             before = sub.coords.grad.clone()
             optimizer.clip_grad_norm_(float("inf"))  # the basis is chosen once
-            assert sub.refreshes == (1 + step) // 2  # and committed by the step
+            assert sub.basis.refreshes == (1 + step) // 2  # and committed by the step
             optimizer.step()
-            assert sub.refreshes == 1 + step // 2
+            assert sub.basis.refreshes == 1 + step // 2
             assert torch.equal(sub.coords.grad, before)
 
     @each_mode
@@ -42,13 +43,13 @@ class TestClipping:
         backward(model)
         optimizer.clip_grad_norm_(1.0)
         optimizer.zero_grad()
-        assert sub.refreshes == 0
+        assert sub.basis.refreshes == 0
         assert torch.equal(sub.map().tensors[0], before)
         assert torch.equal(model[0].weight, weight)
         assert not sub.coords.any()
         backward(model, seed=1)
         optimizer.step()
-        assert sub.refreshes == 1
+        assert sub.basis.refreshes == 1
 
     @each_mode
     def test_a_backward_after_the_clip_is_refused_where_a_basis_was_chosen(self, mode):
@@ -70,7 +71,7 @@ class TestClipping:
             optimizer.zero_grad()
             backward(model, seed=step)
             norm = float(nn.utils.clip_grad_norm_(model.parameters(), 0.5))
-            pending = sub.captured.total.dense().clone() if sub.due else None
+            pending = sub.pending.total.dense().clone() if sub.basis.due else None
             clipped = sub.coords.grad.clone()
             optimizer.step()
             if pending is not None:
@@ -84,12 +85,12 @@ class TestClipping:
         (model[0](inputs()).square().sum() * scale).backward()
         # a gradient in one row, which the basis before the refresh does not see
         first, unseen = torch.eye(6, dtype=torch.float64)[:2]
-        optimizer.subspaces[1].replace_state(Bases(first[:, None], None), 0)
+        optimizer.subspaces[1].basis.replace(Sides(first[:, None], None), 0)
         ((model[1](inputs()) * unseen).sum() * scale).backward()
         assert not optimizer.subspaces[1].coords.grad.any()
         for sub in optimizer.subspaces:
             sub.coords.grad /= scale
-        pending = optimizer.subspaces[1].captured.total.dense().clone()
+        pending = optimizer.subspaces[1].pending.total.dense().clone()
         optimizer.step()
         sub = optimizer.subspaces[1]
         torch.testing.assert_close(sub.coords.grad, sub.map().project(pending) / scale)
@@ -105,9 +106,9 @@ class TestClipping:
         model[0].bias.grad[0] = float("nan")
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         with pytest.warns(RuntimeWarning, match="0.weight: the gradient at a refresh is not finite; the old basis stays"):
-            optimizer._choose(optimizer.subspaces)
-        assert sub.due
-        assert sub.proposal is None
+            choose(optimizer._run, optimizer.subspaces)
+        assert sub.basis.due
+        assert sub.basis.proposal is None
         assert torch.equal(sub.map().tensors[0], before)
 
     @each_mode
@@ -158,7 +159,7 @@ class TestZeroGrad:
             sub.coords.grad.zero_()
         backward(model, seed=2)
         expected = 2 * model[0](inputs(2)).detach().t() @ inputs(2)
-        torch.testing.assert_close(sub.captured.total.dense(), expected, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(sub.pending.total.dense(), expected, rtol=1e-12, atol=1e-12)
 
     @each_mode
     def test_micro_batches_add_up_in_the_refresh(self, mode):
@@ -167,9 +168,9 @@ class TestZeroGrad:
         for seed in (1, 2, 3):
             backward(model, seed)
         expected = sum(2 * model[0](inputs(s)).detach().t() @ inputs(s) for s in (1, 2, 3))
-        torch.testing.assert_close(optimizer.subspaces[0].captured.total.dense(), expected, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(optimizer.subspaces[0].pending.total.dense(), expected, rtol=1e-12, atol=1e-12)
         optimizer.step()
-        assert optimizer.subspaces[0].captured.total is None
+        assert optimizer.subspaces[0].pending.total is None
 
 
 class TestUnusualGradients:
@@ -183,13 +184,13 @@ class TestUnusualGradients:
             optimizer.zero_grad()
             backward(model[0])
             optimizer.step()
-        assert (used.refreshes, unused.refreshes) == (1, 0)
+        assert (used.basis.refreshes, unused.basis.refreshes) == (1, 0)
         assert torch.equal(optimizer.weights()["1.0.weight"], before)
-        assert unused.due
-        assert not used.due
+        assert unused.basis.due
+        assert not used.basis.due
         backward(model[1])
         optimizer.step()
-        assert unused.refreshes == 1
+        assert unused.basis.refreshes == 1
 
     @each_mode
     def test_a_zero_gradient_keeps_the_basis_and_does_not_decide_it(self, mode):
@@ -202,11 +203,11 @@ class TestUnusualGradients:
             warnings.simplefilter("error")
             optimizer.step()
         assert torch.equal(sub.map().tensors[0], start)
-        assert sub.due  # no gradient has been seen yet
+        assert sub.basis.due  # no gradient has been seen yet
         optimizer.zero_grad()
         backward(model)
         optimizer.step()
-        assert sub.refreshes == 1
+        assert sub.basis.refreshes == 1
 
     @each_mode
     @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -223,20 +224,20 @@ class TestUnusualGradients:
             (model(inputs()).sum() * value).backward()
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
-                optimizer._choose(optimizer.subspaces)
+                choose(optimizer._run, optimizer.subspaces)
             messages += [str(w.message) for w in caught]
             optimizer.zero_grad()
         assert messages == ["0.weight: the gradient at a refresh is not finite; the old basis stays until the next one"]
         assert torch.equal(sub.map().tensors[0], basis)
         backward(model)
         optimizer.step()
-        assert sub.refreshes == 2
+        assert sub.basis.refreshes == 2
 
     def test_a_basis_that_is_not_finite_is_refused(self, monkeypatch):
-        from lingrad.transforms import SVD, Bases
+        from lingrad.transforms import SVD, Sides
 
         optimizer = lingrad.wrap(model := layer(), "svd(rank=2)", "sgd", lr=0.1)
-        monkeypatch.setattr(SVD, "bases", lambda self, grad, old, when: Bases(*(b if b is None else b / 0 for b in old)))
+        monkeypatch.setattr(SVD, "bases", lambda self, grad, old, when: Sides(*(b if b is None else b / 0 for b in old)))
         backward(model)
         with pytest.warns(RuntimeWarning, match="0.weight: svd gave a basis that is not finite; the old one stays"):
             optimizer.step()

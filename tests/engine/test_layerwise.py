@@ -236,7 +236,7 @@ def test_a_cast_between_load_and_the_first_step(mode, layerwise):
     resumed.load_state_dict(saved)
     again.double()
     one_step(again, resumed)
-    assert all(m.dtype == torch.float64 for e in resumed._base_state.values() for m in e.values() if m.dim())
+    assert all(m.dtype == torch.float64 for e in resumed._run.stepper.state.values() for m in e.values() if m.dim())
 
 
 def test_a_frozen_parameter_and_a_switch():

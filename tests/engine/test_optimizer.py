@@ -9,7 +9,7 @@ from torch import nn
 
 import lingrad
 from lingrad.errors import ModeError, SpecError
-from lingrad.transforms import Bases
+from lingrad.transforms import Sides
 from tests.support.layers import MODES, backward, each_mode, inputs, layer
 from tests.support.models import gap, llama, text_batches, text_loss, train, zoo
 
@@ -169,8 +169,8 @@ class TestBaseState:
             optimizer.zero_grad()
             (model(x) * sign).sum().backward()
             optimizer.step()
-        flipped = Bases(*(None if b is None else -b for b in sub.state))
-        sub.replace_state(flipped, sub.refreshes)
+        flipped = Sides(*(None if b is None else -b for b in sub.basis.state))
+        sub.basis.replace(flipped, sub.basis.refreshes)
         moment = optimizer.state[sub.coords]["momentum_buffer"].clone()
         optimizer.zero_grad()
         model(x).sum().backward()

@@ -49,7 +49,7 @@ class TestSketches:
         """Not at a refresh, not in its first step, not with micro-batches of more tokens than the matrix has rows."""
         model = llama(num_key_value_heads=4)  # none of 16 x 32, which is the shape of the witnesses' products
         optimizer = MODES[mode](model, text.format(side=side), lr=1e-2)
-        shapes = [sub.layout.shape for sub in optimizer.subspaces]
+        shapes = [sub.weight.layout.shape for sub in optimizer.subspaces]
         for micro_batches in text_batches(3, micro=3, rows=9):  # 3 x 108 tokens
             optimizer.zero_grad()
             with NoTensorOfShape(shapes) as watch:
@@ -58,13 +58,13 @@ class TestSketches:
             # adapter mode forms W + S z where there are so many tokens
             assert {name for name, _ in watch.found} == ({"aten::addmm"} if mode == "adapter" else set())
             optimizer.step()
-        assert {sub.refreshes for sub in optimizer.subspaces} == {2}
+        assert {sub.basis.refreshes for sub in optimizer.subspaces} == {2}
 
     def test_one_that_reads_the_gradient_does_form_it(self):
         """So that the check above can fail."""
         model = llama()
         optimizer = lingrad.wrap(model, "svd(rank=4)", lr=1e-2)
-        with NoTensorOfShape([sub.layout.shape for sub in optimizer.subspaces]) as watch:
+        with NoTensorOfShape([sub.weight.layout.shape for sub in optimizer.subspaces]) as watch:
             text_loss(model, text_batches(1, micro=1, rows=9)[0][0]).backward()
         assert watch.found
 
@@ -82,16 +82,16 @@ class TestSketches:
                 backward(model, 10 * step + seed)
                 y = nn.functional.linear(inputs(10 * step + seed), weight, model[0].bias.detach())
                 (y.sigmoid() * torch.linspace(0, 3, 24)).square().sum().backward()
-            transform, state, due = sub.transform, sub.state, sub.due
+            transform, state, due = sub.basis.transform, sub.basis.state, sub.basis.due
             assert due == (step % 2 == 0)
             optimizer.step()
             if due:
                 expected = transform.refresh(
-                    state, DenseGradient(weight.grad), When(step, step // 2, sub.when.seed, (24, 20), 0)
+                    state, DenseGradient(weight.grad), When(step, step // 2, sub.basis.when.seed, (24, 20), 0)
                 )
                 for one, other in zip(sub.map().tensors, transform.map(expected).tensors, strict=True):
                     torch.testing.assert_close(one, other, rtol=0, atol=1e-10)
-            assert sub.refreshes == 1 + step // 2
+            assert sub.basis.refreshes == 1 + step // 2
 
     @each_mode
     def test_the_step_itself_uses_the_old_basis_and_the_next_one_the_new(self, mode):
@@ -173,12 +173,12 @@ class TestSketches:
             ["0.weight: the gradient at a refresh is not finite; the old basis stays until the next one"] if value else []
         )
         assert torch.equal(sub.map().tensors[0], start)
-        assert sub.due  # no gradient that is any use has been seen yet
+        assert sub.basis.due  # no gradient that is any use has been seen yet
         if value == 0.0:  # the others have spoiled the weights, as they do in plain torch
             optimizer.zero_grad()
             backward(model)
             optimizer.step()
-            assert sub.refreshes == 1
+            assert sub.basis.refreshes == 1
 
     @each_mode
     def test_a_gradient_left_from_before_is_refused(self, mode):
@@ -201,7 +201,7 @@ class TestSketches:
         (sub,) = optimizer.subspaces
         for _ in range(3):
             model(torch.randn(500, 128)).square().sum().backward()
-        assert sub.captured.nbytes == 128 * (8 + 16) * 4
+        assert sub.pending.nbytes == 128 * (8 + 16) * 4
 
     @pytest.mark.parametrize("text", ["svd(rank=4)", "power(rank=4)"])
     def test_nothing_of_it_is_held_after_the_step(self, text):
@@ -209,9 +209,9 @@ class TestSketches:
         optimizer = lingrad.wrap(model, text, "sgd", lr=0.1)
         (sub,) = optimizer.subspaces
         backward(model)
-        assert sub.captured.nbytes > 0
+        assert sub.pending.nbytes > 0
         optimizer.step()
-        assert sub.captured.nbytes == 0
+        assert sub.pending.nbytes == 0
 
     def test_random_numbers_of_a_step_are_shared_and_forgotten(self):
         from lingrad.transforms.sketch import test_matrix
@@ -254,8 +254,8 @@ class TestSketches:
         backward(model)
         model.zero_grad()
         optimizer.step()
-        assert sub.refreshes == 0
-        assert sub.due
+        assert sub.basis.refreshes == 0
+        assert sub.basis.due
 
 
 class TestEnergy:
@@ -266,7 +266,7 @@ class TestEnergy:
         optimizer = MODES[mode](model, f"svd(rank=4, every=2, side={side})", "sgd", lr=0.1)
         assert optimizer.captured_energy() == {}
         backward(model)
-        grad = optimizer.subspaces[0].captured.total.dense().clone()
+        grad = optimizer.subspaces[0].pending.total.dense().clone()
         optimizer.step()
         values = torch.linalg.svdvals(grad)
         assert optimizer.captured_energy() == {"0.weight": pytest.approx(float(values[:4].norm() / values.norm()), rel=1e-12)}
@@ -320,11 +320,11 @@ class TestStagger:
         optimizer = MODES[mode](model, spec_, lr=1e-2, stagger=True, **options)
         history = []
         for micro_batches in text_batches(steps, micro=1):
-            before = [sub.refreshes for sub in optimizer.subspaces]
+            before = [sub.basis.refreshes for sub in optimizer.subspaces]
             optimizer.zero_grad()
             text_loss(model, micro_batches[0]).backward()
             optimizer.step()
-            history.append(sum(sub.refreshes > b for sub, b in zip(optimizer.subspaces, before, strict=True)))
+            history.append(sum(sub.basis.refreshes > b for sub, b in zip(optimizer.subspaces, before, strict=True)))
         return optimizer, history
 
     @pytest.mark.parametrize("text", ["svd(rank=4, every=7)", "power(rank=4, every=7)", "random(rank=4, every=7)"])
@@ -332,14 +332,14 @@ class TestStagger:
         optimizer, history = self.run(text, 21)
         assert len(optimizer.subspaces) == 14
         assert set(history) == {2}
-        assert {sub.refreshes for sub in optimizer.subspaces} == ({3, 4} if text.startswith("random") else {3})
-        assert [sub.offset for sub in optimizer.subspaces] == [i // 2 for i in range(14)]
+        assert {sub.basis.refreshes for sub in optimizer.subspaces} == ({3, 4} if text.startswith("random") else {3})
+        assert [sub.basis.offset for sub in optimizer.subspaces] == [i // 2 for i in range(14)]
 
     def test_without_it_one_step_refreshes_all(self):
         model = llama()
         optimizer = lingrad.wrap(model, "svd(rank=4, every=7)", lr=1e-2)
         train(model, optimizer, text_batches(1))
-        assert {sub.refreshes for sub in optimizer.subspaces} == {1}
+        assert {sub.basis.refreshes for sub in optimizer.subspaces} == {1}
 
     @pytest.mark.parametrize(
         "text",
@@ -361,7 +361,7 @@ class TestStagger:
             optimizer.zero_grad()
             for batch in micro_batches:
                 text_loss(model, batch).backward()
-            assert sum(sub.captured.total is not None for sub in optimizer.subspaces) == 1
+            assert sum(sub.pending.total is not None for sub in optimizer.subspaces) == 1
             optimizer.step()
 
     def test_it_resumes_and_is_part_of_what_a_run_is(self):

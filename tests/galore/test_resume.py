@@ -80,7 +80,7 @@ class TestContinued:
         continued.switch("adapter")
         train(model, continued, batches[6:12], schedule=False)
         for name, change in continued.changes().items():
-            expected = change.kept * start[name] + change.factors.dense()
+            expected = change.decay * start[name] + change.factors.dense()
             assert (continued.weights()[name] - expected).norm() <= 1e-12 * expected.norm()
 
     def test_groups_of_ones_own(self, tmp_path):

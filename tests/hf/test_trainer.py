@@ -244,7 +244,7 @@ class TestLogs:
             assert (entry["lingrad/coords_norm"] > 0) == (mode == "adapter")
         opt = lingrad.hf.optimizer_of(trainer)
         moments = sum(t.nbytes for entries in opt.state.values() for k, t in entries.items() if k.startswith("exp_avg"))
-        others = [t.nbytes for sub in opt.subspaces for t in (*sub.tensors(), *([] if sub.released else [sub.coords]))]
+        others = [t.nbytes for sub in opt.subspaces for t in (*sub.basis.tensors(), *([] if sub.released else [sub.coords]))]
         steps = 4 * len(opt.state)
         assert training[-1]["lingrad/state_bytes"] == pytest.approx(moments + sum(others) + steps, abs=steps + 4)
         assert not any(key.startswith("lingrad/") for entry in entries if "loss" not in entry for key in entry)

@@ -211,7 +211,8 @@ def test_muon_steps_matrices_and_adamw_the_rest():
     train_once(optimizer)
     assert [group.get("betas") for group in optimizer.param_groups] == [None, (0.8, 0.9), (0.8, 0.9)]
     assert [group.get("ns_steps") for group in optimizer.param_groups] == [4, None, None]
-    kinds = {type(stock): [own["name"] for own, _ in pairs] for stock, pairs in optimizer._stocks()}
+    built = optimizer._run.stepper.built(optimizer.param_groups)
+    kinds = {type(one.optimizer): [own["name"] for own, _ in one.pairs] for one in built}
     assert kinds == {torch.optim.Muon: ["coords"], torch.optim.AdamW: ["matrices", "vectors"]}
 
 

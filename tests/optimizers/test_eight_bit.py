@@ -151,7 +151,7 @@ def test_entries_are_bytes_with_scales_and_the_base_is_the_stock_one(base, optio
 def test_a_step_is_that_of_the_stock_base_on_the_decoded_moments(base, options):
     found = optimizers.find(base, options | SMALL, decay=False)
     one, other = nn.Parameter(draw(20, 30)), nn.Parameter(draw(20, 30))
-    optimizer, stock = found.build([one]), found.plain.build([other])
+    optimizer, stock = found.build([one]), found.unquantised.build([other])
     for seed in range(4):
         one.grad, other.grad = draw(20, 30, seed=seed), draw(20, 30, seed=seed)
         optimizer.step()
@@ -164,7 +164,7 @@ def test_a_step_is_that_of_the_stock_base_on_the_decoded_moments(base, options):
 def test_signs_are_told_by_trying(base, options):
     unsigned = optimizers.find(base, options | SMALL, decay=False).quantizer.unsigned
     squares = {"exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum", "exp_avg_sq_row", "exp_avg_sq_col"}
-    kept = optimizers.find(base, options, decay=False).memory(torch.zeros(20, 30))
+    kept = optimizers.find(base, options, decay=False).state_of(torch.zeros(20, 30))
     assert unsigned == {key for key in kept if key in squares}
 
 
@@ -229,16 +229,18 @@ def test_rotated_moments_are_decoded_first(kind):
     old, quantizer = sub.map(), optimizer.base_of("coords").quantizer
     train(model, optimizer, batches[3:], schedule=False)  # a random basis changes at the end of the step before
     before = quantizer.decode(optimizer.state[sub.coords])
-    new = sub.transform.map(sub.transform.refresh(sub.state, None, sub.when._replace(step=sub.when.step + 4)))
+    basis = sub.basis
+    drawn = basis.transform.refresh(basis.state, None, basis.when._replace(step=basis.when.step + 4))
+    new = basis.transform.map(drawn)
     moments = lingrad.engine.moments.Moments(
-        optimizer._base_state[sub.coords], "rotate", {"exp_avg": 1, "exp_avg_sq": 2}, dict, quantizer
+        optimizer._run.stepper.state[sub.coords], "rotate", {"exp_avg": 1, "exp_avg_sq": 2}, dict, quantizer
     )
     carried = moments.rotated(old, new, sub.name, sub.coords.shape)
     assert torch.equal(carried["exp_avg"], new.transport(old, before["exp_avg"]))
     assert torch.equal(carried["exp_avg_sq"], new.transport_squares(old, before["exp_avg_sq"]))
     moments.replace(carried)
     again = quantizer.decode(quantizer.encode(carried))
-    assert torch.equal(quantizer.decode(optimizer._base_state[sub.coords])["exp_avg"], again["exp_avg"])
+    assert torch.equal(quantizer.decode(optimizer._run.stepper.state[sub.coords])["exp_avg"], again["exp_avg"])
 
 
 @each_mode
@@ -299,9 +301,9 @@ def test_moments_are_decoded_a_bucket_at_a_time(monkeypatch):
 def test_a_row_of_the_ledger_is_what_a_step_leaves(base, options, shape):
     found = optimizers.find(base, {**options, "moments": "8bit", "min_8bit_size": 256})
     if base == "muon" and len(shape) != 2:
-        found = found.rest
+        found = found.fallback
     with memory.kernels.as_on_cuda("flash", set()):
-        kept = [t for t in found.memory(torch.empty(shape, device="meta")).values() if torch.is_tensor(t) and t.is_meta]
+        kept = [t for t in found.state_of(torch.empty(shape, device="meta")).values() if torch.is_tensor(t) and t.is_meta]
     assert sorted(TensorSpec(tuple(t.shape), t.dtype).nbytes for t in kept) == sorted(
         row.nbytes for row in found.moments(shape, torch.float32)
     )
@@ -406,7 +408,7 @@ def test_carry_rotate_is_still_refused_where_a_moment_cannot_be_rotated():
 
 def test_a_compiled_step_is_refused():
     optimizer = lingrad.wrap(llama(), "svd(rank=4)", lr=torch.tensor(1e-3), moments="8bit")
-    with pytest.raises(SpecError, match="with moments='8bit' a step has parts, which torch would compile anew for each"):
+    with pytest.raises(SpecError, match="with moments='8bit' a step has parts, each of which torch would compile again"):
         optimizer.compile_step()
 
 

@@ -58,7 +58,7 @@ class TestWhatPeftMakesOfIt:
         # six steps with a refresh every three (or two, on one side of kron): every basis has left its columns
         columns = 12 if spec.startswith("kron") else 8
         for row in report.rows:  # more columns than a weight has are as many as it needs, at most all
-            module = opt._model.get_submodule(row.name.rpartition(".")[0])
+            module = opt.model.get_submodule(row.name.rpartition(".")[0])
             most = min(layout_of(start[row.name], module, row.name).shape)
             assert row.rank == columns if columns <= most else row.rank <= most
         assert report.residual <= 1e-10
@@ -349,7 +349,7 @@ class TestDecayAndFewDigits:
             bridge.export(opt, tmp_path / "a", quiet=True)
         assert left_in(tmp_path) == []
         report = bridge.export(opt, tmp_path / "a", allow_residual=0.5, base=llama(), quiet=True)
-        kept = opt.changes()["model.layers.0.mlp.up_proj.weight"].kept
+        kept = opt.changes()["model.layers.0.mlp.up_proj.weight"].decay
         row = next(row for row in report.rows if row.name == "model.layers.0.mlp.up_proj.weight")
         assert row.kept == kept < 1
         # |1 - kept| |W| is what the factors lack of the change

@@ -118,7 +118,7 @@ class TestWhatPeftCannotExpress:
         opt, report = tuned(fresh(_Odd), rules, x, tmp_path, whole=True)
         assert any(reason in note for note in report.notes)
         loaded = peft.PeftModel.from_pretrained(fresh(_Odd), tmp_path / "a")
-        assert torch.allclose(loaded(x), opt._model(x), rtol=0, atol=1e-12)
+        assert torch.allclose(loaded(x), opt.model(x), rtol=0, atol=1e-12)
 
     def test_a_weight_that_several_embeddings_share_is_saved_whole_in_each(self, tmp_path):
         from transformers import T5Config, T5ForConditionalGeneration
@@ -150,7 +150,7 @@ class TestWhatPeftCannotExpress:
         assert set(report.beside) == {"scale", "inner.bias", "extra.0"}
         assert any("disable_adapter() leaves it there" in note for note in report.notes)
         loaded = peft.PeftModel.from_pretrained(fresh(_Root), tmp_path / "a")
-        assert torch.allclose(loaded(self.X), opt._model(self.X), rtol=0, atol=1e-12)
+        assert torch.allclose(loaded(self.X), opt.model(self.X), rtol=0, atol=1e-12)
         adapter = bridge.read_adapter(tmp_path / "a", fresh(_Root))
         assert set(adapter.full) == set(report.beside)
 
@@ -167,7 +167,7 @@ class TestWhatPeftCannotExpress:
         config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
         assert config["target_modules"] == "proj"  # a regular expression, which must match all of a name
         loaded = peft.PeftModel.from_pretrained(fresh(_Confusing), tmp_path / "a")
-        assert torch.allclose(loaded(self.X), opt._model(self.X), rtol=0, atol=1e-12)
+        assert torch.allclose(loaded(self.X), opt.model(self.X), rtol=0, atol=1e-12)
 
     def test_a_saved_name_that_peft_would_find_elsewhere(self, tmp_path):
         model = fresh(_Confusing).requires_grad_(False)

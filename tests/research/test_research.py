@@ -97,7 +97,7 @@ class TestRunner:
         optimizer = lingrad.wrap(model, spec, "sgd", lr=1e-2)
         train(model, optimizer, text_batches(1))
         expected = sum(
-            4 * math.prod(s) for sub in optimizer.subspaces for s in sub.transform.basis_shapes(sub.layout.shape) if s
+            4 * math.prod(s) for sub in optimizer.subspaces for s in sub.basis.transform.basis_shapes(sub.basis.shape) if s
         )
         assert runner.state_bytes(optimizer) == expected
         assert bool(expected) == kept
@@ -113,7 +113,7 @@ class TestRunner:
             text_loss(model, batch[0]).backward()
             seen.append(runner.gradient_bytes(model, optimizer))
             optimizer.step()
-        matrices = sum(math.prod(s.layout.shape) for s in optimizer.subspaces)  # 96 tokens are more than the matrices hold
+        matrices = sum(math.prod(s.basis.shape) for s in optimizer.subspaces)  # 96 tokens are more than the matrices hold
         assert seen == [4 * (full + coords + matrices), 4 * (full + coords)]
 
     def test_gaps_compare_the_weights_of_the_forward(self):

@@ -32,7 +32,7 @@ def assert_known(optimizer, start):
     assert changes.keys() == {sub.name for sub in optimizer.subspaces}
     for name, change in changes.items():
         assert change.factors is not None, name
-        expected = change.kept * change.layout.matrix(start[name]) + change.factors.dense()
+        expected = change.decay * change.layout.matrix(start[name]) + change.factors.dense()
         found = change.layout.matrix(weights[name])
         assert (found - expected).norm() <= 1e-12 * found.norm(), name
     return changes
@@ -48,7 +48,7 @@ class TestLedger:
         optimizer = MODES[mode](model, {"*": spec}, "sgd", lr=0.1, weight_decay=0.3, ledger=True)
         train(model, optimizer, zoo_batches(8), zoo_loss)
         changes = assert_known(optimizer, start)
-        assert all(change.kept < 1 for change in changes.values())
+        assert all(change.decay < 1 for change in changes.values())
 
     @pytest.mark.parametrize("spec", ["svd(rank=4, every=3)", "random(rank=4, every=3, side=left)", "power(rank=4, every=3)"])
     def test_it_follows_switches_and_resumes(self, spec):
@@ -77,7 +77,7 @@ class TestLedger:
         for name, change in again.changes().items():
             assert torch.equal(change.factors.left, expected[name].factors.left)
             assert torch.equal(change.factors.right, expected[name].factors.right)
-            assert change.kept == expected[name].kept
+            assert change.decay == expected[name].decay
 
     def test_shared_bases(self):
         model = llama()
@@ -132,7 +132,7 @@ class TestLedger:
         model = llama()
         optimizer = lingrad.adapt(model, "svd(rank=4)", lr=1e-2, weight_decay=0.1)
         train(model, optimizer, text_batches(1), schedule=False)
-        with pytest.raises(errors.ModeError, match=r"decays, and what was merged was not kept"):
+        with pytest.raises(errors.ModeError, match=r"decays, and what was merged was not recorded"):
             optimizer.changes()
 
     def test_a_checkpoint_that_lacks_a_part(self):

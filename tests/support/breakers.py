@@ -55,7 +55,7 @@ def clipped(by_full_norm):
         optimizer.zero_grad()
         token_loss(model, batch).backward()
         grads = [p.grad for group in optimizer.param_groups for p in group["params"] if group["kind"] != "coords"]
-        targets = [sub.captured.total.norm() for sub in optimizer.subspaces]
+        targets = [sub.pending.total.norm() for sub in optimizer.subspaces]
         full = torch.stack([*targets, *(g.norm() for g in grads)]).norm()
         norm = optimizer.clip_grad_norm_(float("inf"))
         factor = 0.1 / (full if by_full_norm else norm)
@@ -76,7 +76,7 @@ def scaled(inside):
     if inside:
         for sub in optimizer.subspaces:
             factors = [None if b is None else b / 4 for b in (sub.map().left, sub.map().right)]
-            sub._map = KroneckerMap(*factors)
+            sub.basis._map = KroneckerMap(*factors)
     train(model, optimizer, token_batches(7), token_loss)
     return optimizer.weights()
 

@@ -58,7 +58,7 @@ def assert_equal_bits(a, b):
 def assert_lives_on(optimizer, device):
     """All that a run keeps between steps; a base's step counters, 0-d, may stay on the CPU."""
     for attachment in optimizer.attachments:
-        found = [attachment.weight, attachment.sub.coords, *attachment.sub.tensors()]
+        found = [attachment.sub.weight.param, attachment.sub.coords, *attachment.sub.basis.tensors()]
         assert {tensor.device.type for tensor in found} == {device}, attachment.sub.name
     for entries in optimizer.state.values():
         for key, value in entries.items():

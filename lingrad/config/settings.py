@@ -1,0 +1,114 @@
+"""The options of a run: each once, with its checks, and which of them a checkpoint must agree on."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Literal, get_args
+
+from torch import Tensor
+
+from lingrad.errors import did_you_mean, require, require_one_of
+
+Mode = Literal["optimizer", "adapter"]  # when coordinates are merged: at every step, or at each refresh
+Carry = Literal["keep", "reset", "rotate"]  # what a refresh does to moments
+Share = Literal["input"]  # which weights share a basis: linear layers that read one input
+Compat = Literal["galore"]  # another program's arithmetic
+
+
+# A checkpoint may be loaded with other values of these; any other option changes what it means.
+_FREE = ("weight_decay", "scale", "layerwise", "merge_every")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Every option of `lingrad.wrap` and `lingrad.adapt` but model, rules, base and the base's own; documented there.
+
+    Raises:
+        SpecError: An option is wrong, or two of them exclude each other.
+    """
+
+    weight_decay: float = 0.0
+    scale: float = 1.0
+    carry: Carry = "keep"
+    seed: int = 0
+    compat: Compat | None = None
+    layerwise: bool = False
+    stagger: bool = False
+    share: Share | None = None
+    ledger: bool = False
+    self_contained: bool = False
+    merge_every: int | None = None
+    keep_remainder: bool = False
+
+    def __post_init__(self) -> None:
+        """Check every option, and the pairs that exclude each other."""
+        require_one_of(self.carry, get_args(Carry), "carry")
+        for option in ("weight_decay", "scale"):
+            check_not_negative(option, getattr(self, option))
+        for option in ("layerwise", "stagger", "ledger", "self_contained", "keep_remainder"):
+            value = getattr(self, option)
+            require(type(value) is bool, option, f"{option} must be True or False, not {value!r}")
+        require(type(self.seed) is int, "seed", f"seed must be a whole number, not {self.seed!r}")
+        for option, words in (("compat", get_args(Compat)), ("share", get_args(Share))):
+            value = getattr(self, option)
+            expected = " or ".join([*map(repr, words), "None"])
+            near = did_you_mean(str(value), words)
+            require(value is None or value in words, option, f"{option} must be {expected}, not {value!r}{near}")
+        require(
+            self.share is None or not self.layerwise,
+            "share",
+            "share='input' refreshes several weights together, and layerwise=True steps one after the other; leave one of them "
+            "out",
+        )
+        steps = self.merge_every
+        fits = steps is None or (type(steps) is int and steps >= 1)
+        require(fits, "merge_every", f"merge_every must be a number of steps, 1 or more, or None, not {steps!r}")
+
+    def check_mode(self, mode: Mode) -> None:
+        """Make sure that a run with these options can be made in a mode.
+
+        Args:
+            mode: ``optimizer`` or ``adapter``.
+        """
+        require_one_of(mode, get_args(Mode), "mode")
+        require(
+            self.merge_every is None or mode == "adapter",
+            "merge_every",
+            "merge_every is for adapter mode; optimizer mode merges at every step. Use lingrad.adapt(..., merge_every=...)",
+        )
+
+    def identity(self) -> dict[str, Any]:
+        """The options that a checkpoint must agree on, by name."""
+        return {option.name: getattr(self, option.name) for option in fields(self) if option.name not in _FREE}
+
+    @classmethod
+    def names(cls) -> tuple[str, ...]:
+        """The names of all options."""
+        return tuple(option.name for option in fields(cls))
+
+    @classmethod
+    def split(cls, options: Mapping[str, Any]) -> tuple[Settings, dict[str, Any]]:
+        """Take the options of a run out of keyword arguments.
+
+        Args:
+            options: Options of a run and of its base optimizer.
+
+        Returns:
+            The settings, and the options that are left, which belong to the base or to nothing.
+        """
+        own = {name: value for name, value in options.items() if name in cls.names()}
+        return cls(**own), {name: value for name, value in options.items() if name not in own}
+
+
+def check_not_negative(option: str, value: Any) -> None:
+    """Make sure that a hyper-parameter is a finite number, 0 or more; a 0-d tensor will do.
+
+    Args:
+        option: Its name.
+        value: Its value.
+    """
+    number = value.item() if isinstance(value, Tensor) and value.numel() == 1 and not value.is_meta else value
+    fits = isinstance(number, int | float) and not isinstance(number, bool) and 0 <= number < math.inf
+    require(fits, option, f"{option} must be a number, 0 or more, not {value!r}")

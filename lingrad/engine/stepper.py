@@ -1,0 +1,232 @@
+"""The base optimizers behind a run: built from its param groups, kept in step with them, and stepped."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lingrad.config.settings import Carry
+from lingrad.engine.arithmetic import Arithmetic
+from lingrad.engine.moments import Moments
+from lingrad.errors import SpecError
+from lingrad.optimizers import Base
+from lingrad.subspaces import trees
+from lingrad.subspaces.subspace import Subspace
+
+Group = dict[str, Any]
+
+# Of a param group, what the base optimizer must not get as it is: the run's own, fixed when it was built, or set in `_sync_to`.
+_OWN = {"params", "param_names", "name", "kind", "scale", "specs", "weight_decay", "lr", "eps", "fused", "foreach"}
+
+
+class Built(NamedTuple):
+    """A base optimizer and what it steps.
+
+    Args:
+        optimizer: The optimizer, unmodified.
+        pairs: The run's param groups, each with the optimizer's own.
+    """
+
+    optimizer: Optimizer
+    pairs: list[tuple[Group, Group]]
+
+    def stepped(self) -> list[tuple[Group, Tensor]]:
+        """(the run's param group, parameter), in the optimizer's order."""
+        return [(own, param) for own, group in self.pairs for param in group["params"]]
+
+
+class Stepper:
+    """The base optimizers of a run.
+
+    Args:
+        base: The base of the coordinates; its fallback steps what it cannot.
+        arithmetic: Details of the step.
+        degrees: Which moments are means (1) and which are squares (2), where they are to be rotated.
+
+    Attributes:
+        state: What the optimizers keep, by parameter; they share this mapping.
+    """
+
+    def __init__(self, base: Base, arithmetic: Arithmetic, degrees: Mapping[str, int]) -> None:
+        self.base = base
+        self.arithmetic = arithmetic
+        self.degrees = degrees
+        self.state: defaultdict[Tensor, dict[str, Any]] = defaultdict(dict)
+        self._built: list[Built] = []
+        self._single: dict[int, Built] = {}  # of one parameter each, where layerwise
+        self._followed: dict[int, tuple[torch.dtype, torch.device]] = {}  # of each parameter, when its state last followed
+        self._compiled: dict[str, Any] | None = None  # options of torch.compile, where steps go through it
+
+    def base_of(self, kind: str) -> Base:
+        """The base that steps the param groups of a kind: ``coords``, ``matrices`` or ``vectors``."""
+        return self.base if kind == "coords" else self.base.fallback or self.base
+
+    def built(self, groups: list[Group]) -> list[Built]:
+        """The optimizers of a run: one, or two where the base cannot step what is no matrix; that of the coordinates first.
+
+        Args:
+            groups: The run's param groups.
+
+        Returns:
+            The optimizers, built at the first use.
+        """
+        if not self._built:
+            stepped = [(self.base, groups)]
+            if self.base.fallback is not None:
+                coords = [group for group in groups if group["kind"] == "coords"]
+                rest = [group for group in groups if group["kind"] != "coords"]
+                stepped = [(self.base, coords), (self.base.fallback, rest)]
+            self._built = [self._build(base, own) for base, own in stepped if own]
+            for built in self._built if self._compiled is not None else ():
+                vars(built.optimizer)["step"] = torch.compile(built.optimizer.step, **self._compiled or {})
+        return self._built
+
+    def single(self, group: Group, param: Tensor) -> Built:
+        """The optimizer that steps one parameter alone.
+
+        Args:
+            group: Its param group.
+            param: The parameter.
+
+        Returns:
+            The optimizer.
+        """
+        if id(param) not in self._single:
+            optimizer, pairs = self._build(self.base_of(group["kind"]), [{**group, "params": [param]}])
+            self._single[id(param)] = Built(optimizer, [(group, own) for _, own in pairs])
+        return self._single[id(param)]
+
+    def step(self, built: Built, step: int) -> None:
+        """One step of an optimizer, with the hyper-parameters that the run's groups have now.
+
+        Args:
+            built: The optimizer.
+            step: The step, counted from 1.
+        """
+        for own, group in built.pairs:
+            _sync_to(own, group, self.arithmetic, step)
+        built.optimizer.step()
+        for own, group in built.pairs:
+            own.update({key: group[key] for key in group.keys() - _OWN})  # such as a step size that it found
+
+    def compile(self, groups: list[Group], options: dict[str, Any]) -> None:
+        """Send steps through ``torch.compile``, from the next one on.
+
+        Args:
+            groups: The run's param groups.
+            options: As for ``torch.compile``.
+
+        Raises:
+            SpecError: A learning rate is a plain number, for which torch compiles again at each change of it; or the base's
+                moments are quantised.
+        """
+        if self.base.quantizer is not None:
+            kind = self.base.quantizer.kind
+            raise SpecError(f"with moments='{kind}' a step has parts, each of which torch would compile again; leave one out")
+        plain = [group["name"] for group in groups if not isinstance(group["lr"], Tensor)]
+        if plain:
+            raise SpecError(
+                f"the learning rate of group '{plain[0]}' is a number, and a compiled step would be compiled again whenever a "
+                "schedule changes it; make the optimizer with a tensor: lr=torch.tensor(1e-3)",
+                option="lr",
+            )
+        self._compiled, self.base = options, self.base.unfused()
+        self._built.clear()
+
+    def follow(self, group: Group, param: Tensor) -> None:
+        """Cast and move the state of a parameter where model.to has cast or moved that since the last step.
+
+        Which kernels an optimizer uses depends on the device: after a move optimizers are built again.
+
+        Args:
+            group: The parameter's group.
+            param: The parameter.
+        """
+        now = (param.dtype, param.device)
+        dtype, device = self._followed.setdefault(id(param), now)
+        if (dtype, device) == now:
+            return
+        self._followed[id(param)] = now
+        entries = self.state.get(param, {})
+        fresh = self.base_of(group["kind"]).state_of(param) if entries else {}
+        if device != param.device:
+            entries.update(placed(entries, fresh, param.device))
+            self._built.clear()
+            self._single.pop(id(param), None)
+        for key, value in entries.items():
+            template = fresh.get(key)
+            if isinstance(value, Tensor) and isinstance(template, Tensor) and value.dtype == dtype != template.dtype:
+                entries[key] = value.to(template.dtype)  # not every base keeps its state in the parameter's dtype
+
+    def load(self, states: list[tuple[Tensor, dict[str, Any]]]) -> None:
+        """Take over the state of every parameter.
+
+        Args:
+            states: Each parameter with its entries, where it has any.
+        """
+        for param, entries in states:
+            self.state.pop(param, None)
+            if entries:
+                self.state[param] = entries
+        self._followed = {id(param): (param.dtype, param.device) for param, _ in states}
+
+    def moments(self, sub: Subspace, carry: Carry) -> Moments:
+        """The state of one weight's coordinates, for a refresh to carry over.
+
+        Args:
+            sub: The weight's subspace.
+            carry: How.
+
+        Returns:
+            The moments.
+        """
+
+        def initial() -> dict[str, Any]:
+            return dict(self.base.build([sub.coords]).state.get(sub.coords, {}))
+
+        return Moments(self.state.get(sub.coords, {}), carry, self.degrees, initial, self.base.quantizer)
+
+    def _build(self, base: Base, groups: list[Group]) -> Built:
+        optimizer = base.build([{"params": group["params"]} for group in groups])
+        for param, initial in optimizer.state.items():
+            if not self.state.get(param):
+                self.state[param] = initial
+        optimizer.state = self.state
+        return Built(optimizer, list(zip(groups, optimizer.param_groups, strict=True)))
+
+
+def placed(entries: Mapping[str, Any], template: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+    """A base's entries for one parameter on the devices where it keeps them.
+
+    Args:
+        entries: The entries, on any device.
+        template: What the base keeps of such a parameter.
+        device: The parameter's, for entries that ``template`` does not have.
+
+    Returns:
+        Copies.
+    """
+    devices = {key: value.device for key, value in template.items() if isinstance(value, Tensor)}
+    return {key: trees.copied(value, devices.get(key, device)) for key, value in entries.items()}
+
+
+def _sync_to(own: Mapping[str, Any], group: Group, arithmetic: Arithmetic, step: int) -> None:
+    """Copy a param group's hyper-parameters, which schedulers change, to the base optimizer's.
+
+    Args:
+        own: The run's group.
+        group: The optimizer's, changed in place.
+        arithmetic: Details of the step.
+        step: The step about to be made, counted from 1.
+    """
+    for key in group.keys() - _OWN:
+        if key in own:
+            group[key] = own[key]
+    if "eps" in group:
+        group["eps"] = arithmetic.eps(own, step)
+    group["lr"] = own["lr"] * own.get("scale", 1.0)

@@ -1,0 +1,234 @@
+"""A basis: the map S of one weight, or of several that are stacked to one tall weight, and how it came about.
+
+It knows no weight and no gradient: a run asks it what a refresh needs, and gives it the state that a refresh chose.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lingrad.gradients import Gradient
+from lingrad.maps import KroneckerMap, LinearMap
+from lingrad.subspaces import trees
+from lingrad.tensors import distinct, wide
+from lingrad.transforms import Probe, Sketch, Transform, When
+from lingrad.transforms.linalg import derive_seed
+from lingrad.transforms.sketch import test_matrix
+
+HELD_OUT = 16  # test vectors that no transform fits its basis to, from which its captured energy is estimated
+NEVER = 2**62  # steps
+
+
+class Proposal(NamedTuple):
+    """A refresh that is chosen and not yet committed."""
+
+    state: Any
+    map: LinearMap
+
+
+class Probes(NamedTuple):
+    """The products that a refresh asks of the gradient.
+
+    Args:
+        learned: Those that the transform learns from.
+        held_out: Test vectors of one or both sides, by which the new basis is judged.
+    """
+
+    learned: tuple[Probe, ...]
+    held_out: tuple[Probe, ...]
+
+
+class Schedule(NamedTuple):
+    """What the next step means for a basis.
+
+    Args:
+        redraw: It must be drawn again before the step's forward.
+        changes: A gradient that is left from before now would belong to another basis in the step.
+    """
+
+    redraw: bool
+    changes: bool
+
+
+class Basis:
+    """One map S for one weight, or for several weights [m_i, n] that share a right basis, read as [sum of m_i, n].
+
+    Args:
+        name: The parameter it was made for, for messages; of several the first one.
+        transform: How the map is chosen.
+        shape: (m, n), or (sum of m_i, n).
+        seed: The seed of this basis.
+        run_seed: The seed of the run.
+        like: A weight, for device and dtype.
+
+    Attributes:
+        state: The transform's state.
+        when: The step that is being prepared, as its refresh would see it.
+        refreshes: Refreshes committed.
+        offset: Steps by which its refreshes are late, where weights take turns.
+        due: Whether the step that is being prepared gathers what a refresh needs.
+        energy: |S S^T G| / |G| of the last refresh; None where it was not measured.
+        proposal: A refresh that is chosen and not yet committed.
+    """
+
+    def __init__(
+        self, name: str, transform: Transform, shape: tuple[int, int], *, seed: int, run_seed: int, like: Tensor
+    ) -> None:
+        self.name = name
+        self.transform = transform
+        self.state = transform.init(shape, seed=seed, device=like.device, dtype=like.dtype)
+        self.when = When(0, 0, seed, shape, run_seed)
+        self.refreshes = 0
+        self.offset = 0
+        self.due = False
+        self.energy: float | None = None
+        self.proposal: Proposal | None = None
+        self._map: LinearMap | None = None
+        self._said: set[str] = set()
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(m, n), of the stacked weights where several share it."""
+        return self.when.shape
+
+    @property
+    def coords_shape(self) -> tuple[int, int]:
+        """(p, q), of the stacked weights where several share it."""
+        return self.transform.coords_shape(self.shape)
+
+    def map(self) -> LinearMap:
+        """The map S."""
+        if self._map is not None:
+            return self._map
+        current = self.transform.map(self.state)
+        if self.transform.stores_map:
+            self._map = current
+        return current
+
+    def tensors(self) -> list[Tensor]:
+        """The tensors that hold the basis between steps: of the transform's state, and of the map where it is stored."""
+        return distinct([*trees.tensors(self.state), *(self._map.tensors if self._map is not None else ())])
+
+    def schedule(self, step: int) -> Schedule:
+        """Look ahead to the step after ``step`` finished ones; a refresh that was proposed and not committed is dropped.
+
+        A refresh that needs something of that step's gradient sets ``due``; a basis that has seen no usable gradient yet
+        stays due until it does.
+
+        Args:
+            step: Steps finished.
+
+        Returns:
+            What that step means.
+        """
+        self.proposal = None
+        clock = step - self.offset
+        now = clock >= 0 and (self.transform.due(clock) or (self.refreshes == 0 and self.transform.due(0)))
+        # a basis that is learned from a sketch has changed at the end of the last step, any other changes in this one
+        changes = self.refreshes != self.when.refreshes if self.transform.reads == "sketch" else now
+        self.when = self.when._replace(step=clock, refreshes=self.refreshes)
+        self.due = now and self.transform.reads != "nothing"
+        return Schedule(now and not self.due, changes)
+
+    def asks(self, like: Tensor) -> Probes:
+        """What the refresh of the step that is being prepared asks of the gradient.
+
+        Args:
+            like: Coordinates, for device and dtype of the test vectors.
+
+        Returns:
+            The probes, in the shape of the stacked weights.
+        """
+        return Probes(self.transform.probes(self.state, self.when), self.held_out(like))
+
+    def held_out(self, like: Tensor) -> tuple[Probe, ...]:
+        """Test vectors for each side on which there is a basis with fewer columns than the weight has rows or columns.
+
+        Args:
+            like: Coordinates, for device and dtype.
+
+        Returns:
+            A probe for each such side.
+        """
+        found = []
+        sides = zip(("left", "right"), self.coords_shape, self.shape, reversed(self.shape), strict=True)
+        for side, few, size, across in sides:
+            if few < size:
+                seed = derive_seed(self.when.run_seed, "witness", self.when.step, side)
+                columns = min(HELD_OUT, across)
+                drawn = test_matrix(across, columns, seed=seed, device=like.device, dtype=like.dtype)
+                found.append(Probe(None, drawn) if side == "left" else Probe(drawn, None))
+        return tuple(found)
+
+    def proposed(self, state: Any) -> Proposal:
+        """A proposal to change to a state; `commit` takes it over."""
+        return Proposal(state, self.transform.map(state))
+
+    def commit(self) -> None:
+        """Change to the proposal; coordinates and moments are those of the old map, and the caller's to carry over."""
+        assert self.proposal is not None  # noqa: S101 - the caller has looked
+        state, chosen = self.proposal
+        self.replace(state, self.refreshes + 1, chosen)
+        self.proposal, self.due = None, False
+
+    def replace(self, state: Any, refreshes: int, chosen: LinearMap | None = None) -> None:
+        """Take over a state.
+
+        Args:
+            state: The state, of a refresh or a checkpoint.
+            refreshes: Refreshes that led to it.
+            chosen: Its map, if that was made already.
+        """
+        self.state, self.refreshes = state, refreshes
+        self._map = chosen if self.transform.stores_map else None
+
+    def begin(self, state: Any) -> None:
+        """Start a run from a state that was chosen elsewhere, and keep it for a whole period.
+
+        Args:
+            state: The state.
+        """
+        self.replace(state, 1)
+        self.offset += self.transform.period or NEVER
+        self.schedule(0)
+
+    def move(self, device: torch.device) -> None:
+        """Follow the weights to a device; the basis keeps its dtype."""
+        if any(t.device != device for t in trees.tensors(self.state)):
+            self.replace(trees.moved(self.state, device), self.refreshes)
+
+    def warn_once(self, message: str, name: str = "") -> None:
+        """Warn, once for each message.
+
+        Args:
+            message: The message.
+            name: The weight it is about, where it is about one of several.
+        """
+        text = f"{name or self.name}: {message}"
+        if text not in self._said:
+            self._said.add(text)
+            warnings.warn(text, RuntimeWarning, stacklevel=3)
+
+
+def products(grad: Gradient, probes: Sequence[Probe], current: LinearMap, projected: Tensor) -> Sketch:
+    """The products of a gradient with some probes; one that is its projection is not computed again.
+
+    Args:
+        grad: G [m, n].
+        probes: What it is multiplied with.
+        current: The map of its projection.
+        projected: Its projection, [p, q].
+
+    Returns:
+        The products, in memory of their own and at least float32.
+    """
+    found = []
+    for left, right in probes:
+        known = isinstance(current, KroneckerMap) and current.left is left and current.right is right
+        found.append((projected if known else grad.product(left, right)).to(wide(grad.dtype), copy=known))
+    return tuple(found)

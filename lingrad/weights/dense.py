@@ -1,0 +1,78 @@
+"""Weights that are parameters of floating-point numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, final
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import override
+
+from lingrad.maps import LinearMap
+from lingrad.tensors import storage
+from lingrad.weights.base import Weight
+from lingrad.weights.layout import Layout
+
+
+@final
+class DenseWeight(Weight):
+    """A parameter as it is.
+
+    Args:
+        layout: How it is read as a matrix [m, n].
+        param: The parameter.
+        owners: Every (module, attribute) that holds it; several for tied weights, none where only the parameter is known.
+    """
+
+    def __init__(self, layout: Layout, param: nn.Parameter, owners: Sequence[tuple[nn.Module, str]] = ()) -> None:
+        super().__init__(layout)
+        self.owners = tuple(owners)
+        self._param = None if owners else param
+
+    @property
+    @override
+    def param(self) -> nn.Parameter:
+        if self._param is not None:
+            return self._param
+        module, attribute = self.owners[0]
+        found = module._parameters.get(attribute)
+        return _parametrized(module, attribute) if found is None else found
+
+    @property
+    @override
+    def dtype(self) -> torch.dtype:
+        return self.param.dtype
+
+    @override
+    def dense(self) -> Tensor:
+        return self.param.detach()
+
+    @override
+    def add_(self, current: LinearMap, coords: Tensor) -> None:
+        weight = self.param
+        matrix = self.layout.matrix(weight)
+        if storage(matrix) == storage(weight):
+            current.add_lift_(matrix, coords)
+        else:  # the strides allowed no view, as in a channels_last convolution
+            weight.add_(self.layout.restore(current.lift(coords)))
+
+    @override
+    def scales(self) -> list[Tensor]:
+        return [self.param]
+
+    @override
+    def tensors(self) -> list[Tensor]:
+        return [self.param]
+
+    @override
+    def state(self) -> dict[str, Tensor]:
+        return {"weight": self.param.detach()}
+
+
+def _parametrized(module: nn.Module, attribute: str) -> nn.Parameter:
+    """The tensor behind a parametrization of one tensor, such as adapter mode's; behind any other, what it computes."""
+    held: Any = getattr(module, "parametrizations", {})
+    original = getattr(held[attribute], "original", None) if attribute in held else None
+    found: nn.Parameter = getattr(module, attribute) if original is None else original
+    return found

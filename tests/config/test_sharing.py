@@ -15,9 +15,8 @@ from lingrad.errors import CheckpointError, SpecError
 from lingrad.gradients.local import DenseGradient
 from lingrad.testing.oracles import assert_dual
 from tests.support.models import gap, llama, text_batches, text_loss, train
+from tests.support.runs import MODES, each_mode
 
-MODES = {"optimizer": lingrad.wrap, "adapter": lingrad.adapt}
-each_mode = pytest.mark.parametrize("mode", MODES)
 SPECS = (
     "svd(rank=4, every=3)",
     "svd(rank=4, every=3, solver=gram, side=right)",

@@ -10,9 +10,9 @@ import lingrad.hf
 from lingrad.errors import DependencyError, ModeError, SpecError
 from tests.support import trainers
 from tests.support.models import gap, llama
+from tests.support.runs import MODES
 from tests.support.trainers import arguments, make, weights
 
-MODES = ("optimizer", "adapter")
 SPEC = "svd(rank=4, every=3)"
 
 

@@ -13,20 +13,8 @@ from lingrad.errors import ExportError, ModeError, SpecError
 from lingrad.weights.layout import layout_of
 from tests.support.models import gap, gpt2, llama, text_batches, text_loss, train
 from tests.support.peft_models import CASES, bert, conv, images
-from tests.support.peft_runs import (
-    EXACT,
-    MODES,
-    ROOT,
-    SIDES,
-    SPECS,
-    left_in,
-    llama_run,
-    merged_by_peft,
-    peft,
-    run_of,
-    slow,
-    weights_of,
-)
+from tests.support.peft_runs import EXACT, MODES, ROOT, SIDES, SPECS, left_in, llama_run, merged_by_peft, peft, run_of, slow
+from tests.support.runs import weights_of
 
 
 class TestWhatPeftMakesOfIt:

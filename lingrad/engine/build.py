@@ -235,7 +235,7 @@ def start(run: Run, mode: Mode) -> None:
 
 def _attachments(placed: Sequence[Place], settings: Settings) -> list[Attachment]:
     """The subspace of every target, on a basis of its own or a shared one, and its connection to the model."""
-    bases: dict[str, tuple[Basis, SharedInput, int]] = {}  # by the first of the weights: with the rows used so far
+    bases: dict[str, tuple[Basis, SharedInput | None, int]] = {}  # by the first of the weights: with the rows used so far
     found = []
     for place in placed:
         target, first = place.target, place.group[0]
@@ -244,7 +244,8 @@ def _attachments(placed: Sequence[Place], settings: Settings) -> list[Attachment
             transform, like = as_published(settings.compat, first.transform), first.like
             seed = derive_seed(settings.seed, first.name)
             basis = Basis(first.name, transform, place.shape, seed=seed, run_seed=settings.seed, like=like)
-            bases[first.name] = basis, SharedInput({member.name for member in place.group}), 0
+            names = {member.name for member in place.group}
+            bases[first.name] = basis, SharedInput(names) if len(names) > 1 else None, 0
         basis, shared, start = bases[first.name]
         bases[first.name] = basis, shared, start + rows
         ledger = Ledger(basis.transform, records=settings.ledger)

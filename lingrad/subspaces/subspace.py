@@ -147,8 +147,9 @@ class Subspace:
             return None  # to quantise again would change the weight for nothing
         # what is released has been stepped
         self.ledger.merged = self.ledger.merged or release or bool(self.coords.any())
-        self.ledger.add(self.coords)
-        remainder = self.weight.add_(self.map(), self.coords)
+        if self.ledger.records:
+            self.ledger.add(self.coords)
+        remainder = self.weight.add_(self.basis.map(), self.coords)
         if release:
             self.release()
         if not self.released:

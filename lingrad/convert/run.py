@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lingrad.config.sharing import Place, places
+from lingrad.config.sharing import GroupedTarget, group_targets
 from lingrad.config.targets import resolve_model
 from lingrad.console import Tick
 from lingrad.convert.lowrank import MOST_ROUNDINGS, Goal
@@ -110,7 +110,7 @@ def convert_run(
 class _Entry:
     """What the checkpoint holds of one transformed weight: its place among those that share its basis, and flat entries."""
 
-    place: Place
+    place: GroupedTarget
     entries: Mapping[str, Any]
     leader: Mapping[str, Any]
 
@@ -171,7 +171,7 @@ class _Run:
             plan = resolve_model(model, {name: text for name, text, _ in trained})
         except LingradError as error:
             raise CheckpointError(f"the {FILE} of '{tuned.path}' is of another model: {error}") from error
-        placed = places(plan.targets, groups[0].get("share"))
+        placed = group_targets(plan.targets, groups[0].get("share"))
         self.places = {
             place.target.name: _Entry(place, entries[place.target.name], entries[place.group[0].name]) for place in placed
         }

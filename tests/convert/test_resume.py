@@ -64,7 +64,7 @@ class TestResume:
         def fail(*_, **__):
             raise Stop
 
-        module = {"write_adapter": convert.writing, "check_structure": convert.verify, "publish": two_models}[stage]
+        module = convert.writing.verify if stage == "check_structure" else convert.writing
         with monkeypatch.context() as patch:
             patch.setattr(module, stage, fail)
             with pytest.raises(Stop):
@@ -116,7 +116,7 @@ class TestResume:
 
         with monkeypatch.context() as patch:
             patch.setattr(os, "fdopen", lambda *args: Full(real(*args)))
-            with pytest.raises(DataError, match=r"cannot write '.*out': .*No space left on device; what was finished is kept"):
+            with pytest.raises(DataError, match=r"cannot write '.*out': .*No space left on device; what was finished is stored"):
                 convert.convert(*models, tmp_path / "out")
         assert not (tmp_path / "out").exists()
         assert not [path for path in (tmp_path / ".out.partial").iterdir() if path.name.startswith(".")]
@@ -170,7 +170,7 @@ class TestTwoAtOnce:
         hidden = tmp_path / ".out.partial"
         hidden.mkdir()
         (hidden / "notes.txt").write_text("mine")
-        with pytest.raises(DataError, match="holds 'notes.txt', which is none; move it"):
+        with pytest.raises(DataError, match="contains 'notes.txt', which is something else; move it"):
             convert.convert(*models, tmp_path / "out")
         assert contents(hidden) == {"notes.txt": b"mine"}
         (hidden / "notes.txt").unlink()
@@ -186,7 +186,7 @@ class TestTwoAtOnce:
             convert.convert(*models, tmp_path / "out", tick=stop_after(2))
         (tmp_path / "out").mkdir()
         with pytest.raises(DataError, match="exists, and nothing is overwritten"):
-            work.Parts(tmp_path / "out", {})
+            work.WorkFolder(tmp_path / "out", {})
         assert len(contents(tmp_path / ".out.partial")) == 4  # manifest, lock, two parts
 
 

@@ -13,7 +13,7 @@ from lingrad.console import Tick
 from lingrad.convert.tensors import param_of, tied_names
 from lingrad.errors import CheckpointError, DataError
 from lingrad.files.atomic import new_folder
-from lingrad.files.model_folder import INDEX, ModelFolder
+from lingrad.files.model_folder import INDEX, WEIGHTS, ModelFolder
 from lingrad.files.tensorfile import Piece, write_tensors
 from lingrad.models import open_model
 from lingrad.peft.read import read_adapter
@@ -101,7 +101,7 @@ def write_model(template: ModelFolder, out: Path, make: Callable[[str], Tensor],
                 write_tensors(folder / name, pieces, file.metadata)
             for source in sorted(template.path.iterdir()):
                 index = source.name.endswith(".index.json") and (
-                    template.index is None or source.name != INDEX
+                    WEIGHTS in template.files or source.name != INDEX
                 )  # it lists other files
                 if source.is_file() and source.suffix not in _WEIGHTS and not index:
                     shutil.copyfile(source, folder / source.name)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
@@ -23,7 +22,6 @@ class ModelFolder:
     Attributes:
         path: The folder.
         files: Its weight files by name.
-        index: The content of the index file, where there are several weight files.
 
     Raises:
         DataError: It is not a model folder, or its weights are missing, truncated, tampered with or pickles.
@@ -34,13 +32,8 @@ class ModelFolder:
         if not (path / "config.json").is_file():
             fault = "there is no such folder" if not path.is_dir() else "it has no config.json"
             raise DataError(f"'{path}' is not a model folder: {fault}; expected what model.save_pretrained(folder) writes")
-        self.index: dict[str, Any] | None = None
-        self.files: dict[str, TensorFile] = {}
-        if (path / WEIGHTS).is_file():
-            self.files[WEIGHTS] = TensorFile(path / WEIGHTS)
-        elif (path / INDEX).is_file():
-            self._read_index()
-        else:
+        self.files = open_weights(path)
+        if not self.files:
             raise DataError(_no_weights(path))
         self._where = {name: file for file in self.files.values() for name in file.entries}
 
@@ -67,24 +60,65 @@ class ModelFolder:
         found = {file.name: file.stat() for file in files if file.exists()}
         return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in sorted(found.items())}
 
-    def _read_index(self) -> None:
-        path = self.path / INDEX
-        try:
-            self.index = json.loads(path.read_text())
-        except (OSError, ValueError, RecursionError) as error:
-            raise DataError(f"cannot read {path}: {error}") from error
-        where = self.index.get("weight_map") if isinstance(self.index, dict) else None
-        if not isinstance(where, dict) or not where or not all(isinstance(file, str) for file in where.values()):
-            raise DataError(f"{path} has no 'weight_map' from tensors to files; copy or save the model again")
-        for name in sorted(set(where.values())):
-            if Path(name).name != name or "\0" in name or not name.endswith(".safetensors"):
-                raise DataError(f"{path} names '{name}'; expected safetensors files in the same folder")
-            self.files[name] = TensorFile(self.path / name)
-        held = {tensor: name for name, file in self.files.items() for tensor in file.entries}
-        count = sum(len(file.entries) for file in self.files.values())
-        if held != where or count != len(held):
-            odd = sorted(key for key in {*held, *where} if held.get(key) != where.get(key)) or ["a tensor that occurs twice"]
-            raise DataError(f"{path} does not fit its files, first at '{odd[0]}'; copy or save the model again")
+
+def weight_files(folder: Path, single: str = WEIGHTS) -> list[str]:
+    """The names of the files that a folder's weights are in: one, or those that an index lists.
+
+    Args:
+        folder: A model's or a checkpoint's folder.
+        single: The name of the file where there is one; an index has ``.index.json`` after it.
+
+    Returns:
+        The names, sorted; none where there is neither. The files themselves need not exist.
+
+    Raises:
+        DataError: The index cannot be read, or lists other than such files in the folder.
+    """
+    if (folder / single).is_file():
+        return [single]
+    index = folder / f"{single}.index.json"
+    return sorted(set(_listed(index).values())) if index.is_file() else []
+
+
+def open_weights(folder: Path) -> dict[str, TensorFile]:
+    """The weight files of a model's or a checkpoint's folder.
+
+    Args:
+        folder: The folder.
+
+    Returns:
+        Name -> file; none where it has no safetensors.
+
+    Raises:
+        DataError: A file or the index is damaged, or they do not fit each other.
+    """
+    files = {name: TensorFile(folder / name) for name in weight_files(folder)}
+    if files and WEIGHTS not in files:
+        listed = _listed(folder / INDEX)
+        found = {tensor: name for name, file in files.items() for tensor in file.entries}
+        count = sum(len(file.entries) for file in files.values())
+        if found != listed or count != len(found):
+            odd = sorted(key for key in {*found, *listed} if found.get(key) != listed.get(key)) or [
+                "a tensor that occurs twice"
+            ]
+            raise DataError(f"{folder / INDEX} does not fit its files, first at '{odd[0]}'; copy or save the model again")
+    return files
+
+
+def _listed(index: Path) -> dict[str, str]:
+    """Tensor -> file, as an index lists them."""
+    try:
+        content = json.loads(index.read_text())
+    except (OSError, ValueError, RecursionError) as error:
+        raise DataError(f"cannot read {index}: {error}") from error
+    where = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(where, dict) or not where or not all(isinstance(file, str) for file in where.values()):
+        raise DataError(f"{index} has no 'weight_map' from tensors to files; copy or save the model again")
+    suffix = Path(index.name.removesuffix(".index.json")).suffix
+    for name in sorted(set(where.values())):
+        if Path(name).name != name or "\0" in name or not name.endswith(suffix):
+            raise DataError(f"{index} names '{name}'; expected {suffix.removeprefix('.')} files in the same folder")
+    return where
 
 
 def _no_weights(path: Path) -> str:

@@ -170,7 +170,7 @@ class TestGoals:
         found = detect(difference(tuned, base), Goal(max_error=0.1), seed=1)
         left = (dense(tuned, base) - found.factors.dense()).norm() / dense(tuned, base).norm()
         assert left <= 0.1
-        assert detect(difference(tuned, base), Goal(rank=5), seed=1).kept == pytest.approx(0.9, abs=0.02)
+        assert detect(difference(tuned, base), Goal(rank=5), seed=1).decay == pytest.approx(0.9, abs=0.02)
 
     @pytest.mark.parametrize(
         ("options", "message"),
@@ -196,7 +196,7 @@ def test_numbers_that_are_none(which):
     pair = weights(20, 30, 4)
     pair[which][3, 4] = float("nan")
     pair[which][5, 4] = float("inf")
-    with pytest.raises(DataError, match=f"the weight of {('TUNED', 'BASE')[which]} has 2 numbers that are NaN or infinite"):
+    with pytest.raises(DataError, match=f"the weight of {('TUNED', 'BASE')[which]} has 2 elements that are NaN or infinite"):
         detect(difference(*pair), Goal(), seed=1)
 
 
@@ -217,5 +217,5 @@ def test_blocks_of_rows_change_nothing(monkeypatch):
     blocked = detect(Difference((96, 160), FP32, rows), Goal(), seed=1)
     assert set(asked) == {4}
     assert blocked.factors.rank == whole.factors.rank
-    assert blocked.kept == pytest.approx(whole.kept, rel=1e-12)
+    assert blocked.decay == pytest.approx(whole.decay, rel=1e-12)
     assert (blocked.factors.dense() - whole.factors.dense()).norm() <= 1e-9 * whole.factors.dense().norm()

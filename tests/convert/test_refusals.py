@@ -49,7 +49,7 @@ class TestRefused:
 
     def test_one_folder_in_the_other(self, models, tmp_path):
         for out, decayed in (("a", "a"), ("a", "a/b"), ("a/b", "a")):
-            with pytest.raises(SpecError, match="lie one in the other"):
+            with pytest.raises(SpecError, match="is inside the other; name separate folders"):
                 convert.convert(*models, tmp_path / out, decayed_base=tmp_path / decayed)
         assert not list(tmp_path.iterdir())
 
@@ -162,7 +162,7 @@ class TestRefused:
         for folder in folders:
             (folder / "config.json").write_text(json.dumps(config | {"model_type": "unheard-of"}))
             (folder / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
-        self.refused(*folders, tmp_path / "out", "has no config that transformers")
+        self.refused(*folders, tmp_path / "out", "holds no config that transformers")
         assert not (tmp_path / "ran").exists()
 
 

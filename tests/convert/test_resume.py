@@ -116,7 +116,9 @@ class TestResume:
 
         with monkeypatch.context() as patch:
             patch.setattr(os, "fdopen", lambda *args: Full(real(*args)))
-            with pytest.raises(DataError, match=r"cannot write '.*out': .*No space left on device; what was finished is stored"):
+            with pytest.raises(
+                DataError, match=r"cannot write '.*out': .*No space left on device; what was finished is stored"
+            ):
                 convert.convert(*models, tmp_path / "out")
         assert not (tmp_path / "out").exists()
         assert not [path for path in (tmp_path / ".out.partial").iterdir() if path.name.startswith(".")]

@@ -115,7 +115,7 @@ class TestWhatPeftMakesOfIt:
         report = bridge.export(opt, tmp_path / "a", start=llama(), quiet=True)
         assert not {"lm_head", "model.embed_tokens"} & set(report.saved_modules)
         assert "model.norm" in report.saved_modules
-        assert {"lm_head", "model.embed_tokens"} <= set(bridge.export(opt, tmp_path / "b", quiet=True).whole)
+        assert {"lm_head", "model.embed_tokens"} <= set(bridge.export(opt, tmp_path / "b", quiet=True).saved_modules)
 
     def test_ranks_that_differ(self, tmp_path):
         model = llama()
@@ -267,9 +267,7 @@ class TestTheReport:
         assert len(low) == 14
         assert {row["name"] for row in found["rows"]} == set(opt.weights())
         assert (
-            sum(row["nbytes"] for row in low)
-            < found["nbytes"]
-            == (tmp_path / "a" / "adapter_model.safetensors").stat().st_size
+            sum(row["nbytes"] for row in low) < found["nbytes"] == (tmp_path / "a" / "adapter_model.safetensors").stat().st_size
         )
 
     def test_it_says_what_was_compared(self, tmp_path):
@@ -349,7 +347,10 @@ class TestARunIsNotDisturbed:
 class TestDecayAndFewDigits:
     def test_decay_is_refused_with_its_size(self, tmp_path):
         _, opt = llama_run(weight_decay=0.1)
-        with pytest.raises(ExportError, match=r"weight decay has multiplied the starting weight by 0\.99\d+, .*allow_residual=0\.\d+ accepts it"):
+        with pytest.raises(
+            ExportError,
+            match=r"weight decay has multiplied the starting weight by 0\.99\d+, .*allow_residual=0\.\d+ accepts it",
+        ):
             bridge.export(opt, tmp_path / "a", quiet=True)
         assert left_in(tmp_path) == []
         report = bridge.export(opt, tmp_path / "a", allow_residual=0.5, start=llama(), quiet=True)

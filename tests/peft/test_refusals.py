@@ -148,7 +148,7 @@ class TestWhatPeftCannotExpress:
     def test_parameters_whose_module_holds_adapters_are_saved_by_themselves(self, tmp_path):
         opt, report = tuned(fresh(_Root), "svd(rank=2)", self.X, tmp_path)
         assert set(report.alongside) == {"scale", "inner.bias", "extra.0"}
-        assert any("disable_adapter() leaves it there" in note for note in report.notes)
+        assert any("disable_adapter() does not remove it" in note for note in report.notes)
         loaded = peft.PeftModel.from_pretrained(fresh(_Root), tmp_path / "a")
         assert torch.allclose(loaded(self.X), opt.model(self.X), rtol=0, atol=1e-12)
         adapter = bridge.read_adapter(tmp_path / "a", fresh(_Root))
@@ -236,7 +236,10 @@ class TestWhatGoesWrong:
     def test_a_config_that_targets_something_else(self, tmp_path, monkeypatch):
         _, opt = llama_run()
         monkeypatch.setattr("lingrad.peft.names.target_modules", lambda *_: ["q_proj"])
-        with pytest.raises(ExportError, match="PEFT puts an adapter of a weight in another module than lingrad wrote it for: none at model.layers"):
+        with pytest.raises(
+            ExportError,
+            match="PEFT puts an adapter of a weight in another module than lingrad wrote it for: none at model.layers",
+        ):
             bridge.export(opt, tmp_path / "a", quiet=True)
 
     def test_without_peft(self, tmp_path, monkeypatch):
@@ -247,7 +250,8 @@ class TestWhatGoesWrong:
         assert left_in(tmp_path) == []
 
     @pytest.mark.parametrize(
-        "where", ["lingrad.peft.write.write_tensors", "lingrad.peft.write.write_whole", "lingrad.peft.report.AdapterReport.write"]
+        "where",
+        ["lingrad.peft.write.write_tensors", "lingrad.peft.write.write_whole", "lingrad.peft.report.AdapterReport.write"],
     )
     def test_a_full_disk_leaves_nothing(self, where, tmp_path, monkeypatch):
         _, opt = llama_run()

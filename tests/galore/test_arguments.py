@@ -157,6 +157,12 @@ class TestRefusals:
             lingrad.hf.from_galore_args(galore(tmp_path, **options))
         assert message in str(caught.value)
 
+    @pytest.mark.parametrize("args", [None, {"optim": "galore_adamw"}, "galore_adamw"])
+    def test_what_is_no_arguments(self, args):
+        with pytest.raises(SpecError, match="^args must be the TrainingArguments of the Trainer, not ") as caught:
+            lingrad.hf.from_galore_args(args)
+        assert caught.value.option == "args"
+
     def test_the_last_digit_of_what_is_not_reproduced(self, tmp_path):
         with pytest.raises(SpecError, match="as_published=True is for galore_adamw"):
             lingrad.hf.from_galore_args(galore(tmp_path, optim="galore_adamw_8bit"), as_published=True)

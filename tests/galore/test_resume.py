@@ -164,7 +164,10 @@ class TestRefused:
             (lambda state, group: state.pop("step"), "the 'step' of '.*' in the file is not a whole number"),
             (lambda state, group: state.update(exp_avg=5), "'exp_avg' of '.*' is not a tensor of finite numbers"),
             (lambda state, group: state["exp_avg_sq"].fill_(float("nan")), "'exp_avg_sq' of '.*' is not a tensor of finite"),
-            (lambda state, group: state["projector"].ortho_matrix.fill_(float("inf")), "basis' of '.*' is not a tensor of finite"),
+            (
+                lambda state, group: state["projector"].ortho_matrix.fill_(float("inf")),
+                "basis' of '.*' is not a tensor of finite",
+            ),
             (lambda state, group: setattr(state["projector"], "proj_type", ["std"]), "no projector of galore_torch for"),
             (lambda state, group: group.update(lr={}), "'lr' in the file's param groups is neither a number nor a pair"),
             (lambda state, group: group.pop("params"), "is damaged: expected dicts"),

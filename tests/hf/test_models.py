@@ -213,9 +213,7 @@ class TestAdapter:
         trainer.train()
         (tmp_path / "saved/adapter").mkdir(parents=True)
         (tmp_path / "saved/adapter/notes.txt").write_text("mine")
-        with pytest.warns(
-            UserWarning, match="no adapter: .* is not an adapter's folder, and is not overwritten"
-        ):
+        with pytest.warns(UserWarning, match="no adapter: .* is not an adapter's folder, and is not overwritten"):
             trainer.save_model(tmp_path / "saved")
         assert [path.name for path in (tmp_path / "saved/adapter").iterdir()] == ["notes.txt"]
         assert not list((tmp_path / "saved").glob(".*"))

@@ -85,6 +85,21 @@ class TestRefusals:
             warnings.simplefilter("error")
             lingrad.hf.trainer_kwargs(SPEC, arguments(tmp_path, max_grad_norm=0), layerwise=True)
 
+    def test_the_old_name_of_rules(self, tmp_path):
+        args = arguments(tmp_path)
+        with pytest.warns(DeprecationWarning, match=r"trainer_kwargs\(spec_or_rules=...\) is deprecated; use rules=") as caught:
+            found = lingrad.hf.trainer_kwargs(spec_or_rules=SPEC, args=args)
+        assert caught[0].filename == __file__
+        assert found == lingrad.hf.trainer_kwargs(SPEC, args)
+        with pytest.raises(SpecError, match="got rules and spec_or_rules, which is its old name"):
+            lingrad.hf.trainer_kwargs(SPEC, args, spec_or_rules=SPEC)
+        with pytest.raises(SpecError, match="rules is missing: "):
+            lingrad.hf.trainer_kwargs(args=args)
+
+    @pytest.mark.parametrize("ledger", ["x", 2, []])
+    def test_a_ledger_of_another_type(self, tmp_path, ledger):
+        self.refused(tmp_path, SpecError, "^ledger must be True, False or None, not ", ledger=ledger)
+
     def test_what_is_wrong_is_said_before_training(self, tmp_path):
         self.refused(tmp_path, SpecError, "unknown option 'rnak'", spec="svd(rnak=4)")
         self.refused(tmp_path, SpecError, "takes no option 'momentun'", base="sgd", momentun=0.1)

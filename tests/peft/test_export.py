@@ -171,6 +171,24 @@ class TestWhatPeftMakesOfIt:
         with pytest.raises(SpecError, match=f"^{next(iter(options))} must be a "):
             bridge.export(opt, tmp_path / "a", quiet=True, **options)
 
+    @pytest.mark.parametrize("start", [5, [llama], {"base": 1}])
+    def test_a_start_of_another_type(self, start, tmp_path):
+        _, opt = llama_run()
+        with pytest.raises(SpecError, match="^start must be a folder or a model, not ") as caught:
+            bridge.export(opt, tmp_path / "a", start=start, quiet=True)
+        assert caught.value.option == "start"
+        assert left_in(tmp_path) == []
+
+    def test_the_old_name_of_start(self, tmp_path):
+        _, opt = llama_run()
+        with pytest.warns(DeprecationWarning, match=r"lingrad.peft.export\(base=...\) is deprecated; use start=") as caught:
+            report = bridge.export(opt, tmp_path / "a", base=llama(), quiet=True)
+        assert report.start == "the start given"
+        assert caught[0].filename == __file__
+        with pytest.raises(SpecError, match="got start and base, which is its old name; leave base out"):
+            bridge.export(opt, tmp_path / "b", base=llama(), start=llama(), quiet=True)
+        assert not (tmp_path / "b").exists()
+
     def test_from_the_model_and_its_changes(self, tmp_path):
         model, opt = run_of("gpt2", SIDES[0])
         changes = opt.changes()

@@ -147,8 +147,8 @@ class TestTable:
             "modules saved in full: norm",
             "saved alongside the adapters: a.*.bias",
             "compared with: base",
-            "outputs on tokens: through PEFT they differ by at most 1.0e-03, the largest is 2.0; the adapter changes them by up "
-            "to 5.0e-01",
+            "outputs on tokens: through PEFT they differ by at most 1.0e-03, the largest is 2.0; the adapter changes them by "
+            "up to 5.0e-01",
             "note: a note",
         ]
         assert str(FULL) == f"{FULL.table()}\nwritten: folder (0.00 MB)"

@@ -8,10 +8,10 @@ export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 SOURCES := pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo finetune smollm2 examples readme duality memory bench mutants test coverage slow check lint types layers clean
+.PHONY: help demo finetune smollm2 examples readme duality memory bench mutants mutants-operators test coverage slow check lint types layers clean
 
 help:  ## list the targets
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 19
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
@@ -33,6 +33,11 @@ $(VENV)/.dev: $(SOURCES) examples/transform_package/pyproject.toml | $(BIN)/pyth
 $(VENV)/.bench: $(SOURCES) | $(BIN)/python
 	@echo "Installing lingrad and what it is compared with into $(VENV) (a few minutes the first time)"
 	$(PIP) -e '.[bench]'
+	@touch $@
+
+$(VENV)/.mutants: $(VENV)/.dev
+	@echo "Installing cosmic-ray into $(VENV)"
+	$(PIP) -e '.[mutants]'
 	@touch $@
 
 $(VENV)/.examples: $(SOURCES) | $(BIN)/python
@@ -67,8 +72,11 @@ memory: $(VENV)/.dev  ## simulate the runs of docs/memory.md and fill its tables
 bench: $(VENV)/.bench  ## lingrad beside its peers, into benchmarks/out; ARGS=--quick for four minutes, ARGS=--docs for the docs
 	$(BIN)/python -m benchmarks $(ARGS)
 
-mutants: $(VENV)/.dev  ## break the engine in every way we could think of, and see that the tests notice
-	$(BIN)/python tools/mutants.py
+mutants: $(VENV)/.dev  ## break what matters in one place at a time, and see that a test notices; ARGS="--only maps"
+	$(BIN)/python tools/mutants.py $(ARGS)
+
+mutants-operators: $(VENV)/.mutants  ## the same of single operators, 60 at random; ARGS="--only lingrad/maps --sample 0" for all
+	$(BIN)/python tools/operators.py $(ARGS)
 
 test: $(VENV)/.dev  ## the default test suite
 	$(BIN)/python -m pytest -m "not slow"

@@ -10,8 +10,7 @@ from torch import Tensor, nn
 
 from benchmarks import measure
 from benchmarks.plan import ENTRIES, EXACT, FULL, GALORE, LORA_ONE, OPTIMIZER, SHARED, Workload
-from lingrad.memory import MemoryReport, simulate
-from lingrad.memory.log import END_OF_STEP
+from lingrad.memory import simulate
 from lingrad.models import build_llama, next_token_loss
 
 KEYS = (FULL, OPTIMIZER, SHARED, EXACT, "adapter, all trained", LORA_ONE, GALORE)
@@ -43,28 +42,8 @@ def compare(workload: Workload) -> dict[str, dict[str, Any]]:
             checkpointing=True,
             device="cpu",
         )
-        refresh, ordinary = peaks(report)
+        refresh, ordinary = report.by_step
         found[key] = {"refresh": refresh, "ordinary": ordinary, "beyond": beyond(ordinary), "at refresh": beyond(refresh)}
-    return found
-
-
-def peaks(report: MemoryReport) -> list[dict[str, int]]:
-    """The peak of each step by category.
-
-    Args:
-        report: Of a run that has its log.
-
-    Returns:
-        Bytes by category at the moment of each step that has the most.
-    """
-    log = report.log
-    ends = sorted({at for name, at in log.marks if name == END_OF_STEP})
-    totals = [total for total, _, _ in log.running()]
-    found, start = [], 0
-    for end in ends:
-        most = max(range(start, end), key=totals.__getitem__)
-        found.append(dict(log.breakdown(log.live_at(most + 1))))
-        start = end
     return found
 
 

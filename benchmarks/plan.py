@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 
 from benchmarks.peers import Frozen, LinearsOnly, PublishedOSD, apollo_torch, pytorch_optimizer
-from lingrad.methods import Full, GaloreTorch, Lingrad, Lora, Method
+from lingrad.methods import FullRank, GaloreTorch, Lingrad, Lora, Method
 from lingrad.models import LlamaShape
 
 PERIOD = 200  # steps over which the cost of a refresh is spread
@@ -83,7 +83,7 @@ RANDOMIZED = "svd(rank={rank}, every={every}, solver=randomized)"
 ENTRIES = {
     entry.key: entry
     for entry in (
-        Entry(FULL, lambda rank, every: Full("adamw"), every=False),
+        Entry(FULL, lambda rank, every: FullRank("adamw"), every=False),
         Entry(FROZEN, lambda rank, every: Frozen(), every=False),
         Entry(OPTIMIZER, ours(RANDOMIZED)),
         Entry(SHARED, ours(RANDOMIZED, share="input")),

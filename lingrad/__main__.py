@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import sys
 
+from lingrad.deprecated import command_line
 from lingrad.errors import LingradError, optional
 
 
 def main() -> None:
-    """Run the command line; errors of lingrad are printed without a traceback and exit with status 2."""
+    """Run the command line. An error of lingrad is printed without a traceback, and the exit code is 2."""
     try:
         optional("typer", "the command line", "cli")
         from lingrad.cli import app
 
-        app()
+        app(command_line(sys.argv[1:]), prog_name="lingrad")
     except LingradError as error:
         sys.stderr.write(f"lingrad: {error}\n")
         sys.exit(2)

@@ -1,127 +1,293 @@
-"""The command line: arguments in, one call, output. No logic."""
+"""The command line: parse the arguments, call one function, print its result. No logic."""
 
 from __future__ import annotations
 
+import json as json_
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from lingrad import __version__
 from lingrad.config.explain import explain as explain_
 from lingrad.convert import commands as convert_commands
+from lingrad.errors import DataError
+from lingrad.files.atomic import write_whole
 from lingrad.memory import commands as memory_commands
+from lingrad.memory.commands import Question
 from lingrad.models import open_model
 from lingrad.research import commands as research_commands
+from lingrad.research import report as research_report
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__, pretty_exceptions_enable=False)
-
-Out = Annotated[Path, typer.Option(help="Folder of the results.")]
-Spec = Annotated[str, typer.Option(help="Config string, such as 'svd(rank=64, every=50)'.")]
-
-
-@app.callback()
-def main() -> None:
-    """Low-rank training as gradient transformation or as adapter: one engine, two modes."""
+EXIT_CODES = (
+    "Exit codes: 0 done; 1 an unexpected error, with a traceback; 2 wrong input, or a request that cannot be met: the message "
+    "says why; 130 interrupted."
+)
 
 
-@app.command()
+def _example(command: str) -> str:
+    return f"\b\nExample:\n  {command}"  # \b: not to be wrapped
+
+
+def _group(help: str, epilog: str) -> typer.Typer:  # noqa: A002 - as typer calls it
+    return typer.Typer(help=help, epilog=epilog, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
+
+
+EPILOG = _example('lingrad explain "svd(rank=64)" --model llama-7b') + "\n\n" + EXIT_CODES
+app = _group("Low-rank training as a gradient transformation or as an adapter: one engine, two modes.", EPILOG)
+memory = _group(
+    "Show how much memory a run would take, without running it.",
+    _example("lingrad memory simulate --model llama-7b --capacity 24GiB"),
+)
+app.add_typer(memory, name="memory")
+
+Base = Annotated[str, typer.Option(help="Base optimizer, such as adamw, adamw8bit, lion or muon.")]
+Batch = Annotated[int, typer.Option(help="Rows of a batch.")]
+Capacity = Annotated[str | None, typer.Option(help="Memory of the device, such as 24GiB: say whether the run fits.")]
+Checkpointing = Annotated[bool, typer.Option("--checkpointing", help="Recompute layers in the backward.")]
+Dtype = Annotated[str, typer.Option(help="Dtype of the model: bfloat16, float16 or float32.")]
+Expandable = Annotated[bool, typer.Option("--expandable", help="Model CUDA's expandable segments.")]
+Factors = Annotated[str | None, typer.Option(help="Dtype of the factors: fp32, bf16, fp16 or fp64.")]
+Json = Annotated[Path | None, typer.Option(help="Write the report as JSON to this file; - prints the JSON and nothing else.")]
+Layerwise = Annotated[bool, typer.Option("--layerwise", help="Step each weight inside the backward.")]
+Length = Annotated[int, typer.Option(help="Tokens of a row.")]
+Logits = Annotated[bool, typer.Option("--logits", help="Load both models and compare their logits through PEFT.")]
+Mode = Annotated[str, typer.Option(help="Mode: optimizer or adapter.")]
+Model = Annotated[str, typer.Option(help="llama-60m ... llama-70b, demo, a config.json of transformers, or a folder with one.")]
+NewAdapter = Annotated[Path, typer.Option(help="Folder of the adapter; must not exist.")]
+Plot = Annotated[Path | None, typer.Option(help="Write a plot to this file, such as run.png.")]
+Rank = Annotated[int | None, typer.Option(help="At most this many columns for each weight.")]
+Results = Annotated[Path, typer.Option(help="Folder of the results.")]
+Rules = Annotated[str, typer.Option(help="Config string, or rules: '*.attn.*: svd(rank=64); *: none'.")]
+Share = Annotated[bool, typer.Option("--share", help="Share right bases among layers that read the same input.")]
+Stagger = Annotated[bool, typer.Option("--stagger", help="Refresh weights in turns.")]
+UniformRank = Annotated[bool, typer.Option("--uniform-rank", help="One rank for all weights: the largest that one needs.")]
+
+
+@app.command(epilog=_example("lingrad demo --steps 60 --out runs/demo"))
 def demo(
-    out: Out = Path("runs/demo"),
-    steps: Annotated[int | None, typer.Option(min=3, help="Training steps; the demo's own number if left out.")] = None,
+    out: Results = Path("runs/demo"),
+    steps: Annotated[int | None, typer.Option(min=3, help="Training steps; 200 by default.")] = None,
+    json: Json = None,
 ) -> None:
-    """Train a small Llama on Moby-Dick: full AdamW, GaLore in both modes, a random map, online PCA."""
-    research_commands.demo(out, steps=steps)
+    """Train a small Llama on Moby-Dick with seven methods. Full AdamW, GaLore in both modes, a random map, online PCA."""
+    _check(json)
+    result = research_commands.demo(out, steps=steps)
+    _finish(json, lambda: research_report.to_json(result), lambda: research_commands.show(result, out))
 
 
-@app.command()
+@app.command(epilog=_example('lingrad train --text book.txt --rules "random(rank=64, every=50)" --steps 100'))
 def train(
     text: Annotated[Path, typer.Option(help="A UTF-8 text to train on.")],
-    spec: Spec = "svd(rank=64, every=50)",
-    base: Annotated[str, typer.Option(help="Base optimizer.")] = "adamw",
+    rules: Rules = "svd(rank=64, every=50)",
+    base: Base = "adamw",
     lr: Annotated[float, typer.Option(help="Learning rate.")] = 5e-3,
     scale: Annotated[float, typer.Option(help="Factor on the learning rate of the coordinates.")] = 0.25,
     carry: Annotated[str, typer.Option(help="What happens to moments at a refresh: keep, reset or rotate.")] = "keep",
-    steps: Annotated[int, typer.Option(min=3, help="Training steps; two switches need three.")] = 200,
+    steps: Annotated[int, typer.Option(min=3, help="Training steps; two mode switches need three.")] = 200,
     length: Annotated[int, typer.Option(min=2, help="Bytes in a window.")] = 64,
-    out: Out = Path("runs/train"),
+    out: Results = Path("runs/train"),
+    json: Json = None,
 ) -> None:
-    """Train the demo's model on your own text: one transform in both modes, beside full-rank AdamW."""
-    research_commands.train(text, spec, out, base=base, lr=lr, scale=scale, carry=carry, steps=steps, length=length)
+    """Train the demo's model on your own text. One method in both modes is compared with full-rank training."""
+    _check(json)
+    options: dict[str, Any] = {"base": base, "lr": lr, "scale": scale, "carry": carry, "steps": steps, "length": length}
+    result = research_commands.train(text, rules, out, **options)
+    _finish(json, lambda: research_report.to_json(result), lambda: research_commands.show(result, out))
 
 
-@app.command()
+@app.command(epilog=_example('lingrad explain "*.mlp.*: svd(rank=64); *: none" --model llama-7b'))
 def explain(
-    spec: Annotated[str, typer.Argument(help="Config string, or rules: '*.attn.*: svd(rank=64); *: none'.")],
-    model: Annotated[str, typer.Option(help="'demo', a config.json of transformers, or a folder with one.")] = "demo",
+    rules: Annotated[str, typer.Argument(metavar="RULES", help="Config string, or rules: '*.attn.*: svd(rank=64); *: none'.")],
+    model: Model = "demo",
     every_parameter: Annotated[bool, typer.Option("--all", help="One line for every parameter.")] = False,
-    share: Annotated[bool, typer.Option("--share", help="Share right bases among layers that read one input.")] = False,
+    share: Share = False,
+    json: Json = None,
 ) -> None:
-    """Show which parameters a spec or rules transform, and to what sizes."""
-    typer.echo(explain_(open_model(model), spec, share="input" if share else None, every_parameter=every_parameter))
+    """Show which parameters rules transform, and to what sizes."""
+    _check(json)
+    found = explain_(open_model(model), rules, share="input" if share else None, every_parameter=every_parameter)
+    _finish(json, lambda: json_.dumps(asdict(found), indent=1), lambda: typer.echo(found))
 
 
-@app.command()
-def memory(
-    model: Annotated[str, typer.Option(help="llama-60m ... llama-70b, a config.json of transformers, or a folder with one.")],
-    spec: Spec = "svd(rank=128)",
-    base: Annotated[str, typer.Option(help="Base optimizer.")] = "adamw",
-    mode: Annotated[str, typer.Option(help="optimizer or adapter.")] = "optimizer",
-    batch: Annotated[int, typer.Option(help="Rows of a batch.")] = 1,
-    seq: Annotated[int, typer.Option(help="Tokens in a row.")] = 256,
-    dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
-    checkpointing: Annotated[bool, typer.Option("--checkpointing", help="Recompute layers in the backward.")] = False,
-    layerwise: Annotated[bool, typer.Option("--layerwise", help="Step each weight inside the backward.")] = False,
-    capacity: Annotated[str | None, typer.Option(help="Memory of the device, such as 24GiB, for a verdict.")] = None,
-    share: Annotated[bool, typer.Option("--share", help="Share right bases among layers that read one input.")] = False,
-    stagger: Annotated[bool, typer.Option("--stagger", help="Refresh weights in turns.")] = False,
-    expandable: Annotated[bool, typer.Option("--expandable", help="Model CUDA's expandable segments.")] = False,
-    compare: Annotated[bool, typer.Option("--compare", help="Beside full AdamW, galore_torch and LoRA.")] = False,
-    max_batch: Annotated[bool, typer.Option("--max-batch", help="Find the largest batch that fits.")] = False,
-    closed_form: Annotated[bool, typer.Option("--closed-form", help="Only what stays between steps; runs nothing.")] = False,
-    json: Annotated[Path | None, typer.Option(help="Write the report here.")] = None,
-    plot: Annotated[Path | None, typer.Option(help="Draw the run, or the comparison, here.")] = None,
-    snapshot: Annotated[Path | None, typer.Option(help="Write a snapshot for pytorch.org/memory_viz here.")] = None,
+@memory.command(epilog=_example('lingrad memory simulate --model llama-7b --rules "svd(rank=1024)" --layerwise'))
+def simulate(
+    model: Model,
+    rules: Rules = "svd(rank=128)",
+    base: Base = "adamw",
+    mode: Mode = "optimizer",
+    batch: Batch = 1,
+    length: Length = 256,
+    dtype: Dtype = "bfloat16",
+    checkpointing: Checkpointing = False,
+    layerwise: Layerwise = False,
+    capacity: Capacity = None,
+    share: Share = False,
+    stagger: Stagger = False,
+    expandable: Expandable = False,
+    json: Json = None,
+    plot: Plot = None,
+    snapshot: Annotated[Path | None, typer.Option(help="Write a snapshot for pytorch.org/memory_viz to this file.")] = None,
 ) -> None:
-    """Show where a run's memory would go, and whether it fits, without running it."""
-    asked = memory_commands.Asked(
-        *(model, spec, base, mode, batch, seq, dtype, checkpointing, layerwise, capacity, expandable, share, stagger)
-    )
-    outputs = memory_commands.Outputs(json, plot, snapshot)
-    typer.echo(memory_commands.answer(asked, outputs, compare_all=compare, max_batch=max_batch, closed_form=closed_form))
+    """Report the memory of a run, simulated on meta tensors. These have shapes and no values, and take no memory."""
+    _check(json, plot, snapshot)
+    question = _question(locals())
+    report = memory_commands.simulate(question)
+    _write(plot, report.plot)
+    _write(snapshot, report.to_snapshot)
+    _finish(json, report.to_json, lambda: typer.echo(report))
 
 
-@app.command()
+@memory.command(epilog=_example('lingrad memory fit --model llama-7b --rules "svd(rank=1024)" --layerwise --capacity 24GiB'))
+def fit(
+    model: Model,
+    capacity: Annotated[str, typer.Option(help="Memory of the device, such as 24GiB.")],
+    rules: Rules = "svd(rank=128)",
+    base: Base = "adamw",
+    mode: Mode = "optimizer",
+    length: Length = 256,
+    dtype: Dtype = "bfloat16",
+    checkpointing: Checkpointing = False,
+    layerwise: Layerwise = False,
+    share: Share = False,
+    stagger: Stagger = False,
+    expandable: Expandable = False,
+    json: Json = None,
+) -> None:
+    """Find the largest batch that fits in the memory of a device."""
+    _check(json)
+    found = memory_commands.fit(_question(locals()))
+    _finish(json, found.to_json, lambda: typer.echo(found))
+
+
+@memory.command(epilog=_example('lingrad memory compare --model llama-1b --rules "svd(rank=512)" --plot bars.png'))
+def compare(
+    model: Model,
+    rules: Annotated[str, typer.Option(help="Config string with a rank, which all methods use.")] = "svd(rank=128)",
+    base: Base = "adamw",
+    batch: Batch = 1,
+    length: Length = 256,
+    dtype: Dtype = "bfloat16",
+    checkpointing: Checkpointing = False,
+    layerwise: Layerwise = False,
+    capacity: Capacity = None,
+    share: Share = False,
+    stagger: Stagger = False,
+    expandable: Expandable = False,
+    json: Json = None,
+    plot: Plot = None,
+) -> None:
+    """Compare the memory of AdamW, galore_torch, lingrad and LoRA. All are simulated under the same conditions."""
+    _check(json, plot)
+    found = memory_commands.compare(_question(locals()))
+    _write(plot, found.plot)
+    _finish(json, found.to_json, lambda: typer.echo(found))
+
+
+@memory.command(epilog=_example('lingrad memory estimate --model llama-70b --rules "svd(rank=1024)" --base adamw8bit'))
+def estimate(
+    model: Model,
+    rules: Rules = "svd(rank=128)",
+    base: Base = "adamw",
+    mode: Mode = "optimizer",
+    batch: Batch = 1,
+    length: Length = 256,
+    dtype: Dtype = "bfloat16",
+    layerwise: Layerwise = False,
+    share: Share = False,
+    json: Json = None,
+) -> None:
+    """Compute the memory between steps in closed form. It is counted from shapes and dtypes; nothing is run."""
+    _check(json)
+    found = memory_commands.estimate(_question(locals()))
+    _finish(json, found.to_json, lambda: typer.echo(found))
+
+
+@app.command(epilog=_example("lingrad convert BASE TUNED --out LORA --max-error 0.01"))
 def convert(
-    base: Annotated[Path, typer.Argument(help="Folder of the model that training started from; with --exact, of the run.")],
-    tuned: Annotated[Path | None, typer.Argument(help="Folder of what became of it.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder of the adapter; must not exist.")] = None,
-    rank: Annotated[int | None, typer.Option(help="At most so many columns for each weight.")] = None,
+    base: Annotated[Path, typer.Argument(metavar="BASE", help="Folder of the model that the training started from.")],
+    tuned: Annotated[Path, typer.Argument(metavar="TUNED", help="Folder of the trained model.")],
+    out: NewAdapter,
+    rank: Rank = None,
     energy: Annotated[float | None, typer.Option(help="Keep this share of each change's squared norm.")] = None,
     max_error: Annotated[float | None, typer.Option(help="Leave at most this share of each change's norm.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="Of the factors: fp32, bf16, fp16 or fp64.")] = None,
-    uniform_rank: Annotated[bool, typer.Option("--uniform-rank", help="One rank for all: the largest needed.")] = False,
-    full_svd: Annotated[bool, typer.Option("--full-svd", help="Decompose in full, not by random projections.")] = False,
-    logits: Annotated[bool, typer.Option("--logits", help="Load both models and compare logits through PEFT.")] = False,
-    decayed_base: Annotated[Path | None, typer.Option(help="Write the base, weight decay applied, here.")] = None,
-    exact: Annotated[bool, typer.Option("--exact", help="From the ledger of a lingrad run: RUN, or BASE RUN.")] = False,
+    dtype: Factors = None,
+    uniform_rank: UniformRank = False,
+    full_svd: Annotated[bool, typer.Option("--full-svd", help="Full decompositions instead of random projections.")] = False,
+    logits: Logits = False,
+    decayed_base: Annotated[Path | None, typer.Option(help="Write BASE with its weight decay applied to this folder.")] = None,
+    json: Json = None,
 ) -> None:
-    """Turn what a training made of a model into an adapter for PEFT: full models in, LoRA out."""
-    asked = convert_commands.Asked(out, rank, energy, max_error, dtype, uniform_rank, full_svd, logits, decayed_base, exact)
-    typer.echo(convert_commands.convert(base, tuned, asked))
+    """Turn the difference of two models into an adapter for PEFT. For a lingrad run with a ledger use lingrad export."""
+    _check(json)
+    options: dict[str, Any] = {"rank": rank, "energy": energy, "max_error": max_error, "dtype": dtype, "logits": logits}
+    options |= {"uniform_rank": uniform_rank, "full_svd": full_svd, "decayed_base": decayed_base}
+    report = convert_commands.convert(base, tuned, out, **options)
+    _finish(json, report.json, lambda: typer.echo(f"{report.table()}\nWritten: {out}"))
 
 
-@app.command()
+@app.command(epilog=_example("lingrad export RUN --out LORA --start BASE"))
+def export(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a checkpoint: the model and optimizer.pt.")],
+    out: NewAdapter,
+    start: Annotated[Path | None, typer.Option(help="Folder of the model that the run started from, to compare with.")] = None,
+    rank: Rank = None,
+    dtype: Factors = None,
+    uniform_rank: UniformRank = False,
+    logits: Logits = False,
+    decayed_base: Annotated[Path | None, typer.Option(help="Write START with its weight decay applied to this folder.")] = None,
+    json: Json = None,
+) -> None:
+    """Turn a checkpoint of lingrad into an adapter for PEFT. The run needs ledger=True; nothing is searched for."""
+    _check(json)
+    options: dict[str, Any] = {"rank": rank, "dtype": dtype, "uniform_rank": uniform_rank, "logits": logits}
+    report = convert_commands.export(run, out, start=start, decayed_base=decayed_base, **options)
+    _finish(json, report.json, lambda: typer.echo(f"{report.table()}\nWritten: {out}"))
+
+
+@app.command(epilog=_example("lingrad merge BASE LORA --out MERGED"))
 def merge(
-    base: Annotated[Path, typer.Argument(help="Folder of the base model.")],
-    adapter: Annotated[Path, typer.Argument(help="Folder of the adapter.")],
+    base: Annotated[Path, typer.Argument(metavar="BASE", help="Folder of the base model.")],
+    adapter: Annotated[Path, typer.Argument(metavar="ADAPTER", help="Folder of the adapter.")],
     out: Annotated[Path, typer.Option(help="Folder of the merged model; must not exist.")],
 ) -> None:
-    """Write the plain model that a base and an adapter make together."""
-    typer.echo(convert_commands.merge(base, adapter, out))
+    """Merge an adapter into its base model, and write the result."""
+    typer.echo(f"Written: {convert_commands.merge(base, adapter, out)}")
 
 
-@app.command()
+@app.command(epilog=_example("lingrad version"))
 def version() -> None:
     """Print the version."""
     typer.echo(__version__)
+
+
+def _question(options: dict[str, Any]) -> Question:
+    return Question(**{name: value for name, value in options.items() if name in Question.__dataclass_fields__})
+
+
+def _check(*paths: Path | None) -> None:
+    """Raise `DataError`, before anything is computed, if the folder of a file to write does not exist."""
+    for path in paths:
+        if path is not None and not path.absolute().parent.is_dir():
+            raise DataError(f"cannot write {path}: there is no folder {path.absolute().parent}")
+
+
+def _write(path: Path | None, write: Callable[[Path], object]) -> None:
+    try:
+        if path is not None:
+            write(path)
+    except OSError as error:
+        raise DataError(f"cannot write {path}: {error.strerror}") from error
+    except ValueError as error:  # matplotlib does not know the suffix
+        raise DataError(f"cannot write {path}: {error}") from error
+
+
+def _finish(json: Path | None, to_json: Callable[[], str], show: Callable[[], object]) -> None:
+    """Print the result, and write its JSON if asked to; with ``--json -`` the JSON is all that is printed."""
+    if json == Path("-"):
+        typer.echo(to_json().rstrip())
+        return
+    _write(json, lambda path: write_whole(path, to_json().encode()))
+    show()

@@ -1,4 +1,4 @@
-"""What people read on a terminal or in a log: columns that line up, layers of one kind on one line, progress."""
+"""Text for a terminal or a log: aligned columns, layer numbers collapsed, progress."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def layers(name: str) -> str:
 
 
 def span(values: Sequence[float], form: str = "{:.6g}", between: str = " to ") -> str:
-    """The smallest and the largest of some values, or the one they all are."""
+    """The smallest and the largest value as text, or the one value if all are equal."""
     low, high = form.format(min(values)), form.format(max(values))
     return low if low == high else f"{low}{between}{high}"
 
@@ -28,7 +28,7 @@ def align(rows: Sequence[Sequence[str]], right: Sequence[bool]) -> list[list[str
 
     Args:
         rows: Cells, each row as long as the others.
-        right: Which columns are figures, to stand at the right.
+        right: Which columns are right-aligned.
 
     Returns:
         The padded cells.
@@ -38,10 +38,11 @@ def align(rows: Sequence[Sequence[str]], right: Sequence[bool]) -> list[list[str
 
 
 def markdown(rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table whose columns line up.
+    """A Markdown table with aligned columns.
 
     Args:
-        rows: Cells, each row as long as the others; the first is the header. The first column is text, the others are figures.
+        rows: Cells, each row as long as the others; the first is the header. The first column is
+            left-aligned, the others are right-aligned.
 
     Returns:
         Lines with a final newline.
@@ -52,20 +53,20 @@ def markdown(rows: Sequence[Sequence[str]]) -> str:
     return "".join(f"| {' | '.join(row)} |\n" for row in (header, rule, *rest))
 
 
-Tick = Callable[[int, int, str], None]  # how many are done, of how many, and what there is to say of it
+Tick = Callable[[int, int, str], None]  # done, total, a note
 
 
 @contextmanager
 def progress(title: str, unit: str, *, least: int = 1) -> Iterator[Tick]:
-    """A live bar with the time left; where the output is no terminal a line for every tenth.
+    """A progress bar with the time left; if standard error is not a terminal, a line for every tenth of the work.
 
     Args:
         title: What is being done.
         unit: What is counted.
-        least: Work of fewer units is told of on a terminal only.
+        least: Off a terminal, work of fewer units prints nothing.
 
     Yields:
-        What to call after each unit. Raises `DependencyError` where rich is not installed.
+        A function to call after each unit. Raises `DependencyError` if rich is not installed.
     """
     console = optional("rich.console", "showing progress", "cli").Console(stderr=True)
     rich = import_module("rich.progress")
@@ -78,14 +79,14 @@ def progress(title: str, unit: str, *, least: int = 1) -> Iterator[Tick]:
     )
     with rich.Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(title, total=None, note="")
-        told = 0
+        printed = 0
 
         def tick(done: int, total: int, note: str) -> None:
-            nonlocal told
+            nonlocal printed
             bar.update(task, completed=done, total=total, note=note)
             tenth = 10 * done // max(1, total)
-            if not console.is_terminal and tenth > told and total >= least:
-                told = tenth
+            if not console.is_terminal and tenth > printed and total >= least:
+                printed = tenth
                 console.print(f"{title}: {unit} {done} of {total}, {note}", soft_wrap=True, highlight=False)
 
         yield tick

@@ -1,34 +1,208 @@
-"""Names of the version before. They keep working for one version, with a warning, and then this file goes."""
+"""Names and command lines of the version before. They keep working for one version, with a warning, and then this file goes."""
 
 from __future__ import annotations
 
+import sys
 import warnings
-from typing import Any, TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
+from importlib import import_module
+from types import ModuleType
+from typing import Any
 
-from lingrad.errors import require
+from lingrad.errors import SpecError
 
-T = TypeVar("T")
+# --- names in Python ---
+
+_MODULES = {"bases": "lingrad.optimizers", "lowbit": "lingrad.memory"}  # attributes of the package, and what they are now
+_CLASSES = ("GradientBasis", "SketchBasis")
+_PATHS = {  # for ``from OLD import name``: where the names are, and what to write instead
+    "lingrad.explain": ("lingrad.config.explain", "from lingrad import explain"),
+    "lingrad.lowbit": ("lingrad.memory", "from lingrad.memory import moments"),
+}
 
 
-def renamed_option(where: str, old: str, given: Any, new: str, value: T) -> T:
-    """The value of an option that may still be given under its old name.
+def top_level(name: str) -> Any:
+    """What ``lingrad.NAME`` was.
 
     Args:
-        where: The function that has it, by its public name.
-        old: The old name.
-        given: The value under the old name; None where it was not given.
-        new: The new name.
-        value: The value under the new name; None likewise.
+        name: A name that the package does not have.
 
     Returns:
-        The one that was given, with a ``DeprecationWarning`` where it was the old one.
+        What it has been replaced by, with a warning.
 
     Raises:
-        SpecError: Both were given.
+        AttributeError: The version before did not have it either.
     """
-    if given is None:
-        return value
-    require(value is None, new, f"{where} got {new} and {old}, which is its old name; leave {old} out")
-    warnings.warn(f"{where}({old}=...) is deprecated; use {new}=", DeprecationWarning, stacklevel=3)
-    renamed: T = given
-    return renamed
+    if name in _MODULES:
+        _warn(f"lingrad.{name}", _MODULES[name], 3)
+        return import_module(_MODULES[name])
+    if name in _CLASSES:
+        _warn(f"lingrad.{name}", "lingrad.SideTransform", 3)
+        return old_base(name)
+    raise AttributeError(f"module 'lingrad' has no attribute '{name}'")
+
+
+def alias_modules() -> None:
+    """Have ``from OLD import name`` find modules that moved; a warning comes with the first name that is taken of one."""
+    for old, (module, instead) in _PATHS.items():
+        if old not in sys.modules:
+            sys.modules[old] = _Moved(old, module, instead)
+
+
+class _Moved(ModuleType):
+    def __init__(self, old: str, module: str, instead: str) -> None:
+        super().__init__(old)
+        self.__path__: list[str] = []
+        self._module, self._instead = module, instead
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        _warn(self.__name__, self._instead, 2)
+        return getattr(import_module(self._module), name)
+
+
+@cache
+def old_base(name: str) -> Any:
+    """A base class of transforms as it was: one method for both sides, or two for a sketch.
+
+    Args:
+        name: ``GradientBasis``, whose subclasses write ``bases``, or ``SketchBasis``, whose subclasses write ``probes`` and
+            ``learn``.
+
+    Returns:
+        The class, derived from `lingrad.SideTransform`.
+    """
+    side = import_module("lingrad.transforms").SideTransform
+
+    def basis(self: Any, seen: Any, old: Any, when: Any) -> Any:
+        raise SpecError(f"{type(self).__name__} writes no basis method; derive it from lingrad.SideTransform and write one")
+
+    body = {"basis": basis, "__module__": __name__, "__doc__": f"`lingrad.SideTransform` in place of {name}."}
+    return type(name, (side,), body | ({"reads": "sketch"} if name == "SketchBasis" else {}))
+
+
+def renamed_attributes(module: str, names: Mapping[str, str]) -> Callable[[str], Any]:
+    """A ``__getattr__`` for a module some of whose public names have changed.
+
+    Args:
+        module: The module's dotted name.
+        names: Old name -> new name, both of this module; or a class of `old_base` -> itself.
+
+    Returns:
+        A function of the missing name. It warns about an old name, and raises ``AttributeError`` for any other.
+    """
+
+    def find(name: str) -> Any:
+        if name not in names:
+            raise AttributeError(f"module '{module}' has no attribute '{name}'")
+        if name in _CLASSES:
+            return top_level(name)
+        _warn(f"{module}.{name}", f"{module}.{names[name]}", 2)
+        return getattr(sys.modules[module], names[name])
+
+    return find
+
+
+def renamed_option(options: dict[str, Any], old: str, new: str, where: str) -> None:
+    """Take an option by its old name.
+
+    Args:
+        options: Keyword arguments, changed in place.
+        old: The old name.
+        new: The new name.
+        where: Whose option it is, for messages.
+
+    Raises:
+        SpecError: Both are given.
+    """
+    if old not in options:
+        return
+    if new in options:
+        raise SpecError(f"{where} got {old}, which is now called {new}, and {new}; leave {old} out", option=old)
+    warnings.warn(f"{old} of {where} is deprecated; use {new}", DeprecationWarning, stacklevel=3)
+    options[new] = options.pop(old)
+
+
+def _warn(old: str, new: str, stacklevel: int) -> None:
+    warnings.warn(f"{old} is deprecated; use {new}", DeprecationWarning, stacklevel=stacklevel + 1)
+
+
+# --- the command line ---
+
+_OPTIONS = {"memory": {"--spec": "--rules", "--seq": "--length"}, "train": {"--spec": "--rules"}}
+_MEMORY = ("simulate", "fit", "compare", "estimate")
+_MODES = {"--compare": "compare", "--max-batch": "fit", "--closed-form": "estimate"}
+# accepted before, without effect
+_IGNORED = {"compare": ("--mode",), "fit": ("--batch",), "estimate": ("--checkpointing", "--stagger", "--expandable")}
+# options of convert that take a value
+_VALUED = ("--out", "--rank", "--energy", "--max-error", "--dtype", "--decayed-base", "--json")
+
+
+def command_line(given: Sequence[str]) -> list[str]:
+    """Translate an old command line to the present one; each old spelling is named on standard error.
+
+    Args:
+        given: The arguments after the program's name.
+
+    Returns:
+        The arguments to parse. Those of today's spelling are returned as they are.
+    """
+    words = list(given)
+    if not words:
+        return words
+    words = [_renamed_option(words[0], word) for word in words]
+    if words[0] == "memory" and len(words) > 1 and words[1] not in (*_MEMORY, "--help"):
+        return ["memory", *_memory(words[1:])]
+    if words[0] == "convert" and "--exact" in words:
+        return ["export", *_export(words[1:])]
+    return words
+
+
+def _say(old: str, new: str) -> None:
+    sys.stderr.write(f"deprecated: {old}; use {new}\n")
+
+
+def _renamed_option(command: str, word: str) -> str:
+    name, equals, value = word.partition("=")
+    new = _OPTIONS.get(command, {}).get(name)
+    if new is None:
+        return word
+    _say(f"lingrad {command} {name}", new)
+    return f"{new}{equals}{value}"
+
+
+def _memory(words: list[str]) -> list[str]:
+    """``lingrad memory`` had one command for what are four."""
+    chosen = [word for word in words if word in _MODES]
+    if len(chosen) > 1:
+        raise SpecError(f"{' and '.join(chosen)} are different commands; run one at a time")
+    command = _MODES[chosen[0]] if chosen else "simulate"
+    _say(f"lingrad memory{f' {chosen[0]}' if chosen else ' without a command'}", f"lingrad memory {command}")
+    kept: list[str] = []
+    skip = False
+    for word in words:
+        name, equals, _ = word.partition("=")
+        if not skip and word not in _MODES and name not in _IGNORED.get(command, ()):
+            kept.append(word)
+        skip = name in ("--mode", "--batch") and name in _IGNORED.get(command, ()) and not equals
+    return [command, *kept]
+
+
+def _export(words: list[str]) -> list[str]:
+    """``lingrad convert [BASE] RUN --exact`` is ``lingrad export RUN [--start BASE]``."""
+    _say("lingrad convert --exact", "lingrad export RUN --start BASE")
+    folders: list[str] = []
+    options: list[str] = []
+    valued = False
+    for word in words:
+        if valued or word.startswith("--"):
+            options.append(word)
+        else:
+            folders.append(word)
+        valued = not valued and word in _VALUED
+    if len(folders) == 2:
+        base, run = folders
+        folders = [run, "--start", base]
+    return [*folders, *(word for word in options if word != "--exact")]

@@ -1,4 +1,4 @@
-"""Ways to train a model whose memory can be compared: lingrad's two modes, and what people use instead."""
+"""Ways to train a model, to be compared in memory and speed: lingrad's two modes, and the usual alternatives."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Training:
 
     Args:
         model: The model.
-        optimizers: What steps it; after every backward, or inside it where ``hooks`` are set.
+        optimizers: Its optimizers. They step after every backward, or inside it if there are ``hooks``.
         layerwise: Whether each parameter is stepped, and its gradient freed, inside the backward.
         hooks: Handles of the hooks that do so.
     """
@@ -38,13 +38,13 @@ class Training:
     hooks: list[Any] = field(default_factory=list)
 
     def step(self) -> None:
-        """Step after a backward, where nothing was stepped inside it."""
+        """Step after a backward; nothing to do if hooks stepped inside it."""
         if not self.hooks:
             for optimizer in self.optimizers:
                 optimizer.step()
 
     def close(self) -> None:
-        """Take the hooks off, so that model and optimizers can be freed: cycles through a tensor's hooks never are."""
+        """Remove the hooks, so that model and optimizers can be freed: reference cycles through a tensor's hooks never are."""
         while self.hooks:
             self.hooks.pop().remove()
 
@@ -60,18 +60,18 @@ class Method(ABC):
     @property
     @abstractmethod
     def label(self) -> str:
-        """What tables call it."""
+        """Its name in tables."""
 
     @abstractmethod
     def prepare(self, model: nn.Module, *, layerwise: bool = False) -> Training:
-        """Make a model ready to be trained.
+        """Prepare a model for training.
 
         Args:
             model: The model, changed in place.
-            layerwise: Step each parameter inside the backward, as soon as its gradient is there, and free that.
+            layerwise: Step each parameter inside the backward as soon as its gradient is complete, and free the gradient.
 
         Returns:
-            The model, which may be another one, with its optimizers.
+            The model (or one that wraps it) and its optimizers.
         """
 
 
@@ -81,7 +81,7 @@ class Lingrad(Method):
     """`lingrad.wrap` or `lingrad.adapt`.
 
     Args:
-        rules: The spec or rules.
+        rules: A config string or rules.
         base: The base optimizer.
         mode: ``optimizer`` or ``adapter``.
         options: Options of the base and of `lingrad.wrap`.
@@ -93,7 +93,7 @@ class Lingrad(Method):
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        """Check the mode."""
+        """Check the mode: raise `SpecError` if it is neither."""
         require_one_of(self.mode, get_args(Mode), "mode")
 
     @property
@@ -111,8 +111,8 @@ class Lingrad(Method):
 
 @final
 @dataclass(frozen=True)
-class Full(Method):
-    """Every parameter in full, by a stock optimizer.
+class FullRank(Method):
+    """Every parameter in full, with an ordinary optimizer.
 
     Args:
         base: The optimizer.
@@ -136,10 +136,10 @@ class Full(Method):
 @final
 @dataclass(frozen=True)
 class Lora(Method):
-    """PEFT's LoRA on every Linear but the output head, the rest of the model frozen.
+    """PEFT's LoRA on every Linear except the output head; all other parameters are frozen.
 
     Args:
-        rank: Its rank.
+        rank: The rank.
         base: The optimizer of the factors.
         options: Its options.
         one_sided: Freeze the A factors, which makes it the adapter of a random right map.
@@ -172,7 +172,7 @@ class Lora(Method):
 @final
 @dataclass(frozen=True)
 class GaloreTorch(Method):
-    """galore_torch's own optimizers, as its README sets them up.
+    """galore_torch's optimizers, set up as in its README.
 
     Args:
         rank: Rank of the projection.
@@ -195,25 +195,25 @@ class GaloreTorch(Method):
     def prepare(self, model: nn.Module, *, layerwise: bool = False) -> Training:
         names = {"adamw": "GaLoreAdamW", "adamw8bit": "GaLoreAdamW8bit"}
         if self.base not in names:
-            raise SpecError(f"galore_torch has no base '{self.base}' that serves here; expected one of {', '.join(names)}")
+            raise SpecError(f"galore_torch has no base '{self.base}' here; expected one of {', '.join(names)}")
         factory = getattr(optional("galore_torch", "comparing with galore_torch", "peers"), names[self.base])
         projected = [target.param for target in resolve_model(model, f"svd(rank={self.rank}, clip=true)").targets]
         chosen = {id(param) for param in projected}
-        rest = [param for param in _trainable(model) if id(param) not in chosen]
+        others = [param for param in _trainable(model) if id(param) not in chosen]
         galore = {"rank": self.rank, "update_proj_gap": self.every, "scale": 0.25, "proj_type": "std"}
 
         def build(params: list[Tensor]) -> Optimizer:
-            ours = [param for param in params if id(param) in chosen]
-            others = [param for param in params if id(param) not in chosen]
-            groups = [{"params": others}] * bool(others) + [{"params": ours, **galore}] * bool(ours)
+            low_rank = [param for param in params if id(param) in chosen]
+            full = [param for param in params if id(param) not in chosen]
+            groups = [{"params": full}] * bool(full) + [{"params": low_rank, **galore}] * bool(low_rank)
             optimizer: Optimizer = factory(groups, lr=1e-4, **self.options)
             return optimizer
 
-        return _with(model, build, [[param] for param in (*rest, *projected)], layerwise)
+        return _with(model, build, [[param] for param in (*others, *projected)], layerwise)
 
 
 def name_of(base: optimizers.BaseLike) -> str:
-    """What messages call a base."""
+    """The name of a base in messages."""
     return base if isinstance(base, str) else getattr(base, "__name__", type(base).__name__)
 
 
@@ -224,7 +224,7 @@ def _trainable(model: nn.Module) -> list[Tensor]:
 def _with(
     model: nn.Module, build: Callable[[list[Tensor]], Optimizer], groups: list[list[Tensor]], layerwise: bool
 ) -> Training:
-    """One optimizer for all parameters, or one for each that steps in a hook (the layerwise recipe of GaLore's README)."""
+    """One optimizer for all parameters; layerwise one per group that steps in a hook, as in GaLore's README."""
     if not layerwise:
         return Training(model, [build([param for group in groups for param in group])])
     training = Training(model, [build(group) for group in groups], layerwise=True)

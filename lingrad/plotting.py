@@ -1,4 +1,4 @@
-"""Figures by matplotlib, which is imported when one is drawn; a picture is written in full or not at all."""
+"""Figures by matplotlib, which is imported when a figure is made; pictures are written atomically."""
 
 from __future__ import annotations
 
@@ -9,32 +9,32 @@ from typing import Any
 from lingrad.errors import optional
 from lingrad.files.atomic import write_whole
 
-DOTS = 120  # an inch
+DOTS = 120  # per inch
 
 
 def figure(size: tuple[float, float], columns: int = 1) -> tuple[Any, list[Any]]:
     """An empty figure.
 
     Args:
-        size: Width and height in inches, of 120 dots each.
-        columns: Axes next to each other.
+        size: Width and height in inches, at 120 dots per inch.
+        columns: Number of axes, side by side.
 
     Returns:
-        The figure and its axes. Raises `DependencyError` where matplotlib is not installed.
+        The figure and its axes. Raises `DependencyError` if matplotlib is not installed.
     """
     made = optional("matplotlib.figure", "plotting", "plot").Figure(figsize=size, dpi=DOTS, layout="constrained")
     return made, list(made.subplots(1, columns, squeeze=False)[0])
 
 
 def picture(figure: Any, suffix: str = ".png") -> bytes:
-    """A figure as the bytes of a file; of PNG without the program's name, so that equal figures give equal files.
+    """A figure as the bytes of a picture. PNG has no metadata of matplotlib, so that equal figures give equal files.
 
     Args:
         figure: The figure.
-        suffix: The kind of file, ``.png`` where empty.
+        suffix: The format, such as ``.svg``; empty means ``.png``.
 
     Returns:
-        The bytes. Raises ``ValueError`` where matplotlib does not know the kind.
+        The bytes. Raises ``ValueError`` if matplotlib does not know the format.
     """
     kind = suffix.lstrip(".") or "png"
     buffer = io.BytesIO()
@@ -47,7 +47,7 @@ def save(figure: Any, path: Path) -> Path:
 
     Args:
         figure: The figure.
-        path: The file; its suffix says of what kind.
+        path: The file; its suffix decides the format.
 
     Returns:
         The path.

@@ -1,4 +1,4 @@
-"""What the pages hold between two marks, ``<!-- name:begin -->`` and ``<!-- name:end -->``: text that a program writes."""
+"""Replace text that a program writes, between two marks of a page: ``<!-- name:begin -->`` and ``<!-- name:end -->``."""
 
 import re
 from pathlib import Path
@@ -8,14 +8,14 @@ from lingrad.files.atomic import write_whole
 
 
 def put(page: Path, blocks: dict[str, str]) -> None:
-    """Replace what stands between marks.
+    """Replace the text between marks.
 
     Args:
         page: The page.
-        blocks: Name of the marks -> the new text, which ends its line.
+        blocks: Name of the marks -> the new text, ending with a newline.
 
     Raises:
-        DataError: The page does not hold the marks of a block once; nothing is changed.
+        DataError: The marks of a block are not on the page exactly once; nothing is changed.
     """
     text = page.read_text()
     for name, block in blocks.items():
@@ -23,5 +23,5 @@ def put(page: Path, blocks: dict[str, str]) -> None:
         whole = f"{begin}\n{block}{end}"
         text, count = re.subn(f"{begin}.*?{end}", lambda _, whole=whole: whole, text, flags=re.DOTALL)
         if count != 1:
-            raise DataError(f"{page} must hold {begin} and {end} once")
+            raise DataError(f"{page} must contain {begin} and {end} exactly once")
     write_whole(page, text.encode())

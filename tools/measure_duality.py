@@ -18,19 +18,18 @@ from marks import put  # noqa: E402
 from tests.support import breakers, cases  # noqa: E402 - the tests' own cases
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}
-Case = tuple[str, str, str, tuple[str, dict], float | None]
 
 
-def measure(job: tuple[Case, str]) -> tuple[str, str, float, str]:
+def measure(job: tuple[cases.Case, str]) -> tuple[str, str, float, str]:
     """Run one case in one dtype: (base, dtype, gap, label)."""
     case, dtype = job
     torch.set_num_threads(1)
-    return case[3][0], dtype, cases.run(case, DTYPES[dtype]), cases.label(case)
+    return case.base, dtype, case.run(DTYPES[dtype]), case.label
 
 
 def main() -> None:
     """Run everything, with progress on the terminal, and write the page."""
-    pairs = cases.covering(cases.all_cases(), 2)
+    pairs = cases.covering_cases(2)
     jobs = [(case, dtype) for dtype in DTYPES for case in pairs]
     worst: dict[str, dict[str, tuple[float, str]]] = defaultdict(dict)
     with ProcessPoolExecutor(os.cpu_count()) as pool:

@@ -15,24 +15,25 @@ import torch
 
 from lingrad import memory
 from lingrad.memory import commands
-from lingrad.memory.commands import DTYPES
+from lingrad.memory.commands import DTYPES, Question
 from lingrad.memory.units import readable
 from lingrad.models import LLAMAS, LlamaShape, build_llama, open_model
 
 ROOT = Path(__file__).parents[1]
 PAGE, MEASURED = ROOT / "docs" / "memory.md", ROOT / "docs" / "memory_gpu.json"
 GB = 10**9
+SEVEN = {"model": "llama-7b", "rules": "svd(rank=1024)", "base": "adamw8bit", "layerwise": True}
 
 MIDDLE = LlamaShape(32000, 1024, 2736, 8, 16, 1024)  # of the GaLore paper's 350M, 8 layers of it
 METHODS = {
-    "full SGD": memory.Full("sgd"),
-    "full AdamW, fused": memory.Full("adamw"),
-    "full AdamW, foreach": memory.Full("adamw", {"foreach": True}),
+    "full SGD": memory.FullRank("sgd"),
+    "full AdamW, fused": memory.FullRank("adamw"),
+    "full AdamW, foreach": memory.FullRank("adamw", {"foreach": True}),
     "PEFT LoRA, rank 64": memory.Lora(64),
     "galore_torch, rank 256": memory.GaloreTorch(256),
     **{
-        f"{mode} mode, {spec}, {base}": memory.Lingrad(spec, base, mode, {"lr": 1e-4})
-        for spec, base in (("svd(rank=256)", "adamw"), ("power(rank=256)", "adamw8bit"), ("random(rank=256)", "sgd"))
+        f"{mode} mode, {rules}, {base}": memory.Lingrad(rules, base, mode, {"lr": 1e-4})
+        for rules, base in (("svd(rank=256)", "adamw"), ("power(rank=256)", "adamw8bit"), ("random(rank=256)", "sgd"))
         for mode in ("optimizer", "adapter")
     },
 }
@@ -45,7 +46,7 @@ LARGE = {
 
 
 def measure(path: Path) -> None:
-    """Run every case on the GPU, simulate it too, and keep both."""
+    """Run every case on the GPU, simulate it as well, and write both to a file."""
     device = torch.cuda.get_device_name()
     cases = [(f"{label}{', ' if name else ''}{name}", MIDDLE, m, {"batch": 4, "length": 512, **recipe})
              for label, m in METHODS.items() for name, recipe in RECIPES.items()]  # fmt: skip
@@ -74,7 +75,7 @@ def measure(path: Path) -> None:
 
 
 def gpu_table() -> str:
-    """Simulated beside measured."""
+    """Simulated and measured figures, side by side."""
     if not MEASURED.is_file():
         return "No GPU has confirmed any figure on this page.\n"
     found = json.loads(MEASURED.read_text())
@@ -104,14 +105,14 @@ def gpu_table() -> str:
 
 def seven_billion() -> str:
     """7B at rank 1024 with 8-bit moments, one row of 256 tokens, layerwise, against 24 GiB."""
-    asked = commands.Asked("llama-7b", "svd(rank=1024)", "adamw8bit", layerwise=True, capacity="24GiB")
+    question = Question(**SEVEN, capacity="24GiB")
     lines = [
         "| method | asked for | between steps | reserved | 24 GiB | largest batch |",
         "| --- | ---: | ---: | ---: | --- | ---: |",
     ]
-    for method in commands.methods(asked):
-        report = asked.simulate(method)
-        rows, _ = commands.largest_batch(asked, method) if report.fits else (0, "")
+    for method in commands.methods(question):
+        report = commands.simulate(question, method)
+        rows = commands.fit(question, method).rows if report.fits else 0
         verdict = "fits" if report.fits else "does not fit"
         cells = [method.label, readable(report.peak), readable(report.steady), readable(report.reserved), verdict, str(rows)]
         lines.append(f"| {' | '.join(cells)} |")
@@ -121,30 +122,30 @@ def seven_billion() -> str:
 
 def seventy_billion() -> str:
     """70B, the same, with checkpointing."""
-    asked = commands.Asked("llama-70b", "svd(rank=1024)", "adamw8bit", length=2048, layerwise=True, checkpointing=True)
+    question = Question(**SEVEN | {"model": "llama-70b"}, length=2048, checkpointing=True)
     lines = ["| method | asked for | between steps | reserved |", "| --- | ---: | ---: | ---: |"]
-    for method in (asked.method, replace(asked, mode="adapter").method):
-        report = asked.simulate(method)
+    for method in (question.method, replace(question, mode="adapter").method):
+        report = commands.simulate(question, method)
         lines.append(f"| {method.label} | {readable(report.peak)} | {readable(report.steady)} | {readable(report.reserved)} |")
         print(lines[-1], flush=True)
     return "\n".join(lines) + "\n"
 
 
-def optimizer_state(spec: str, base: str) -> tuple[int, int]:
-    """Bytes of what an optimizer keeps of 7B, bases and moments of all that trains; and with bases of one byte a number."""
-    totals = memory.ledger(open_model("llama-7b").to(torch.bfloat16), spec, base, lr=1e-4).totals
+def optimizer_state(rules: str, base: str) -> tuple[int, int]:
+    """Bytes of the optimizer state of 7B: bases, and moments of all that trains; also with bases of one byte per element."""
+    totals = memory.estimate(open_model("llama-7b").to(torch.bfloat16), rules, base, lr=1e-4).totals
     bases = totals.get("basis", 0)
     return bases + totals["moments"], bases // 2 + totals["moments"]
 
 
 def headlines() -> str:
-    """The papers' figures beside ours."""
-    (galore8, bytewise), (full8, _) = (optimizer_state(spec, "adamw8bit") for spec in ("svd(rank=1024)", "full()"))
+    """The paper's figures and those simulated here."""
+    (galore8, bytewise), (full8, _) = (optimizer_state(rules, "adamw8bit") for rules in ("svd(rank=1024)", "full()"))
     bf16 = 2 * 2 * 6_738_415_616  # two moments of bfloat16
-    asked = commands.Asked("llama-7b", "svd(rank=1024)", "adamw8bit", layerwise=True)
-    _, galore, optimizer, adapter, _ = commands.methods(asked)
-    reports = [asked.simulate(method) for method in (galore, optimizer, adapter)]
-    full = replace(asked, layerwise=False).simulate(memory.Full("adamw"))
+    question = Question(**SEVEN)
+    _, galore, optimizer, adapter, _ = commands.methods(question)
+    reports = [commands.simulate(question, method) for method in (galore, optimizer, adapter)]
+    full = commands.simulate(replace(question, layerwise=False), memory.FullRank("adamw"))
     peaks, taken = ([getattr(r, key) / GB for r in reports] for key in ("peak", "reserved"))
     rows = [
         (
@@ -186,7 +187,7 @@ PAPER = {
 
 
 def papers_table() -> str:
-    """The paper's memory estimates beside exact counts in their convention: weights and optimizer state in bfloat16."""
+    """The paper's memory estimates and exact counts by its convention: weights and optimizer state in bfloat16."""
     lines = [
         "| model, rank | full: published / exact | GaLore: published / exact | LoRA: published / exact / embeddings twice |",
         "| --- | ---: | ---: | ---: |",
@@ -194,15 +195,15 @@ def papers_table() -> str:
     gib = 2**30
     for name, (rank, *published) in PAPER.items():
         model = open_model(name)
-        ledger = memory.ledger(model, f"svd(rank={rank})")
-        bases = ledger.totals["basis"] // 4
+        estimate = memory.estimate(model, f"svd(rank={rank})")
+        bases = estimate.totals["basis"] // 4
         projections = [p for n, p in model.named_parameters() if n.endswith("proj.weight")]
         factors = sum(rank * sum(p.shape) for p in projections)
-        rest = ledger.parameters - sum(p.numel() for p in projections)
+        rest = estimate.parameters - sum(p.numel() for p in projections)
         exact = (
-            2 * 3 * ledger.parameters / gib,
-            2 * (ledger.parameters + bases + 2 * ledger.trained) / gib,
-            2 * (ledger.parameters + factors + 2 * (factors + rest)) / gib,
+            2 * 3 * estimate.parameters / gib,
+            2 * (estimate.parameters + bases + 2 * estimate.trained) / gib,
+            2 * (estimate.parameters + factors + 2 * (factors + rest)) / gib,
         )
         cells = [f"{said:.2f} / {counted:.2f}" for said, counted in zip(published, exact, strict=True)]
         twice = exact[2] + 2 * rest / gib
@@ -233,7 +234,7 @@ def main() -> None:
         if options.only in (None, name):
             pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- end -->)", re.DOTALL)
             if not pattern.search(page):
-                sys.exit(f"{PAGE} has no place for '{name}'")
+                sys.exit(f"{PAGE} has no marks for '{name}'")
             before, rest = pattern.search(page).span(1)[1], pattern.search(page).span(2)[0]
             page = page[:before] + make() + page[rest:]
     PAGE.write_text(page)

@@ -1,4 +1,4 @@
-"""Put the results of the examples into the pages: ``make finetune smollm2``, then ``make examples``."""
+"""Copy the results of the examples into the docs: ``make finetune smollm2``, then ``make examples``."""
 
 import shutil
 import sys

@@ -1,4 +1,4 @@
-"""Put the table and the plots of a finished demo into the README: ``make demo``, then ``make readme``."""
+"""Copy the table and the plots of a finished demo into the README: ``make demo``, then ``make readme``."""
 
 import sys
 from pathlib import Path
@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def main(folder: Path) -> None:
-    """Copy the results to docs/demo and the table to README.md, between its two marks."""
+    """Copy the results to docs/demo and the table to README.md, between its marks."""
     result = report.load(folder)
     kept = ROOT / "docs" / "demo"
     kept.mkdir(parents=True, exist_ok=True)

@@ -106,9 +106,8 @@ def _key(target: Target) -> object:
 
 
 def _on_the_right(place: Place) -> bool:
-    rows, n = place.shape
     try:
-        p, q = place.target.transform.coords_shape((rows, n))
+        left, right = place.target.transform.ranks(place.shape)
     except ShapeError:
         return False
-    return p == rows and q < n
+    return left is None and right is not None

@@ -46,11 +46,12 @@ def format(transform: Transform) -> str:  # noqa: A001 - the inverse of parse; r
         A string that `parse` reads back to an equal transform.
 
     Raises:
-        SpecError: The transform's class has no name.
+        SpecError: The transform's class is not registered.
     """
-    if not hasattr(transform, "name"):
+    if "name" not in vars(type(transform)):  # a parent's name is that of another class
         raise SpecError(
-            f"{type(transform).__name__} has no name for config strings and checkpoints; decorate it with @lingrad.register"
+            f"{type(transform).__name__} is not registered, and has no name for config strings and checkpoints; put "
+            "@lingrad.register('a_name') on the class"
         )
     options = []
     for option in dataclasses.fields(transform):

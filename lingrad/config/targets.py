@@ -234,7 +234,7 @@ def _plan(candidates: list[_Candidate], chosen: list[Transform | None]) -> Plan:
             raise SpecError(f"{name} is held in 4 or 8 bits and shared by several layers; leave it out by a rule: 'none'")
         layout = layout_of(candidate.param, owners[0][0] if owners else None, name)
         try:
-            transform.coords_shape(layout.shape)
+            transform.ranks(layout.shape)
         except ShapeError as error:
             raise ShapeError(f"{name}: {error}") from None
         plan.targets.append(Target(name, candidate.param, transform, layout, _route(owners), owners))

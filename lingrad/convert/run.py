@@ -19,8 +19,7 @@ from lingrad.convert.output import Output
 from lingrad.convert.tensors import TensorPair, pairs, require_parameter, tied_names
 from lingrad.convert.work import ChangeRecord
 from lingrad.convert.writing import Models, make_adapter
-from lingrad.engine import checkpoint
-from lingrad.engine.checkpoint import FORMAT, PREFIX
+from lingrad.engine.saved import FORMAT, PREFIX, read_ledger, upgrade
 from lingrad.errors import CheckpointError, LingradError, optional, require
 from lingrad.files.model_folder import ModelFolder
 from lingrad.files.optimizer_file import FILE, load_state
@@ -79,7 +78,7 @@ def convert_run(
     was = None if base is None else ModelFolder(Path(base))
     optional("peft", "checking an adapter", "hf")
     model = open_model(str(Path(run).absolute()))  # a name alone may be that of a built-in model
-    saved = _Run(checkpoint.upgrade(load_state(Path(run))), model, tuned)
+    saved = _Run(upgrade(load_state(Path(run))), model, tuned)
     if was is not None:
         refuse_other_model(was, tuned, tied_names(model, was) | tied_names(model, tuned))
     models = Models(was, tuned, model, pairs(model, was or tuned, tuned, list(saved.places)))
@@ -244,7 +243,7 @@ class _Run:
         transform, cpu = found.place.target.transform, torch.device("cpu")
         like = transform.init(found.place.shape, seed=0, device=cpu, dtype=dtype)
         coords = torch.zeros(found.place.coords, dtype=wide(dtype))
-        ledger = checkpoint.read_ledger(transform, found.entries, like, coords, name)
+        ledger = read_ledger(transform, found.entries, like, coords, name)
         if f"{PREFIX}stored.coords" in found.entries:
             coords = trees.checked(coords, found.entries, f"{PREFIX}stored.coords", name)
         open_ = ledger.open(coords)

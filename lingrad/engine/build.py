@@ -15,9 +15,9 @@ from lingrad.config.rules import Rules
 from lingrad.config.settings import Mode, Settings, check_not_negative
 from lingrad.config.sharing import Place, places, require_shared
 from lingrad.config.targets import Plan, resolve_model, resolve_parameters
+from lingrad.deprecated import renamed_option
 from lingrad.engine.arithmetic import Arithmetic, arithmetic, as_published
-from lingrad.engine.checkpoint import FORMAT
-from lingrad.engine.identity import identity
+from lingrad.engine.checkpoint import identity
 from lingrad.engine.layerwise import Layerwise
 from lingrad.engine.refresh import schedule
 from lingrad.engine.run import Run
@@ -40,7 +40,7 @@ def resolve_groups(model: Trainable, rules: Rules) -> list[tuple[Plan, dict[str,
     """Resolve what the user passed, group by group.
 
     Args:
-        model: A model, named parameters, or dicts with named ``params``, an optional ``spec``, and hyper-parameters.
+        model: A model, named parameters, or dicts with named ``params``, optional ``rules``, and hyper-parameters.
         rules: The spec or rules of groups that bring none of their own.
 
     Returns:
@@ -59,12 +59,14 @@ def resolve_groups(model: Trainable, rules: Rules) -> list[tuple[Plan, dict[str,
     resolved: list[tuple[Plan, dict[str, Any]]] = []
     seen: set[object] = set()
     for group in groups:
-        options = {key: value for key, value in group.items() if key not in ("params", "spec")}
+        options = {key: value for key, value in group.items() if key != "params"}
+        renamed_option(options, "spec", "rules", "a param group")
+        own_rules = options.pop("rules", rules)
         named = list(group["params"])
         for item in named:
             if not (isinstance(item, tuple) and len(item) == 2 and isinstance(item[0], str) and isinstance(item[1], Tensor)):
                 raise SpecError(
-                    "expected a model, model.named_parameters(), or groups {'params': ..., 'spec': ...} whose params are "
+                    "expected a model, model.named_parameters(), or groups {'params': ..., 'rules': ...} whose params are "
                     f"(name, parameter) pairs, since seeds, rules and checkpoints refer to names; not {_short(item)}"
                 )
             refuse_attached(*item)
@@ -72,7 +74,7 @@ def resolve_groups(model: Trainable, rules: Rules) -> list[tuple[Plan, dict[str,
                 if key in seen:
                     raise SpecError(f"the {what} '{item[0]}' is given twice")
                 seen.add(key)
-        resolved.append((resolve_parameters(named, cast("Rules", group.get("spec", rules))), options))
+        resolved.append((resolve_parameters(named, cast("Rules", own_rules)), options))
     if not any(plan.targets or plan.full for plan, _ in resolved):
         raise SpecError("nothing to train: no parameter was given that requires a gradient")
     return resolved
@@ -216,7 +218,7 @@ def build(model: Trainable, rules: Rules, base: BaseLike, mode: Mode, options: M
     if settings.layerwise:
         run.layerwise = Layerwise(step_one)
         run.layerwise.belong_to(run)
-    return run, [group | identity(run, FORMAT) for group in groups]
+    return run, [group | identity(run) for group in groups]
 
 
 def start(run: Run, mode: Mode) -> None:

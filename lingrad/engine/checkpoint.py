@@ -1,13 +1,4 @@
-"""The state of a run in the layout of ``torch.optim.Optimizer.state_dict``: flat keys, tensors and plain values only.
-
-Next to the base optimizer's own entries, the state of each coordinates' index holds ``subspace.*``: the step, the number of
-refreshes, the transform's state, and what the ledger records; of weights that share a basis the first one has its state. Each
-param group says what the run is: format, mode, base, settings, specs and parameter names; all of it must be equal to load.
-Coordinates themselves are model weights: zero, and stored nowhere, in optimizer mode; in the model's ``state_dict`` in adapter
-mode, or, with ``self_contained``, here, next to the weights they belong to.
-
-This is the one place that knows the format. `Saved` reads a state without a run.
-"""
+"""A run's state saved and loaded; what the entries are is in `lingrad.engine.saved`."""
 
 from __future__ import annotations
 
@@ -19,23 +10,17 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from lingrad.adapters import Attachment
-from lingrad.engine.identity import check_groups, identity
 from lingrad.engine.refresh import look_ahead
 from lingrad.engine.run import Run
+from lingrad.engine.saved import FORMAT, PREFIX, Saved, check_groups, read_ledger
 from lingrad.engine.stepper import placed
 from lingrad.errors import CheckpointError
 from lingrad.optimizers import Base
 from lingrad.subspaces import trees
 from lingrad.subspaces.ledger import Ledger
-from lingrad.transforms import Transform
 from lingrad.weights.base import MergeLoss
 
-FORMAT = 4
-PREFIX = "subspace."
 ENERGY = f"{PREFIX}energy"
-
-# What format 3 called some entries: the ends of keys, behind the prefix.
-_RENAMED = {"state.left_memory.": "state.left_optimizer.", "state.right_memory.": "state.right_optimizer."}
 
 
 class Entries(NamedTuple):
@@ -60,6 +45,11 @@ class Entries(NamedTuple):
     ledger: Ledger | None = None
     loss: MergeLoss | None = None
     stored: Mapping[str, Tensor] = MappingProxyType({})
+
+
+def identity(run: Run) -> dict[str, Any]:
+    """What a checkpoint must agree on with a run, besides the groups, by the keys of a param group."""
+    return {"format": FORMAT, "mode": run.mode, "base": run.stepper.base.name, **run.settings.identity()}
 
 
 def state(run: Run) -> defaultdict[Tensor, dict[str, Any]]:
@@ -95,7 +85,7 @@ def load(run: Run, state_dict: dict[str, Any]) -> None:
         state_dict: What `save` gave, in this format or the one before. Raises `CheckpointError` at the first difference.
     """
     saved = Saved(state_dict)
-    own = identity(run, FORMAT)
+    own = identity(run)
     check_groups(saved.groups, run.groups, own)
     indices = [index for group in saved.groups for index in group["params"]]
     found = []
@@ -123,132 +113,6 @@ def load(run: Run, state_dict: dict[str, Any]) -> None:
     look_ahead(run)  # a redraw that was due had happened before the state was saved
     if run.layerwise is not None:
         run.layerwise.begin()
-
-
-class Saved:
-    """A state dict of a run, checked for its layout, in the present format; reading it needs no run.
-
-    Args:
-        state_dict: What ``opt.state_dict()`` gave. Not changed.
-
-    Attributes:
-        state: Entries by index.
-        groups: Param groups, each with ``kind``, ``param_names`` and, of coordinates, ``specs``.
-
-    Raises:
-        CheckpointError: It is no optimizer's state dict.
-    """
-
-    def __init__(self, state_dict: Any) -> None:
-        if not (isinstance(state_dict, Mapping) and {"state", "param_groups"} <= state_dict.keys()):
-            held = list(state_dict)[:3] if isinstance(state_dict, Mapping) else type(state_dict).__name__
-            raise CheckpointError(
-                f"this is no optimizer's state_dict, which has 'state' and 'param_groups', but {held}; "
-                "pass what opt.state_dict() gave, not the whole file or a model's"
-            )
-        upgraded = upgrade(state_dict)
-        self.state: Mapping[Any, Mapping[str, Any]] = upgraded["state"]
-        self.groups: list[dict[str, Any]] = upgraded["param_groups"]
-
-    @property
-    def is_run(self) -> bool:
-        """Whether it was written by lingrad's optimizer."""
-        return bool(self.groups) and all("kind" in group and "param_names" in group for group in self.groups)
-
-    def of_run(self, key: str) -> Any:
-        """What the first param group says of the run: ``format``, ``mode``, ``share`` and so on; None where it does not."""
-        return self.groups[0].get(key)
-
-    def names(self, *, coords: bool) -> dict[str, Any]:
-        """The parameters that are transformed, or those that train in full.
-
-        Args:
-            coords: Which of the two.
-
-        Returns:
-            Name -> index.
-
-        Raises:
-            CheckpointError: A group does not name each of its parameters.
-        """
-        found: dict[str, Any] = {}
-        for group in self.groups:
-            texts = [group["param_names"], *([group.get("specs")] if group["kind"] == "coords" else [])]
-            if any(not isinstance(text, list) or len(text) != len(group["params"]) for text in texts):
-                raise CheckpointError("it is damaged: a param group does not name each parameter")
-            if (group["kind"] == "coords") is coords:
-                found |= dict(zip(group["param_names"], group["params"], strict=True))
-        return found
-
-    def specs(self) -> dict[str, str]:
-        """The config string of every transformed parameter."""
-        groups = (group for group in self.groups if group["kind"] == "coords")
-        return {name: text for group in groups for name, text in zip(group["param_names"], group["specs"], strict=True)}
-
-    def entries(self, name: str) -> Mapping[str, Any]:
-        """The entries of one parameter."""
-        every = self.names(coords=True) | self.names(coords=False)
-        return self.state.get(every[name], {})
-
-
-def upgrade(state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A state dict of format 3 in the present one; any other as it is.
-
-    Format 3 had no ``energy``, and other names for a learned basis's optimizer state and for decay in a ledger.
-
-    Args:
-        state_dict: ``state`` and ``param_groups``; not changed.
-
-    Returns:
-        The state dict; tensors are not copied.
-    """
-    groups = state_dict["param_groups"]
-    if not groups or any(not isinstance(group, Mapping) or group.get("format") != 3 for group in groups):
-        return state_dict
-    found = {index: {_renamed(key): value for key, value in entries.items()} for index, entries in state_dict["state"].items()}
-    return {**state_dict, "state": found, "param_groups": [{**group, "format": FORMAT} for group in groups]}
-
-
-def written(*, step: int, refreshes: int, state: Mapping[str, Any]) -> dict[str, Any]:
-    """Entries that replace those of a fresh run, for a run of another program that is to be resumed.
-
-    Args:
-        step: Steps finished.
-        refreshes: Refreshes that led to the state.
-        state: Leaves of the transform's state by name.
-
-    Returns:
-        Key -> value.
-    """
-    leaves = {f"{PREFIX}state.{key}": value for key, value in state.items()}
-    return {f"{PREFIX}step": step, f"{PREFIX}refreshes": refreshes, **leaves}
-
-
-def read_ledger(transform: Transform, entries: Mapping[str, Any], template: Any, coords: Tensor, name: str) -> Ledger:
-    """The ledger among a parameter's entries.
-
-    Args:
-        transform: Its transform.
-        entries: The entries.
-        template: A state of the transform.
-        coords: Coordinates of the weight.
-        name: The weight's name, for messages.
-
-    Returns:
-        The ledger, which records. Raises `CheckpointError` where an entry is missing or of another kind.
-    """
-    prefix = f"{PREFIX}ledger."
-    flat = {key.removeprefix(prefix): value for key, value in entries.items() if key.startswith(prefix)}
-    return Ledger.unpack(transform, flat, template, coords, name)
-
-
-def _renamed(key: str) -> str:
-    if not key.startswith(PREFIX):
-        return key
-    for old, new in _RENAMED.items():
-        key = key.replace(f"{PREFIX}{old}", f"{PREFIX}{new}")
-    is_decay = key.startswith(f"{PREFIX}ledger.") and key.endswith(".kept")
-    return key.removesuffix("kept") + "decay" if is_decay else key
 
 
 def _stored(run: Run, attachment: Attachment) -> dict[str, Tensor]:

@@ -79,7 +79,9 @@ def trainer_kwargs(
     optional("transformers", "lingrad.hf", "hf")
     require_one_of(mode, get_args(Mode), "mode")
     require_one_of(carry, get_args(Carry), "carry")
-    rules = renamed_option("lingrad.hf.trainer_kwargs", "spec_or_rules", options.pop("spec_or_rules", None), "rules", rules)
+    options |= {} if rules is None else {"rules": rules}
+    renamed_option(options, "spec_or_rules", "rules", "lingrad.hf.trainer_kwargs")
+    rules = options.pop("rules", None)
     if rules is None:
         raise SpecError("rules is missing: lingrad.hf.trainer_kwargs(rules, args)", option="rules")
     require(ledger in (None, True, False), "ledger", f"ledger must be True, False or None, not {ledger!r}")

@@ -1,54 +1,55 @@
-"""What the command line asks of memory: one run, several beside each other, the largest batch that fits."""
+"""What `lingrad memory` computes: one simulated run, the largest batch that fits, several methods compared, the closed form."""
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, cast, get_args
+from typing import Literal, cast, get_args
 
 import torch
 
 from lingrad.config.rules import parse_rules
 from lingrad.config.settings import Mode
-from lingrad.config.sharing import Share
 from lingrad.console import align
-from lingrad.errors import DataError, DependencyError, MemoryModelError, SpecError, require, require_one_of
-from lingrad.memory.estimate import ledger
+from lingrad.errors import DependencyError, MemoryModelError, SpecError, require, require_one_of
+from lingrad.memory import runs
+from lingrad.memory.estimate import Estimate
+from lingrad.memory.estimate import estimate as estimate_
 from lingrad.memory.plots import draw_comparison
 from lingrad.memory.report import MemoryReport
-from lingrad.memory.runs import simulate
 from lingrad.memory.units import parse_bytes, readable
-from lingrad.methods import Full, GaloreTorch, Lingrad, Lora, Method
+from lingrad.methods import FullRank, GaloreTorch, Lingrad, Lora, Method
 from lingrad.models import open_model
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-LARGEST = 2**16  # rows; no batch beyond is tried
+LARGEST = 2**16  # rows; no larger batch is tried
 
 
-@dataclass(frozen=True)
-class Asked:
-    """A question about memory.
+@dataclass(frozen=True, kw_only=True)
+class Question:
+    """A run whose memory is to be known.
 
     Args:
-        model: A name, a config, or a folder that holds one; see `lingrad.models.open_model`.
-        spec: The spec or rules.
+        model: A name, a config, or a folder with one; see `lingrad.models.open_model`.
+        rules: A config string or rules.
         base: The base optimizer.
         mode: ``optimizer`` or ``adapter``.
         batch: Rows of a batch.
-        length: Tokens in a row.
+        length: Tokens of a row.
         dtype: The dtype of the model: bfloat16, float16 or float32.
         checkpointing: Recompute layers in the backward.
         layerwise: Step inside the backward.
-        capacity: The device's memory, such as ``24GiB``; None for no verdict.
-        expandable: Model expandable segments.
-        share: Share right bases among layers that read one input.
+        capacity: The device's memory, such as ``24GiB``; None if it does not matter.
+        expandable: Model CUDA's expandable segments.
+        share: Share right bases among layers that read the same input.
         stagger: Refresh weights in turns.
     """
 
     model: str
-    spec: str = "svd(rank=128)"
+    rules: str = "svd(rank=128)"
     base: str = "adamw"
     mode: str = "optimizer"
     batch: int = 1
@@ -62,216 +63,213 @@ class Asked:
     stagger: bool = False
 
     def __post_init__(self) -> None:
-        """Check what can be wrong."""
+        """Check the values: raise `SpecError` for the first one that is wrong."""
         require_one_of(self.mode, get_args(Mode), "mode")
         require_one_of(self.dtype, tuple(DTYPES), "dtype")
         require(self.batch >= 1, "batch", f"batch must be at least 1, not {self.batch}")
-        require(self.length >= 2, "length", f"a row needs two tokens or more, not {self.length}")
+        require(self.length >= 2, "length", f"length must be at least 2 tokens, not {self.length}")
 
     @property
     def method(self) -> Method:
-        """The run of lingrad that is meant."""
+        """The run as a method of lingrad."""
         options = {"lr": 1e-4, "stagger": self.stagger, "share": "input" if self.share else None}
-        return Lingrad(self.spec, self.base, cast("Mode", self.mode), options)
+        return Lingrad(self.rules, self.base, cast("Mode", self.mode), options)
 
-    def simulate(self, method: Method) -> MemoryReport:
-        """The memory of a method under these circumstances."""
-        return simulate(
-            lambda: open_model(self.model),
-            method,
-            batch=self.batch,
-            length=self.length,
-            dtype=DTYPES[self.dtype],
-            checkpointing=self.checkpointing,
-            layerwise=self.layerwise,
-            capacity=None if self.capacity is None else parse_bytes(self.capacity),
-            expandable=self.expandable,
-        )
+
+@dataclass(frozen=True, kw_only=True)
+class Fit:
+    """The largest batch that fits.
+
+    Args:
+        method: The label of the method.
+        capacity: The device's memory.
+        length: Tokens of a row.
+        rows: Rows of the largest batch that fits; 0 if not even one row does.
+        reserved: Bytes that the allocator takes for that batch, or for one row if none fits.
+        at_least: Whether no larger batch was tried.
+    """
+
+    method: str
+    capacity: str
+    length: int
+    rows: int
+    reserved: int
+    at_least: bool = False
+
+    def __str__(self) -> str:
+        if self.rows == 0:
+            return f"not even one row of {self.length} tokens fits in {self.capacity}: it takes {readable(self.reserved)}"
+        rows = f"{'at least ' if self.at_least else ''}{self.rows} rows"
+        return f"{rows} of {self.length} tokens fit in {self.capacity} ({self.method}): they take {readable(self.reserved)}"
+
+    def to_json(self) -> str:
+        """All of it as JSON."""
+        return json.dumps(asdict(self), indent=1)
 
 
 @dataclass(frozen=True)
-class Outputs:
-    """Where to write what beside the text.
+class Comparison:
+    """Several methods under the same conditions.
 
     Args:
-        json: The report as JSON.
-        plot: A picture: the run over time, or the comparison.
-        snapshot: A snapshot for torch's memory visualiser.
+        reports: Label of a method -> its report.
+        left_out: Label of a method -> why it could not be simulated.
     """
 
-    json: Path | None = None
-    plot: Path | None = None
-    snapshot: Path | None = None
+    reports: Mapping[str, MemoryReport]
+    left_out: Mapping[str, str] = field(default_factory=dict)
 
-    def __post_init__(self) -> None:
-        """Find out before anything is simulated whether files can be written there."""
-        for name in ("json", "plot", "snapshot"):
-            path: Path | None = getattr(self, name)
-            if path is not None and not path.absolute().parent.is_dir():
-                raise DataError(f"cannot write {path}: there is no folder {path.absolute().parent}")
+    def __str__(self) -> str:
+        rows = [("", "peak", "between steps", "reserved", "verdict")]
+        for label, report in self.reports.items():
+            verdict = "" if report.fits is None else "fits" if report.fits else "does NOT fit"
+            reserved = "-" if report.reserved is None else readable(report.reserved)
+            rows.append((label, readable(report.peak), readable(report.steady), reserved, verdict))
+        lines = ["  ".join(row).rstrip() for row in align(rows, right=[False, True, True, True, False])]
+        return "\n".join([*lines, *(f"left out: {label} ({why})" for label, why in self.left_out.items())])
 
-    def refuse(self, what: str, *kinds: str) -> None:
-        """Make sure that nothing was asked for that there is not.
+    def to_json(self) -> str:
+        """All reports as JSON."""
+        reports = {label: report.to_dict() for label, report in self.reports.items()}
+        return json.dumps({"reports": reports, "left_out": dict(self.left_out)}, indent=1)
+
+    def plot(self, path: Path) -> Path:
+        """Plot the peaks as bars, stacked by category.
 
         Args:
-            what: What was asked.
-            *kinds: The outputs it does not have.
+            path: The picture to write; its suffix decides the format.
 
-        Raises:
-            SpecError: One of them was asked for.
+        Returns:
+            The path.
         """
-        for kind in kinds:
-            require(getattr(self, kind) is None, kind, f"--{kind} has no effect with {what}; leave it out")
+        capacity = next((report.capacity for report in self.reports.values()), None)
+        return draw_comparison({label: report.breakdown for label, report in self.reports.items()}, path, capacity=capacity)
 
 
-def answer(
-    asked: Asked, outputs: Outputs, *, compare_all: bool = False, max_batch: bool = False, closed_form: bool = False
-) -> str:
-    """Answer a question.
+def simulate(question: Question, method: Method | None = None) -> MemoryReport:
+    """Simulate one run.
 
     Args:
-        asked: The question.
-        outputs: Where to write what.
-        compare_all: Compare methods.
-        max_batch: Find the largest batch.
-        closed_form: Only what stays between steps; nothing is run.
+        question: The run.
+        method: Another method under the same conditions; None is the question's own.
 
     Returns:
-        The text to print. Raises `SpecError` where two of these are asked for, or an output that one does not have.
+        The report.
     """
-    chosen = [
-        name for name, on in (("--compare", compare_all), ("--max-batch", max_batch), ("--closed-form", closed_form)) if on
-    ]
-    require(len(chosen) < 2, "compare", f"{' and '.join(chosen)} are different questions; ask one at a time")
-    if max_batch:
-        outputs.refuse("--max-batch", "json", "plot", "snapshot")
-        return largest_batch(asked)[1]
-    if compare_all:
-        outputs.refuse("--compare", "json", "snapshot")
-        return compare(asked, plot=outputs.plot)
-    if closed_form:
-        outputs.refuse("--closed-form", "plot", "snapshot")
-        require(asked.capacity is None, "capacity", "--closed-form knows no peak, and gives no verdict; leave --capacity out")
-        return closed(asked, json=outputs.json)
-    report = asked.simulate(asked.method)
-    _written(outputs.json, report.to_json)
-    _written(outputs.plot, report.plot)
-    _written(outputs.snapshot, report.to_snapshot)
-    return str(report)
+    return runs.simulate(
+        lambda: open_model(question.model),
+        question.method if method is None else method,
+        batch=question.batch,
+        length=question.length,
+        dtype=DTYPES[question.dtype],
+        checkpointing=question.checkpointing,
+        layerwise=question.layerwise,
+        capacity=None if question.capacity is None else parse_bytes(question.capacity),
+        expandable=question.expandable,
+    )
 
 
-def closed(asked: Asked, *, json: Path | None = None) -> str:
-    """Only what stays between steps, in closed form.
+def estimate(question: Question) -> Estimate:
+    """The memory between steps in closed form; nothing is run.
 
     Args:
-        asked: The question.
-        json: Where to write the ledger as JSON.
+        question: The run.
 
     Returns:
-        A table.
+        The estimate.
     """
-    model = open_model(asked.model).to(DTYPES[asked.dtype])
-    tokens, mode = asked.batch * asked.length, cast("Mode", asked.mode)
-    share: Share | None = "input" if asked.share else None
-    found = ledger(model, asked.spec, asked.base, mode, tokens=tokens, layerwise=asked.layerwise, share=share, lr=1e-4)
-    _written(json, found.to_json)
-    return str(found)
+    return estimate_(
+        open_model(question.model).to(DTYPES[question.dtype]),
+        question.rules,
+        question.base,
+        cast("Mode", question.mode),
+        tokens=question.batch * question.length,
+        layerwise=question.layerwise,
+        share="input" if question.share else None,
+        lr=1e-4,
+    )
 
 
-def compare(asked: Asked, *, plot: Path | None = None) -> str:
-    """Full training, galore_torch, both modes of lingrad and LoRA under the same circumstances.
+def compare(question: Question) -> Comparison:
+    """Full-rank AdamW, galore_torch, both modes of lingrad and LoRA under the same conditions.
 
     Args:
-        asked: The question; its mode is left open.
-        plot: Where to write a bar chart.
+        question: The run; its mode does not matter.
 
     Returns:
-        A table.
+        The reports. A method whose package is missing, or which cannot be simulated, is left out with the reason.
     """
     reports: dict[str, MemoryReport] = {}
-    missing = []
-    for method in methods(asked):
+    left_out: dict[str, str] = {}
+    for method in methods(question):
         _say(f"simulating {method.label}")
         try:
-            reports[method.label] = asked.simulate(method)
+            reports[method.label] = simulate(question, method)
         except (DependencyError, MemoryModelError) as error:
-            missing.append(f"left out: {method.label} ({error})")
-    if plot is not None:
-        _written(plot, lambda path: draw_comparison(reports, path))
-    return "\n".join([table(reports), *missing])
+            left_out[method.label] = str(error)
+    return Comparison(reports, left_out)
 
 
-def methods(asked: Asked) -> list[Method]:
-    """What `compare` compares.
+def methods(question: Question) -> list[Method]:
+    """The methods of a comparison.
 
     Args:
-        asked: The question.
+        question: The run.
 
     Returns:
-        The methods.
+        Full-rank AdamW, galore_torch, optimizer mode, adapter mode and LoRA.
 
     Raises:
-        SpecError: The spec has no rank that the others could take.
+        SpecError: The rules are not one config string with a rank, which the other methods could use.
     """
-    transform = parse_rules(asked.spec)
+    transform = parse_rules(question.rules)
     rank, every = getattr(transform, "rank", None), getattr(transform, "every", 200)
     if rank is None:
-        raise SpecError(f"a comparison needs one rank for all methods; give one spec that has a rank, not '{asked.spec}'")
-    galore = cast("Literal['adamw', 'adamw8bit']", asked.base if asked.base in ("adamw", "adamw8bit") else "adamw")
-    ours = [replace(asked, mode=mode).method for mode in get_args(Mode)]
-    return [Full("adamw"), GaloreTorch(rank, every, galore), *ours, Lora(rank, asked.base)]
+        raise SpecError(
+            f"a comparison needs one rank for all methods; give one config string with a rank, such as svd(rank=128), not "
+            f"'{question.rules}'"
+        )
+    galore = cast("Literal['adamw', 'adamw8bit']", question.base if question.base in ("adamw", "adamw8bit") else "adamw")
+    modes = [replace(question, mode=mode).method for mode in get_args(Mode)]
+    return [FullRank("adamw"), GaloreTorch(rank, every, galore), *modes, Lora(rank, question.base)]
 
 
-def table(reports: Mapping[str, MemoryReport]) -> str:
-    """Reports beside each other.
-
-    Args:
-        reports: Reports by name.
-
-    Returns:
-        Lines that line up.
-    """
-    rows = [("", "peak", "between steps", "reserved", "verdict")]
-    for label, report in reports.items():
-        verdict = "" if report.fits is None else "fits" if report.fits else "does NOT fit"
-        reserved = "-" if report.reserved is None else readable(report.reserved)
-        rows.append((label, readable(report.peak), readable(report.steady), reserved, verdict))
-    return "\n".join("  ".join(row).rstrip() for row in align(rows, right=[False, True, True, True, False]))
-
-
-def largest_batch(asked: Asked, method: Method | None = None) -> tuple[int, str]:
-    """The largest batch that fits, by bisection.
+def fit(question: Question, method: Method | None = None) -> Fit:
+    """Find the largest batch that fits, by bisection.
 
     Args:
-        asked: The question; its batch is not used, its capacity is.
-        method: The method; None is that of the question.
+        question: The run; needs a capacity, and its batch does not matter.
+        method: Another method under the same conditions; None is the question's own.
 
     Returns:
-        Rows, 0 where not even one fits, and a sentence.
+        The largest batch.
 
     Raises:
         SpecError: No capacity was given.
     """
-    if asked.capacity is None:
-        raise SpecError("the largest batch is that which fits a memory; say how large that is, such as --capacity 24GiB")
-    method = asked.method if method is None else method
+    if question.capacity is None:
+        raise SpecError("the largest batch that fits depends on the device's memory; give it, such as --capacity 24GiB")
+    method = question.method if method is None else method
     tried: dict[int, MemoryReport] = {}
 
     def fits(batch: int) -> bool:
         _say(f"simulating a batch of {batch}")
-        tried[batch] = replace(asked, batch=batch).simulate(method)
+        tried[batch] = simulate(replace(question, batch=batch), method)
         return bool(tried[batch].fits)
 
-    found = _bisect(fits)
-    if found == 0:
-        return 0, f"not even one row of {asked.length} tokens fits in {asked.capacity}: {readable(tried[1].reserved or 0)}"
-    taken = readable(tried[found].reserved or 0)
-    least = "at least " if found == LARGEST else ""
-    return found, f"{least}{found} rows of {asked.length} tokens fit in {asked.capacity} ({method.label}): {taken}"
+    rows = _bisect(fits)
+    return Fit(
+        method=method.label,
+        capacity=question.capacity,
+        length=question.length,
+        rows=rows,
+        reserved=tried[max(rows, 1)].reserved or 0,
+        at_least=rows == LARGEST,
+    )
 
 
 def _bisect(fits: Callable[[int], bool]) -> int:
-    """The largest whole number that fits, where all smaller ones do."""
+    """The largest whole number that fits, if all smaller ones do."""
     if not fits(1):
         return 0
     low, high = 1, 2
@@ -284,16 +282,6 @@ def _bisect(fits: Callable[[int], bool]) -> int:
     return low
 
 
-def _written(path: Path | None, write: Callable[[Path], Any]) -> None:
-    if path is None:
-        return
-    try:
-        write(path)
-    except OSError as error:
-        raise DataError(f"cannot write {path}: {error.strerror}") from error
-    except ValueError as error:  # matplotlib knows pictures by their suffix
-        raise DataError(f"cannot write {path}: {error}") from error
-
-
 def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)  # noqa: T201 - progress
+    sys.stderr.write(f"{line}\n")
+    sys.stderr.flush()

@@ -1,4 +1,4 @@
-"""What a device's own allocator says: CUDA's counters, or the CPU's allocator events."""
+"""The peak of a run as the device's own allocator measures it: CUDA's counters, or the allocation events of the CPU."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ _WINDOW = "lingrad: measured run"
 
 
 @dataclass(frozen=True)
-class Found:
-    """What an allocator saw of a run.
+class Measured:
+    """What an allocator measured of a run.
 
     Args:
-        before: Bytes in use when it began.
-        peak: The most in use at one moment, what was there before included.
-        allocated: The same with each request rounded up as the allocator does; None if it does not say.
-        reserved: The most it held of the device; None if it does not say.
+        before: Bytes in use when the run began.
+        peak: Peak of the bytes in use, ``before`` included.
+        allocated: The same with each request rounded up as the allocator rounds it; None if not known.
+        reserved: Peak of the bytes taken from the device; None if not known.
     """
 
     before: int
@@ -46,66 +46,66 @@ class Allocator(ABC):
     device: Literal["cuda", "cpu"]
 
     @abstractmethod
-    def peak_of(self, prepare: Callable[[], Prepared], run: Callable[[Prepared], None]) -> Found:
-        """Run something and say what it took.
+    def peak_of(self, prepare: Callable[[], Prepared], run: Callable[[Prepared], None]) -> Measured:
+        """Run something and measure its peak.
 
         Args:
-            prepare: Makes what is there when the run begins.
-            run: The run, whose peak counts.
+            prepare: Makes what exists when the run begins.
+            run: The run to measure.
 
         Returns:
-            What the allocator saw.
+            What the allocator measured.
         """
 
-    def report(self, log: Log, found: Found) -> MemoryReport:
-        """The report of a run that was tracked while its allocator was watched.
+    def report(self, log: Log, measured: Measured) -> MemoryReport:
+        """The report of a run that was tracked and measured at the same time.
 
         Args:
-            log: What the tracker saw.
-            found: What the allocator saw.
+            log: The tracker's log.
+            measured: What the allocator measured.
 
         Returns:
             A report whose peak is the allocator's.
 
         Raises:
-            MemoryModelError: The allocator saw less than the tracker, which cannot be.
+            MemoryModelError: The allocator measured less than the tracker, which is impossible for one run alone.
         """
         report = summarize(log, source="measured", device=self.device)
         known = sum(nbytes for _, nbytes, _ in log.before)
-        # what was in use before and is none of the run's stays out
-        peak = found.peak - found.before + known
+        # memory that was in use before and is not the run's does not count
+        peak = measured.peak - measured.before + known
         breakdown = dict(report.breakdown)
         if peak > report.peak:
             breakdown["untracked"] = peak - report.peak
         elif peak < report.peak:
             raise MemoryModelError(
                 f"the tracker saw {report.peak} bytes at the peak and the allocator {peak}: something else in this process "
-                "freed memory meanwhile, such as another thread; measure in a process of its own"
+                "freed memory during the run, such as another thread; measure in a process of its own"
             )
-        others = found.before - known
-        assumed = [f"the peak is that of {self.device}'s allocator; categories are those of the tensors tracked beside it"]
-        if found.reserved is not None and others > 0:
-            assumed.append(f"{readable(others)} that was in use before is in what the allocator takes, and in nothing else")
+        others = measured.before - known
+        assumed = [f"the peak is that of {self.device}'s allocator; the categories are those of the tracked tensors"]
+        if measured.reserved is not None and others > 0:
+            assumed.append(f"{readable(others)} in use before the run counts as reserved, and in no other figure")
         return replace(
             report,
             peak=peak,
             breakdown=breakdown,
-            allocated=found.allocated,
-            reserved=found.reserved,
+            allocated=measured.allocated,
+            reserved=measured.reserved,
             assumptions=tuple(assumed),
         )
 
 
 @final
 class CPUAllocator(Allocator):
-    """The CPU's, by the events that torch's profiler records of it."""
+    """The CPU's allocator, measured by the allocation events that torch's profiler records."""
 
     device = "cpu"
 
     @override
-    def peak_of(self, prepare: Callable[[], Prepared], run: Callable[[Prepared], None]) -> Found:
-        gc.collect()  # what earlier work left behind would be freed during the run
-        # the profiler knows the size of what is freed only where it saw it made, so that it watches the making of the model too
+    def peak_of(self, prepare: Callable[[], Prepared], run: Callable[[Prepared], None]) -> Measured:
+        gc.collect()  # garbage of earlier work would be freed during the run
+        # the profiler knows the size of what is freed only if it recorded its allocation, so it records the preparation too
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
             prepared = prepare()
             gc.collect()
@@ -120,19 +120,19 @@ class CPUAllocator(Allocator):
             if when >= begin:
                 now += nbytes
                 peak = max(peak, now)
-        return Found(before, peak)
+        return Measured(before, peak)
 
 
 @final
 class CUDAAllocator(Allocator):
-    """CUDA's caching allocator, by its counters."""
+    """CUDA's caching allocator, measured by its counters."""
 
     device = "cuda"
 
     @override
-    def peak_of(self, prepare: Callable[[], Prepared], run: Callable[[Prepared], None]) -> Found:
+    def peak_of(self, prepare: Callable[[], Prepared], run: Callable[[Prepared], None]) -> Measured:
         prepared = prepare()
-        _take_workspaces()
+        _allocate_workspaces()
         gc.collect()
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
@@ -141,7 +141,7 @@ class CUDAAllocator(Allocator):
         run(prepared)
         torch.cuda.synchronize()
         stats = torch.cuda.memory_stats()
-        return Found(
+        return Measured(
             before,
             stats["requested_bytes.all.peak"],
             stats["allocated_bytes.all.peak"],
@@ -149,8 +149,8 @@ class CUDAAllocator(Allocator):
         )
 
 
-def _take_workspaces() -> None:
-    """Have cuBLAS take its workspaces, which it does once for each thread: that of the forward and that of the backward."""
+def _allocate_workspaces() -> None:
+    """Make cuBLAS allocate its workspaces, one for the thread of the forward and one for that of the backward."""
     x = torch.ones(8, 8, device="cuda", requires_grad=True)
     (x @ x).sum().backward()
 
@@ -159,13 +159,13 @@ def allocator_of(device: str | None) -> Allocator:
     """The allocator of a device.
 
     Args:
-        device: ``cuda``, ``cpu``, or None for CUDA where there is one.
+        device: ``cuda``, ``cpu``, or None for CUDA if there is a device, else the CPU.
 
     Returns:
         The allocator.
 
     Raises:
-        MemoryModelError: CUDA is asked for and there is none, or the device is another.
+        MemoryModelError: There is no CUDA device, or the device is neither.
     """
     if device not in (None, "cuda", "cpu"):
         raise MemoryModelError(f"memory can be measured on 'cuda' and 'cpu', not on {device!r}")
@@ -180,17 +180,17 @@ def allocator_of(device: str | None) -> Allocator:
 
 
 def resident_peak() -> int:
-    """The most memory this process had resident since it began, or since `reset_resident_peak`, in bytes; Linux only."""
+    """Peak resident memory of this process since its start or `reset_resident_peak`, in bytes; Linux only."""
     return _status("VmHWM")
 
 
 def resident() -> int:
-    """The memory this process has resident now, in bytes; Linux only."""
+    """Resident memory of this process now, in bytes; Linux only."""
     return _status("VmRSS")
 
 
 def reset_resident_peak() -> None:
-    """Let `resident_peak` begin anew; Linux only."""
+    """Reset `resident_peak` to the present value; Linux only."""
     Path("/proc/self/clear_refs").write_text("5")
 
 
@@ -198,6 +198,6 @@ def _status(key: str) -> int:
     try:
         lines = Path("/proc/self/status").read_text().splitlines()
     except OSError as error:
-        raise MemoryModelError("resident memory is read from /proc/self/status, which only Linux has") from error
+        raise MemoryModelError("resident memory is read from /proc/self/status, which exists on Linux only") from error
     line = next(line for line in lines if line.startswith(f"{key}:"))
     return int(line.split()[1]) * 1024

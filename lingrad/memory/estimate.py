@@ -1,4 +1,4 @@
-"""Memory in closed form: what every parameter takes between steps, from shapes and dtypes alone."""
+"""The memory of a run in closed form: bytes of every parameter between steps, from shapes and dtypes alone."""
 
 from __future__ import annotations
 
@@ -27,26 +27,26 @@ from lingrad.weights.bitsandbytes import packed_of
 
 SHARED = "(shared by all)"
 
-# of bitsandbytes: two code books of 256 float32 numbers, for each stock optimizer, of which layerwise runs have many
+# two float32 code books of 256 entries for each optimizer of bitsandbytes; a layerwise run has one optimizer per weight
 CODE_BOOKS = {"adamw8bit": 2 * 256 * 4}
 
 
 @dataclass(frozen=True)
-class Row:
-    """What one parameter takes, in bytes.
+class ParameterBytes:
+    """Bytes of one parameter or buffer, by category.
 
     Args:
         name: Its name.
-        weight: The parameter, where it is trained.
-        frozen: The parameter, where it is not.
-        buffer: The tensor, where it is a buffer.
-        gradient: Its gradient, where it is trained in full.
-        coords: Its coordinates; a single zero in optimizer mode, where they are zero between steps.
-        coords_gradient: The gradient of the coordinates, p x q numbers.
-        basis: What its transform keeps.
-        moments: What the base optimizer keeps.
-        activations: What its layer saves for the backward of its coordinates, off refresh steps: r numbers a token with a
-            right basis; 0 where no count of tokens was given, or the gradient is projected by a hook.
+        weight: The parameter, if it is trained.
+        frozen: The parameter, if it is not trained.
+        buffer: The tensor, if it is a buffer.
+        gradient: Its gradient, if it is trained in full.
+        coords: Its coordinates; in optimizer mode one number, since they are zero between steps.
+        coords_gradient: The gradient of the coordinates [p, q].
+        basis: The state of its transform.
+        moments: The state of the base optimizer.
+        activations: What its layer saves for the backward, outside refresh steps: r numbers per token with a right basis. 0 if
+            no number of tokens was given, or if a hook projects the gradient.
     """
 
     name: str
@@ -61,26 +61,26 @@ class Row:
     activations: int = 0
 
 
-COLUMNS = tuple(name for name in Row.__dataclass_fields__ if name != "name")
+COLUMNS = tuple(name for name in ParameterBytes.__dataclass_fields__ if name != "name")
 
 
 @dataclass(frozen=True)
-class Ledger:
-    """The rows of all parameters.
+class Estimate:
+    """The memory of a run between steps, in closed form.
 
     Args:
-        rows: One for each parameter and buffer, and one for what parameters share.
-        parameters: Numbers in the model.
-        trained: Numbers that the base optimizer steps.
+        rows: Bytes of each parameter and buffer, and a last row for what parameters share.
+        parameters: Elements of all parameters of the model.
+        trained: Elements that the base optimizer steps.
     """
 
-    rows: tuple[Row, ...]
+    rows: tuple[ParameterBytes, ...]
     parameters: int
     trained: int
 
     @property
     def totals(self) -> dict[str, int]:
-        """Bytes by category, named as in a `MemoryReport`."""
+        """Bytes by category; the categories are those of a `MemoryReport`."""
         found: Counter[str] = Counter()
         for row in self.rows:
             for column in COLUMNS:
@@ -89,7 +89,7 @@ class Ledger:
 
     @property
     def steady(self) -> int:
-        """Bytes between steps, gradients included: all but activations."""
+        """Bytes between steps, gradients included: everything except activations."""
         return sum(n for category, n in self.totals.items() if category != "activations")
 
     def __str__(self) -> str:
@@ -100,17 +100,17 @@ class Ledger:
         if "activations" in totals:
             rows.append(("saved by transformed layers", f"{totals['activations']:,}", readable(totals["activations"])))
         header, *lines = align(rows, right=[False, True, True])
-        text = [f"{self.parameters:,} parameters, {self.trained:,} numbers are stepped by the base optimizer", ""]
+        text = [f"{self.parameters:,} parameters, {self.trained:,} elements are stepped by the base optimizer", ""]
         return "\n".join([*text, *("  ".join(line).rstrip() for line in (header, *lines))])
 
     def to_json(self, path: str | Path | None = None) -> str:
-        """The ledger as JSON.
+        """The estimate as JSON.
 
         Args:
-            path: Where to write it too, if anywhere.
+            path: A file to write it to as well.
 
         Returns:
-            The text.
+            The JSON text.
         """
         plain: dict[str, Any] = {"parameters": self.parameters, "trained": self.trained, "totals": self.totals}
         text = json.dumps(plain | {"rows": [asdict(row) for row in self.rows]}, indent=1)
@@ -119,7 +119,7 @@ class Ledger:
         return text
 
 
-def ledger(
+def estimate(
     model: nn.Module,
     rules: Rules,
     base: optimizers.BaseLike = "adamw",
@@ -129,21 +129,21 @@ def ledger(
     layerwise: bool = False,
     share: Share | None = None,
     **options: Any,
-) -> Ledger:
-    """What `lingrad.wrap` or `lingrad.adapt` would take between steps, by shapes alone.
+) -> Estimate:
+    """Memory between the steps of a `lingrad.wrap` or `lingrad.adapt` run, computed from shapes and dtypes alone.
 
     Args:
-        model: The model; the meta device will do, and takes no memory.
-        rules: The spec or rules.
-        base: The base optimizer; moments are counted as on CUDA.
+        model: The model; it may be on the meta device, where it takes no memory.
+        rules: A config string or rules, as for `lingrad.wrap`.
+        base: The base optimizer; its state is counted as on CUDA.
         mode: ``optimizer`` or ``adapter``.
-        tokens: Tokens of a forward, for what transformed layers save of them.
+        tokens: Tokens of one forward, for the activations that transformed layers save.
         layerwise: Whether gradients are freed inside the backward.
         share: As for `lingrad.wrap`.
-        **options: Options of the base, and of `lingrad.wrap`, which change nothing here.
+        **options: Options of the base; options of `lingrad.wrap` are accepted and change nothing.
 
     Returns:
-        The ledger, exact to the byte; errors are those of `lingrad.wrap`.
+        The estimate, exact to the byte. Raises the errors of `lingrad.wrap`.
     """
     require_one_of(mode, get_args(Mode), "mode")
     _, base_options = Settings.split(options)
@@ -164,46 +164,48 @@ def ledger(
             trained += prod(place.coords)
         elif id(param) in full:
             moments = rest.moments(tuple(param.shape), param.dtype)
-            rows.append(Row(name, weight=nbytes, gradient=0 if layerwise else nbytes, moments=_sum(moments)))
+            rows.append(ParameterBytes(name, weight=nbytes, gradient=0 if layerwise else nbytes, moments=_sum(moments)))
             trained += param.numel()
         else:
-            rows.append(Row(name, frozen=nbytes))
+            rows.append(ParameterBytes(name, frozen=nbytes))
             continue
         quantised += any(moment.dtype == torch.uint8 for moment in moments)
     buffers = {buffer.untyped_storage()._cdata: (name, buffer) for name, buffer in model.named_buffers()}
-    rows += [Row(name, buffer=buffer.untyped_storage().nbytes()) for name, buffer in buffers.values()]
+    rows += [ParameterBytes(name, buffer=buffer.untyped_storage().nbytes()) for name, buffer in buffers.values()]
     if found.name in CODE_BOOKS and quantised:
-        rows.append(Row(SHARED, moments=CODE_BOOKS[found.name] * (quantised if layerwise else 1)))
-    numbers = sum(
+        rows.append(ParameterBytes(SHARED, moments=CODE_BOOKS[found.name] * (quantised if layerwise else 1)))
+    elements = sum(
         prod(placed[id(param)].target.layout.shape) if id(param) in placed else param.numel() for param in model.parameters()
     )
-    return Ledger(tuple(rows), numbers, trained)
+    return Estimate(tuple(rows), elements, trained)
 
 
-def _sum(kept: list[TensorSpec]) -> int:
-    return sum(stored.nbytes for stored in kept)
+def _sum(tensors: list[TensorSpec]) -> int:
+    return sum(tensor.nbytes for tensor in tensors)
 
 
 def _new(place: Place, seen: set[int]) -> int:
-    """Bytes of a weight, whose code books other quantised weights may hold too."""
+    """Bytes of a weight that are not in `seen` yet: quantised weights may share code books."""
     target = place.target
-    held = packed_of(target.owners[0][0], target.name).tensors() if target.route == "packed" else [target.param]
-    fresh = {t.untyped_storage()._cdata: t for t in held if t.untyped_storage()._cdata not in seen}
+    tensors = packed_of(target.owners[0][0], target.name).tensors() if target.route == "packed" else [target.param]
+    fresh = {t.untyped_storage()._cdata: t for t in tensors if t.untyped_storage()._cdata not in seen}
     seen |= fresh.keys()
     return sum(tensor.numel() * tensor.element_size() for tensor in fresh.values())
 
 
-def _transformed(place: Place, moments: list[TensorSpec], mode: Mode, weight: int, *, tokens: int, layerwise: bool) -> Row:
+def _transformed(
+    place: Place, moments: list[TensorSpec], mode: Mode, weight: int, *, tokens: int, layerwise: bool
+) -> ParameterBytes:
     target, like = place.target, place.target.like
     p, q = place.coords
     dtype = wide(like.dtype)
-    numbers = p * q * dtype.itemsize
+    nbytes = p * q * dtype.itemsize
     saved = q * tokens * like.element_size() if target.route != "weight" and place.leads else 0
-    return Row(
+    return ParameterBytes(
         target.name,
         weight=weight,
-        coords=numbers if mode == "adapter" else dtype.itemsize,
-        coords_gradient=0 if layerwise else numbers,
+        coords=nbytes if mode == "adapter" else dtype.itemsize,
+        coords_gradient=0 if layerwise else nbytes,
         basis=_sum(target.transform.storage(place.shape, like.dtype)) if place.leads else 0,
         moments=_sum(moments),
         activations=saved,

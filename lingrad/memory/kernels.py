@@ -1,8 +1,8 @@
-"""Running a step on meta tensors with the choices a real device would make.
+"""Run a step on meta tensors with the operators that a real device would use.
 
-Which operators a step consists of depends on the device: attention kernels, dropout, and whether an optimizer's loop is fused
-or runs over lists of tensors. On the meta device none of it is chosen as on CUDA, so that it is chosen here, for the length of
-a context, and said in the report. What a program reads back from the device is answered by a stated policy.
+Which operators a step runs depends on the device: attention kernels, dropout, and whether an optimizer is fused or uses
+foreach. The meta device chooses otherwise than CUDA, so these contexts make CUDA's choices, and the report lists them. Values
+that a program reads back from the device are answered by fixed rules, which the report lists too.
 """
 
 from __future__ import annotations
@@ -28,33 +28,33 @@ Answer = TypeVar("Answer")
 
 _HALF = (torch.bfloat16, torch.float16)
 _AUTOCAST = (
-    "autocast does nothing on the meta device, so that its copies would be missing; simulate the model in the dtype it "
-    "computes in (dtype=torch.bfloat16), or measure on a real device"
+    "autocast does nothing on the meta device, and the copies it makes would be missing; simulate the model in the dtype that "
+    "it computes in (dtype=torch.bfloat16), or measure on a real device"
 )
 
 
 @contextmanager
-def as_on_cuda(attention: Attention, noted: set[str]) -> Iterator[None]:
+def as_on_cuda(attention: Attention, assumed: set[str]) -> Iterator[None]:
     """Choose operators as PyTorch does on CUDA, on meta tensors.
 
     Args:
-        attention: The kernel of ``scaled_dot_product_attention``; ``flash`` becomes ``efficient`` where flash attention does
-            not apply, which is with a mask or in float32.
-        noted: Gets a sentence for each choice that was made.
+        attention: The kernel of ``scaled_dot_product_attention``. With a mask or in float32 flash attention does not apply,
+            and ``flash`` means ``efficient``.
+        assumed: Receives a sentence for each choice.
 
     Yields:
-        None, while the choices hold. Functions are replaced in torch itself: the autograd engine, where checkpointed layers
-        are recomputed, sees no function modes.
+        None. Functions of torch are replaced while the context is open; function modes would not reach the autograd engine,
+        which recomputes checkpointed layers.
     """
-    plain, dropout = functional.scaled_dot_product_attention, functional.dropout
+    original, dropout = functional.scaled_dot_product_attention, functional.dropout
 
     def attend(*args: Any, **kwargs: Any) -> Tensor:
-        return _attend(plain, attention, noted, *args, **kwargs)
+        return _attend(original, attention, assumed, *args, **kwargs)
 
     def drop(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:  # noqa: A002
         if not training or p == 0.0 or inplace:
             return dropout(input, p, training, inplace)
-        noted.add("dropout is native_dropout, which keeps a mask of one byte a number")
+        assumed.add("dropout is native_dropout, which saves a mask of one byte per element")
         dropped: Tensor = torch.native_dropout(input, p, True)[0]
         return dropped
 
@@ -69,53 +69,53 @@ def as_on_cuda(attention: Attention, noted: set[str]) -> Iterator[None]:
         yield
 
 
-def answered(noted: set[str]) -> Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]:
-    """How a simulation runs an operator: as it is, but for questions about numbers, which meta tensors do not have.
+def answered(assumed: set[str]) -> Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]:
+    """How a simulation runs an operator: unchanged, except where it reads the values of tensors, which meta tensors lack.
 
     Args:
-        noted: Gets a sentence for each kind of answer that was given.
+        assumed: Receives a sentence for each kind of answer.
 
     Returns:
-        A function of (operator, positional arguments, keyword arguments). It raises `MemoryModelError` where nothing can be
-        said: a shape that depends on numbers, an integer that is read back, autocast, an operator without a meta kernel.
+        A function of (operator, positional arguments, keyword arguments). It raises `MemoryModelError` where the memory
+        depends on values: a shape that does, an integer that is read back, an operator without a meta kernel.
     """
     read = torch.ops.aten._local_scalar_dense.default
     equal = torch.ops.aten.equal.default
 
     def execute(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if func is read and args[0].is_meta:
-            return _read(args[0].dtype, noted)
+            return _read(args[0].dtype, assumed)
         if func is equal and args[0].is_meta:
-            noted.add("tensors that are compared are taken to be equal")
+            assumed.add("tensors that are compared are assumed to be equal")
             return True
         try:
             return func(*args, **kwargs)
         except NotImplementedError as error:
             raise MemoryModelError(
-                f"{func} cannot run without numbers ({str(error).splitlines()[0]}); its memory is unknown. Measure on a real "
-                "device, or leave the module that calls it out"
+                f"{func} cannot run on meta tensors ({str(error).splitlines()[0]}), and its memory is unknown; measure on a "
+                "real device, or leave out the module that calls it"
             ) from error
 
     return execute
 
 
-def _read(dtype: torch.dtype, noted: set[str]) -> bool | float:
+def _read(dtype: torch.dtype, assumed: set[str]) -> bool | float:
     if dtype is torch.bool:
-        noted.add("a question about a tensor is answered yes (all finite, any nonzero)")
+        assumed.add("a bool that is read back is True (all finite, any nonzero)")
         return True
     if dtype.is_floating_point:
-        noted.add("a float that is read back is 1.0 (norms are finite and not zero)")
+        assumed.add("a float that is read back is 1.0 (norms are finite and not zero)")
         return 1.0
     raise MemoryModelError(
-        f"the program reads an integer ({str(dtype).removeprefix('torch.')}) back from the device and may go on by it in ways "
-        "that cannot be foreseen without numbers; measure on a real device"
+        f"the program reads an integer ({str(dtype).removeprefix('torch.')}) back from the device, and what it does next may "
+        "depend on its value; measure on a real device"
     )
 
 
 def _attend(
-    plain: Callable[..., Tensor],
+    original: Callable[..., Tensor],
     attention: Attention,
-    noted: set[str],
+    assumed: set[str],
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -126,61 +126,58 @@ def _attend(
     enable_gqa: bool = False,
 ) -> Tensor:
     if not query.is_meta or attention == "math":
-        rest = {"attn_mask": attn_mask, "dropout_p": dropout_p, "is_causal": is_causal, "scale": scale}
+        options = {"attn_mask": attn_mask, "dropout_p": dropout_p, "is_causal": is_causal, "scale": scale}
         if query.is_meta:
-            noted.add("attention is the plain formula (math), which holds the matrix of weights")
-        return plain(query, key, value, **rest, enable_gqa=enable_gqa)
+            assumed.add("attention is the plain formula (math), which forms the matrix of attention weights")
+        return original(query, key, value, **options, enable_gqa=enable_gqa)
     flash = attention == "flash" and attn_mask is None and query.dtype in _HALF
     if not flash and enable_gqa and key.shape[-3] != query.shape[-3]:
-        noted.add("attention is the plain formula (math): of the other kernels only flash takes fewer heads of keys and values")
-        return plain(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=True)
-    noted.add(f"attention is the {'flash' if flash else 'memory-efficient'} kernel")
+        assumed.add("attention is the plain formula (math): of the other kernels only flash takes fewer key and value heads")
+        return original(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=True)
+    assumed.add(f"attention is the {'flash' if flash else 'memory-efficient'} kernel")
     size = query.shape[-1]
     scale = 1 / math.sqrt(size) if scale is None else scale
     if flash:
         query, key, value = (functional.pad(t, (0, -size % 8)) if size % 8 else t for t in (query, key, value))
-        made: Tensor = torch.ops.aten._scaled_dot_product_flash_attention(
+        attended: Tensor = torch.ops.aten._scaled_dot_product_flash_attention(
             query, key, value, dropout_p, is_causal, False, scale=scale
         )[0]
-        return made[..., :size] if size % 8 else made
+        return attended[..., :size] if size % 8 else attended
     if attn_mask is not None:
         if attn_mask.dtype is torch.bool:
             attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill_(attn_mask.logical_not(), -math.inf)
         attn_mask = attn_mask.expand(*query.shape[:-1], key.shape[-2])
     needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value))
     kernel = torch.ops.aten._scaled_dot_product_efficient_attention
-    made = kernel(query, key, value, attn_mask, needs_grad, dropout_p, is_causal, scale=scale)
-    attended: Tensor = made[0]
-    return attended
+    made: Tensor = kernel(query, key, value, attn_mask, needs_grad, dropout_p, is_causal, scale=scale)[0]
+    return made
 
 
 @contextmanager
 def explained(what: str) -> Iterator[None]:
-    """Say of an error about missing numbers what it means.
+    """Turn errors that come from meta tensors into a `MemoryModelError` that says so.
 
     Args:
-        what: What is run.
+        what: The name of what is run, for the message.
 
     Yields:
         None.
 
     Raises:
-        MemoryModelError: Something could not be run on the meta device.
-        AssertionError: The program's own errors come as they are.
-        RuntimeError: The same.
-        TypeError: The same.
+        MemoryModelError: Something cannot run on the meta device.
+        AssertionError: An error of the program itself, unchanged.
+        RuntimeError: An error of the program itself, unchanged.
+        TypeError: An error of the program itself, unchanged.
     """
     try:
         yield
     except MemoryModelError:
         raise
     except (AssertionError, NotImplementedError, RuntimeError, TypeError) as error:
-        # packages that do not know the meta device fail their own assertions on it
+        # packages without support for the meta device fail their own assertions on it
         if isinstance(error, AssertionError) or "meta" in str(error) or _in_meta_kernel(error):
-            message = (
-                f"{what} cannot be run without numbers: {str(error) or type(error).__name__} Measure on a real device instead"
-            )
-            raise MemoryModelError(message) from error
+            reason = (str(error) or type(error).__name__).rstrip(".")
+            raise MemoryModelError(f"{what} cannot run on meta tensors: {reason}. Measure on a real device instead") from error
         raise
 
 
@@ -191,55 +188,55 @@ def _in_meta_kernel(error: BaseException) -> bool:
 
 @contextmanager
 def without_autocast() -> Iterator[None]:
-    """Refuse autocast, which where there is no CUDA switches itself off with a warning.
+    """Refuse autocast, which without CUDA would switch itself off with only a warning.
 
     Yields:
-        None; `MemoryModelError` is raised where it is entered, or holds already.
+        None. Entering autocast inside raises `MemoryModelError`.
 
     Raises:
-        MemoryModelError: It holds already.
+        MemoryModelError: Autocast is on already.
     """
     if torch.is_autocast_enabled("cuda") or torch.is_autocast_enabled("cpu"):
         raise MemoryModelError(_AUTOCAST)
-    plain_init: Any = torch.autocast.__init__
-    plain_enter: Any = torch.autocast.__enter__
+    original_init: Any = torch.autocast.__init__
+    original_enter: Any = torch.autocast.__enter__
 
-    def init(self: Any, device_type: str, dtype: torch.dtype | None = None, enabled: bool = True, **rest: Any) -> None:
-        plain_init(self, "cuda" if device_type == "meta" else device_type, dtype, enabled, **rest)
-        self.asked = enabled
+    def init(self: Any, device_type: str, dtype: torch.dtype | None = None, enabled: bool = True, **options: Any) -> None:
+        original_init(self, "cuda" if device_type == "meta" else device_type, dtype, enabled, **options)
+        self.requested = enabled
 
     def enter(self: Any) -> Any:
-        if getattr(self, "asked", self._enabled):
+        if getattr(self, "requested", self._enabled):
             raise MemoryModelError(_AUTOCAST)
-        return plain_enter(self)
+        return original_enter(self)
 
     with mock.patch.object(torch.autocast, "__init__", init), mock.patch.object(torch.autocast, "__enter__", enter):
         yield
 
 
 @contextmanager
-def as_on_cpu(noted: set[str]) -> Iterator[None]:
+def as_on_cpu(assumed: set[str]) -> Iterator[None]:
     """Choose operators as PyTorch does on a CPU, on meta tensors.
 
     Args:
-        noted: Gets a sentence for each choice that was made.
+        assumed: Receives a sentence for each choice.
 
     Yields:
-        None, while the choices hold.
+        None. Functions of torch are replaced while the context is open.
     """
-    plain = functional.scaled_dot_product_attention
+    original = functional.scaled_dot_product_attention
 
     def attend(
-        query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0, **rest: Any
+        query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0, **options: Any
     ) -> Tensor:
         if not query.is_meta or dropout_p:
-            return plain(query, key, value, attn_mask=attn_mask, dropout_p=dropout_p, **rest)
-        rest.pop("enable_gqa", None)  # the kernel takes fewer heads of keys and values as they are
-        noted.add("attention is the CPU's flash kernel")
-        made: Tensor = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            query, key, value, dropout_p, rest.pop("is_causal", False), attn_mask=attn_mask, **rest
+            return original(query, key, value, attn_mask=attn_mask, dropout_p=dropout_p, **options)
+        options.pop("enable_gqa", None)  # this kernel takes fewer key and value heads without it
+        assumed.add("attention is the CPU's flash kernel")
+        attended: Tensor = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            query, key, value, dropout_p, options.pop("is_causal", False), attn_mask=attn_mask, **options
         )[0]
-        return made
+        return attended
 
     name = "_get_fused_kernels_supported_devices"
     devices = [*getattr(torch_optimizer, name)(), "meta"]

@@ -1,4 +1,4 @@
-"""What the tensors that outlive a step are: those of models, of stock optimizers, and of lingrad's own."""
+"""Categories of the tensors that live longer than a step: those of models, of torch's optimizers and of lingrad's."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from torch.optim import Optimizer
 from lingrad.adapters.base import Coords
 from lingrad.engine.optimizer import SubspaceOptimizer
 
-_DEPTH = 6  # how deep an optimizer's state is searched for tensors: projector objects hold dicts of lists
+_DEPTH = 6  # levels of nesting searched for tensors in an optimizer's state: projector objects hold dicts of lists
 
 
-def kept(models: Iterable[nn.Module], optimizers: Iterable[Optimizer]) -> Iterator[tuple[Tensor, str]]:
-    """The tensors that models and optimizers hold between steps.
+def persistent(models: Iterable[nn.Module], optimizers: Iterable[Optimizer]) -> Iterator[tuple[Tensor, str]]:
+    """The tensors that models and optimizers store between steps.
 
     Args:
         models: The models.
-        optimizers: Their optimizers; a `lingrad.SubspaceOptimizer` tells coords, bases and moments apart, of others the
-            entries named after a projector (galore_torch's) are bases and the rest are moments.
+        optimizers: Their optimizers. A `lingrad.SubspaceOptimizer` distinguishes coords, bases and moments. In the state of
+            others, entries named after a projector (galore_torch's) are bases and all other entries moments.
 
     Yields:
-        (tensor, category); the last category given to a tensor holds.
+        (tensor, category). Where a tensor comes twice, the last category counts.
     """
     optimizers = list(optimizers)
     for model in models:
@@ -32,18 +32,18 @@ def kept(models: Iterable[nn.Module], optimizers: Iterable[Optimizer]) -> Iterat
         for buffer in model.buffers():
             yield buffer, "buffer"
     for optimizer in optimizers:
-        yield from kept_by(optimizer, set())
+        yield from stored_by(optimizer, set())
     for owner, category in gradients_of(models, optimizers):
         if owner.grad is not None:
             yield owner.grad, category
 
 
-def kept_by(optimizer: Optimizer, coords: Container[int]) -> Iterator[tuple[Tensor, str]]:
-    """The tensors that one optimizer holds.
+def stored_by(optimizer: Optimizer, coords: Container[int]) -> Iterator[tuple[Tensor, str]]:
+    """The tensors that one optimizer stores.
 
     Args:
-        optimizer: A `lingrad.SubspaceOptimizer`, or a stock optimizer: one that stands alone, or one inside a run of lingrad.
-        coords: Ids of parameters known to be coordinates.
+        optimizer: A `lingrad.SubspaceOptimizer`, or any other optimizer, on its own or as the base of a run of lingrad.
+        coords: Ids of the parameters that are known to be coordinates.
 
     Yields:
         (tensor, category).
@@ -51,10 +51,10 @@ def kept_by(optimizer: Optimizer, coords: Container[int]) -> Iterator[tuple[Tens
     params = [param for group in optimizer.param_groups for param in group["params"]]
     own = {id(param) for param in params}
     for param in params:
-        ours = id(param) in coords
-        yield param, "coords" if ours else "weight" if param.requires_grad else "frozen"
+        is_coords = id(param) in coords
+        yield param, "coords" if is_coords else "weight" if param.requires_grad else "frozen"
         if param.grad is not None:
-            yield param.grad, "coords gradient" if ours else "gradient"
+            yield param.grad, "coords gradient" if is_coords else "gradient"
     if isinstance(optimizer, SubspaceOptimizer):
         yield from optimizer.held()
         return
@@ -65,7 +65,7 @@ def kept_by(optimizer: Optimizer, coords: Container[int]) -> Iterator[tuple[Tens
 
 
 def gradients_of(models: Iterable[nn.Module], optimizers: Iterable[Optimizer]) -> Iterator[tuple[Tensor, str]]:
-    """The parameters that may get gradients, with the category of those.
+    """The parameters that may get gradients, with the category of these gradients.
 
     Args:
         models: The models.
@@ -94,7 +94,7 @@ def gradients_of(models: Iterable[nn.Module], optimizers: Iterable[Optimizer]) -
 
 
 def _reachable(value: Any, depth: int = _DEPTH) -> Iterator[Tensor]:
-    """Every tensor in a state entry: in containers, and in plain objects as galore_torch's projectors are."""
+    """Every tensor in a state entry: in containers, and in attributes of objects such as galore_torch's projectors."""
     if isinstance(value, Tensor):
         yield value
     elif depth == 0 or isinstance(value, (type, nn.Module, str, int, float, bool)) or value is None:

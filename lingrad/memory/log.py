@@ -1,7 +1,7 @@
-"""The log of a run's memory: every storage, when it was made and freed, and by what; the one form that all sources fill.
+"""The log of a run's memory: every storage, when it was allocated and freed, and by which operator.
 
-Bytes are those a tensor's storage asks for, before any allocator rounds them. Labels are attached to storages whenever they
-become known (a tensor turns out to be a gradient when autograd accumulates it), so that categories are decided at the end.
+Bytes are those that a tensor's storage asks for, before an allocator rounds them up. A storage is labelled as soon as its
+purpose is known (a tensor is known to be a gradient when autograd accumulates it); categories are decided at the end.
 """
 
 from __future__ import annotations
@@ -10,40 +10,40 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-# What a storage is for. Temporaries are told apart by the phase that made them.
+# What a storage is for. Temporaries are divided by the phase in which they were allocated.
 CATEGORIES = (
     "weight",  # parameters that are trained, transformed or in full
-    "frozen",  # parameters that are not
+    "frozen",  # parameters that are not trained
     "buffer",
     "gradient",  # of parameters trained in full
     "coords",
     "coords gradient",
-    "basis",  # what a transform keeps: bases, indices, the memory of a learned basis
+    "basis",  # the state of a transform: bases, indices, the optimizer state of a learned basis
     "moments",  # the base optimizer's state
-    "activations",  # made in a forward, or a checkpoint's recomputation, and alive after it
+    "activations",  # allocated in a forward, or in a recomputation, and alive after it
     "input",
     "temporaries: forward",
     "temporaries: backward",
     "temporaries: step",
-    "other",  # was there before the log began, and nobody said what it is
-    "untracked",  # seen by the allocator, not by the tracker: workspaces of kernels
+    "other",  # existed before the log began, purpose unknown
+    "untracked",  # measured by the allocator, not seen by the tracker: workspaces of kernels
 )
 
 BEFORE, FORWARD, BACKWARD, RECOMPUTE, STEP = "before", "forward", "backward", "recompute", "step"
-END_OF_STEP = "end of step"  # a mark: between steps, gradients not yet zeroed
+END_OF_STEP = "end of step"  # a mark: between two steps, gradients not yet zeroed
 
 
 @dataclass(slots=True, eq=False)
 class Storage:
-    """One piece of memory.
+    """One storage.
 
     Args:
         index: Its number in the log.
-        nbytes: Bytes asked for; the last, where it was resized.
-        phase: The phase that made it.
-        op: The operator that made it; empty where that is not known.
-        label: Its category, where that is known; see `category`.
-        freed_in: The phase that freed it; None while it lives.
+        nbytes: Bytes requested; after a resize, the new size.
+        phase: The phase in which it was allocated.
+        op: The operator that allocated it; empty if not known.
+        label: Its category, if known; see `category`.
+        freed_in: The phase in which it was freed; None while it is alive.
     """
 
     index: int
@@ -55,7 +55,7 @@ class Storage:
 
     @property
     def category(self) -> str:
-        """What it is for: its label, or else what the phases of its making and its end say."""
+        """What it is for: its label, or else what follows from the phases in which it was allocated and freed."""
         if self.label is not None:
             return self.label
         if self.phase == BEFORE:
@@ -71,9 +71,9 @@ class Log:
 
     Attributes:
         storages: All of them, by index.
-        before: What was there when the log began, as events.
-        during: (index of the storage, bytes gained or lost, phase), in order.
-        marks: (name, number of events in ``during`` before it): places in the run, such as ``end of step``.
+        before: Events for what existed when the log began.
+        during: Events since then, in order: (index of the storage, bytes allocated or, if negative, freed, phase).
+        marks: (name, number of events of ``during`` before it): named positions in the run, such as ``end of step``.
     """
 
     storages: list[Storage] = field(default_factory=list)
@@ -83,16 +83,16 @@ class Log:
 
     @property
     def events(self) -> list[tuple[int, int, str]]:
-        """All events: what was there before, then what happened."""
+        """All events: ``before``, then ``during``."""
         return self.before + self.during
 
     def add(self, nbytes: int, phase: str, op: str = "", label: str | None = None) -> Storage:
-        """Note a storage that was made, or found.
+        """Record a new storage.
 
         Args:
-            nbytes: Bytes it asks for.
-            phase: The phase; `BEFORE` where it was there when the log began.
-            op: The operator that made it.
+            nbytes: Bytes requested.
+            phase: The phase; `BEFORE` if it existed when the log began.
+            op: The operator that allocated it.
             label: Its category, if known.
 
         Returns:
@@ -104,25 +104,25 @@ class Log:
         return storage
 
     def free(self, storage: Storage, phase: str) -> None:
-        """Note that a storage is gone."""
+        """Record that a storage was freed."""
         storage.freed_in = phase
         self.during.append((storage.index, -storage.nbytes, phase))
 
     def resize(self, storage: Storage, nbytes: int, phase: str) -> None:
-        """Note that a storage was given another size: the old memory is freed, new memory is taken."""
+        """Record that a storage was resized: the old memory is freed, new memory is allocated."""
         self.during.append((storage.index, -storage.nbytes, phase))
         self.during.append((storage.index, nbytes, phase))
         storage.nbytes = nbytes
 
     def mark(self, name: str) -> None:
-        """Name the present place in the run."""
+        """Name the present position in the run."""
         self.marks.append((name, len(self.during)))
 
     def live_at(self, position: int) -> dict[int, int]:
-        """What is alive after some of ``during``'s events.
+        """The storages that are alive after the first ``position`` events of ``during``.
 
         Args:
-            position: How many of them.
+            position: How many events.
 
         Returns:
             Index of the storage -> bytes.
@@ -133,7 +133,7 @@ class Log:
         return {index: nbytes for index, nbytes in live.items() if nbytes}
 
     def breakdown(self, live: dict[int, int]) -> dict[str, int]:
-        """Bytes by category, in the order of `CATEGORIES`, without those that have none."""
+        """Bytes by category, in the order of `CATEGORIES`; categories without bytes are left out."""
         found: Counter[str] = Counter()
         for index, nbytes in live.items():
             found[self.storages[index].category] += nbytes

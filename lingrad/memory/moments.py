@@ -1,4 +1,4 @@
-"""What a run keeps in 8 bits and what it does not, and why: the report on quantised moments."""
+"""Which moments of a run are stored in 8 bits, which are not, and why."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ class Moment:
     """One moment of one parameter.
 
     Args:
-        name: The parameter's name; of a transformed weight these are the moments of its coordinates.
-        key: What the base calls it; of a run that has not stepped yet, ``moment 1`` and so on.
-        numbers: How many numbers it has.
-        bits: Bits of each.
+        name: The parameter's name. The moments of a transformed weight are those of its coordinates.
+        key: Its key in the base optimizer's state; ``moment 1`` and so on before the first step.
+        numbers: Its elements.
+        bits: Bits per element.
         nbytes: Bytes, scales included.
-        why: Why it is not in 8 bits; empty where it is.
+        why: Why it is not in 8 bits; empty if it is.
     """
 
     name: str
@@ -40,13 +40,13 @@ class Moment:
 
 
 @dataclass(frozen=True)
-class Moments:
+class MomentReport:
     """The moments of a run.
 
     Args:
-        moments: One for each; step counters and other single numbers are none.
-        books: Bytes of code books that stay in memory.
-        expected: Whether the run has not stepped yet, so that these are the moments it will have.
+        moments: All moments; step counters and other scalars are not listed.
+        books: Bytes of the code books in memory.
+        expected: True before the first step: the moments are those that the run will have.
     """
 
     moments: tuple[Moment, ...]
@@ -55,17 +55,17 @@ class Moments:
 
     @property
     def quantised(self) -> tuple[Moment, ...]:
-        """Those in 8 bits."""
+        """The moments in 8 bits."""
         return tuple(moment for moment in self.moments if not moment.why)
 
     @property
     def others(self) -> tuple[Moment, ...]:
-        """Those that are not."""
+        """The moments that are not in 8 bits."""
         return tuple(moment for moment in self.moments if moment.why)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all, code books included."""
+        """Bytes of all moments and code books."""
         return sum(moment.nbytes for moment in self.moments) + self.books
 
     def __str__(self) -> str:
@@ -73,7 +73,7 @@ class Moments:
         for moment in self.moments:
             found = kinds.setdefault((moment.bits, moment.why), Counter())
             found.update(moments=1, numbers=moment.numbers, nbytes=moment.nbytes)
-        rows: list[tuple[str, ...]] = [("bits", "moments", "numbers", "bytes", "why not 8")]
+        rows: list[tuple[str, ...]] = [("bits", "moments", "elements", "bytes", "why not 8 bits")]
         for (bits, why), count in sorted(kinds.items()):
             rows.append((str(bits), *(f"{count[key]:,}" for key in ("moments", "numbers", "nbytes")), why))
         if self.books:
@@ -83,14 +83,14 @@ class Moments:
         return head + "\n".join(lines)
 
 
-def moments(optimizer: SubspaceOptimizer) -> Moments:
-    """Which moments of a run are held in 8 bits, which are not, and why.
+def moments(optimizer: SubspaceOptimizer) -> MomentReport:
+    """Which moments of a run are stored in 8 bits, which are not, and why.
 
     Args:
-        optimizer: The run; its base may be one of bitsandbytes', or any with ``moments="8bit"``.
+        optimizer: The run. Its base may be one of bitsandbytes, or any base with ``moments="8bit"``.
 
     Returns:
-        The report; its ``str`` is a table.
+        The report; ``str`` of it is a table.
     """
     found: list[Moment] = []
     books: dict[int, int] = {}
@@ -104,15 +104,15 @@ def moments(optimizer: SubspaceOptimizer) -> Moments:
                 dtype = wide(param.dtype) if group["kind"] == "coords" else param.dtype
                 found += _expected(name, base.moments(tuple(param.shape), dtype), base)
             else:
-                found += _held(name, entries[param], base, books)
-    return Moments(tuple(found), sum(books.values()), expected)
+                found += _present(name, entries[param], base, books)
+    return MomentReport(tuple(found), sum(books.values()), expected)
 
 
 def _of_base(entries: Mapping[str, Any]) -> dict[str, Tensor]:
     return {key: t for key, t in entries.items() if isinstance(t, Tensor) and t.numel() > 1 and not key.startswith("subspace.")}
 
 
-def _held(name: str, entries: Mapping[str, Tensor], base: Base, books: dict[int, int]) -> Iterator[Moment]:
+def _present(name: str, entries: Mapping[str, Tensor], base: Base, books: dict[int, int]) -> Iterator[Moment]:
     for key, value in entries.items():
         if key.startswith("qmap"):
             books[value.data_ptr()] = value.nbytes
@@ -121,12 +121,12 @@ def _held(name: str, entries: Mapping[str, Tensor], base: Base, books: dict[int,
             yield _moment(name, key, value.numel(), value.dtype, value.nbytes, scales, base)
 
 
-def _expected(name: str, kept: list[TensorSpec], base: Base) -> Iterator[Moment]:
-    several = [tensor for tensor in kept if prod(tensor.shape) > 1 or tensor.dtype == torch.uint8]
+def _expected(name: str, tensors: list[TensorSpec], base: Base) -> Iterator[Moment]:
+    several = [tensor for tensor in tensors if prod(tensor.shape) > 1 or tensor.dtype == torch.uint8]
     number = 0
     for i, tensor in enumerate(several):
         if i and several[i - 1].dtype == torch.uint8:
-            continue  # the scales of the one before
+            continue  # the scales of the tensor before it
         number += 1
         scales = several[i + 1] if tensor.dtype == torch.uint8 and i + 1 < len(several) else None
         yield _moment(name, f"moment {number}", prod(tensor.shape), tensor.dtype, tensor.nbytes, scales, base)
@@ -143,10 +143,10 @@ def _moment(
 def _why(numbers: int, base: Base) -> str:
     if base.quantizer is not None:
         smallest = base.quantizer.smallest
-    elif "8bit" in base.name.lower():  # a base of bitsandbytes, whose own default is the same
+    elif "8bit" in base.name.lower():  # a base of bitsandbytes, which has the same default
         smallest = base.options.get("min_8bit_size", SMALLEST)
     else:
-        return f"base '{base.name}' keeps its moments as they are"
+        return f"base '{base.name}' does not quantise its moments"
     if numbers < smallest:
-        return f"fewer than {smallest:,} numbers (min_8bit_size)"
-    return f"base '{base.name}' decided so"
+        return f"fewer than {smallest:,} elements (min_8bit_size)"
+    return f"base '{base.name}' chose not to"

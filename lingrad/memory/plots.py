@@ -1,71 +1,64 @@
-"""Pictures of memory: one run over time, or several beside each other."""
+"""Plots of memory: one run over time, or several runs as bars."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lingrad import plotting
 from lingrad.errors import optional
 from lingrad.memory.log import CATEGORIES
 
-if TYPE_CHECKING:
-    from lingrad.memory.report import MemoryReport
-
 GIB = 2**30
-SIZE = (9.0, 4.5)
+SIZE = (9.0, 4.5)  # inches
 
 
-def draw_timeline(report: MemoryReport, path: Path) -> Path:
-    """Draw what is alive, stacked by category, over the storages made and freed.
+def draw_timeline(timeline: Sequence[tuple[int, Mapping[str, int]]], path: Path, *, peak: int, title: str) -> Path:
+    """Plot the memory in use, stacked by category, over the allocations and frees of a run.
 
     Args:
-        report: The report.
-        path: The picture to write.
+        timeline: (number of allocations and frees before, bytes by category), in order.
+        path: The picture to write; its suffix decides the format.
+        peak: Bytes at the peak.
+        title: The title.
 
     Returns:
         The path.
     """
     figure, (axes,) = plotting.figure(SIZE)
-    places = [point.event for point in report.timeline]
-    names = [c for c in CATEGORIES if any(point.bytes.get(c, 0) for point in report.timeline)]
-    layers = [[point.bytes.get(name, 0) / GIB for point in report.timeline] for name in names]
-    axes.stackplot(places, layers, labels=names, colors=[_color(name) for name in names], step="post", linewidth=0)
-    axes.axhline(report.peak / GIB, color="black", linewidth=0.8, linestyle=":")
-    axes.set(
-        title=f"{report.source} on {report.device}: {report.peak / GIB:.2f} GiB at the peak",
-        xlabel="storages made and freed",
-        ylabel="GiB",
-        xlim=(0, max(places[-1], 1)),
-    )
+    positions = [position for position, _ in timeline]
+    names = [category for category in CATEGORIES if any(in_use.get(category, 0) for _, in_use in timeline)]
+    layers = [[in_use.get(name, 0) / GIB for _, in_use in timeline] for name in names]
+    axes.stackplot(positions, layers, labels=names, colors=[_color(name) for name in names], step="post", linewidth=0)
+    axes.axhline(peak / GIB, color="black", linewidth=0.8, linestyle=":")
+    axes.set(title=title, xlabel="allocations and frees", ylabel="GiB", xlim=(0, max(positions[-1], 1)))
     figure.legend(loc="outside right upper", fontsize=8, reverse=True)
     return plotting.save(figure, path)
 
 
-def draw_comparison(reports: Mapping[str, MemoryReport], path: Path) -> Path:
-    """Draw the peaks of several runs as bars, stacked by category.
+def draw_comparison(peaks: Mapping[str, Mapping[str, int]], path: Path, *, capacity: int | None = None) -> Path:
+    """Plot the peaks of several runs as bars, stacked by category.
 
     Args:
-        reports: Reports by the names of their methods.
-        path: The picture to write.
+        peaks: Label of a run -> bytes by category at its peak.
+        path: The picture to write; its suffix decides the format.
+        capacity: Memory of the device in bytes, drawn as a line.
 
     Returns:
         The path.
     """
     figure, (axes,) = plotting.figure(SIZE)
-    names = [c for c in CATEGORIES if any(report.breakdown.get(c, 0) for report in reports.values())]
-    labels = list(reports)
+    labels = list(peaks)
     left = [0.0] * len(labels)
-    for name in names:
-        widths = [report.breakdown.get(name, 0) / GIB for report in reports.values()]
+    for name in (category for category in CATEGORIES if any(peak.get(category, 0) for peak in peaks.values())):
+        widths = [peak.get(name, 0) / GIB for peak in peaks.values()]
         axes.barh(labels, widths, left=left, label=name, color=_color(name))
         left = [a + b for a, b in zip(left, widths, strict=True)]
-    capacity = next((report.capacity for report in reports.values() if report.capacity is not None), None)
     if capacity is not None:
         axes.axvline(capacity / GIB, color="black", linewidth=0.8, linestyle=":")
     axes.invert_yaxis()
-    axes.set(xlabel="GiB asked for at the peak")
+    axes.set(xlabel="GiB requested at the peak")
     figure.legend(loc="outside lower center", ncols=4, fontsize=8)
     return plotting.save(figure, path)
 

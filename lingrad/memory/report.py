@@ -1,4 +1,4 @@
-"""One report of a run's memory, whatever it was filled from."""
+"""The report of a run's memory: the same class for a simulated, a tracked and a measured run."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ from typing import Any, Literal
 from lingrad.console import align
 from lingrad.files.atomic import write_whole
 from lingrad.memory.cuda.allocator import replay
+from lingrad.memory.cuda.snapshot import to_snapshot, write_snapshot
 from lingrad.memory.log import CATEGORIES, END_OF_STEP, Log
+from lingrad.memory.plots import draw_timeline
 from lingrad.memory.units import readable
 
 Source = Literal["simulated", "tracked", "measured"]
@@ -22,12 +24,12 @@ TOP = 10
 
 @dataclass(frozen=True)
 class Point:
-    """The highest moment in one stretch of a run.
+    """The moment of one interval of a run at which most memory is in use.
 
     Args:
-        event: Its place: the number of storages made and freed before it.
-        phase: The phase it is in.
-        bytes: Bytes by category; those that have none are left out.
+        event: Its position: how many storages were allocated and freed before it.
+        phase: The phase of the run at that moment.
+        bytes: Bytes by category; categories without bytes are left out.
     """
 
     event: int
@@ -40,10 +42,10 @@ class Top:
     """One of the largest storages at the peak.
 
     Args:
-        nbytes: Its size.
+        nbytes: Its size in bytes.
         category: What it is for.
-        phase: The phase that made it.
-        op: The operator that made it; empty where it was there before.
+        phase: The phase in which it was allocated.
+        op: The operator that allocated it; empty if it existed before the run.
     """
 
     nbytes: int
@@ -57,22 +59,22 @@ class MemoryReport:
     """Where a run's memory goes. All sizes are bytes.
 
     Args:
-        source: ``simulated`` on meta tensors, ``tracked`` from the tensors of a real run, or ``measured``, where the device's
-            own allocator gave the peak.
-        device: The device, or the one that is simulated.
-        peak: The most that tensors asked for at one moment.
-        steady: What they hold between steps, gradients included, as they are before they are zeroed.
-        breakdown: The peak by category; sums to it.
-        steady_breakdown: The same of ``steady``.
-        by_phase: The most in each phase.
-        timeline: The run, from its beginning.
+        source: ``simulated`` on meta tensors, ``tracked`` from the tensors of a real run, or ``measured``, where the peak comes
+            from the device's own allocator.
+        device: The device, or the simulated device.
+        peak: The largest sum of the sizes that live tensors asked for.
+        steady: The same sum between steps, gradients included (they have not been zeroed yet).
+        breakdown: The peak by category; sums to ``peak``.
+        steady_breakdown: ``steady`` by category; sums to ``steady``.
+        by_phase: The peak within each phase.
+        timeline: The run from start to end, at most about 1000 points.
         top: The largest storages at the peak.
-        allocated: The most that an allocator hands out for it, which rounds each request up; None if not known.
-        reserved: The most that the allocator takes from the device; None if not known.
-        capacity: The memory of the device, if one was named.
-        fits: Whether ``reserved`` stays within it.
-        assumptions: What was taken for granted.
-        log: Everything that happened.
+        allocated: Peak of the blocks that the allocator hands out; it rounds each request up. None if not known.
+        reserved: Peak of what the allocator takes from the device. None if not known.
+        capacity: The memory of the device, if it was given.
+        fits: Whether the run fits in ``capacity``; None without a capacity.
+        assumptions: What the figures assume, one sentence each.
+        log: Every allocation and every free.
     """
 
     source: Source
@@ -106,16 +108,24 @@ class MemoryReport:
             text.append(f"{'fits' if self.fits else 'does NOT fit'} in {readable(self.capacity)}")
         header, *lines = align(rows, right=[False, True, True, True])
         text += ["", "  ".join(header), "  ".join("-" * len(cell) for cell in header), *("  ".join(line) for line in lines), ""]
-        text.append("highest in  " + ", ".join(f"{phase} {readable(n)}" for phase, n in self.by_phase.items()))
+        text.append("peak by phase  " + ", ".join(f"{phase} {readable(n)}" for phase, n in self.by_phase.items()))
         text += ["", "largest at the peak"]
-        tops = [(readable(top.nbytes), top.category, top.op or "(there before)", top.phase) for top in self.top]
+        tops = [(readable(top.nbytes), top.category, top.op or "(before the run)", top.phase) for top in self.top]
         text += ["  " + "  ".join(line).rstrip() for line in align(tops, right=[True, False, False, False])] if tops else []
         if self.assumptions:
             text += ["", "assumed", *(f"  - {assumption}" for assumption in self.assumptions)]
         return "\n".join(text)
 
+    @property
+    def by_step(self) -> tuple[dict[str, int], ...]:
+        """The peak of each step: bytes by category at the moment of the step at which most memory is in use."""
+        totals = [total for total, _, _ in self.log.running()]
+        ends = sorted({at for name, at in self.log.marks if name == END_OF_STEP and at > 0})
+        peaks = [max(range(start, end), key=totals.__getitem__) for start, end in zip([0, *ends], ends, strict=False)]
+        return tuple(self.log.breakdown(self.log.live_at(peak + 1)) for peak in peaks)
+
     def to_dict(self) -> dict[str, Any]:
-        """The report in plain values, without the log."""
+        """The report as numbers, texts, lists and dicts, without the log."""
         plain = {name: getattr(self, name) for name in self.__dataclass_fields__ if name not in ("log", "timeline", "top")}
         plain = {key: dict(v) if isinstance(v, Mapping) else list(v) if isinstance(v, tuple) else v for key, v in plain.items()}
         plain["timeline"] = [{"event": p.event, "phase": p.phase, "bytes": dict(p.bytes)} for p in self.timeline]
@@ -126,10 +136,10 @@ class MemoryReport:
         """The report as JSON.
 
         Args:
-            path: Where to write it too, if anywhere.
+            path: A file to write it to as well.
 
         Returns:
-            The text.
+            The JSON text.
         """
         text = json.dumps(self.to_dict(), indent=1)
         if path is not None:
@@ -137,20 +147,19 @@ class MemoryReport:
         return text
 
     def plot(self, path: str | Path) -> Path:
-        """Draw the run: what is alive, stacked by category.
+        """Plot the memory in use over the run, stacked by category.
 
         Args:
-            path: The picture to write; its suffix says of what kind.
+            path: The picture to write; its suffix decides the format.
 
         Returns:
             The path.
         """
-        from lingrad.memory.plots import draw_timeline
-
-        return draw_timeline(self, Path(path))
+        title = f"{self.source} on {self.device}: {self.peak / 2**30:.2f} GiB at the peak"
+        return draw_timeline([(point.event, point.bytes) for point in self.timeline], Path(path), peak=self.peak, title=title)
 
     def to_snapshot(self, path: str | Path) -> Path:
-        """Write a snapshot that torch's memory visualiser opens (pytorch.org/memory_viz).
+        """Write a snapshot for torch's memory visualizer (pytorch.org/memory_viz).
 
         Args:
             path: The file to write, in torch's own format.
@@ -158,8 +167,6 @@ class MemoryReport:
         Returns:
             The path.
         """
-        from lingrad.memory.cuda.snapshot import to_snapshot, write_snapshot
-
         write_snapshot(to_snapshot(self.log), Path(path))
         return Path(path)
 
@@ -175,17 +182,17 @@ def summarize(
     preload: Sequence[int] = (),
     assumptions: Sequence[str] = (),
 ) -> MemoryReport:
-    """Make the report of a log.
+    """Compute the report of a log.
 
     Args:
         log: The log.
-        source: Where it comes from.
+        source: Where the log comes from.
         device: The device.
-        capacity: The device's memory, in bytes.
+        capacity: The device's memory in bytes.
         expandable: Model the allocator with expandable segments.
         allocator: Replay the log through the model of CUDA's allocator.
-        preload: Bytes of allocations that the log does not have, such as cuBLAS workspaces.
-        assumptions: What was taken for granted.
+        preload: Bytes of allocations that are not in the log, such as cuBLAS workspaces.
+        assumptions: What the figures assume.
 
     Returns:
         The report.
@@ -225,8 +232,8 @@ def summarize(
 
 
 def _timeline(log: Log) -> list[Point]:
-    """The highest moment in each of equal stretches of the log."""
-    stretch = max(1, -(-len(log.during) // POINTS))
+    """The peak of each of many intervals of equal length."""
+    interval = max(1, -(-len(log.during) // POINTS))
     order = {category: i for i, category in enumerate(CATEGORIES)}
     kinds = [order[storage.category] for storage in log.storages]
     now = [0] * len(CATEGORIES)
@@ -237,8 +244,8 @@ def _timeline(log: Log) -> list[Point]:
     for i, (index, nbytes, phase) in enumerate(log.during):
         now[kinds[index]] += nbytes
         total += nbytes
-        if i % stretch == 0:
+        if i % interval == 0:
             points.append((total, i + 1, phase, list(now)))
         elif total > points[-1][0]:
             points[-1] = (total, i + 1, phase, list(now))
-    return [Point(event, phase, {CATEGORIES[k]: n for k, n in enumerate(held) if n}) for _, event, phase, held in points]
+    return [Point(event, phase, {CATEGORIES[k]: n for k, n in enumerate(used) if n}) for _, event, phase, used in points]

@@ -1,4 +1,4 @@
-"""Running a few training steps to see where their memory goes: on meta tensors, or for real."""
+"""Run a few training steps and report their memory: on meta tensors (`simulate`) or on a device (`measure`)."""
 
 from __future__ import annotations
 
@@ -23,12 +23,13 @@ Build = Callable[[], nn.Module]
 Loss = Callable[[nn.Module], Tensor]
 Device = Literal["cuda", "cpu"]
 
-CUBLAS = (2**25, 2**25)  # its workspaces on Hopper, for the forward's and the backward's thread; smaller elsewhere
+# workspaces of cuBLAS on Hopper, one for the forward's thread and one for the backward's; smaller on other devices
+CUBLAS = (2**25, 2**25)
 
 
 def simulate(
     build: Build,
-    method: Method | Rules,
+    rules: Rules | Method,
     base: BaseLike = "adamw",
     mode: Mode = "optimizer",
     *,
@@ -45,65 +46,66 @@ def simulate(
     expandable: bool = False,
     **options: Any,
 ) -> MemoryReport:
-    """Run the real training steps of a model on meta tensors, which take no memory, and report what they would take.
+    """Run real training steps on meta tensors, which take no memory, and report the memory they would take.
 
-    The model's own class, autograd, every hook and the real optimizer run, on operators as a device would choose them; the
-    log of what is made and freed is replayed through a model of CUDA's caching allocator.
+    The model's own class, autograd, every hook and the real optimizer run, with the operators that the device would use. The
+    log of allocations and frees is replayed through a model of CUDA's caching allocator.
 
     Args:
-        build: Makes the model; called with the meta device as default.
-        method: A spec or rules for lingrad, or another `Method`.
-        base: The base optimizer, with a spec or rules.
-        mode: The mode, with a spec or rules.
+        build: Builds the model; called with the meta device as default device.
+        rules: A config string or rules for lingrad, or another `Method`.
+        base: The base optimizer; not with a `Method`.
+        mode: ``optimizer`` or ``adapter``; not with a `Method`.
         batch: Rows of a batch.
-        length: Tokens in a row.
-        loss: Computes the loss of the model; by default its own, of token ids [batch, length].
-        dtype: What the model is cast to; None leaves it.
+        length: Tokens of a row.
+        loss: Computes the loss of the model; by default the model's own loss on token ids [batch, length].
+        dtype: The dtype to cast the model to; None leaves it as it is.
         checkpointing: Recompute each layer in the backward (transformers' ``gradient_checkpointing_enable``).
         layerwise: Step each parameter inside the backward and free its gradient.
-        steps: Steps to run; the first refreshes every basis, the second is an ordinary one.
-        device: Whose choices to follow.
-        attention: The attention kernel on CUDA.
-        capacity: Memory of the device in bytes, for a verdict.
+        steps: Steps to run; the first refreshes every basis, the second is an ordinary step.
+        device: The device to simulate, ``cuda`` or ``cpu``.
+        attention: The attention kernel on CUDA: ``flash``, ``efficient`` or ``math``.
+        capacity: Memory of the device in bytes; the report then says whether the run fits.
         expandable: Model ``expandable_segments:True`` of CUDA's allocator.
-        **options: With a spec or rules, options of the base and of `lingrad.wrap`.
+        **options: Options of the base and of `lingrad.wrap`; not with a `Method`.
 
     Returns:
         The report.
 
     Raises:
-        MemoryModelError: Something cannot be known without numbers: autocast, an integer that is read back, an operator or
-            module without a meta implementation.
+        MemoryModelError: Something depends on the values of tensors: autocast, an integer that is read back, an operator or
+            a module without a meta implementation.
     """
     _check(build, batch, length, steps, dtype)
     require_one_of(device, ("cuda", "cpu"), "device")
     require_one_of(attention, get_args(kernels.Attention), "attention")
-    require(capacity is None or type(capacity) is int, "capacity", f"capacity is a number of bytes, not {capacity!r}")
-    noted: set[str] = set()
-    chosen = _method(method, base, mode, options)
+    require(capacity is None or type(capacity) is int, "capacity", f"capacity must be a number of bytes, not {capacity!r}")
+    assumed: set[str] = set()
+    method = _method(rules, base, mode, options)
     with torch.device("meta"):
         model = _cast(build(), dtype)
     strays = [name for name, tensor in model.named_parameters() if not tensor.is_meta]
     if strays:
+        device_of = model.get_parameter(strays[0]).device
         raise MemoryModelError(
-            f"'{strays[0]}' was made on {model.get_parameter(strays[0]).device}, not on the meta device: the model's own code "
-            "names a device. Build it so that the default device holds"
+            f"'{strays[0]}' was built on {device_of}, not on the meta device: the model's code names a device; build it on the "
+            "default device"
         )
-    choices = kernels.as_on_cuda(attention, noted) if device == "cuda" else kernels.as_on_cpu(noted)
+    choices = kernels.as_on_cuda(attention, assumed) if device == "cuda" else kernels.as_on_cpu(assumed)
     with choices, kernels.without_autocast():
-        execute = kernels.answered(noted)
-        with Tracker("meta", execute):  # for its answers
-            training = chosen.prepare(_checkpointed(model, checkpointing), layerwise=layerwise)
+        execute = kernels.answered(assumed)
+        with Tracker("meta", execute):  # only to answer what the preparation reads back
+            training = method.prepare(_checkpointed(model, checkpointing), layerwise=layerwise)
         tracker = Tracker("meta", execute)
         with kernels.explained(type(model).__name__):
             _run(training, tracker, steps, _loss(loss, batch, length, torch.device("meta")))
-    assumed = [
+    assumptions = [
         f"{steps} steps of {training.model.__class__.__name__} on meta tensors, operators as on {device}",
-        *sorted(noted),
+        *sorted(assumed),
         "workspaces inside kernels (SVD, sorting) are not counted",
     ]
     if device == "cuda":
-        assumed.append("what the allocator takes has cuBLAS's workspaces on Hopper, 32 MiB for each of two threads")
+        assumptions.append("the allocator's figures include cuBLAS's workspaces on Hopper, 32 MiB for each of two threads")
     return summarize(
         tracker.log,
         source="simulated",
@@ -112,13 +114,13 @@ def simulate(
         expandable=expandable,
         allocator=device == "cuda",
         preload=CUBLAS if device == "cuda" else (),
-        assumptions=assumed,
+        assumptions=assumptions,
     )
 
 
 def measure(
     build: Build,
-    method: Method | Rules,
+    rules: Rules | Method,
     base: BaseLike = "adamw",
     mode: Mode = "optimizer",
     *,
@@ -132,14 +134,14 @@ def measure(
     device: Device | None = None,
     **options: Any,
 ) -> MemoryReport:
-    """Run the same training steps for real, and report what they take.
+    """Run the same training steps on a device, and report the memory they take.
 
-    The peak is the device's own: of CUDA's allocator (``torch.cuda.memory_stats``), or of the CPU's allocator events as
-    torch's profiler records them. What it has beyond the tensors that were tracked is in the category ``untracked``.
+    The peak is measured by the device's allocator: by CUDA's counters (``torch.cuda.memory_stats``), or on the CPU by the
+    allocation events of torch's profiler. What it holds beyond the tracked tensors is in the category ``untracked``.
 
     Args:
-        build: Makes the model; called with the device as default. It is trained, and thrown away.
-        method: As for `simulate`.
+        build: Builds the model; called with the device as default device. The model is trained and discarded.
+        rules: As for `simulate`.
         base: As for `simulate`.
         mode: As for `simulate`.
         batch: As for `simulate`.
@@ -149,26 +151,26 @@ def measure(
         checkpointing: As for `simulate`.
         layerwise: As for `simulate`.
         steps: As for `simulate`.
-        device: Where; None is CUDA where there is one, else the CPU.
+        device: ``cuda`` or ``cpu``; None is CUDA if there is a device, else the CPU.
         **options: As for `simulate`.
 
     Returns:
-        The report. Raises `MemoryModelError` where CUDA is asked for and there is none.
+        The report. Raises `MemoryModelError` if CUDA is requested and there is no device.
     """
     _check(build, batch, length, steps, dtype)
     allocator = allocator_of(device)
-    place = torch.device(allocator.device)
-    chosen = _method(method, base, mode, options)
+    target = torch.device(allocator.device)
+    method = _method(rules, base, mode, options)
     tracker = Tracker(allocator.device)
-    ask = _loss(loss, batch, length, place)
+    compute_loss = _loss(loss, batch, length, target)
 
     def prepare() -> Training:
-        with place:
+        with target:
             model = _cast(build(), dtype)
-        return chosen.prepare(_checkpointed(model, checkpointing), layerwise=layerwise)
+        return method.prepare(_checkpointed(model, checkpointing), layerwise=layerwise)
 
-    found = allocator.peak_of(prepare, lambda training: _run(training, tracker, steps, ask))
-    return allocator.report(tracker.log, found)
+    measured = allocator.peak_of(prepare, lambda training: _run(training, tracker, steps, compute_loss))
+    return allocator.report(tracker.log, measured)
 
 
 def _run(training: Training, tracker: Tracker, steps: int, loss: Loss) -> None:
@@ -187,21 +189,22 @@ def _run(training: Training, tracker: Tracker, steps: int, loss: Loss) -> None:
 
 
 def _check(build: Build, batch: int, length: int, steps: int, dtype: torch.dtype | None) -> None:
-    made = isinstance(build, nn.Module) or not callable(build)
-    expected = "expected a function that makes the model, such as lambda: MyModel(config), since it is trained and thrown away"
-    require(not made, "build", f"{expected}; not a {type(build).__name__}")
+    callable_ = callable(build) and not isinstance(build, nn.Module)
+    expected = "build must be a function that builds the model, such as lambda: MyModel(config); the model is discarded after"
+    require(callable_, "build", f"{expected} the run. Got a {type(build).__name__}")
     for option, value in (("batch", batch), ("length", length), ("steps", steps)):
         require(type(value) is int and value >= 1, option, f"{option} must be a whole number, 1 or more, not {value!r}")
     require(dtype is None or isinstance(dtype, torch.dtype), "dtype", f"dtype must be a torch.dtype, not {dtype!r}")
 
 
-def _method(method: Method | Rules, base: BaseLike, mode: Mode, options: dict[str, Any]) -> Method:
-    if not isinstance(method, Method):
-        return Lingrad(method, base, mode, {"lr": 1e-4, **options})
+def _method(rules: Rules | Method, base: BaseLike, mode: Mode, options: dict[str, Any]) -> Method:
+    if not isinstance(rules, Method):
+        return Lingrad(rules, base, mode, {"lr": 1e-4, **options})
     given = [name for name, value, default in (("base", base, "adamw"), ("mode", mode, "optimizer")) if value != default]
     if given or options:
-        raise TypeError(f"{', '.join([*given, *options])} belongs into the method itself: {type(method).__name__}(...)")
-    return method
+        name = type(rules).__name__
+        raise TypeError(f"{', '.join([*given, *options])} must be given to the method itself: {name}(...)")
+    return rules
 
 
 def _cast(model: nn.Module, dtype: torch.dtype | None) -> nn.Module:
@@ -214,11 +217,11 @@ def _checkpointed(model: nn.Module, checkpointing: bool) -> nn.Module:
     if config is not None:
         config.use_cache = False
     if checkpointing:
-        renamed = getattr(model, "activation_checkpointing_enable", None)  # its newer name
-        enable: Any = renamed or getattr(model, "gradient_checkpointing_enable", None)
+        newer = getattr(model, "activation_checkpointing_enable", None)  # its name in newer releases
+        enable: Any = newer or getattr(model, "gradient_checkpointing_enable", None)
         if enable is None:
             raise MemoryModelError(
-                f"{type(model).__name__} has no gradient_checkpointing_enable(); checkpoint its layers where it is built"
+                f"{type(model).__name__} has no gradient_checkpointing_enable(); checkpoint its layers in build instead"
             )
         enable({"use_reentrant": False})
     return model
@@ -231,14 +234,16 @@ def _loss(loss: Loss | None, batch: int, length: int, device: torch.device) -> L
     def own(model: nn.Module) -> Tensor:
         vocabulary = getattr(getattr(model, "config", None), "vocab_size", None)
         if vocabulary is None:
-            raise MemoryModelError(f"{type(model).__name__} has no config.vocab_size; say how its loss is computed: loss=...")
+            raise MemoryModelError(
+                f"{type(model).__name__} has no config.vocab_size; give a function that computes its loss: loss=..."
+            )
         ids = torch.randint(vocabulary, (batch, length), device=device)
         try:
             value: Tensor = model(input_ids=ids, labels=ids).loss
         except (AttributeError, ValueError) as error:
             raise MemoryModelError(
-                f"{type(model).__name__} is no causal language model: its loss of token ids as their own labels failed with "
-                f"'{error}'. Say how its loss is computed: loss=..."
+                f"{type(model).__name__} is not a causal language model: its loss with token ids as labels failed with "
+                f"'{error}'; give a function that computes its loss: loss=..."
             ) from error
         return value
 

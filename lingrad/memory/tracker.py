@@ -1,7 +1,7 @@
-"""Following every storage of a run, real or on the meta device, by one dispatch mode.
+"""Track every storage of a run, on a real or the meta device, with one dispatch mode.
 
-A storage is noted when an operator returns or reads it for the first time, and freed when its last tensor goes. Nothing is
-timed, no module is wrapped and no tensor is kept alive; hooks and the mode are gone when the context is left.
+A storage is recorded when an operator first returns or reads it, and freed when its last tensor is. Nothing is timed, no
+module is wrapped and no tensor is kept alive. The mode and its hooks are removed when the context is left.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ class Tracker(TorchDispatchMode):
     """A dispatch mode that fills a `Log` while it is active.
 
     Args:
-        device: The device whose storages count, by type: ``cpu``, ``cuda`` or ``meta``.
-        execute: Runs an operator; by default it is called as it is.
+        device: The type of the device whose storages count: ``cpu``, ``cuda`` or ``meta``.
+        execute: Runs an operator, given (operator, args, kwargs); by default the operator is called.
 
     Attributes:
-        log: What happened so far.
+        log: The log so far.
         operators: How many operators ran.
     """
 
@@ -50,11 +50,11 @@ class Tracker(TorchDispatchMode):
         self._hooks: list[Any] = []
         self._hooked: set[int] = set()
         self._coords: set[int] = set()
-        self._steps = 0  # optimizers whose step is running, one inside the other
+        self._steps = 0  # optimizer steps that are running, nested
         self._active = self._entered = False
 
     def watch(self, *watched: nn.Module | Optimizer | Tensor) -> Tracker:
-        """Say what is there already, and whose tensors are to be labelled.
+        """Record what exists already, and label the tensors of models and optimizers from now on.
 
         Args:
             *watched: Models, optimizers, and tensors that are inputs.
@@ -75,23 +75,23 @@ class Tracker(TorchDispatchMode):
         return self
 
     def label(self, *, new: bool = False) -> None:
-        """Label what models and optimizers hold now; of an optimizer, this is done by itself before and after each step.
+        """Label what models and optimizers store now. For optimizers this happens before and after each step anyway.
 
         Args:
-            new: Note storages not seen yet as having been there before the log began.
+            new: Record storages that are not known yet as older than the log.
         """
-        for tensor, category in labels.kept(self._models, self._optimizers):
+        for tensor, category in labels.persistent(self._models, self._optimizers):
             self._label(tensor, category, new=new)
 
     def report(self) -> MemoryReport:
-        """Where the memory went so far."""
+        """The report of the run so far. Raises `MemoryModelError` on the meta device."""
         if self.device == "meta":
-            raise MemoryModelError("what ran on the meta device took no memory; use lingrad.memory.simulate")
+            raise MemoryModelError("a run on the meta device takes no memory; use lingrad.memory.simulate")
         return summarize(self.log, source="tracked", device=self.device)
 
     @property
     def phase(self) -> str:
-        """What the run is doing."""
+        """The phase of the run: ``forward``, ``backward``, ``recompute`` or ``step``."""
         if self._steps:
             return STEP
         if torch._C._current_graph_task_id() != -1:
@@ -101,7 +101,7 @@ class Tracker(TorchDispatchMode):
     @override
     def __enter__(self) -> Tracker:
         if self._entered:
-            raise ModeError("a tracker follows one stretch of a program; make another one for the next")
+            raise ModeError("a tracker can be entered once; make a new one with lingrad.memory.track")
         self._active = self._entered = True
         self._hooks += [
             register_optimizer_step_pre_hook(self._before_step),
@@ -126,15 +126,15 @@ class Tracker(TorchDispatchMode):
         kwargs = kwargs or {}
         name = ""
         for tensor in _tensors((args, kwargs)):
-            self._note(tensor, name)
+            self._record(tensor, name)
         out = func(*args, **kwargs) if self._execute is None else self._execute(func, args, kwargs)
         self.operators += 1
         name = str(func)
         for tensor in _tensors(out):
-            self._note(tensor, name)
+            self._record(tensor, name)
         return out
 
-    def _note(self, tensor: Tensor, op: str) -> None:
+    def _record(self, tensor: Tensor, op: str) -> None:
         for part in _strided(tensor):
             storage = part.untyped_storage()
             known = self._live.get(storage._cdata)
@@ -156,16 +156,16 @@ class Tracker(TorchDispatchMode):
         nbytes = storage.nbytes()
         if nbytes == 0 or tensor.device.type != self.device:
             return
-        noted = self.log.add(nbytes, phase, op, label)
+        recorded = self.log.add(nbytes, phase, op, label)
         key, live, this = storage._cdata, self._live, weakref.ref(self)
 
-        def gone(_: Any) -> None:
+        def on_free(_: Any) -> None:
             live.pop(key, None)
             tracker = this()
             if tracker is not None and tracker._active:
-                tracker.log.free(noted, tracker.phase)
+                tracker.log.free(recorded, tracker.phase)
 
-        self._live[key] = (noted, weakref.ref(storage, gone))
+        self._live[key] = (recorded, weakref.ref(storage, on_free))
 
     def _hook_gradients(self) -> None:
         for param, category in labels.gradients_of(self._models, self._optimizers):
@@ -175,14 +175,14 @@ class Tracker(TorchDispatchMode):
                 continue
             self._hooked.add(id(param))
 
-            def arriving(grad: Tensor, category: str = category) -> None:
+            def on_gradient(grad: Tensor, category: str = category) -> None:
                 self._label(grad, category, new=False)
 
-            def arrived(param: Tensor, category: str = category) -> None:
+            def on_accumulated(param: Tensor, category: str = category) -> None:
                 if param.grad is not None:
                     self._label(param.grad, category, new=False)
 
-            self._hooks += [param.register_hook(arriving), param.register_post_accumulate_grad_hook(arrived)]
+            self._hooks += [param.register_hook(on_gradient), param.register_post_accumulate_grad_hook(on_accumulated)]
 
     def _before_step(self, optimizer: Any, *_: Any) -> None:
         self._label_of(optimizer)
@@ -191,28 +191,28 @@ class Tracker(TorchDispatchMode):
     def _after_step(self, optimizer: Any, *_: Any) -> None:
         self._steps = max(self._steps - 1, 0)
         self._label_of(optimizer)
-        if self._steps == 0 and torch._C._current_graph_task_id() == -1:  # not a weight that is stepped inside the backward
+        if self._steps == 0 and torch._C._current_graph_task_id() == -1:  # not a layerwise step inside the backward
             self.log.mark(END_OF_STEP)
 
     def _label_of(self, optimizer: Optimizer) -> None:
-        for tensor, category in labels.kept_by(optimizer, self._coords):
+        for tensor, category in labels.stored_by(optimizer, self._coords):
             self._label(tensor, category, new=False)
 
 
 def track(*watched: nn.Module | Optimizer | Tensor, device: str | None = None) -> Tracker:
-    """Follow the memory of any training loop.
+    """Track the memory of any training loop.
 
-    Use it as ``with memory.track(model, optimizer) as tracked: ...`` round the loop, and ``tracked.report()`` after it.
+    Write ``with memory.track(model, optimizer) as tracked: ...`` around the loop, and ``tracked.report()`` after it.
 
     Args:
-        *watched: The model, its optimizers, and tensors that are there before; what they hold is told apart in the report.
-        device: The device whose memory counts; None is that of the first parameter or tensor watched.
+        *watched: The model, its optimizers, and input tensors; the report names the category of what they store.
+        device: The device whose memory counts; None is that of the first parameter or tensor of ``watched``.
 
     Returns:
         A context manager.
 
     Raises:
-        MemoryModelError: CUDA is asked for and there is none.
+        MemoryModelError: CUDA is requested and there is no device.
     """
     if device is None:
         first = next((tensor for tensor, _ in _all(watched)), None)
@@ -226,8 +226,10 @@ def _all(watched: Iterable[nn.Module | Optimizer | Tensor]) -> Iterator[tuple[Te
     for item in watched:
         if isinstance(item, Tensor):
             yield item, "input"
+        elif isinstance(item, nn.Module):
+            yield from labels.persistent([item], [])
         else:
-            yield from labels.kept([item] if isinstance(item, nn.Module) else [], [] if isinstance(item, nn.Module) else [item])
+            yield from labels.persistent([], [item])
 
 
 def _tensors(tree: Any) -> Iterator[Tensor]:
@@ -240,7 +242,7 @@ def _tensors(tree: Any) -> Iterator[Tensor]:
 
 
 def _strided(tensor: Any) -> Iterable[Tensor]:
-    """The plain tensors that hold a tensor's numbers."""
+    """The ordinary tensors that store a tensor's elements."""
     if is_traceable_wrapper_subclass(tensor):
         parts, _ = tensor.__tensor_flatten__()
         return (inner for part in parts for inner in _strided(getattr(tensor, part)))
@@ -250,7 +252,7 @@ def _strided(tensor: Any) -> Iterable[Tensor]:
 
 
 def _checkpoint_recomputes() -> bool:
-    """Whether a checkpoint's forward runs again: inside an autograd function of it gradients are off, as in a backward."""
+    """Whether a checkpointed forward is being recomputed. Inside an autograd function, grad mode does not show it."""
     find = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
     hooks = None if find is None else find(False)
     return hooks is not None and hooks[0].__qualname__.startswith("_recomputation_hook")

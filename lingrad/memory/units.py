@@ -1,4 +1,4 @@
-"""Bytes as people write and read them."""
+"""Sizes in bytes as text."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _UNITS = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40, "kB": 
 
 
 def readable(nbytes: int) -> str:
-    """Bytes in the binary unit that suits them, such as ``21.35 GiB``."""
+    """A size as text in a suitable binary unit, such as ``21.35 GiB``."""
     unit = next((unit for unit in ("TiB", "GiB", "MiB", "KiB") if abs(nbytes) >= _UNITS[unit]), "B")
     return f"{nbytes} B" if unit == "B" else f"{nbytes / _UNITS[unit]:.2f} {unit}"
 
@@ -25,10 +25,10 @@ def parse_bytes(text: str) -> int:
         Bytes.
 
     Raises:
-        SpecError: It is no size.
+        SpecError: It is not a size.
     """
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
     units = {unit.lower(): size for unit, size in _UNITS.items()}
     if found is None or found[2].lower() not in units:
-        raise SpecError(f"'{text}' is no size in bytes; write a number and a unit, such as 24GiB or 80GB")
+        raise SpecError(f"'{text}' is not a size in bytes; write a number and a unit, such as 24GiB or 80GB")
     return round(float(found[1]) * units[found[2].lower()])

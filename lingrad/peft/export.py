@@ -68,14 +68,16 @@ def export(
         SpecError: An option is wrong.
         DependencyError: PEFT is not installed.
     """
-    start = renamed_option("lingrad.peft.export", "base", base, "start", start)
+    given = {name: value for name, value in (("start", start), ("base", base)) if value is not None}
+    renamed_option(given, "base", "start", "lingrad.peft.export")
+    start = given.get("start")
     _check_options(start, dtype, rank, whole, allow_residual)
     optional("peft", "exporting to PEFT", "hf")
     with new_folder(Path(path)) as folder:
         source = open_source(what)
-        given = None if start is None else open_start(start, source.bare)
-        low_rank, full, notes = _divide(source, given, whole=whole)
-        if given is None:
+        starting = None if start is None else open_start(start, source.bare)
+        low_rank, full, notes = _divide(source, starting, whole=whole)
+        if starting is None:
             _require_start(source, low_rank, allowed=allow_residual is not None)
         changes = {name: _limited(source.changes[name], rank) for name in low_rank}
         frozen = {
@@ -83,12 +85,12 @@ def export(
             for name, slot in slots(source.bare, low_rank).items()
             if name in source.bases and changes[name] is source.changes[name]
         }
-        name = str(start) if isinstance(start, str | Path) else _name(given or source.bare)
+        name = str(start) if isinstance(start, str | Path) else _name(starting or source.bare)
         written = write_adapter(folder, source.bare, changes, full, base=name, dtype=dtype, frozen=frozen)
         if written.alongside:
             notes.append("PEFT loads what is saved alongside the adapters into the model: disable_adapter() does not remove it")
         lost = {name: why for name in low_rank if (why := _narrowed(changes[name], source.changes[name], rank, dtype))}
-        comparison = Comparison(source, given, written, full, folder)
+        comparison = Comparison(source, starting, written, full, folder)
         rows, residual = comparison.weights(allow_residual, lost)
         report = AdapterReport(
             "run",

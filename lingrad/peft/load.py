@@ -146,11 +146,10 @@ def _transform(asked: str | Transform | None, name: str, start: _Start, shape: t
             )
         return specs.parse(f"svd(rank={rank}, every=0, side={start.side})")  # the basis is chosen once: now
     found = specs.parse(asked) if isinstance(asked, str) else asked
-    has = found.basis_shapes(shape)
-    wants = (tuple(start.basis.shape), None) if start.side == "left" else (None, tuple(start.basis.shape))
+    has, wants = found.ranks(shape), (rank, None) if start.side == "left" else (None, rank)
     if has != wants:
         raise SpecError(
-            f"spec {specs.format(found)} gives '{name}' bases of shapes {has}, left and right, and the adapter {wants}; "
+            f"spec {specs.format(found)} gives '{name}' bases of ranks {has}, left and right, and the adapter {wants}; "
             f"use rank={rank} and side={start.side}, leave spec out, or merge the adapter (lingrad merge) and start a new run",
             option="spec",
         )

@@ -1,1 +1,1 @@
-"""Comparing methods: texts, models, plans of methods, the runner, and reports of what it measured."""
+"""Compare ways to train: texts, plans of experiments, the runner and the report."""

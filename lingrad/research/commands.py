@@ -1,4 +1,4 @@
-"""Whole jobs, as the command line runs them: compare, show progress, write and print the report."""
+"""The comparisons of the command line: train with progress bars, write the results, print the table."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -18,77 +17,57 @@ from lingrad.research import corpus, plans, report, runner
 
 
 def demo(out: Path, *, steps: int | None = None) -> report.Result:
-    """Train on Moby-Dick with every method.
+    """Train on Moby-Dick with every method of the demo, and write the results.
 
     Args:
-        out: Folder of the results.
-        steps: Training steps; None is the demo's own number.
+        out: Folder of the results; made if missing.
+        steps: Training steps; None is the number of `plans.Setup`.
 
     Returns:
-        What was measured.
+        The result.
     """
     setup = plans.Setup() if steps is None else replace(plans.Setup(), steps=steps)
-    return _job(plans.demo_methods(), setup, corpus.tokenize("Moby-Dick", corpus.moby_dick()), out)
+    return _run(plans.demo_entries(), setup, corpus.tokenize("Moby-Dick", corpus.moby_dick()), out)
 
 
 def train(
-    text: Path, spec: str, out: Path, *, base: str, lr: float, scale: float, carry: str, steps: int, length: int
+    text: Path, rules: str, out: Path, *, base: str, lr: float, scale: float, carry: str, steps: int, length: int
 ) -> report.Result:
-    """Train on a text of the user's: one transform in both modes, beside full rank.
+    """Train on a text file: one method in both modes, compared with full rank; and write the results.
 
     Args:
-        text: A UTF-8 text.
-        spec: The config string.
-        out: Folder of the results.
+        text: A UTF-8 text file.
+        rules: A config string or rules.
+        out: Folder of the results; made if missing.
         base: The base optimizer, by name.
         lr: Learning rate.
-        scale: Factor on that of the coordinates.
-        carry: keep, reset or rotate.
+        scale: Factor on the learning rate of the coordinates.
+        carry: What happens to moments at a refresh: keep, reset or rotate.
         steps: Training steps.
         length: Bytes in a window.
 
     Returns:
-        What was measured.
+        The result.
     """
     shape = replace(plans.Setup().model, length=length)
     setup = replace(plans.Setup(), steps=steps, model=shape)
-    methods = [
+    entries = [
         plans.full_rank(lr, scale, base),
-        *plans.both_modes(spec, spec, base=base, lr=lr, scale=scale, carry=carry),
+        *plans.both_modes(rules, rules, base=base, lr=lr, scale=scale, carry=carry),
     ]
-    return _job(methods, setup, corpus.tokenize(text.name, corpus.read_text(text)), out)
+    return _run(entries, setup, corpus.tokenize(text.name, corpus.read_text(text)), out)
 
 
-def _job(methods: list[plans.Method], setup: plans.Setup, text: corpus.Corpus, out: Path) -> report.Result:
-    twins, short = plans.in_float64(methods, setup)
-    corpus.check_length(text, setup.model.length)
-    report.prepare(out)
-    started = time.perf_counter()
-    with _progress(setup.steps, f"{len(methods)} methods, float32") as tick:
-        records = runner.compare(methods, setup, text, on_step=tick)
-    with _progress(short.steps, f"{len(twins)} of them, float64") as tick:
-        double = runner.compare(twins, short, text, dtype=torch.float64, on_step=tick)
-    result = report.make_result(text.name, setup, records, double, time.perf_counter() - started)
-    files = report.save(result, out)
-    _show(result, files)
-    return result
+def show(result: report.Result, out: Path) -> None:
+    """Print the table of a result, and which files were written.
 
-
-@contextmanager
-def _progress(steps: int, title: str) -> Iterator[Callable[[int, list[runner.Record]], None]]:
-    """Progress with the losses of all methods."""
-    with progress(title, "step") as tick:
-
-        def on_step(step: int, records: list[runner.Record]) -> None:
-            tick(step, steps, "loss " + " ".join(f"{record.valid[-1][1]:.2f}" for record in records))
-
-        yield on_step
-
-
-def _show(result: report.Result, files: list[Path]) -> None:
-    console = _console()
+    Args:
+        result: The result.
+        out: The folder it was written to.
+    """
+    console = optional("rich.console", "printing a table", "cli").Console()
     if console.is_terminal:
-        title = f"{result.text}: {result.setup['steps']} steps, {result.seconds:.0f} s in all"
+        title = f"{result.text}: {result.setup['steps']} steps, {result.seconds:.0f} s in total"
         table = import_module("rich.table").Table(title=title, box=None, padding=(0, 1))
         for i, header in enumerate(report.HEADERS):
             table.add_column(header, justify="right" if i else "left", no_wrap=i > 1)
@@ -97,8 +76,30 @@ def _show(result: report.Result, files: list[Path]) -> None:
         console.print(table)
     else:
         console.print(report.markdown(result), soft_wrap=True, highlight=False)
-    console.print("Written: " + ", ".join(map(str, files)), soft_wrap=True, highlight=False)
+    files = ", ".join(str(out / name) for name in report.FILES)
+    console.print(f"Written: {files}", soft_wrap=True, highlight=False)
 
 
-def _console() -> Any:
-    return optional("rich.console", "showing progress", "cli").Console()
+def _run(entries: list[plans.Entry], setup: plans.Setup, text: corpus.Corpus, out: Path) -> report.Result:
+    exact, short = plans.in_float64(entries, setup)
+    corpus.check_length(text, setup.model.length)
+    report.prepare(out)
+    started = time.perf_counter()
+    with _progress(setup.steps, f"{len(entries)} methods, float32") as tick:
+        records = runner.compare(entries, setup, text, on_step=tick)
+    with _progress(short.steps, f"{len(exact)} of them, float64") as tick:
+        double = runner.compare(exact, short, text, dtype=torch.float64, on_step=tick)
+    result = report.make_result(text.name, setup, records, double, time.perf_counter() - started)
+    report.save(result, out)
+    return result
+
+
+@contextmanager
+def _progress(steps: int, title: str) -> Iterator[Callable[[int, list[runner.Record]], None]]:
+    """A progress bar with the losses of all methods."""
+    with progress(title, "step") as tick:
+
+        def on_step(step: int, records: list[runner.Record]) -> None:
+            tick(step, steps, "loss " + " ".join(f"{record.valid[-1][1]:.2f}" for record in records))
+
+        yield on_step

@@ -1,4 +1,4 @@
-"""Texts to train on, byte by byte: the vendored one or the user's own, split by position."""
+"""Texts to train on, one token per byte: the one in the package or a file, split by position."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ class Corpus:
     """A tokenized text.
 
     Args:
-        name: What reports call it.
-        train: Token ids, int64 [N]: the beginning of the text.
+        name: Its name in reports.
+        train: Token ids, int64 [N]: the first nine tenths of the text.
         valid: Token ids, int64 [M]: its last tenth.
         vocabulary: Number of token ids.
     """
@@ -36,13 +36,13 @@ class Corpus:
 
 
 def moby_dick() -> str:
-    """The text of Moby-Dick that comes with the package.
+    """The text of Moby-Dick in the package.
 
     Returns:
         1,204,997 bytes of UTF-8, decoded.
 
     Raises:
-        DataError: The file is not the one that was packaged.
+        DataError: The file is damaged or another one.
     """
     packed = (files("lingrad.research") / "data" / "moby-dick.txt.xz").read_bytes()
     try:
@@ -50,15 +50,15 @@ def moby_dick() -> str:
     except lzma.LZMAError as error:
         raise DataError(f"the packaged text moby-dick.txt.xz is damaged ({error}); install lingrad again") from error
     if hashlib.sha256(raw).hexdigest() != MOBY_DICK_SHA256:
-        raise DataError("the packaged text moby-dick.txt.xz is not the one lingrad was made with; install lingrad again")
+        raise DataError("the packaged text moby-dick.txt.xz is not the original one; install lingrad again")
     return raw.decode()
 
 
 def read_text(path: Path) -> str:
-    """A text file of the user's.
+    """Read a text file.
 
     Args:
-        path: A UTF-8 text.
+        path: A UTF-8 text file.
 
     Returns:
         Its contents.
@@ -80,11 +80,11 @@ def read_text(path: Path) -> str:
 def tokenize(name: str, text: str) -> Corpus:
     """Split a text by position and read its UTF-8 bytes as tokens.
 
-    Bytes, because a model that sees only some 60,000 tokens learns more of a language with 256 symbols than of one with
-    thousands, of which its embeddings would see most but a few times.
+    Bytes, because the model sees only some 60,000 tokens: of a vocabulary of thousands, most embeddings would be trained only
+    a few times.
 
     Args:
-        name: What reports call it.
+        name: Its name in reports.
         text: The text.
 
     Returns:
@@ -96,11 +96,11 @@ def tokenize(name: str, text: str) -> Corpus:
 
 
 def training_batches(corpus: Corpus, *, steps: int, rows: int, length: int, seed: int) -> Iterator[Tensor]:
-    """Random windows of the training part; the same for every method with the same seed.
+    """Random windows of the training part; the same seed gives the same windows.
 
     Args:
         corpus: The text.
-        steps: How many batches.
+        steps: Number of batches.
         rows: Windows in a batch.
         length: Tokens in a window.
         seed: Seed of the positions.
@@ -121,7 +121,7 @@ def validation_batches(corpus: Corpus, *, rows: int, length: int, batches: int) 
         corpus: The text.
         rows: Windows in a batch.
         length: Tokens in a window.
-        batches: How many batches.
+        batches: Number of batches.
 
     Returns:
         Token ids, int64 [rows, length] each.
@@ -132,7 +132,7 @@ def validation_batches(corpus: Corpus, *, rows: int, length: int, batches: int) 
 
 
 def check_length(corpus: Corpus, length: int) -> None:
-    """Make sure that both parts hold a window.
+    """Check that both parts are longer than a window.
 
     Args:
         corpus: The text.

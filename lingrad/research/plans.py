@@ -1,4 +1,4 @@
-"""What is compared: methods, and the sizes of an experiment. Data only."""
+"""What an experiment compares: its entries (ways to train), and its sizes. Data only."""
 
 from __future__ import annotations
 
@@ -12,28 +12,28 @@ from lingrad.transforms import Transform
 
 
 @dataclass(frozen=True)
-class Method:
-    """One way to train.
+class Entry:
+    """One way to train, as an entry of a comparison.
 
     Args:
-        label: What tables and plots call it.
-        spec: The config string; None is the stock optimizer without lingrad.
+        label: Its name in tables and plots.
+        rules: A config string or rules; None trains every weight in full, without lingrad.
         mode: ``optimizer`` or ``adapter``.
         switches: Fractions of the run at which the mode changes.
         base: The base optimizer, by name.
-        options: Its options, and those of `lingrad.wrap`. The stock optimizer takes ``scale`` too: a factor on the learning
-            rate of the weights that the other methods transform.
-        like: The label of the method whose weights this one should have; the gap is recorded.
-        reverse: Train on each batch with its rows in reverse order: the same mathematics, other roundings.
+        options: Options of the base and of `lingrad.wrap`. Full-rank training accepts ``scale`` too: a factor on the learning
+            rate of the weights that the other entries transform.
+        reference: The label of the entry whose weights this one should reproduce; the difference is recorded.
+        reverse: Reverse the order of the rows in each batch: the same mathematics, other rounding errors.
     """
 
     label: str
-    spec: str | None = None
+    rules: str | None = None
     mode: Literal["optimizer", "adapter"] = "optimizer"
     switches: tuple[float, ...] = ()
     base: str = "adamw"
     options: dict[str, Any] = field(default_factory=dict)
-    like: str | None = None
+    reference: str | None = None
     reverse: bool = False
 
 
@@ -45,7 +45,7 @@ class Setup:
         model: The model.
         steps: Training steps.
         rows: Windows in a batch.
-        warmup: Fraction of the steps in which the learning rate rises; it then falls to a tenth along a cosine.
+        warmup: Fraction of the steps in which the learning rate rises; after it the rate falls to a tenth along a cosine.
         eval_every: Steps between validations.
         eval_batches: Batches in a validation.
         seed: Seed of weights, data and maps.
@@ -60,84 +60,84 @@ class Setup:
     seed: int = 0
 
 
-def both_modes(spec: str, label: str, **options: Any) -> list[Method]:
-    """One method in optimizer mode, in adapter mode, changing twice, and a control that shows what rounding alone does.
+def both_modes(rules: str, label: str, **options: Any) -> list[Entry]:
+    """One method in optimizer mode, in adapter mode, with two mode switches, and a control that shows the effect of rounding.
 
     Args:
-        spec: The config string.
+        rules: A config string or rules.
         label: The method's name.
         **options: As for `lingrad.wrap`, and ``base``.
 
     Returns:
-        The four, the last three to be compared with the first.
+        Four entries; the first one is the reference of the others.
     """
     base = options.pop("base", "adamw")
     first = f"{label}, optimizer mode"
     return [
-        Method(first, spec, base=base, options=options),
-        Method(f"{label}, adapter mode", spec, "adapter", base=base, options=options, like=first),
-        Method(f"{label}, mode switched twice", spec, switches=(0.4, 0.7), base=base, options=options, like=first),
-        Method(f"{label}, batch rows reversed (control)", spec, base=base, options=options, like=first, reverse=True),
+        Entry(first, rules, base=base, options=options),
+        Entry(f"{label}, adapter mode", rules, "adapter", base=base, options=options, reference=first),
+        Entry(f"{label}, mode switched twice", rules, switches=(0.4, 0.7), base=base, options=options, reference=first),
+        Entry(f"{label}, batch rows reversed (control)", rules, base=base, options=options, reference=first, reverse=True),
     ]
 
 
-def demo_methods() -> list[Method]:
-    """The methods of ``lingrad demo``: full rank, GaLore in both modes and switched, a random map, online PCA."""
+def demo_entries() -> list[Entry]:
+    """The entries of ``lingrad demo``: full rank, GaLore in both modes and switched, a random map, online PCA."""
     low_rank = {"lr": 5e-3, "scale": 0.25}
     return [
-        # linear layers at a tenth of the learning rate, as Adam's steps on all their entries are the larger
+        # a tenth of the learning rate for linear layers, because Adam's steps on all their elements are larger
         full_rank(lr=5e-3, scale=0.1),
         *both_modes("svd(rank=64, every=50)", "GaLore", **low_rank),
-        Method("Random map", "random(rank=64, every=50)", options=low_rank),
-        Method("Online PCA", "pca(rank=64)", options=low_rank),
+        Entry("Random map", "random(rank=64, every=50)", options=low_rank),
+        Entry("Online PCA", "pca(rank=64)", options=low_rank),
     ]
 
 
-def full_rank(lr: float, scale: float, base: str = "adamw") -> Method:
-    """The baseline: the stock optimizer on every weight.
+def full_rank(lr: float, scale: float, base: str = "adamw") -> Entry:
+    """The baseline: every weight in full, with an ordinary optimizer.
 
     Args:
         lr: Learning rate.
-        scale: Factor on that of linear layers.
+        scale: Factor on the learning rate of linear layers.
         base: The optimizer, by name.
 
     Returns:
-        The method.
+        The entry.
     """
-    return Method(f"{base}, full rank", base=base, options={"lr": lr, "scale": scale})
+    return Entry(f"{base}, full rank", base=base, options={"lr": lr, "scale": scale})
 
 
-def in_float64(methods: list[Method], setup: Setup) -> tuple[list[Method], Setup]:
-    """A short version of the runs that should have equal weights, for float64.
+def in_float64(entries: list[Entry], setup: Setup) -> tuple[list[Entry], Setup]:
+    """A short version, for float64, of the entries that should have equal weights.
 
     Args:
-        methods: The methods; those with a twin are kept, and their twins.
+        entries: All entries. Those with a reference, and the references, are used.
         setup: The sizes.
 
     Returns:
-        The methods and the sizes; a refresh falls on every sixth step.
+        The entries, with a refresh at every sixth step, and the sizes.
     """
-    twins = {method.like for method in methods}
-    kept = [m for m in methods if m.label in twins or m.like is not None]
+    references = {entry.reference for entry in entries}
+    compared = [entry for entry in entries if entry.label in references or entry.reference is not None]
     short = replace(setup, steps=min(30, setup.steps), eval_batches=1)
-    return [replace(m, spec=refreshing(m.spec, 6)) for m in kept if m.spec is not None], short
+    return [replace(entry, rules=refreshing(entry.rules, 6)) for entry in compared if entry.rules is not None], short
 
 
-def refreshing(text: str, every: int) -> str:
-    """The same config string with its schedule changed, where it has one.
+def refreshing(rules: str, every: int) -> str:
+    """The same rules with another refresh interval.
 
     Args:
-        text: A config string.
+        rules: A config string or rules.
         every: Steps between refreshes.
 
     Returns:
-        The config string, or the rules, with each ``every`` replaced, those of the parts of a ``kron`` too.
+        The rules with each ``every`` replaced, those inside a ``kron`` too.
     """
-    parsed = parse_rules(text)
+    parsed = parse_rules(rules)
     if isinstance(parsed, Transform):
         return spec.format(_refreshing(parsed, every))
-    rules = {glob: "none" if t is None else spec.format(_refreshing(t, every)) for glob, t in parsed.items()}
-    return "; ".join(f"{glob}: {value}" for glob, value in rules.items())
+    changed = {glob: "none" if t is None else spec.format(_refreshing(t, every)) for glob, t in parsed.items()}
+    return "; ".join(f"{glob}: {value}" for glob, value in changed.items())
 
 
 def _refreshing(transform: Transform, every: int) -> Transform:

@@ -1,4 +1,4 @@
-"""Reports: what a comparison measured, as JSON, as a table and as plots."""
+"""The report of a comparison: JSON, a table and plots."""
 
 from __future__ import annotations
 
@@ -31,6 +31,9 @@ HEADERS = (
 )
 
 
+FILES = ("result.json", "table.md", "loss.png", "gap.png")
+
+
 @dataclass
 class Result:
     """What one comparison measured.
@@ -38,10 +41,10 @@ class Result:
     Args:
         text: The name of the text.
         setup: The sizes.
-        records: One for each method, float32.
-        double: The short float64 runs of the methods that should have equal weights.
+        records: The float32 runs, one per entry.
+        double: The short float64 runs of the entries that should have equal weights.
         machine: Versions and threads.
-        seconds: Wall time of all of it.
+        seconds: Total wall time.
     """
 
     text: str
@@ -53,7 +56,7 @@ class Result:
 
 
 def make_result(text: str, setup: Setup, records: list[Record], double: list[Record], seconds: float) -> Result:
-    """Gather a result.
+    """Build a result.
 
     Args:
         text: The name of the text.
@@ -63,7 +66,7 @@ def make_result(text: str, setup: Setup, records: list[Record], double: list[Rec
         seconds: Wall time.
 
     Returns:
-        The result, with this machine's versions.
+        The result, with the versions of this machine.
     """
     machine = {
         "python": platform.python_version(),
@@ -75,15 +78,15 @@ def make_result(text: str, setup: Setup, records: list[Record], double: list[Rec
 
 
 def rows(result: Result) -> list[tuple[str, ...]]:
-    """The table's cells, one row for each method, below `HEADERS`.
+    """The cells of the table, one row per entry, in the columns of `HEADERS`.
 
     Args:
-        result: What was measured.
+        result: The result.
 
     Returns:
-        Text cells. ``gradients`` is what is alive between backward and step in a typical step, ``at a refresh`` the most;
-        ms / step is the median over steps of forward, backward and step; weights differ from those of the method of the same
-        name in optimizer mode by at most so much in any entry, at any step.
+        Text cells. ``gradients`` is the memory of gradients between backward and step in a typical step, ``at refresh`` the
+        maximum over all steps. ``ms/step`` is the median time of forward, backward and step. ``weights differ`` is the largest
+        difference of any element of any weight, at any step, from the reference entry.
     """
     exact = {record.label: record for record in result.double}
     table: list[tuple[str, ...]] = []
@@ -105,7 +108,7 @@ def rows(result: Result) -> list[tuple[str, ...]]:
 
 
 def largest_gap(record: Record | None) -> str:
-    """The largest difference of any weight over a run, or nothing where there was nothing to compare with."""
+    """The largest difference of any weight over a run; empty without a reference."""
     return f"{max(gap[1] for gap in record.gaps):.1e}" if record is not None and record.gaps else ""
 
 
@@ -115,10 +118,10 @@ def megabytes(count: int) -> str:
 
 
 def markdown(result: Result) -> str:
-    """The table in Markdown, its columns lined up.
+    """The table in Markdown, with aligned columns.
 
     Args:
-        result: What was measured.
+        result: The result.
 
     Returns:
         Lines with a final newline.
@@ -127,7 +130,7 @@ def markdown(result: Result) -> str:
 
 
 def caption(result: Result) -> str:
-    """What was trained on what, and with which options, in a few lines of Markdown."""
+    """Model, text, options and machine in a few lines of Markdown."""
     setup, model, machine = result.setup, result.setup["model"], result.machine
     lines = [
         f"A Llama of width {model['hidden']} with {model['layers']} layers and {model['vocabulary']} byte tokens, "
@@ -138,18 +141,23 @@ def caption(result: Result) -> str:
     methods = {record.label.split(",")[0]: record for record in reversed(result.records)}
     for label, record in reversed(methods.items()):
         options = ", ".join(f"{key}={value}" for key, value in record.options.items())
-        lines.append(f"- {label}: {f'`{record.spec}`' if record.spec else 'every weight in full'}; {options}")
+        lines.append(f"- {label}: {f'`{record.rules}`' if record.rules else 'every weight in full'}; {options}")
     versions = f"torch {machine['torch']}, {machine['threads']} threads, {machine['processor']}"
     lines += ["", f"{result.seconds:.0f} s for all of it; {versions}."]
     return "\n".join(lines) + "\n"
 
 
+def to_json(result: Result) -> str:
+    """The result as JSON, as `load` reads it."""
+    return json.dumps(asdict(result), indent=1)
+
+
 def save(result: Result, folder: Path) -> list[Path]:
-    """Write ``result.json``, ``table.md``, ``loss.png`` and ``gap.png``; each appears whole or not at all.
+    """Write the `FILES` of a result, each atomically.
 
     Args:
-        result: What was measured.
-        folder: Where; made if missing.
+        result: The result.
+        folder: The folder; made if missing.
 
     Returns:
         The files.
@@ -157,24 +165,24 @@ def save(result: Result, folder: Path) -> list[Path]:
     Raises:
         DataError: The folder cannot be written.
     """
-    contents: dict[str, Callable[[], bytes]] = {
-        "result.json": lambda: json.dumps(asdict(result), indent=1).encode(),
-        "table.md": lambda: markdown(result).encode(),
-        "loss.png": lambda: _plot_losses(result),
-        "gap.png": lambda: _plot_gaps(result),
-    }
+    contents: tuple[Callable[[], bytes], ...] = (
+        lambda: to_json(result).encode(),
+        lambda: markdown(result).encode(),
+        lambda: _plot_losses(result),
+        lambda: _plot_gaps(result),
+    )
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        return [write_whole(folder / name, make()) for name, make in contents.items()]
+        return [write_whole(folder / name, make()) for name, make in zip(FILES, contents, strict=True)]
     except OSError as error:
         raise DataError(f"cannot write the results to {folder}: {error.strerror}") from error
 
 
 def load(folder: Path) -> Result:
-    """Read what `save` wrote.
+    """Read a result that `save` wrote.
 
     Args:
-        folder: Where it was written.
+        folder: Its folder.
 
     Returns:
         The result.
@@ -191,10 +199,10 @@ def load(folder: Path) -> Result:
 
 
 def prepare(folder: Path) -> None:
-    """Find out, before anything is measured, whether the results can be plotted and written.
+    """Check, before anything is trained, that the results can be plotted and written.
 
     Args:
-        folder: Where; made if missing.
+        folder: The folder; made if missing.
 
     Raises:
         DataError: The folder cannot be written. A missing matplotlib raises `DependencyError`.
@@ -232,7 +240,7 @@ def _plot_gaps(result: Result) -> bytes:
             if record.gaps:
                 steps, gaps, _ = zip(*record.gaps, strict=True)
                 color = colors.setdefault(record.label, f"C{len(colors)}")
-                # a difference of exactly zero has no place on a logarithmic axis
+                # a logarithmic axis cannot show a difference of exactly zero
                 heights = [gap or float("nan") for gap in gaps]
                 axes.plot(steps, heights, style, color=color, label=f"{record.label}, {dtype}", linewidth=1.8)
     axes.set_yscale("log")

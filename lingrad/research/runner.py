@@ -1,4 +1,4 @@
-"""The runner: all methods of an experiment step by step in turn, on the same batches, so that timings are fair."""
+"""Run the entries of an experiment on the same batches, one step each in turn, so that their timings are comparable."""
 
 from __future__ import annotations
 
@@ -17,31 +17,30 @@ from lingrad.config.targets import resolve_model
 from lingrad.engine.optimizer import SubspaceOptimizer
 from lingrad.models import build_llama, next_token_loss
 from lingrad.research.corpus import Corpus, check_length, training_batches, validation_batches
-from lingrad.research.plans import Method, Setup
+from lingrad.research.plans import Entry, Setup
 from lingrad.testing.training import weight_gap
 
 
 @dataclass
 class Record:
-    """What was measured of one method.
+    """What was measured of one entry.
 
     Args:
-        label: The method.
-        spec: Its config string, or None.
-        options: Those of its optimizer: learning rate, scale and so on.
-        train: Training loss of every step, nats a token.
+        label: The entry's label.
+        rules: Its config string or rules, or None.
+        options: The options of its optimizer: learning rate, scale and so on.
+        train: Training loss of every step, nats per token.
         valid: (step, validation loss), from before the first step to after the last.
-        seconds: Forward, backward and step, for every step.
-        gradient_bytes: Bytes of all gradients alive between backward and step, for every step; at a refresh they include
-            what the refresh needs of the full gradient.
+        seconds: Time of forward, backward and step, for every step.
+        gradient_bytes: Bytes of all gradients between backward and step, for every step. At a refresh they include what the
+            refresh needs of the full gradient.
         state_bytes: Bytes of moments and bases after the last step.
-        gaps: (step, largest difference of any weight, largest difference relative to the weight's norm), against the method
-            it should be like.
+        gaps: (step, largest difference of any weight, the same relative to the weight's norm) from the reference entry.
         refreshes: Refreshes of the first weight.
     """
 
     label: str
-    spec: str | None
+    rules: str | None
     options: dict[str, Any] = field(default_factory=dict)
     train: list[float] = field(default_factory=list)
     valid: list[tuple[int, float]] = field(default_factory=list)
@@ -53,29 +52,29 @@ class Record:
 
 
 class Run:
-    """One method under way.
+    """One entry in training.
 
     Args:
-        method: The method.
+        entry: The entry.
         setup: The sizes.
-        dtype: Of weights and coordinates.
+        dtype: The dtype of weights and coordinates.
     """
 
-    def __init__(self, method: Method, setup: Setup, dtype: torch.dtype) -> None:
-        self.method = method
-        self.record = Record(method.label, method.spec, method.options)
+    def __init__(self, entry: Entry, setup: Setup, dtype: torch.dtype) -> None:
+        self.entry = entry
+        self.record = Record(entry.label, entry.rules, entry.options)
         self.model = build_llama(setup.model, seed=setup.seed, dtype=dtype)
-        if method.spec is None:
-            self.optimizer: Optimizer = stock_optimizer(self.model, method)
+        if entry.rules is None:
+            self.optimizer: Optimizer = full_rank_optimizer(self.model, entry)
         else:
-            make = api.adapt if method.mode == "adapter" else api.wrap
-            self.optimizer = make(self.model, method.spec, method.base, seed=setup.seed, **method.options)
+            make = api.adapt if entry.mode == "adapter" else api.wrap
+            self.optimizer = make(self.model, entry.rules, entry.base, seed=setup.seed, **entry.options)
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: learning_rate(step, setup))
-        self.switches = {round(fraction * setup.steps) for fraction in method.switches}
+        self.switches = {round(fraction * setup.steps) for fraction in entry.switches}
 
     def step(self, number: int, batch: Tensor) -> None:
         """Train on one batch and record its loss, time and gradient bytes."""
-        if self.method.reverse:
+        if self.entry.reverse:
             batch = batch.flip(0)
         if number in self.switches and isinstance(self.optimizer, SubspaceOptimizer):
             self.optimizer.switch("adapter" if self.optimizer.mode == "optimizer" else "optimizer")
@@ -100,54 +99,54 @@ class Run:
         self.record.valid.append((number, sum(losses) / len(losses)))
 
     def weights(self) -> dict[str, Tensor]:
-        """The weights the forward acts with."""
+        """The effective weights: those that the forward uses."""
         if isinstance(self.optimizer, SubspaceOptimizer):
             return self.optimizer.weights()
         return dict(self.model.named_parameters())
 
 
-def stock_optimizer(model: nn.Module, method: Method) -> Optimizer:
-    """Full-rank training without lingrad.
+def full_rank_optimizer(model: nn.Module, entry: Entry) -> Optimizer:
+    """The optimizer of full-rank training, without lingrad.
 
     Args:
         model: The model.
-        method: Names the base and its options; ``scale`` multiplies the learning rate of linear layers.
+        entry: The base and its options; ``scale`` multiplies the learning rate of linear layers.
 
     Returns:
-        The stock optimizer.
+        The optimizer.
     """
-    options = dict(method.options)
+    options = dict(entry.options)
     scale = options.pop("scale", 1.0)
     plan = resolve_model(model, "full()")
     groups = [{"params": [target.param for target in plan.targets]}, {"params": [param for _, param in plan.full]}]
-    optimizer = optimizers.find(method.base, options).build(groups)
+    optimizer = optimizers.find(entry.base, options).build(groups)
     optimizer.param_groups[0]["lr"] *= scale
     return optimizer
 
 
 def compare(
-    methods: list[Method],
+    entries: list[Entry],
     setup: Setup,
     corpus: Corpus,
     *,
     dtype: torch.dtype = torch.float32,
     on_step: Callable[[int, list[Record]], None] = lambda step, records: None,
 ) -> list[Record]:
-    """Train every method on the same batches, one step each in turn.
+    """Train every entry on the same batches, one step each in turn.
 
     Args:
-        methods: What to compare.
+        entries: The entries to compare.
         setup: The sizes.
         corpus: The text.
-        dtype: Of the weights.
-        on_step: Called after each step of all methods, for progress.
+        dtype: The dtype of the weights.
+        on_step: Called after each step of all entries, with the step and the records so far.
 
     Returns:
-        A record for each method.
+        One record per entry.
     """
     check_length(corpus, setup.model.length)
     size = {"rows": setup.rows, "length": setup.model.length}
-    runs = {method.label: Run(method, setup, dtype) for method in methods}
+    runs = {entry.label: Run(entry, setup, dtype) for entry in entries}
     records = [run.record for run in runs.values()]
     held_out = validation_batches(corpus, batches=setup.eval_batches, **size)
     for run in runs.values():
@@ -157,8 +156,8 @@ def compare(
             run.step(number, batch)
         done = number + 1
         for run in runs.values():
-            if run.method.like is not None:
-                run.record.gaps.append((done, *weight_gap(run.weights(), runs[run.method.like].weights())))
+            if run.entry.reference is not None:
+                run.record.gaps.append((done, *weight_gap(run.weights(), runs[run.entry.reference].weights())))
             if done % setup.eval_every == 0 or done == setup.steps:
                 run.validate(done, held_out)
         on_step(done, records)
@@ -174,7 +173,7 @@ def learning_rate(step: int, setup: Setup) -> float:
 
     Args:
         step: Steps done.
-        setup: Holds the number of steps and the warm-up.
+        setup: The number of steps and the warm-up.
 
     Returns:
         A factor on the learning rate.
@@ -187,7 +186,7 @@ def learning_rate(step: int, setup: Setup) -> float:
 
 
 def gradient_bytes(model: nn.Module, optimizer: Optimizer) -> int:
-    """Bytes of all gradients alive: of parameters, of coordinates, and what a refresh keeps until the step."""
+    """Bytes of all gradients: of parameters, of coordinates, and what a refresh keeps until the step."""
     params = {id(p): p for p in model.parameters()}
     params |= {id(p): p for group in optimizer.param_groups for p in group["params"]}
     total = sum(p.grad.numel() * p.grad.element_size() for p in params.values() if p.grad is not None)
@@ -197,9 +196,9 @@ def gradient_bytes(model: nn.Module, optimizer: Optimizer) -> int:
 
 
 def state_bytes(optimizer: Optimizer) -> int:
-    """Bytes of all that the optimizer keeps between steps: moments, step counters and bases."""
-    held: list[Any] = [value for state in optimizer.state.values() for value in state.values()]
+    """Bytes that the optimizer stores between steps: moments, step counters and bases."""
+    stored: list[Any] = [value for state in optimizer.state.values() for value in state.values()]
     if isinstance(optimizer, SubspaceOptimizer):
-        held += [tensor for tensor, kind in optimizer.held() if kind == "basis"]
-    distinct = {t.data_ptr(): t for t in held if isinstance(t, Tensor) and t.numel()}
+        stored += [tensor for tensor, kind in optimizer.held() if kind == "basis"]
+    distinct = {t.data_ptr(): t for t in stored if isinstance(t, Tensor) and t.numel()}
     return sum(t.numel() * t.element_size() for t in distinct.values())

@@ -1,17 +1,27 @@
-"""How a basis is chosen and refreshed: one file a transform, found by the name in a config string."""
+"""How a basis is chosen and refreshed: one file a transform, found by its name in a config string."""
 
+from typing import TYPE_CHECKING
+
+from lingrad.deprecated import renamed_attributes as _renamed_attributes
 from lingrad.transforms.base import Probe as Probe
 from lingrad.transforms.base import Sketch as Sketch
 from lingrad.transforms.base import Transform as Transform
 from lingrad.transforms.base import When as When
 from lingrad.transforms.full import Full as Full
 from lingrad.transforms.kron import Kron as Kron
+from lingrad.transforms.linalg import align_signs as align_signs
+from lingrad.transforms.linalg import derive_seed as derive_seed
+from lingrad.transforms.linalg import leading_vectors as leading_vectors
+from lingrad.transforms.linalg import orthonormalize as orthonormalize
 from lingrad.transforms.pca import PCA as PCA
 from lingrad.transforms.power import Power as Power
 from lingrad.transforms.random import Random as Random
 from lingrad.transforms.registry import register as register
-from lingrad.transforms.side import Bases as Bases
 from lingrad.transforms.side import BasisTransform as BasisTransform
-from lingrad.transforms.side import GradientBasis as GradientBasis
-from lingrad.transforms.side import SketchBasis as SketchBasis
+from lingrad.transforms.side import Sides as Sides
+from lingrad.transforms.side import SideTransform as SideTransform
 from lingrad.transforms.svd import SVD as SVD
+
+if not TYPE_CHECKING:  # so that a type checker still reports misspelt names
+    _OLD = {"Bases": "Sides", "GradientBasis": "SideTransform", "SketchBasis": "SideTransform"}
+    __getattr__ = _renamed_attributes(__name__, _OLD)

@@ -1,8 +1,8 @@
-"""What a transform is: an immutable choice of how a weight's basis is picked and refreshed.
+"""What a transform is: an immutable choice of how the basis of a weight is chosen and refreshed.
 
-A transform holds no tensors, no optimizer and no mode. Its state is a NamedTuple of tensors, ints and dicts of them, passed
-in and out. `Transform` is the whole interface; `lingrad.transforms.side` adds the options and the orientation that every
-transform with a basis of given rank shares, so that a new one writes only how its basis is found.
+A transform holds no tensors, no optimizer and no mode. Its state is a NamedTuple of tensors, ints, None and dicts of them,
+passed in and out. `Transform` is the whole interface; `lingrad.transforms.side.SideTransform` is the base class of a transform
+that writes one method.
 """
 
 from __future__ import annotations
@@ -19,10 +19,12 @@ from lingrad.maps import LinearMap
 from lingrad.tensors import TensorSpec
 from lingrad.transforms import options
 
-# What a refresh looks at. ``gradient``: G itself, kept until the step, which is the first to use the new basis. ``sketch``:
-# products of G with matrices that were fixed before the step; they add up over micro-batches, no G exists, and the new basis
-# serves from the next step on, since its own projection of a G that is gone cannot be had. ``nothing``: drawn beforehand.
+# What a refresh reads. ``gradient``: G itself; the new basis is used in the same step. ``sketch``: products of G with matrices
+# that are fixed before the step, summed over micro-batches without forming G; the new basis is used from the next step on,
+# because G is no longer there to be projected by it. ``nothing``: the basis is drawn before the step.
 Reads = Literal["gradient", "sketch", "nothing"]
+
+Ranks = tuple[int | None, int | None]
 
 
 class When(NamedTuple):
@@ -33,7 +35,8 @@ class When(NamedTuple):
         refreshes: Refreshes of this weight so far; 0 at the first.
         seed: The seed of this weight, the same on every rank; mix ``step`` into it for anything random.
         shape: (m, n), the weight's shape.
-        run_seed: The seed of the run, for what all weights may draw alike.
+        run_seed: The seed of the run, for random numbers that several weights share.
+        side: The side whose basis is being chosen, in `SideTransform.basis`; None elsewhere.
     """
 
     step: int
@@ -41,10 +44,11 @@ class When(NamedTuple):
     seed: int
     shape: tuple[int, int]
     run_seed: int = 0
+    side: Literal["left", "right"] | None = None
 
 
 class Probe(NamedTuple):
-    """A product that a refresh asks of the gradient, ``left.T @ G @ right``, a missing factor meaning the identity.
+    """A product of the gradient that a refresh needs, ``left.T @ G @ right``; a missing factor means the identity.
 
     Args:
         left: [m, a], or None.
@@ -60,27 +64,27 @@ Sketch = tuple[Tensor, ...]  # the products, in the order of the probes, in at l
 
 @dataclass(frozen=True)
 class Transform(ABC):
-    """How the map of one weight is chosen and refreshed; config only.
+    """How the map of one weight is chosen and refreshed; options only.
 
     Laws: ``init`` gives a state whose map is valid before any refresh; ``refresh`` is pure; ``map(state)`` depends on the
     state alone and maps coordinates of shape ``coords_shape(shape)``.
     """
 
-    name: ClassVar[str]  # what config strings call it; set by `register`
+    name: ClassVar[str]  # the name in config strings; set by `register`
 
     def __post_init__(self) -> None:
         """Check every option against its annotation; a subclass that checks more calls this first."""
         options.check(self)
 
     @abstractmethod
-    def coords_shape(self, shape: tuple[int, int]) -> tuple[int, int]:
-        """The shape of the coordinates.
+    def ranks(self, shape: tuple[int, int]) -> Ranks:
+        """The ranks of the left and the right basis: which sides of the weight are reduced, and to how much.
 
         Args:
             shape: (m, n), the weight's shape.
 
         Returns:
-            (p, q).
+            (p, q); None for a side that is not reduced.
 
         Raises:
             ShapeError: The rank does not fit the shape.
@@ -93,7 +97,7 @@ class Transform(ABC):
         Args:
             shape: (m, n), the weight's shape.
             seed: The seed of this weight, the same on every rank.
-            device: Where the basis lives.
+            device: Where the basis is stored.
             dtype: The dtype of the basis, the weight's.
 
         Returns:
@@ -105,8 +109,8 @@ class Transform(ABC):
         """Choose a new basis.
 
         Args:
-            state: The state that `init` or the last refresh gave; left as it is.
-            grad: G [m, n], finite and not zero; None where it reads nothing.
+            state: The state that `init` or the last refresh gave; not modified.
+            grad: G [m, n], finite and not zero; None for a transform that reads nothing.
             when: The step, the number of refreshes so far, the weight's seed.
 
         Returns:
@@ -114,22 +118,22 @@ class Transform(ABC):
         """
 
     def probes(self, state: Any, when: When) -> tuple[Probe, ...]:
-        """The products that `learn` needs, fixed before the step; none unless it reads a sketch.
+        """The products that `learn` needs, fixed before the step; none unless the transform reads a sketch.
 
         Args:
             state: The state that `init` or the last refresh gave.
             when: As for `refresh`.
 
         Returns:
-            The probes. One that has the factors of the current map costs nothing: it is what the coordinates get.
+            The probes. One with the factors of the current map costs nothing: its product is the gradient of the coordinates.
         """
         return ()
 
     def learn(self, state: Any, sketch: Sketch, when: When) -> Any:
-        """Choose a new basis from a sketch; what reads nothing needs none.
+        """Choose a new basis from a sketch; the default is for a transform that reads nothing.
 
         Args:
-            state: The state that `init` or the last refresh gave; left as it is.
+            state: The state that `init` or the last refresh gave; not modified.
             sketch: The products of `probes` for the same ``when``; finite, not all zero.
             when: As for `refresh`.
 
@@ -149,30 +153,44 @@ class Transform(ABC):
     @property
     @abstractmethod
     def period(self) -> int:
-        """Steps between refreshes, over which ``stagger`` spreads the weights; 0 where there is no second one."""
+        """Steps between refreshes, over which ``stagger`` spreads the weights; 0 if there is only one refresh."""
 
     @property
     def reads(self) -> Reads:
-        """What a refresh looks at; a transform that reads nothing is refreshed before the step's forward, at no cost."""
+        """What a refresh reads. A subclass writes ``reads = "sketch"`` in its body, without an annotation."""
         return "gradient"
 
     @property
     def stores_map(self) -> bool:
-        """Whether the map is kept between uses; False where it is cheaper to make again than to hold."""
+        """Whether the map is kept between uses; False if it is made again at each use, to save memory."""
         return True
 
-    @abstractmethod
-    def basis_shapes(self, shape: tuple[int, int]) -> tuple[tuple[int, int] | None, tuple[int, int] | None]:
-        """Shapes of the left and right basis that stay in memory, [m, p] and [n, q]; None where there is none."""
+    def coords_shape(self, shape: tuple[int, int]) -> tuple[int, int]:
+        """The shape of the coordinates.
 
-    @abstractmethod
+        Args:
+            shape: (m, n), the weight's shape.
+
+        Returns:
+            The ranks, (p, q); m or n for a side that is not reduced.
+        """
+        left, right = self.ranks(shape)
+        return shape[0] if left is None else left, shape[1] if right is None else right
+
+    def basis_shapes(self, shape: tuple[int, int]) -> tuple[tuple[int, int] | None, tuple[int, int] | None]:
+        """Shapes of the left and right basis matrices that stay in memory, [m, p] and [n, q]; None where there is none."""
+        left, right = self.ranks(shape)
+        return None if left is None else (shape[0], left), None if right is None else (shape[1], right)
+
     def storage(self, shape: tuple[int, int], dtype: torch.dtype) -> list[TensorSpec]:
-        """What stays in memory between steps, tensor by tensor: the row of this transform in the memory ledger.
+        """What stays in memory between steps; the memory estimate counts these tensors.
 
         Args:
             shape: (m, n), the weight's shape.
             dtype: The weight's dtype.
 
         Returns:
-            Shape and dtype of each tensor of the state after the first refresh, and of the map where it is kept.
+            Shape and dtype of each tensor of the state after the first refresh, and of the map if it is kept. The default is
+            the basis matrices in the weight's dtype.
         """
+        return [TensorSpec(basis, dtype) for basis in self.basis_shapes(shape) if basis is not None]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import warnings
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
@@ -27,49 +28,50 @@ def derive_seed(seed: int, *parts: object) -> int:
 
 
 def gaussian(rows: int, columns: int, *, seed: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Standard normal numbers, [rows, columns]; drawn on the CPU, so that a seed means the same on every device."""
-    if device.type == "meta":  # nothing to draw, and a large model's bases would take minutes
+    """Standard normal elements, [rows, columns]; drawn on the CPU, so that a seed gives the same on every device."""
+    if device.type == "meta":  # nothing is needed, and drawing a large model's bases would take minutes
         return torch.empty(rows, columns, dtype=torch.float32, device=device).to(dtype)
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(rows, columns, generator=generator, dtype=torch.float32, device="cpu").to(device=device, dtype=dtype)
 
 
 def start_basis(size: int, rank: int, *, seed: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """A random basis [size, rank] with columns of unit length in expectation: where a transform starts from."""
+    """A random basis [size, rank] with columns of unit length in expectation, as a transform has at its start."""
     return gaussian(size, rank, seed=seed, device=device, dtype=wide(dtype)).div_(size**0.5).to(dtype)
 
 
 def orthonormalize(columns: Tensor, *, seed: int) -> Tensor:
     """Orthonormal columns with the same span, by a QR whose R has a positive diagonal.
 
-    Columns that depend on those before them to working precision are replaced by seeded random directions, which are made
-    orthogonal last: left to rounding noise they would differ between two runs that are otherwise equal.
+    Columns that depend linearly on those before them, to working precision, are replaced by seeded random directions, made
+    orthogonal to all others. Left to rounding errors they would differ between two runs that are otherwise equal.
 
     Args:
-        columns: [size, rank], rank <= size, at least float32.
+        columns: [size, rank], rank <= size, float32 or float64.
         seed: Seed of the replacements.
 
     Returns:
         [size, rank], owning its memory.
     """
-    factors = _Factors(columns)
-    diagonal = factors.diagonal
+    qr = _QR(columns)
+    diagonal = qr.diagonal
     floor = diagonal.max() * columns.shape[0] * torch.finfo(columns.dtype).eps
-    independent = ~(diagonal <= floor)  # a NaN is for the caller to see
+    independent = ~(diagonal <= floor)  # NaN stays for the caller to find
     if bool(independent.all()):
-        return factors.q()
+        return qr.q()
     kept = independent.nonzero().flatten()
     missing = independent.logical_not().nonzero().flatten()
     filler = gaussian(len(columns), len(missing), seed=seed, device=columns.device, dtype=columns.dtype)
-    q = _Factors(torch.cat((columns.index_select(1, kept), filler), dim=1)).q()
+    q = _QR(torch.cat((columns.index_select(1, kept), filler), dim=1)).q()
     return torch.empty_like(q).index_copy_(1, torch.cat((kept, missing)), q)
 
 
-class _Factors:
-    """Q and R of some columns, the diagonal of R made positive.
+class _QR:
+    """A QR factorization whose R has a positive diagonal.
 
-    Of float32 columns R is taken from their Gram matrix in float64 (CholeskyQR), a few large products where Householder's QR is
-    many thin ones. Q is orthogonal to eps(float64) times the squared condition number, 1e-8 down to the floor above.
+    For float32 columns R comes from their Gram matrix in float64 (CholeskyQR): a few large products instead of the many thin
+    ones of Householder's QR. Q is orthogonal to eps(float64) times the squared condition number, 1e-8 down to the floor of
+    `orthonormalize`.
     """
 
     def __init__(self, columns: Tensor) -> None:
@@ -83,14 +85,14 @@ class _Factors:
         self.columns = columns.double()
         gram = self.columns.t() @ self.columns
         lengths = gram.diagonal().sqrt().clamp_min(torch.finfo(gram.dtype).tiny ** 0.5)
-        gram.div_(lengths).div_(lengths.unsqueeze(1))  # of columns of unit length: what depends shows whatever their scales
+        gram.div_(lengths).div_(lengths.unsqueeze(1))  # scaled to unit columns, so that scales do not hide dependence
         shift = 0.0
         r, failed = torch.linalg.cholesky_ex(gram, upper=True)
-        if bool(failed > 0):  # rounding has left the pivot of a dependent column negative, by eps for each column at most
+        if bool(failed > 0):  # rounding made the pivot of a dependent column negative, by at most eps for each column
             shift = 4 * len(gram) * torch.finfo(gram.dtype).eps
             gram.diagonal().add_(shift)
             r, failed = torch.linalg.cholesky_ex(gram, upper=True)
-            r = torch.where(failed > 0, torch.nan, r)  # it is not finite
+            r = torch.where(failed > 0, torch.nan, r)  # the columns are not finite
         diagonal = (r.diagonal().square() - shift).clamp_min(0).sqrt() * lengths
         self.diagonal = diagonal.to(columns.dtype)
         self.r = r * lengths
@@ -105,13 +107,17 @@ class _Factors:
         return q.to(self.dtype)
 
 
+@overload
+def align_signs(new: Tensor, old: Tensor | None) -> Tensor: ...
+@overload
+def align_signs(new: Tensor | None, old: Tensor | None) -> Tensor | None: ...
 def align_signs(new: Tensor | None, old: Tensor | None) -> Tensor | None:
     """Flip columns that point against the same column of the old basis.
 
-    A basis is only defined up to the sign of its columns; moments kept over a refresh are not.
+    A basis is defined only up to the signs of its columns; moments that are kept over a refresh depend on them.
 
     Args:
-        new: [size, rank], or None where a side has no basis.
+        new: [size, rank], or None for a side without a basis.
         old: [size, rank], or None.
 
     Returns:
@@ -128,18 +134,18 @@ def leading_vectors(
     left: int | None,
     right: int | None,
     *,
-    solver: str,
+    solver: Literal["exact", "gram"] = "exact",
     seed: int,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """The leading singular vectors of a gradient, on the sides asked for.
+    """The leading singular vectors of a gradient, on one side or on both.
 
     Args:
         grad: G [m, n].
         left: How many left singular vectors, at most min(m, n), or None.
         right: How many right singular vectors, at most min(m, n), or None.
-        solver: ``exact`` (SVD of the matrix) or ``gram`` (eigenvectors of the smaller Gram matrix in float64: faster, blind
-            below 1e-8 of the largest singular value).
-        seed: Seed of directions the gradient does not determine.
+        solver: ``exact`` (SVD of the matrix) or ``gram`` (eigenvectors of the smaller Gram matrix in float64: faster, but
+            singular values below 1e-8 of the largest are not resolved).
+        seed: Seed of directions that the gradient does not determine.
 
     Returns:
         Orthonormal columns [m, left] and [n, right] in at least float32, owning their memory.
@@ -149,25 +155,25 @@ def leading_vectors(
     u, s, v, resolved = (_gram if solver == "gram" else _exact)(grad.dense(), rank)
     floor = s[0] * max(grad.shape) * resolved
 
-    def settled(vectors: Tensor, count: int | None, side: str) -> Tensor | None:
-        """Vectors that the gradient determines, completed by seeded ones where it does not."""
+    def completed(vectors: Tensor, count: int | None, side: str) -> Tensor | None:
+        """The vectors that the gradient determines, and seeded ones in place of the others."""
         if count is None:
             return None
         vectors, clear = vectors[:, :count], ~(s[:count] <= floor)
         if bool(clear.all()):
-            return vectors.clone(memory_format=torch.contiguous_format)  # a slice would keep the whole factor alive
+            return vectors.clone(memory_format=torch.contiguous_format)  # a slice would keep the whole factor in memory
         fill = derive_seed(seed, side)
         filler = gaussian(*vectors.shape, seed=fill, device=vectors.device, dtype=vectors.dtype)
         return orthonormalize(torch.where(clear, vectors, filler), seed=fill)
 
-    return settled(u, left, "left"), settled(v, right, "right")
+    return completed(u, left, "left"), completed(v, right, "right")
 
 
-# Left vectors, singular values, right vectors, and the smallest singular value, of 1, that is told from rounding.
-Factors = tuple[Tensor, Tensor, Tensor, float]
+# Left vectors, singular values, right vectors, and the relative size below which a singular value is rounding error.
+_Vectors = tuple[Tensor, Tensor, Tensor, float]
 
 
-def _exact(matrix: Tensor, rank: int) -> Factors:
+def _exact(matrix: Tensor, rank: int) -> _Vectors:
     try:
         u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
     except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
@@ -176,8 +182,8 @@ def _exact(matrix: Tensor, rank: int) -> Factors:
     return u, s, vh.t(), torch.finfo(s.dtype).eps
 
 
-def _gram(matrix: Tensor, rank: int) -> Factors:
-    """By the eigenvectors of the smaller Gram matrix, which squares the condition number: in float64, where there is one."""
+def _gram(matrix: Tensor, rank: int) -> _Vectors:
+    """By the eigenvectors of the smaller Gram matrix, in float64 if the device has it: they square the condition number."""
     if matrix.shape[0] > matrix.shape[1]:
         v, s, u, resolved = _gram(matrix.t(), rank)
         return u, s, v, resolved

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import field, fields
 from typing import Any, NamedTuple, final
 
 import torch
@@ -11,36 +11,34 @@ from typing_extensions import override
 
 from lingrad.errors import SpecError, require
 from lingrad.gradients.base import Gradient
-from lingrad.maps import KroneckerMap, LinearMap
 from lingrad.optimizers.base import Choice
 from lingrad.tensors import TensorSpec, wide
 from lingrad.transforms import options
 from lingrad.transforms.base import Probe, Sketch, When
 from lingrad.transforms.linalg import align_signs, derive_seed, leading_vectors, orthonormalize
 from lingrad.transforms.registry import register
-from lingrad.transforms.side import SketchBasis
+from lingrad.transforms.side import Sides, SideTransform
 from lingrad.transforms.sketch import by_side, range_probes
 
 
 class Learned(NamedTuple):
-    """State of `PCA`: the bases, and what the optimizer remembers of each; of no meaning before the second refresh."""
+    """State of `PCA`: the bases, and the state of each one's optimizer, which is first used by the second refresh."""
 
     left: Tensor | None
     right: Tensor | None
-    left_memory: dict[str, Any]
-    right_memory: dict[str, Any]
+    left_optimizer: dict[str, Any]
+    right_optimizer: dict[str, Any]
 
 
 @register("pca")
 @final
-@dataclass(frozen=True, kw_only=True)
-class PCA(SketchBasis):
-    """A basis trained beside the weights: one optimizer step on its reconstruction error at each refresh.
+class PCA(SideTransform):
+    """A basis trained alongside the weights: one optimizer step on its reconstruction error at each refresh.
 
-    The objective of a left basis P is |P P^T N - N|_F^2 + lam |P^T P - I|_F^2 with N = G / |G|_F (section 3.2); a right basis
-    is the same of N^T. It depends on G through G G^T alone, for which a sketch G Omega stands, drawn anew at each refresh:
-    E[G Omega Omega^T G^T] is G G^T but for a factor that N does not see. As published, P is used for a step and then stepped
-    itself. The first refresh takes the singular vectors of the sketch instead.
+    The objective of a left basis P is |P P^T N - N|_F^2 + lam |P^T P - I|_F^2 with N = G / |G|_F (section 3.2); that of a right
+    basis has N^T. It depends on G only through G G^T, so a sketch G Omega takes the place of G, with a new Omega at each
+    refresh: E[G Omega Omega^T G^T] is G G^T up to a factor, which N removes. As published, P is used for a step and then
+    updated. The first refresh takes the singular vectors of the sketch instead.
 
     Args:
         rank: Columns of each basis.
@@ -49,13 +47,15 @@ class PCA(SketchBasis):
         clip: Lower the rank to min(m, n) where it does not fit.
         lam: Weight of the orthonormality term.
         lr: Learning rate of the basis.
-        optimizer: A stock optimizer by name, with options if need be: ``adam``, ``sgd(momentum=0.9)``.
+        optimizer: A built-in optimizer by name, with options if needed: ``adam``, ``sgd(momentum=0.9)``.
         orthonormalize: Replace the basis by its QR factor after each step.
-        sketch: Columns of the sketch; None is a quarter of ``rank``. The first refresh has as many as the basis.
+        sketch: Columns of the sketch; None means a quarter of ``rank``. The first refresh has at least ``rank``.
 
     Raises:
         SpecError: An option is out of range, or the optimizer is unknown.
     """
+
+    reads = "sketch"
 
     every: int = 1
     lam: float = 0.1
@@ -77,7 +77,7 @@ class PCA(SketchBasis):
             "optimizer",
             "the learning rate of the basis is the option lr of pca itself; leave it out of the optimizer's",
         )
-        try:  # an unknown name, option or value is found here, not in the first step
+        try:  # so that an unknown name, option or value is found here, not in the first step
             self.optimizer.base(lr=self.lr).build([nn.Parameter(torch.zeros(1))])
         except SpecError as error:
             raise SpecError(str(error), option="optimizer") from error
@@ -92,7 +92,7 @@ class PCA(SketchBasis):
 
     @override
     def init(self, shape: tuple[int, int], *, seed: int, device: torch.device, dtype: torch.dtype) -> Learned:
-        # at least float32: a learning rate's worth of change would be lost in a bfloat16 basis
+        # at least float32: an update of the size of a learning rate would be lost in a bfloat16 basis
         left, right = self.start(shape, seed=seed, device=device, dtype=wide(dtype))
         base = self.optimizer.base(lr=self.lr)
         return Learned(left, right, *({} if b is None or self.every == 0 else base.state_of(b) for b in (left, right)))
@@ -106,46 +106,50 @@ class PCA(SketchBasis):
         return [*learned, *(moment for basis in learned for moment in base.moments(*basis))]
 
     @override
+    def columns(self, rank: int) -> int:
+        return max(1, rank // 4) if self.sketch is None else self.sketch
+
+    @override
     def probes(self, state: Learned, when: When) -> tuple[Probe, ...]:
         bases = state.left, state.right
         rank = next(basis.shape[1] for basis in bases if basis is not None)
-        columns = max(1, rank // 4) if self.sketch is None else self.sketch
+        columns = self.columns(rank)
         return range_probes(bases, max(rank, columns) if when.refreshes == 0 else columns, when)
 
     @override
-    def learn(self, state: Learned, sketch: Sketch, when: When) -> Learned:
-        bases = state.left, state.right
-        memories = ({}, {}) if when.refreshes <= 1 else (state.left_memory, state.right_memory)
-        found = [
-            (basis, memory) if basis is None or grad is None else self._learn(basis, grad, memory, side, when)
-            for basis, grad, memory, side in zip(bases, by_side(bases, sketch), memories, ("left", "right"), strict=True)
-        ]
-        (left, left_memory), (right, right_memory) = found
-        if when.refreshes == 0:
-            return state._replace(left=left, right=right)
-        return Learned(left, right, left_memory, right_memory)
+    def basis(self, seen: Gradient, old: Tensor, when: When) -> Tensor:
+        """The basis of the first refresh: the leading singular vectors of the sketch."""
+        found, _ = leading_vectors(seen, old.shape[1], None, seed=derive_seed(when.seed, when.step, when.side))
+        assert found is not None  # noqa: S101 - the left vectors were asked for
+        return align_signs(found, old)  # moments of the first step depend on the signs of the basis it had
 
     @override
-    def map(self, state: Learned) -> LinearMap:
-        return KroneckerMap(state.left, state.right)
-
-    def _learn(
-        self, basis: Tensor, grad: Gradient, memory: dict[str, Any], side: str, when: When
-    ) -> tuple[Tensor | None, dict[str, Any]]:
-        """The next basis of one side, whose gradient has this side in its rows."""
-        seed = derive_seed(when.seed, when.step, side)
+    def learn(self, state: Learned, sketch: Sketch, when: When) -> Learned:
+        old = Sides(state.left, state.right)
+        seen = by_side(old, sketch)
         if when.refreshes == 0:
-            found, _ = leading_vectors(grad, basis.shape[1], None, solver="exact", seed=seed)
-            return align_signs(found, basis), memory  # moments of the first step refer to the basis it had
+            left, right = self.each_side(seen, old, when)
+            return state._replace(left=left, right=right)
+        before = ({}, {}) if when.refreshes == 1 else (state.left_optimizer, state.right_optimizer)
+        (left, left_after), (right, right_after) = (
+            (basis, kept) if basis is None or grad is None else self._updated(basis, grad, kept, side, when)
+            for basis, grad, kept, side in zip(old, seen, before, ("left", "right"), strict=True)
+        )
+        return Learned(left, right, left_after, right_after)
+
+    def _updated(
+        self, basis: Tensor, seen: Gradient, before: dict[str, Any], side: str, when: When
+    ) -> tuple[Tensor, dict[str, Any]]:
+        """The basis of one side and its optimizer's state, one step later; the sketch has this side in its rows."""
         param = nn.Parameter(basis.clone())
-        param.grad = objective_grad(basis, grad, self.lam).to(basis.dtype)
+        param.grad = objective_grad(basis, seen, self.lam).to(basis.dtype)
         optimizer = self.optimizer.base(lr=self.lr).build([param])
-        optimizer.state[param] = {k: v.clone() if isinstance(v, Tensor) else v for k, v in memory.items()}
+        optimizer.state[param] = {k: v.clone() if isinstance(v, Tensor) else v for k, v in before.items()}
         optimizer.step()
-        learned = param.detach()
+        updated = param.detach()
         if self.orthonormalize:
-            learned = orthonormalize(learned, seed=seed)
-        return learned, dict(optimizer.state[param])
+            updated = orthonormalize(updated, seed=derive_seed(when.seed, when.step, side))
+        return updated, dict(optimizer.state[param])
 
 
 def objective_grad(basis: Tensor, grad: Gradient, lam: float) -> Tensor:

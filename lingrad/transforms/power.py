@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import NamedTuple, final
 
 import torch
 from torch import Tensor
 from typing_extensions import override
 
-from lingrad.maps import KroneckerMap, LinearMap
+from lingrad.gradients.base import Gradient
+from lingrad.gradients.local import DenseGradient
 from lingrad.tensors import TensorSpec
 from lingrad.transforms.base import Probe, Sketch, When
 from lingrad.transforms.linalg import align_signs, derive_seed, orthonormalize
 from lingrad.transforms.registry import register
-from lingrad.transforms.side import SketchBasis
+from lingrad.transforms.side import Sides, SideTransform
 
 
 class Iterated(NamedTuple):
@@ -36,12 +36,11 @@ class Iterated(NamedTuple):
 
 @register("power")
 @final
-@dataclass(frozen=True, kw_only=True)
-class Power(SketchBasis):
+class Power(SideTransform):
     """Subspace iteration on both sides at once: P <- qr(G Q), Q <- qr(G^T P), each with the other's old basis.
 
-    Both are fixed before the step, so that the products add up over micro-batches. Where the weight has a basis on one side,
-    the one on the other is a companion, which is kept for the next refresh. Its product is the coordinates' own gradient.
+    Both old bases are fixed before the step, so that the products add up over micro-batches. If the weight has a basis on one
+    side only, the one on the other is a companion, kept for the next refresh. Its product is the coordinates' own gradient.
 
     Args:
         rank: Columns of each basis.
@@ -52,6 +51,12 @@ class Power(SketchBasis):
     Raises:
         SpecError: An option is out of range.
     """
+
+    reads = "sketch"
+
+    @override
+    def basis(self, seen: Gradient, old: Tensor, when: When) -> Tensor:
+        return align_signs(orthonormalize(seen.dense(), seed=derive_seed(when.seed, when.step, when.side)), old)
 
     @override
     def init(self, shape: tuple[int, int], *, seed: int, device: torch.device, dtype: torch.dtype) -> Iterated:
@@ -73,25 +78,13 @@ class Power(SketchBasis):
 
     @override
     def learn(self, state: Iterated, sketch: Sketch, when: When) -> Iterated:
-        left, right = (
-            _next(columns, old, derive_seed(when.seed, when.step, side))
-            for columns, old, side in zip((sketch[0], sketch[1].t()), state.pair, ("left", "right"), strict=True)
-        )
+        seen = DenseGradient(sketch[0]), DenseGradient(sketch[1]).T
+        left, right = self.each_side(seen, Sides(*state.pair), when)
         if state.right is None:
             return Iterated(left, None, right)
         return Iterated(None, right, left) if state.left is None else Iterated(left, right, None)
 
-    @override
-    def map(self, state: Iterated) -> LinearMap:
-        return KroneckerMap(state.left, state.right)
-
     def _companion(self, shape: tuple[int, int]) -> tuple[int, int | None]:
-        """Size and rank of the basis on the side that has none."""
+        """Size and rank of the basis on the side that is not reduced."""
         p, q = self.ranks(shape)
         return (shape[1], p) if q is None else (shape[0], q if p is None else None)
-
-
-def _next(columns: Tensor, old: Tensor, seed: int) -> Tensor:
-    found = align_signs(orthonormalize(columns, seed=seed), old)
-    assert found is not None  # noqa: S101 - neither was None
-    return found.to(old.dtype)

@@ -1,8 +1,7 @@
-"""`random`: bases that are drawn, not computed (Flora, Hao et al., ICML 2024, arXiv 2402.03293; GoLore, arXiv 2410.11289)."""
+"""`random`: bases drawn from a seed (Flora, Hao et al., ICML 2024, arXiv 2402.03293; GoLore, arXiv 2410.11289)."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Literal, NamedTuple, final
 
 import torch
@@ -12,7 +11,7 @@ from typing_extensions import override
 from lingrad.gradients.base import Gradient
 from lingrad.maps import KroneckerMap, LinearMap, SelectionMap
 from lingrad.tensors import TensorSpec, wide
-from lingrad.transforms.base import Reads, When
+from lingrad.transforms.base import When
 from lingrad.transforms.linalg import derive_seed, gaussian, orthonormalize
 from lingrad.transforms.registry import register
 from lingrad.transforms.side import BasisTransform
@@ -21,19 +20,18 @@ Kind = Literal["gaussian", "rademacher", "orthonormal", "rows"]
 
 
 class Drawn(NamedTuple):
-    """State of `Random`: all that is needed to draw the bases again."""
+    """State of `Random`: what is needed to draw the bases again."""
 
     seed: int
     m: int
     n: int
-    p: int | None  # columns of the left basis; None where that side has none
+    p: int | None  # columns of the left basis; None if that side has none
     q: int | None
-    like: Tensor  # empty; carries the device and dtype of the bases
+    like: Tensor  # empty; it has the device and dtype of the bases
 
 
 @register("random")
 @final
-@dataclass(frozen=True, kw_only=True)
 class Random(BasisTransform):
     """A random basis, regenerated from a seed: a checkpoint holds no basis.
 
@@ -48,20 +46,17 @@ class Random(BasisTransform):
         clip: Lower the rank to min(m, n) where it does not fit.
         kind: ``gaussian`` N(0, 1/m), ``rademacher`` +-1/sqrt(m), ``orthonormal`` (QR of a Gaussian), or ``rows``: a random
             choice of rows (of columns, on the right side) of the weight, whose map gathers and scatters.
-        store: Keep the drawn basis in memory between refreshes; false draws it again at each use, which takes time and
-            no memory.
+        store: Keep the basis in memory between refreshes; false draws it again at each use, which takes time instead of
+            memory.
 
     Raises:
         SpecError: An option is out of range.
     """
 
+    reads = "nothing"
+
     kind: Kind = "gaussian"
     store: bool = True
-
-    @property
-    @override
-    def reads(self) -> Reads:
-        return "nothing"
 
     @property
     @override

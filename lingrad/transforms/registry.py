@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from collections.abc import Callable
 from importlib.metadata import EntryPoint, entry_points
 from typing import TypeVar
+
+from typing_extensions import dataclass_transform
 
 from lingrad.errors import SpecError, did_you_mean
 from lingrad.transforms.base import Transform
@@ -17,6 +20,7 @@ _registered: dict[str, type[Transform]] = {}
 T = TypeVar("T", bound=type[Transform])
 
 
+@dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(dataclasses.field, dataclasses.Field))
 def register(name: str) -> Callable[[T], T]:
     """Class decorator that makes a transform available to config strings.
 
@@ -24,10 +28,12 @@ def register(name: str) -> Callable[[T], T]:
         name: The name in config strings, a Python identifier.
 
     Returns:
-        The decorator; it returns the class unchanged but for its ``name``.
+        The decorator. It sets the ``name`` of the class, makes it a frozen dataclass with keyword-only options if it is not a
+        dataclass yet, and returns it.
 
     Raises:
-        SpecError: The name is taken by another class or is no word, or the class is no frozen dataclass of `Transform`.
+        SpecError: The name is not an identifier or is taken by another class; or the class is not a subclass of `Transform`,
+            lacks a method, or has an option with the name of a method.
     """
     if not (isinstance(name, str) and name.isidentifier()) or name in ("true", "false", "none"):
         raise SpecError(f"a transform is registered under a word, as in @register('mine'), not {name!r}")
@@ -35,12 +41,12 @@ def register(name: str) -> Callable[[T], T]:
     def keep(cls: T) -> T:
         if not (isinstance(cls, type) and issubclass(cls, Transform)):
             raise SpecError(f"@register('{name}') is for subclasses of lingrad.Transform, not {cls!r}")
-        # a subclass without the decorator inherits the fields of its parent
-        if "__dataclass_params__" not in vars(cls):
-            raise SpecError(f"{cls.__name__} must be a dataclass: put @dataclass(frozen=True, kw_only=True) under @register")
         if inspect.isabstract(cls):
-            missing = ", ".join(sorted(cls.__abstractmethods__))
-            raise SpecError(f"{cls.__name__} has no {missing}, which every {cls.__mro__[1].__name__} writes")
+            missing = " and ".join(sorted(cls.__abstractmethods__))
+            raise SpecError(f"{cls.__name__} does not define {missing}, which every {cls.__mro__[1].__name__} must")
+        if "__dataclass_params__" not in vars(cls):  # a parent's are inherited
+            dataclasses.dataclass(frozen=True, kw_only=True)(cls)
+        _require_free_names(cls)
         known = _registered.get(name)
         if known is not None and (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
             raise SpecError(f"the transform name '{name}' is taken by {known.__module__}.{known.__qualname__}")
@@ -51,8 +57,21 @@ def register(name: str) -> Callable[[T], T]:
     return keep
 
 
+def _require_free_names(cls: type[Transform]) -> None:
+    """Make sure that no option hides a method or a property, such as ``reads``, of a parent."""
+    for option in dataclasses.fields(cls):
+        for parent in cls.__mro__[1:]:
+            hidden = vars(parent).get(option.name)
+            if inspect.isfunction(hidden) or isinstance(hidden, property):
+                raise SpecError(
+                    f"{cls.__name__}.{option.name} has an annotation, which makes it an option of config strings, but it is a "
+                    f"{'property' if isinstance(hidden, property) else 'method'} of every {parent.__name__}; leave out the "
+                    "annotation to set it for the class, or rename the option"
+                )
+
+
 def names() -> list[str]:
-    """Names of all transforms: registered here, or offered by installed packages."""
+    """Names of all transforms: those registered, and those that installed packages offer."""
     return sorted({*_registered, *_offered()})
 
 
@@ -63,10 +82,10 @@ def find(name: str) -> type[Transform]:
         name: Its name in config strings.
 
     Returns:
-        The class. An installed package's module is imported the first time one of its names is asked for.
+        The class. An installed package's module is imported the first time one of its names is looked up.
 
     Raises:
-        SpecError: No transform has this name, or what a package offers under it is not one.
+        SpecError: No transform has this name, or what a package offers under it is not a transform.
     """
     if name not in _registered and name in _offered():
         cls = _offered()[name].load()
@@ -74,7 +93,8 @@ def find(name: str) -> type[Transform]:
             raise SpecError(f"the entry point '{name}' of group {GROUP} must name a Transform class, not {cls!r}")
         register(name)(cls)
     if name not in _registered:
-        raise SpecError(f"unknown transform '{name}'{did_you_mean(name, names())} Known: {', '.join(names())}.")
+        known = f"Known: {', '.join(names())}; one of your own, once its module is imported."
+        raise SpecError(f"unknown transform '{name}'{did_you_mean(name, names())} {known}")
     return _registered[name]
 
 

@@ -1,7 +1,7 @@
-"""Transforms with a basis of given rank on one side of the weight, or on both: options, orientation, state and map, done once.
+"""Transforms with a basis of given rank on one side of the weight, or on both: the options, the sides, the state and the map.
 
-A new transform derives from `GradientBasis` where it needs the gradient itself, from `SketchBasis` where products with
-matrices that are fixed before the step are enough, and writes how its basis is found.
+`SideTransform` is the base class of a transform that finds its basis in the gradient or in a sketch: it writes one method, for
+one side. `BasisTransform`, above it, has the options and nothing else, for a transform with a state of its own.
 """
 
 from __future__ import annotations
@@ -17,16 +17,21 @@ from typing_extensions import override
 from lingrad.errors import ShapeError, SpecError, require
 from lingrad.gradients.base import Gradient
 from lingrad.maps import KroneckerMap, LinearMap
-from lingrad.tensors import TensorSpec, wide
-from lingrad.transforms.base import Probe, Reads, Sketch, Transform, When
+from lingrad.tensors import wide
+from lingrad.transforms.base import Probe, Ranks, Sketch, Transform, When
 from lingrad.transforms.linalg import derive_seed, orthonormalize, start_basis
-from lingrad.transforms.sketch import sketched
+from lingrad.transforms.sketch import by_side, range_probes, sketched
 
 Side = Literal["short", "long", "left", "right", "both"]
 
 
-class Bases(NamedTuple):
-    """The state of a transform that is nothing but its bases."""
+class Sides(NamedTuple):
+    """A left and a right basis, None on a side that has none: the state of a transform that keeps nothing else.
+
+    Args:
+        left: [m, p], or None.
+        right: [n, q], or None.
+    """
 
     left: Tensor | None
     right: Tensor | None
@@ -55,14 +60,15 @@ class BasisTransform(Transform):
         require(self.rank >= 1, "rank", f"rank must be at least 1, not {self.rank}")
         require(self.every >= 0, "every", f"every must be 0 (refresh once) or more, not {self.every}")
 
-    def ranks(self, shape: tuple[int, int]) -> tuple[int | None, int | None]:
-        """Columns of the left and the right basis; None where that side has none.
+    @override
+    def ranks(self, shape: tuple[int, int]) -> Ranks:
+        """The ranks of the left and the right basis; the one place where ``side`` meets a shape.
 
         Args:
             shape: (m, n), the weight's shape.
 
         Returns:
-            (p, q); this is the one place where ``side`` meets a shape.
+            (p, q); None for a side that is not reduced.
 
         Raises:
             ShapeError: The rank exceeds min(m, n) and ``clip`` is off.
@@ -79,20 +85,6 @@ class BasisTransform(Transform):
         right = self.side in ("right", "both") or self.side == ("short" if right_is_short else "long")
         return rank if left else None, rank if right else None
 
-    @override
-    def coords_shape(self, shape: tuple[int, int]) -> tuple[int, int]:
-        left, right = self.ranks(shape)
-        return left or shape[0], right or shape[1]
-
-    @override
-    def basis_shapes(self, shape: tuple[int, int]) -> tuple[tuple[int, int] | None, tuple[int, int] | None]:
-        left, right = self.ranks(shape)
-        return None if left is None else (shape[0], left), None if right is None else (shape[1], right)
-
-    @override
-    def storage(self, shape: tuple[int, int], dtype: torch.dtype) -> list[TensorSpec]:
-        return [TensorSpec(basis, dtype) for basis in self.basis_shapes(shape) if basis is not None]
-
     @property
     @override
     def period(self) -> int:
@@ -102,94 +94,156 @@ class BasisTransform(Transform):
     def due(self, step: int) -> bool:
         return step == 0 or (self.every > 0 and step % self.every == 0)
 
-    def start(self, shape: tuple[int, int], *, seed: int, device: torch.device, dtype: torch.dtype) -> Bases:
+    def start(self, shape: tuple[int, int], *, seed: int, device: torch.device, dtype: torch.dtype) -> Sides:
         """Random bases of the right shapes, for a transform that has seen no gradient yet."""
+        p, q = self.ranks(shape)
         left, right = (
-            None if s is None else self.drawn(*s, seed=derive_seed(seed, side), device=device, dtype=dtype)
-            for side, s in zip(("left", "right"), self.basis_shapes(shape), strict=True)
+            None if r is None else self.drawn(size, r, seed=derive_seed(seed, side), device=device, dtype=dtype)
+            for side, size, r in zip(("left", "right"), shape, (p, q), strict=True)
         )
-        return Bases(left, right)
+        return Sides(left, right)
 
     def drawn(self, size: int, rank: int, *, seed: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-        """A random basis [size, rank]: columns of unit length in expectation, orthonormal where a step is trained in it."""
+        """A random basis [size, rank] with columns of unit length in expectation; orthonormal if a step is trained in it."""
         basis = start_basis(size, rank, seed=seed, device=device, dtype=wide(dtype))
         return (orthonormalize(basis, seed=seed) if self.reads == "sketch" else basis).to(dtype)
 
 
 @dataclass(frozen=True, kw_only=True)
-class GradientBasis(BasisTransform):
-    """A transform whose bases are functions of the gradient and the old bases, and whose state is just those bases.
+class SideTransform(BasisTransform):
+    """A transform that says how the basis of one side is found; derive from it to write your own.
 
-    A subclass writes `bases`; orientation, start, dtype and map are done here.
+    A subclass defines `basis`. It is called for each side that has a basis, with that side in the rows, so that left and right
+    are one and the same code. The class attribute ``reads`` says what it is given:
+
+    - ``reads = "gradient"``, the default: the gradient; the new basis is used in the same step.
+    - ``reads = "sketch"``: the gradient times a random matrix with `columns` columns; the gradient itself is never formed, and
+      the new basis is used from the next step on. The first step trains in a random orthonormal basis.
+
+    Start, state, dtype, checks and map are done here.
     """
 
+    def __post_init__(self) -> None:
+        """Check the options, and ``reads``.
+
+        Raises:
+            SpecError: An option is out of range, or ``reads`` is neither ``gradient`` nor ``sketch``.
+        """
+        super().__post_init__()
+        if self.reads not in ("gradient", "sketch"):
+            raise SpecError(
+                f"{type(self).__name__}.reads must be 'gradient' or 'sketch', not {self.reads!r}; "
+                "a transform that reads nothing derives from BasisTransform"
+            )
+
     @abstractmethod
-    def bases(self, grad: Gradient, old: Bases, when: When) -> Bases:
-        """The new bases.
+    def basis(self, seen: Gradient, old: Tensor, when: When) -> Tensor:
+        """The new basis of one side.
 
         Args:
-            grad: G [m, n]; use ``grad.T`` to write a right basis with the code of a left one.
-            old: The bases in use; None on the side that has none, where the result must be None too.
+            seen: [size, k], in at least float32. If the class reads the gradient: G [m, n] for a left basis, its transpose
+                [n, m] for a right one. If it reads a sketch: the products of its size rows with a Gaussian matrix, k =
+                ``columns(rank)``, or the same as a gradient where a sketch would not be smaller.
+            old: [size, rank], the basis in use, in the weight's dtype; not to be written into.
+            when: The step, the number of refreshes so far, the weight's seed, and the side.
+                ``derive_seed(when.seed, when.step, when.side)`` seeds random numbers of this side.
+
+        Returns:
+            [size, rank], in any floating dtype.
+        """
+
+    def columns(self, rank: int) -> int:
+        """Columns of the sketch, if the class reads one.
+
+        Args:
+            rank: Columns of the basis.
+
+        Returns:
+            1 or more; the default is ``rank``.
+        """
+        return rank
+
+    def bases(self, grad: Gradient, old: Sides, when: When) -> Sides:
+        """Both bases from the gradient; override it where one computation gives both, as an SVD does.
+
+        Args:
+            grad: G [m, n].
+            old: The bases in use; None on a side that has none, where the result must be None too.
             when: The step, the number of refreshes so far, the weight's seed.
 
         Returns:
-            Bases of the old shapes, in any floating dtype.
+            Bases of the old shapes, in any floating dtype. The default calls `basis` for each side.
         """
+        grad = grad.to(wide(grad.dtype))
+        return self.each_side((grad, grad.T), old, when)
+
+    def each_side(self, seen: tuple[Gradient | None, Gradient | None], old: Sides, when: When) -> Sides:
+        """`basis` of each side that has one.
+
+        Args:
+            seen: What `basis` is given for the left and for the right side; None on a side without a basis.
+            old: The bases in use.
+            when: As for `basis`, but for the side.
+
+        Returns:
+            The new bases, in the dtypes of the old ones.
+        """
+        left = None if old.left is None or seen[0] is None else self.basis(seen[0], old.left, when._replace(side="left"))
+        right = None if old.right is None or seen[1] is None else self.basis(seen[1], old.right, when._replace(side="right"))
+        return self._fitted(Sides(left, right), old)
 
     @override
-    def init(self, shape: tuple[int, int], *, seed: int, device: torch.device, dtype: torch.dtype) -> Bases:
+    def init(self, shape: tuple[int, int], *, seed: int, device: torch.device, dtype: torch.dtype) -> Any:
         return self.start(shape, seed=seed, device=device, dtype=dtype)
-
-    @override
-    def refresh(self, state: Bases, grad: Gradient | None, when: When) -> Bases:
-        if grad is None:
-            raise SpecError(
-                f"{self.name} says that it reads {self.reads}; derive it from BasisTransform, not from GradientBasis"
-            )
-        new = self.bases(grad, state, when)
-        for found, old, side in zip(new, state, ("left", "right"), strict=True):
-            shapes = [None if b is None else tuple(b.shape) for b in (found, old)]
-            if shapes[0] != shapes[1]:
-                raise ShapeError(
-                    f"the bases method of {self.name} gave a {side} basis of shape {shapes[0]}; expected {shapes[1]}"
-                )
-        return self.in_dtype(new, state)
-
-    @override
-    def map(self, state: Bases) -> LinearMap:
-        return KroneckerMap(state.left, state.right)
-
-    @staticmethod
-    def in_dtype(new: Bases, old: Bases) -> Bases:
-        """The new bases in the dtypes of the old ones."""
-        return Bases(*(b if b is None or o is None else b.to(o.dtype) for b, o in zip(new, old, strict=True)))
-
-
-@dataclass(frozen=True, kw_only=True)
-class SketchBasis(BasisTransform):
-    """A transform whose bases are learned from products of the gradient with matrices that are fixed before the step.
-
-    A subclass writes `probes` and `learn`; the gradient is never formed, whatever the number of micro-batches. The first
-    step trains in a random orthonormal basis.
-    """
-
-    @property
-    @override
-    def reads(self) -> Reads:
-        return "sketch"
-
-    @abstractmethod
-    @override
-    def probes(self, state: Any, when: When) -> tuple[Probe, ...]:
-        """The products to learn from; see `Transform.probes`."""
-
-    @abstractmethod
-    @override
-    def learn(self, state: Any, sketch: Sketch, when: When) -> Any:
-        """The new state; see `Transform.learn`."""
 
     @override
     def refresh(self, state: Any, grad: Gradient | None, when: When) -> Any:
         if grad is None:
-            raise SpecError(f"{self.name} reads a sketch; it cannot be refreshed from nothing")
-        return self.learn(state, sketched(grad, self.probes(state, when)), when)
+            raise SpecError(f"{self.name} reads a {self.reads}; it cannot be refreshed without one")
+        if self.reads == "sketch":
+            return self.learn(state, sketched(grad, self.probes(state, when)), when)
+        return self._fitted(self.bases(grad, state, when), state)
+
+    @override
+    def probes(self, state: Any, when: When) -> tuple[Probe, ...]:
+        if self.reads != "sketch":
+            return ()
+        rank = next(basis.shape[1] for basis in (state.left, state.right) if basis is not None)
+        columns = self.columns(rank)
+        if type(columns) is not int or columns < 1:
+            raise SpecError(f"the columns method of {self.name} returned {columns!r}; expected a whole number, 1 or more")
+        return range_probes((state.left, state.right), columns, when)
+
+    @override
+    def learn(self, state: Any, sketch: Sketch, when: When) -> Any:
+        return self.each_side(by_side(state, sketch), state, when)
+
+    @override
+    def map(self, state: Any) -> LinearMap:
+        return KroneckerMap(state.left, state.right)
+
+    def _fitted(self, new: Sides, old: Sides) -> Sides:
+        """The new bases, of the old shapes and dtypes, each in memory of its own."""
+        if not (isinstance(new, tuple) and len(new) == 2):
+            raise ShapeError(f"the bases method of {self.name} returned {_described(new)}; expected Sides(left, right)")
+        left, right = (self._fit(*pair) for pair in zip(new, old, ("left", "right"), strict=True))
+        return Sides(left, right)
+
+    def _fit(self, new: Tensor | None, old: Tensor | None, side: str) -> Tensor | None:
+        if new is None and old is None:
+            return None
+        if old is None or not isinstance(new, Tensor) or new.shape != old.shape or not new.is_floating_point():
+            raise ShapeError(f"{self.name} returned {_described(new)} as its {side} basis; expected {_expected(old)}")
+        new = new.to(old.dtype)
+        owned = new.is_contiguous() and new.untyped_storage().nbytes() == new.numel() * new.element_size()
+        return new if owned else new.clone(memory_format=torch.contiguous_format)  # a slice would keep all columns in memory
+
+
+def _described(found: object) -> str:
+    if isinstance(found, Tensor):
+        return f"a tensor of shape {tuple(found.shape)} and {found.dtype}"
+    return "None" if found is None else f"a {type(found).__name__}"
+
+
+def _expected(old: Tensor | None) -> str:
+    return "None, since that side has none" if old is None else f"the old one's shape, {tuple(old.shape)}, in a floating dtype"

@@ -1,8 +1,8 @@
 """Sketches of a gradient: its products with random matrices that are fixed before the step.
 
-With G Omega for a Gaussian Omega [n, k] the span of the leading left singular vectors of G is known nearly (Halko, Martinsson,
-Tropp 2011, section 4.1), and E[G Omega Omega^T G^T] is G G^T but for a factor. Products are linear in G, so that micro-batches
-and processes add up, and with k numbers a row they are small.
+For a Gaussian Omega [n, k], G Omega nearly spans the leading left singular vectors of G (Halko, Martinsson, Tropp 2011,
+section 4.1), and E[G Omega Omega^T G^T] is G G^T up to a factor. Products are linear in G, so those of micro-batches and of
+processes can be added, and they are small: k elements a row.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ def sketched(grad: Gradient, probes: Sequence[Probe]) -> Sketch:
 
 
 def range_probes(bases: Sequence[Tensor | None], columns: int, when: When) -> tuple[Probe, ...]:
-    """The probes whose products span, nearly, the leading singular vectors on each side that has a basis.
+    """The probes of a sketch, whose products nearly span the leading singular vectors on each side that has a basis.
 
     Args:
         bases: The left basis [m, p] and the right one [n, q], for device and dtype; None on a side that has none.
         columns: Columns of the sketch, k.
-        when: The weight's shape, the step and the run's seed: weights of equal size share the draw.
+        when: The weight's shape, the step and the run's seed: weights of equal size share a test matrix.
 
     Returns:
-        Of the left side G Omega, [m, k], then of the right one Omega^T G, [k, n]; the gradient itself where a sketch would not
-        be smaller.
+        For the left side G Omega, [m, k], then for the right one Omega^T G, [k, n]; the gradient itself where a sketch would
+        not be smaller.
     """
     probes = []
     for side, basis, across in zip(("left", "right"), bases, reversed(when.shape), strict=True):
@@ -51,7 +51,7 @@ def range_probes(bases: Sequence[Tensor | None], columns: int, when: When) -> tu
 
 
 def by_side(bases: Sequence[Tensor | None], sketch: Sketch) -> tuple[Gradient | None, Gradient | None]:
-    """The products of `range_probes`, each with the side it tells of as its rows.
+    """The products of `range_probes`, each turned so that its side is in the rows.
 
     Args:
         bases: As for `range_probes`.
@@ -69,14 +69,14 @@ def by_side(bases: Sequence[Tensor | None], sketch: Sketch) -> tuple[Gradient | 
 def test_matrix(rows: int, columns: int, *, seed: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     """Gaussian columns of unit length in expectation, [rows, columns]; not to be written into.
 
-    The last few are remembered until `forget_draws`, since the weights of a step share them.
+    The last few are cached until `forget_draws`, since the weights of a step share them.
 
     Args:
         rows: Rows.
         columns: Columns.
-        seed: Decides the numbers, the same on every device.
-        device: Where they are.
-        dtype: What they are rounded to.
+        seed: The seed; the same elements on every device.
+        device: The device of the result.
+        dtype: The dtype of the result.
 
     Returns:
         The matrix.

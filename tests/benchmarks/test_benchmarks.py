@@ -148,8 +148,8 @@ def test_the_docs_show_their_results(path):
 def test_the_readme_tells_them():
     found = json.loads((DOCS.with_suffix("") / "cpu/result.json").read_text())["figures"]
     told = (
-        f"{found['optimizer/full']:.2f} of full AdamW's on two CPU cores, "
-        f"{found['optimizer/galore_torch']:.2f} of galore_torch's, and adapter mode {found['adapter/lora']:.2f} of PEFT's"
+        f"{found['optimizer/full']:.2f} of full AdamW's on two CPU cores and "
+        f"{found['optimizer/galore_torch']:.2f} of galore_torch's; in adapter mode it is {found['adapter/lora']:.2f} of PEFT's"
     )
     assert told in " ".join((DOCS.parents[1] / "README.md").read_text().split())
 

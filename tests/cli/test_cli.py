@@ -186,7 +186,7 @@ def test_train_on_the_users_own_text(lingrad, tiny, tmp_path):
     text.write_text("to be, or not to be, that is the question: " * 60)
     out = tmp_path / "out"
     spec = "random(rank=4, every=2, kind=rows)"
-    status, _, errors = lingrad("train", "--text", text, "--spec", spec, "--steps", "6", "--length", "16", "--out", out)
+    status, _, errors = lingrad("train", "--text", text, "--rules", spec, "--steps", "6", "--length", "16", "--out", out)
     assert status == 0, errors
     labels = ["adamw, full rank", *(f"{spec}, {way}" for way in ("optimizer mode", "adapter mode", "mode switched twice"))]
     result = check_results(out, [*labels, f"{spec}, batch rows reversed (control)"], 6)
@@ -245,6 +245,24 @@ def test_a_learning_rate_that_cannot_be_meant(lingrad, tiny, tmp_path):
     status, _, errors = lingrad("train", "--text", text, "--lr", "-1", "--length", "8", "--out", tmp_path / "out")
     assert status == 2
     assert errors == "lingrad: base 'adamw' refused its options (lr=-1.0): Invalid learning rate: -1.0\n"
+
+
+def test_json_of_the_demo_is_all_there_is_on_standard_output(lingrad, tiny, tmp_path):
+    status, out, _ = lingrad("demo", "--steps", "3", "--out", tmp_path / "demo", "--json", "-")
+    assert status == 0
+    assert out == (tmp_path / "demo/result.json").read_text() + "\n"
+
+
+def test_json_of_an_explanation(lingrad, tmp_path):
+    status, out, _ = lingrad("explain", "svd(rank=64)", "--json", "-")
+    assert status == 0
+    found = json.loads(out)
+    assert (found["trained"], found["parameters"]) == (725_760, 2_504_448)
+    assert {line["transform"] for line in found["lines"]} == {"svd(rank=64)", "in full"}
+    status, text, _ = lingrad("explain", "svd(rank=64)", "--json", tmp_path / "lines.json")
+    assert status == 0
+    assert text.startswith("parameter")
+    assert json.loads((tmp_path / "lines.json").read_text()) == found
 
 
 def test_interrupting(lingrad, monkeypatch):

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 
 import lingrad
 from lingrad.config import spec
-from lingrad.errors import ShapeError, SpecError
+from lingrad.errors import SpecError
 from lingrad.optimizers.base import Choice
-from lingrad.transforms import PCA, SVD, Bases, Full, GradientBasis, Kron, Power, Random, registry
+from lingrad.transforms import PCA, SVD, Full, Kron, Power, Random, SideTransform, Transform, registry
 from tests.support.cases import SPECS
 
 ACCEPTED = {
@@ -50,7 +50,7 @@ unknown option 'rnak' of svd; did you mean 'rank'?
       ^^^^
 svd takes: rank, every, side, clip, solver, oversample, precision, align.""",
     "sdv(rank=128)": """\
-unknown transform 'sdv'; did you mean 'svd'? Known: KNOWN.
+unknown transform 'sdv'; did you mean 'svd'? Known: KNOWN; one of your own, once its module is imported.
   sdv(rank=128)
   ^^^""",
     "svd(every=200)": """\
@@ -268,8 +268,8 @@ class TestRegistry:
 
     def test_a_class_of_the_same_name_from_elsewhere_is_refused(self):
         @dataclasses.dataclass(frozen=True, kw_only=True)
-        class Theirs(GradientBasis):
-            def bases(self, grad, old, when):
+        class Theirs(SideTransform):
+            def basis(self, seen, old, when):
                 return old
 
         Theirs.__qualname__ = "SVD"
@@ -280,36 +280,71 @@ class TestRegistry:
         with pytest.raises(SpecError, match=r"@register\('mine'\) is for subclasses of lingrad.Transform, not <class 'dict'>"):
             registry.register("mine")(dict)
 
-        class Plain(GradientBasis):
-            def bases(self, grad, old, when):
+        class Misspelt(SideTransform):
+            def bassis(self, seen, old, when):
                 return old
 
-        with pytest.raises(SpecError, match="Plain must be a dataclass: put @dataclass"):
-            registry.register("mine")(Plain)
-
-        @dataclasses.dataclass(frozen=True, kw_only=True)
-        class Misspelt(GradientBasis):
-            def basis(self, grad, old, when):
-                return old
-
-        with pytest.raises(SpecError, match="Misspelt has no bases, which every GradientBasis writes"):
+        with pytest.raises(SpecError, match="Misspelt does not define basis, which every SideTransform must"):
             registry.register("mine")(Misspelt)
 
-    def test_bases_of_the_wrong_shape_are_named(self):
-        @dataclasses.dataclass(frozen=True, kw_only=True)
-        class Narrow(GradientBasis):
+        class Empty(Transform):
+            pass
+
+        missing = "due and init and map and period and ranks and refresh"
+        with pytest.raises(SpecError, match=f"Empty does not define {missing}, which every Transform must"):
+            registry.register("mine")(Empty)
+        assert "mine" not in registry.names()
+
+    def test_a_class_that_is_no_dataclass_is_made_one(self, monkeypatch):
+        monkeypatch.setattr(registry, "_registered", dict(registry._registered))
+
+        @registry.register("mine")
+        class Mine(SideTransform):
+            mix: float = 0.5
             sizes: tuple[int, int] = (1, 2)
 
-            def bases(self, grad, old, when):
-                return Bases(*(b if b is None else b[:, :1] for b in old))
+            def basis(self, seen, old, when):
+                return old
 
-        Narrow.name = "narrow"
-        optimizer = lingrad.wrap(model := torch.nn.Sequential(torch.nn.Linear(4, 4)), Narrow(rank=2, sizes=(3, 4)))
-        model(torch.ones(1, 4)).sum().backward()
-        with pytest.raises(
-            ShapeError, match=r"the bases method of narrow gave a right basis of shape \(4, 1\); expected \(4, 2\)"
-        ):
-            optimizer.step()
+        assert spec.parse("mine(rank=4, sizes=(3, 4))") == Mine(rank=4, sizes=(3, 4))
+        assert spec.format(spec.parse("mine(rank=4, mix=1)")) == "mine(rank=4, mix=1.0)"
+        assert spec.parse("mine(rank=4)") == Mine(rank=4, mix=0.5)
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            Mine(rank=4).mix = 1.0
+        with pytest.raises(TypeError, match="positional argument"):
+            Mine(0.5, rank=4)
+        with pytest.raises(SpecError, match="mix must be a number, not half"):
+            Mine(rank=4, mix="half")
+
+    @pytest.mark.parametrize(("hidden", "kind"), [("reads", "property"), ("columns", "method"), ("map", "method")])
+    def test_an_option_does_not_hide_what_every_transform_has(self, hidden, kind):
+        class Mine(SideTransform):
+            __annotations__ = {hidden: str}
+
+            def basis(self, seen, old, when):
+                return old
+
+        setattr(Mine, hidden, "sketch")
+        message = rf"Mine.{hidden} has an annotation, .*, but it is a {kind} of every \w+; leave out the annotation"
+        with pytest.raises(SpecError, match=message):
+            registry.register("mine")(Mine)
+
+    def test_a_class_that_is_not_registered_is_named(self, monkeypatch):
+        monkeypatch.setattr(registry, "_registered", dict(registry._registered))
+
+        class Mine(SideTransform):
+            def basis(self, seen, old, when):
+                return old
+
+        model = torch.nn.Sequential(torch.nn.Linear(4, 4))
+        message = r"Mine is not registered, .*; put @lingrad.register\('a_name'\) on the class"
+        with pytest.raises(SpecError, match=message):
+            lingrad.wrap(model, Mine(rank=2))
+        registry.register("mine")(Mine)
+        Other = type("Other", (Mine,), {})  # it has the name of its parent
+        with pytest.raises(SpecError, match="Other is not registered"):
+            lingrad.wrap(model, Other(rank=2))
+        lingrad.wrap(model, Mine(rank=2)).detach()
 
     def test_names(self):
         assert {"svd", "power", "random", "pca", "kron", "full"} <= set(registry.names())

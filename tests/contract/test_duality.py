@@ -2,9 +2,11 @@
 only its gradients, W <- W + S opt(S^T G) and training z in W = W0 + S z give the same W at every step.
 
 Tolerance: 1e-12 relative in float64. The modes round differently (W + S z is summed at every step or at each refresh), about
-1e-16 a step, and a basis refreshed from a gradient amplifies it by the inverse of its singular gaps. `cases.tolerance` says
+1e-16 a step, and a basis refreshed from a gradient amplifies it by the inverse of its singular gaps. `Case.tolerance` says
 where it must be looser, and why.
 """
+
+import itertools
 
 import pytest
 import torch
@@ -18,37 +20,36 @@ from tests.support.models import gap, gpt2, llama, text_batches, three_ways
 TOLERANCE = 1e-12
 RUN = {"weight_decay": 0.1, "scale": 0.25}
 
-CASES = list(cases.all_cases())
-PAIRS = cases.covering(CASES, 2)
-TRIPLES = [case for case in cases.covering(CASES, 3) if case not in PAIRS]
+CASES = cases.all_cases()
+PAIRS = cases.covering_cases(2)
+TRIPLES = [case for case in cases.covering_cases(3) if case not in PAIRS]
 
 
 @pytest.mark.parametrize(
     "case",
-    [*(pytest.param(c, id=cases.label(c)) for c in PAIRS)]
-    + [pytest.param(c, id=cases.label(c), marks=pytest.mark.slow) for c in TRIPLES],
+    [*(pytest.param(c, id=c.label) for c in PAIRS)] + [pytest.param(c, id=c.label, marks=pytest.mark.slow) for c in TRIPLES],
 )
 def test_every_combination(case):
     """Transform x side x carry x base x clip, on every kind of weight: micro-batches, schedule, decay, scale, two switches."""
-    cases.run(case)
+    case.run()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
-    "case", [pytest.param(c, id=cases.label(c), marks=() if i % 8 == 0 else pytest.mark.slow) for i, c in enumerate(PAIRS)]
+    "case", [pytest.param(c, id=c.label, marks=() if i % 8 == 0 else pytest.mark.slow) for i, c in enumerate(PAIRS)]
 )
 def test_every_combination_in_low_precision(case, dtype):
-    cases.run(case, dtype)
+    case.run(dtype)
 
 
 def test_the_combinations_hold_every_pair_and_every_name():
     """Of transforms, sides, carries, bases and clips; a transform or base that is registered is in them."""
-    for i in range(5):
-        for j in range(i):
-            assert {(repr(c[i]), repr(c[j])) for c in PAIRS} == {(repr(c[i]), repr(c[j])) for c in CASES}
-    assert {text.partition("(")[0] for text, *_ in PAIRS} == set(registry.names())
-    assert {base for *_, (base, _), _ in PAIRS} == set(optimizers.names())
-    assert {carry for _, _, carry, *_ in PAIRS} == {"keep", "reset", "rotate"}
+    for i, j in itertools.combinations(range(5), 2):
+        pairs, every = ({(repr(c.axes[i]), repr(c.axes[j])) for c in found} for found in (PAIRS, CASES))
+        assert pairs == every
+    assert {case.rules.partition("(")[0] for case in PAIRS} == set(registry.names())
+    assert {case.base for case in PAIRS} == set(optimizers.names())
+    assert {case.carry for case in PAIRS} == {"keep", "reset", "rotate"}
 
 
 def assert_same_trajectory(build, spec, base, batches, **options):

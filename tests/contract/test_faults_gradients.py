@@ -12,7 +12,8 @@ from torch import nn
 
 from lingrad.testing.training import every_kind
 from tests.support.models import gap, zoo_batches, zoo_loss
-from tests.support.small import EVERYTHING, EXACT, MODES, close, each_mode, inputs, named, squared, stack, teach, twins
+from tests.support.runs import MODES, each_mode
+from tests.support.small import EVERYTHING, EXACT, close, inputs, named, squared, stack, teach, twins
 
 
 class TestGradients:

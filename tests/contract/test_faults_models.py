@@ -12,7 +12,8 @@ from torch import nn
 from lingrad.errors import SpecError
 from lingrad.testing.training import TOKENS, every_kind
 from tests.support.models import gap, three_ways, zoo_batches, zoo_loss
-from tests.support.small import EVERYTHING, EXACT, MODES, each_mode, inputs, named, squared, stack, teach
+from tests.support.runs import MODES, each_mode
+from tests.support.small import EVERYTHING, EXACT, inputs, named, squared, stack, teach
 
 
 class TiedLanguageModel(nn.Module):
@@ -104,7 +105,10 @@ class TestShared:
             assert sub.basis.transform.rank == rank
             assert tuple(sub.coords.shape) == (TOKENS, rank)
             if "*" in rules:
-                assert {s.name: s.basis.transform.rank for s in optimizer.subspaces} == {"embed.weight": 2, "middle.weight": 5}
+                assert {s.name: s.basis.transform.rank for s in optimizer.subspaces} == {
+                    "embed.weight": 2,
+                    "middle.weight": 5,
+                }
 
 
 ALL_SPECS = (

@@ -17,25 +17,15 @@ import lingrad
 from lingrad import optimizers
 from lingrad.errors import DependencyError
 from tests.support import cases
-from tests.support.gpu import (
-    ACROSS,
-    DEVICE,
-    LINEAR,
-    MODES,
-    RUN,
-    TOLERANCE,
-    assert_equal_bits,
-    assert_lives_on,
-    each_mode,
-    moved,
-    weights_of,
-)
+from tests.support.cases import Case
+from tests.support.gpu import ACROSS, DEVICE, RUN, TOLERANCE, assert_lives_on, moved
 from tests.support.models import gap, llama, text_batches, three_ways, train, zoo, zoo_batches, zoo_loss
+from tests.support.runs import LINEAR, MODES, assert_equal_bits, each_mode, weights_of
 
 
 @pytest.fixture
 def cases_on_gpu(monkeypatch):
-    """`cases.run` with its models and its batches on the GPU."""
+    """`Case.run` with its models and its batches on the GPU."""
     monkeypatch.setattr(cases, "zoo", lambda dtype: zoo(dtype).to(DEVICE))
     monkeypatch.setattr(cases, "token_batches", lambda steps: moved(zoo_batches(steps)))
 
@@ -58,23 +48,23 @@ class TestDuality:
             carry = "reset" if "align=false" in text else cases.CARRIES[i % 3]
             sides = cases.SIDES if "{side}" in text else ("short",)
             for j, side in enumerate(sides):
-                case = (text, side, carry, ("adamw", options), cases.CLIPS[(i + j) % 2])
-                yield pytest.param(case, id=cases.label(case), marks=() if j == i % len(sides) else pytest.mark.slow)
+                case = Case(rules=text, side=side, carry=carry, options=options, clip=cases.CLIPS[(i + j) % 2])
+                yield pytest.param(case, id=case.label, marks=() if j == i % len(sides) else pytest.mark.slow)
 
     @pytest.mark.parametrize("case", list(transforms()))
     def test_every_transform(self, case, cases_on_gpu):
-        cases.run(case)
+        case.run()
 
     @staticmethod
     def all_bases():
-        for i, base in enumerate(base for base in cases.base_options() if base[0] != "adamw8bit"):
-            case = ("svd(rank=4, every=7, side={side})", cases.SIDES[i % 5], "keep", base, None)
-            yield pytest.param(case, id=cases.label(case))
+        for i, (base, options) in enumerate(base for base in cases.base_options() if base[0] != "adamw8bit"):
+            case = Case(rules="svd(rank=4, every=7, side={side})", side=cases.SIDES[i % 5], base=base, options=options)
+            yield pytest.param(case, id=case.label)
 
     @pytest.mark.parametrize("case", list(all_bases()))
     def test_every_base(self, case, cases_on_gpu):
-        find_base(*case[3])
-        cases.run(case)
+        find_base(case.base, case.options)
+        case.run()
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     @pytest.mark.parametrize(
@@ -88,7 +78,7 @@ class TestDuality:
     )
     def test_low_precision(self, text, side, base, dtype, cases_on_gpu):
         """5e-5 in float32; 2e-2 in bfloat16, where a weight is rounded to 2^-8 at each merge."""
-        cases.run((text, side, "keep", base, None), dtype)
+        Case(rules=text, side=side, base=base[0], options=base[1]).run(dtype)
 
     @pytest.mark.parametrize(
         "spec",
@@ -113,8 +103,8 @@ class TestDuality:
     def test_8_bit_moments(self, cases_on_gpu):
         """In float32: bitsandbytes has no float64 on a GPU. Rounding that crosses an edge of 8 bits is 1 % of a step."""
         pytest.importorskip("bitsandbytes")
-        base = ("adamw8bit", {"lr": 1e-2, "min_8bit_size": 16})
-        cases.run(("svd(rank=4, every=7, side={side})", "short", "keep", base, None), torch.float32)
+        options = {"lr": 1e-2, "min_8bit_size": 16}
+        Case(rules="svd(rank=4, every=7, side={side})", base="adamw8bit", options=options).run(torch.float32)
 
 
 class TestTheSameAsOnTheCPU:

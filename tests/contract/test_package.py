@@ -98,6 +98,88 @@ class TestExamplePackage:
         assert state.left.t().tolist() == [[0, 1, 0, 0], [0, 0, 0, 1]]
 
 
+class TestContributing:
+    """The two transforms of the page, from its text: what the page promises of them."""
+
+    each = pytest.mark.parametrize("name", ["mine", "sketched"])
+
+    @pytest.fixture(autouse=True)
+    def contributed(self, monkeypatch):
+        registry = spec.registry
+        monkeypatch.setattr(registry, "_registered", dict(registry._registered))
+        blocks = re.findall(r"```python\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(), flags=re.DOTALL)
+        before = set(registry.names())
+        for block in blocks:
+            exec(compile(block, "CONTRIBUTING.md", "exec"), {"__name__": "contributed"})  # noqa: S102 - our own text
+        reads = {name: registry.find(name)(rank=4).reads for name in set(registry.names()) - before}
+        assert reads == {"mine": "gradient", "sketched": "sketch"}
+        assert all(len(block.split("class ")[1].splitlines()) <= 15 for block in blocks)
+
+    @each
+    @pytest.mark.parametrize("side", ["short", "long", "left", "right", "both"])
+    def test_it_trains_in_both_modes(self, name, side):
+        from lingrad.testing import assert_dual
+
+        assert_dual(f"{name}(rank=4, every=5, side={side})")
+
+    @each
+    def test_explain_shows_it(self, name):
+        from lingrad.config.explain import explain
+
+        text = f"{name}(rank=4, every=5)"
+        lines = explain(llama(), text).lines
+        shown = {line.basis for line in lines if line.transform == text}
+        assert shown == {"32 x 4", "16 x 4"}
+
+    @each
+    @pytest.mark.parametrize("mode", ["optimizer", "adapter"])
+    @pytest.mark.parametrize("side", ["short", "both"])
+    def test_its_memory_is_estimated_and_simulated(self, name, mode, side):
+        import torch
+
+        from lingrad import memory
+        from lingrad.testing import every_kind, token_loss
+
+        def loss(model):
+            return token_loss(model, torch.zeros(4, 5, dtype=torch.long, device="meta"))
+
+        rules = {"head": "none", "*": f"{name}(rank=4, side={side})"}
+        simulated = memory.simulate(lambda: every_kind(torch.float32), rules, "adamw", mode, loss=loss, lr=1e-3)
+        with torch.device("meta"):
+            model = every_kind(torch.float32)
+        estimated = memory.estimate(model, rules, "adamw", mode, lr=1e-3)
+        assert estimated.totals == simulated.steady_breakdown
+        assert estimated.totals["basis"] > 0
+
+    @each
+    @pytest.mark.parametrize("make", [lingrad.wrap, lingrad.adapt])
+    def test_a_checkpoint_resumes_to_the_bit(self, name, make, tmp_path):
+        import torch
+
+        from lingrad.testing import every_kind, token_batches, token_loss, train
+
+        batches = token_batches(8)
+
+        def started():
+            model = every_kind(torch.float32)
+            return model, make(model, {"*": f"{name}(rank=4, every=3)"}, lr=1e-2)
+
+        def run(model, optimizer, steps):
+            train(model, optimizer, steps, token_loss, schedule=False)
+            return {key: weight.clone() for key, weight in optimizer.weights().items()}
+
+        expected = run(*started(), batches)
+        model, optimizer = started()
+        run(model, optimizer, batches[:4])
+        torch.save((model.state_dict(), optimizer.state_dict()), tmp_path / "run.pt")
+        model, optimizer = started()
+        saved = torch.load(tmp_path / "run.pt", weights_only=True)
+        model.load_state_dict(saved[0])
+        optimizer.load_state_dict(saved[1])
+        found = run(model, optimizer, batches[4:])
+        assert all(torch.equal(found[key], expected[key]) for key in expected)
+
+
 class TestReadme:
     TEXT = (ROOT / "README.md").read_text()
 
@@ -152,7 +234,7 @@ class TestDocs:
         import dataclasses
 
         page = (ROOT / "docs/transforms.md").read_text()
-        shared = page.split("## Options of all")[1].split("\n## ")[0]
+        shared = page.split("## Common options")[1].split("\n## ")[0]
         for name in spec.registry.names():
             cls = spec.registry.find(name)
             if not cls.__module__.startswith("lingrad."):
@@ -172,21 +254,6 @@ class TestDocs:
         for block in blocks:
             exec(compile(block, "docs/config.md", "exec"), names)  # noqa: S102 - our own text
         assert [g["name"] for g in names["opt"].param_groups] == ["0.coords", "1.matrices"]
-
-    def test_the_transform_of_the_contributing_page_trains_in_both_modes(self):
-        import re
-        import textwrap
-
-        from lingrad.testing.oracles import assert_dual
-
-        (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(), flags=re.DOTALL)
-        names = {"__name__": "contributed"}
-        exec(compile(textwrap.dedent(block), "CONTRIBUTING.md", "exec"), names)  # noqa: S102 - our own text
-        try:
-            for side in ("left", "right", "both"):
-                assert_dual(f"mine(rank=4, every=5, side={side})")
-        finally:
-            spec.registry._registered.pop("mine")
 
     def test_python_on_the_index_page_runs(self, tmp_path, monkeypatch):
         import re

@@ -1,6 +1,5 @@
 """Resuming in combination: every transform, base, dtype, mode and moment; over switches; through files of torch.distributed."""
 
-import io
 import itertools
 
 import pytest
@@ -15,14 +14,12 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-import lingrad
 from lingrad import optimizers
+from lingrad.engine.saved import FORMAT
 from lingrad.errors import CheckpointError
 from tests.support.cases import BASES, SIDED, UNSIDED
 from tests.support.models import every_kind, llama, text_batches, text_loss, token_batches, token_loss, train
-
-MODES = {"optimizer": lingrad.wrap, "adapter": lingrad.adapt}
-each_mode = pytest.mark.parametrize("mode", MODES)
+from tests.support.runs import MODES, each_mode, through_a_file
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}
 CARRIES = ("keep", "reset", "rotate")
@@ -44,13 +41,6 @@ VARIANTS = [
 MODULES = ("embed", "conv", "experts", "middle", "biased", "head")
 # Transforms dealt out to the weights, round by round, so that each is tried on several.
 DEALS = [{name: VARIANTS[(i + 5 * deal) % len(VARIANTS)] for i, name in enumerate(MODULES)} for deal in range(6)]
-
-
-def through_a_file(state):
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    buffer.seek(0)
-    return torch.load(buffer, weights_only=True)
 
 
 def assert_same(a, b, path=""):
@@ -242,7 +232,7 @@ class TestRefused:
         state = self.saved(mode)
         for group in state["param_groups"]:
             group["format"] = number
-        self.refuse(mode, state, f"the checkpoint has format {number!r}, this run has 3")
+        self.refuse(mode, state, f"the checkpoint has format {number!r}, this run has {FORMAT}")
 
     @pytest.mark.parametrize(
         ("other", "message"),
@@ -306,7 +296,7 @@ class TestRefused:
             ("biased.weight", "subspace.step"),
             ("biased.weight", "subspace.state.basis"),
             ("experts.gate_up_proj", "subspace.state.seed"),
-            ("conv.weight", "subspace.state.left_memory.exp_avg_sq"),
+            ("conv.weight", "subspace.state.left_optimizer.exp_avg_sq"),
             ("biased.weight", "exp_avg"),
             ("embed.weight", "exp_avg_sq"),
             ("biased.bias", "exp_avg"),
@@ -331,7 +321,7 @@ class TestRefused:
             ("biased.weight", "subspace.step", lambda step: "five"),
             ("experts.gate_up_proj", "subspace.state.seed", lambda seed: None),
             ("biased.weight", "subspace.state.basis", torch.Tensor.long),
-            ("conv.weight", "subspace.state.left_memory.exp_avg", torch.Tensor.long),
+            ("conv.weight", "subspace.state.left_optimizer.exp_avg", torch.Tensor.long),
             ("biased.weight", "exp_avg", torch.Tensor.long),
             ("embed.weight", "exp_avg", torch.Tensor.bool),
             ("biased.bias", "exp_avg_sq", lambda tensor: float(tensor.sum())),

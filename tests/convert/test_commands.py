@@ -1,13 +1,15 @@
-"""`lingrad convert` and `lingrad merge` as typed: what is printed, messages, exit codes; runs of lingrad's own Trainer."""
+"""`lingrad convert`, `export` and `merge` as typed: what is printed, messages, exit codes; runs of lingrad's own Trainer."""
 
+import json
 import sys
 
 import pytest
 import torch
 
+import lingrad as lingrad_
 from lingrad import convert
 from tests.support.folders import contents, make
-from tests.support.models import llama
+from tests.support.models import llama, text_batches, train
 from tests.support.trainers import make as make_trainer
 
 pytest.importorskip("peft", reason="make test installs it (extra: hf)", exc_type=ImportError)
@@ -19,7 +21,7 @@ def test_what_is_printed_is_the_report(lingrad, tmp_path):
     assert status == 0
     lines = out.splitlines()
     assert lines[0].split() == ["tensor", "shape", "rank", "kB", "residual", "rounding"]
-    assert lines[-1].startswith(f"Written: {tmp_path / 'out'}, in ")
+    assert lines[-1] == f"Written: {tmp_path / 'out'}"
     report = convert.convert(base, tuned, tmp_path / "again", rank=3)
     assert "\n".join(lines[:-1]) == report.table()
     assert contents(tmp_path / "out") == contents(tmp_path / "again")
@@ -30,17 +32,20 @@ def test_what_is_printed_is_the_report(lingrad, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["BASE", "TUNED"], "lingrad: say where the adapter shall be written: --out DIR"),
-        (["BASE", "--out", "x"], "lingrad: two folders are needed, BASE and TUNED; one is enough where"),
-        (["BASE", "TUNED", "--out", "TUNED"], "lingrad: 'TUNED' exists, and nothing is overwritten"),
-        (["BASE", "NONE", "--out", "x"], "lingrad: 'NONE' is not a model folder: there is no such folder"),
-        (["BASE", "TUNED", "--out", "x", "--energy", "2"], "lingrad: energy must lie between 0 and 1, not 2.0"),
-        (["BASE", "TUNED", "--out", "x", "--rank", "0"], "lingrad: rank must be a whole number, at least 1, not 0"),
-        (["BASE", "TUNED", "--out", "x", "--dtype", "int4"], "lingrad: dtype must be one of fp32, "),
-        (["TUNED", "--out", "x", "--exact"], "lingrad: there is no 'TUNED/optimizer.pt'"),
-        (["TUNED", "--out", "x", "--exact", "--energy", "0.9"], "lingrad: --energy has no effect with --exact"),
-        (["TUNED", "--out", "x", "--exact", "--max-error", "0"], "lingrad: --max-error has no effect with --exact"),
-        (["BASE", "TUNED", "--out", "BASE/config.json/x"], "lingrad: cannot write 'BASE/config.json/x': "),
+        (["convert", "BASE", "TUNED"], "Error: Missing option '--out'"),
+        (["convert", "BASE", "--out", "x"], "Error: Missing argument 'TUNED'"),
+        (["convert", "BASE", "TUNED", "--out", "TUNED"], "lingrad: 'TUNED' exists, and nothing is overwritten"),
+        (["convert", "BASE", "NONE", "--out", "x"], "lingrad: 'NONE' is not a model folder: there is no such folder"),
+        (["convert", "BASE", "TUNED", "--out", "x", "--energy", "2"], "lingrad: energy must lie between 0 and 1, not 2.0"),
+        (["convert", "BASE", "TUNED", "--out", "x", "--rank", "0"], "lingrad: rank must be a whole number, at least 1, not 0"),
+        (["convert", "BASE", "TUNED", "--out", "x", "--dtype", "int4"], "lingrad: dtype must be one of fp32, "),
+        (["convert", "BASE", "TUNED", "--out", "BASE/config.json/x"], "lingrad: cannot write 'BASE/config.json/x': "),
+        (["convert", "BASE", "TUNED", "--out", "x", "--json", "none/x"], "lingrad: cannot write none/x: there is no folder"),
+        (["export", "TUNED", "--out", "x"], "lingrad: there is no 'TUNED/optimizer.pt'"),
+        (["export", "TUNED", "--out", "x", "--energy", "0.9"], "Error: No such option: --energy"),
+        (["export", "TUNED", "--out", "x", "--max-error", "0"], "Error: No such option: --max-error"),
+        (["export", "TUNED", "--out", "x", "--full-svd"], "Error: No such option: --full-svd"),
+        (["convert", "TUNED", "--out", "x", "--exact", "--energy", "0.9"], "Error: No such option: --energy"),
     ],
 )
 def test_errors_are_one_message_and_status_2(lingrad, tmp_path, monkeypatch, arguments, message):
@@ -48,11 +53,47 @@ def test_errors_are_one_message_and_status_2(lingrad, tmp_path, monkeypatch, arg
     base.rename(tmp_path / "BASE")
     tuned.rename(tmp_path / "TUNED")
     monkeypatch.chdir(tmp_path)
-    status, out, errors = lingrad("convert", *arguments)
+    status, out, errors = lingrad(*arguments)
     assert (status, out) == (2, "")
     assert message in errors
     assert "Traceback" not in errors
     assert not (tmp_path / "x").exists()
+
+
+def test_json_to_standard_output_is_all_there_is_on_it(lingrad, tmp_path):
+    base, tuned = make(tmp_path)
+    status, out, _ = lingrad("convert", base, tuned, "--out", tmp_path / "out", "--rank", 3, "--json", "-")
+    assert status == 0
+    assert json.loads(out) == json.loads((tmp_path / "out/lingrad_report.json").read_text())
+    status, out, _ = lingrad(
+        "convert", base, tuned, "--out", tmp_path / "again", "--rank", 3, "--json", tmp_path / "report.json"
+    )
+    assert status == 0
+    assert out.splitlines()[-1] == f"Written: {tmp_path / 'again'}"
+    assert (tmp_path / "report.json").read_bytes() == (tmp_path / "again/lingrad_report.json").read_bytes()
+
+
+def test_export_is_what_convert_exact_was(lingrad, tmp_path):
+    """A run with a ledger, by the command and by its old spelling: the same folder, and one line that names the new one."""
+    model = llama(torch.float32)
+    model.save_pretrained(tmp_path / "BASE")
+    optimizer = lingrad_.wrap(model, "svd(rank=4, every=3)", lr=1e-2, ledger=True)
+    train(model, optimizer, text_batches(5))
+    model.save_pretrained(tmp_path / "RUN")
+    torch.save(optimizer.state_dict(), tmp_path / "RUN/optimizer.pt")
+    base, run, new, old, alone = (tmp_path / name for name in ("BASE", "RUN", "NEW", "OLD", "ALONE"))
+    status, out, errors = lingrad("export", run, "--start", base, "--out", new, "--logits")
+    assert status == 0, errors
+    assert "deprecated" not in errors
+    assert "logits through PEFT differ by" in out
+    status, again, errors = lingrad("convert", base, "--out", old, run, "--logits", "--exact")
+    assert status == 0, errors
+    assert again == out.replace("NEW", "OLD")
+    assert errors.splitlines()[0] == "deprecated: lingrad convert --exact; use lingrad export RUN --start BASE"
+    assert contents(old) == contents(new)
+    status, out, errors = lingrad("convert", run, "--exact", "--rank", 3, "--out", alone, "--json", "-")
+    assert status == 0, errors
+    assert {row["rank"] for row in json.loads(out)["rows"] if row["kind"] == "low_rank"} == {3}
 
 
 def test_without_peft_one_sentence_says_what_to_install(lingrad, tmp_path, monkeypatch):
@@ -67,8 +108,8 @@ def test_without_peft_one_sentence_says_what_to_install(lingrad, tmp_path, monke
 
 @pytest.mark.parametrize("mode", ["optimizer", "adapter"])
 def test_a_checkpoint_of_lingrads_trainer(tmp_path, mode):
-    """What the Trainer saves of a run with a ledger is all that --exact needs, in both modes; in float32 the adapter leaves the
-    rounding of 8 steps, a few 1e-7 of the weight and 1e-5 of the change."""
+    """What the Trainer saves of a run with a ledger is all that an export needs, in both modes; in float32 the adapter
+    leaves the rounding of 8 steps, a few 1e-7 of the weight and 1e-5 of the change."""
     model = llama(torch.float32)
     model.save_pretrained(tmp_path / "base")
     options = {"save_strategy": "steps", "save_steps": 8}

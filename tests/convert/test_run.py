@@ -1,4 +1,4 @@
-"""`lingrad convert --exact`: the ledger of a run as an adapter, for transforms, modes, decay, shared bases."""
+"""`lingrad export`: the ledger of a run as an adapter, for transforms, modes, decay, shared bases."""
 
 import pytest
 import torch

@@ -1,6 +1,6 @@
 """State: saved, loaded into a fresh run, and gone on with to the same bits; or refused with the first difference."""
 
-import io
+import copy
 import subprocess
 import sys
 
@@ -12,16 +12,7 @@ import lingrad
 from lingrad.errors import CheckpointError
 from tests.support.cases import BASES, SIDED, UNSIDED
 from tests.support.models import llama, text_batches, text_loss, train, zoo, zoo_batches, zoo_loss
-
-MODES = {"optimizer": lingrad.wrap, "adapter": lingrad.adapt}
-each_mode = pytest.mark.parametrize("mode", MODES)
-
-
-def through_a_file(state):
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    buffer.seek(0)
-    return torch.load(buffer, weights_only=True)
+from tests.support.runs import MODES, each_mode, through_a_file
 
 
 def assert_resumes(build, make, batches, loss, at):
@@ -166,6 +157,34 @@ def test_what_is_no_optimizer_s_state_is_refused(wrong):
     optimizer = lingrad.wrap(llama(), "svd(rank=4)", lr=1e-2)
     with pytest.raises(CheckpointError, match=r"this is no optimizer's state_dict, which has 'state' and 'param_groups'"):
         optimizer.load_state_dict(wrong)
+
+
+def test_moments_of_another_shape_are_refused():
+    model = llama()
+    optimizer = lingrad.wrap(model, "svd(rank=4)", lr=1e-2)
+    train(model, optimizer, text_batches(2))
+    saved = optimizer.state_dict()
+    saved["state"][0]["exp_avg"] = torch.zeros(3, 3)
+    fresh = lingrad.wrap(llama(), "svd(rank=4)", lr=1e-2)
+    with pytest.raises(CheckpointError, match=r"'exp_avg' of .*q_proj.weight is .*\(3, 3\) in the checkpoint, and .*\(32, 4\)"):
+        fresh.load_state_dict(saved)
+    assert not fresh.state
+
+
+def test_loading_shares_no_memory_with_what_was_loaded():
+    model = llama()
+    optimizer = lingrad.wrap(model, "svd(rank=4)", lr=1e-2)
+    train(model, optimizer, text_batches(2))
+    saved = copy.deepcopy(optimizer.state_dict())
+    kept = copy.deepcopy(saved)
+    other = llama()
+    optimizer = lingrad.wrap(other, "svd(rank=4)", lr=1e-2)
+    optimizer.load_state_dict(saved)
+    train(other, optimizer, text_batches(2))
+    for index, entries in kept["state"].items():
+        for key, value in entries.items():
+            if isinstance(value, torch.Tensor):
+                assert torch.equal(saved["state"][index][key], value), key
 
 
 def test_loading_restores_hyper_parameters():

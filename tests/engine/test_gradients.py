@@ -9,8 +9,9 @@ from torch import nn
 import lingrad
 from lingrad.engine.refresh import choose
 from lingrad.errors import ModeError
-from lingrad.transforms import Bases
-from tests.support.layers import MODES, backward, each_mode, inputs, layer
+from lingrad.transforms import Sides
+from tests.support.layers import backward, inputs, layer
+from tests.support.runs import MODES, each_mode
 
 
 class TestClipping:
@@ -85,7 +86,7 @@ class TestClipping:
         (model[0](inputs()).square().sum() * scale).backward()
         # a gradient in one row, which the basis before the refresh does not see
         first, unseen = torch.eye(6, dtype=torch.float64)[:2]
-        optimizer.subspaces[1].basis.replace(Bases(first[:, None], None), 0)
+        optimizer.subspaces[1].basis.replace(Sides(first[:, None], None), 0)
         ((model[1](inputs()) * unseen).sum() * scale).backward()
         assert not optimizer.subspaces[1].coords.grad.any()
         for sub in optimizer.subspaces:
@@ -234,10 +235,10 @@ class TestUnusualGradients:
         assert sub.basis.refreshes == 2
 
     def test_a_basis_that_is_not_finite_is_refused(self, monkeypatch):
-        from lingrad.transforms import SVD, Bases
+        from lingrad.transforms import SVD, Sides
 
         optimizer = lingrad.wrap(model := layer(), "svd(rank=2)", "sgd", lr=0.1)
-        monkeypatch.setattr(SVD, "bases", lambda self, grad, old, when: Bases(*(b if b is None else b / 0 for b in old)))
+        monkeypatch.setattr(SVD, "bases", lambda self, grad, old, when: Sides(*(b if b is None else b / 0 for b in old)))
         backward(model)
         with pytest.warns(RuntimeWarning, match="0.weight: svd gave a basis that is not finite; the old one stays"):
             optimizer.step()

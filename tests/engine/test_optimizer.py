@@ -9,9 +9,10 @@ from torch import nn
 
 import lingrad
 from lingrad.errors import ModeError, SpecError
-from lingrad.transforms import Bases
-from tests.support.layers import MODES, backward, each_mode, inputs, layer
+from lingrad.transforms import Sides
+from tests.support.layers import backward, inputs, layer
 from tests.support.models import gap, llama, text_batches, text_loss, train, zoo
+from tests.support.runs import MODES, each_mode
 
 
 @each_mode
@@ -169,7 +170,7 @@ class TestBaseState:
             optimizer.zero_grad()
             (model(x) * sign).sum().backward()
             optimizer.step()
-        flipped = Bases(*(None if b is None else -b for b in sub.basis.state))
+        flipped = Sides(*(None if b is None else -b for b in sub.basis.state))
         sub.basis.replace(flipped, sub.basis.refreshes)
         moment = optimizer.state[sub.coords]["momentum_buffer"].clone()
         optimizer.zero_grad()

@@ -10,9 +10,9 @@ import lingrad.hf
 from lingrad.errors import DependencyError, ModeError, SpecError
 from tests.support import trainers
 from tests.support.models import gap, llama
+from tests.support.runs import MODES
 from tests.support.trainers import arguments, make, weights
 
-MODES = ("optimizer", "adapter")
 SPEC = "svd(rank=4, every=3)"
 
 
@@ -87,11 +87,13 @@ class TestRefusals:
 
     def test_the_old_name_of_rules(self, tmp_path):
         args = arguments(tmp_path)
-        with pytest.warns(DeprecationWarning, match=r"trainer_kwargs\(spec_or_rules=...\) is deprecated; use rules=") as caught:
+        with pytest.warns(
+            DeprecationWarning, match="spec_or_rules of lingrad.hf.trainer_kwargs is deprecated; use rules"
+        ) as caught:
             found = lingrad.hf.trainer_kwargs(spec_or_rules=SPEC, args=args)
         assert caught[0].filename == __file__
         assert found == lingrad.hf.trainer_kwargs(SPEC, args)
-        with pytest.raises(SpecError, match="got rules and spec_or_rules, which is its old name"):
+        with pytest.raises(SpecError, match="got spec_or_rules, which is now called rules, and rules"):
             lingrad.hf.trainer_kwargs(SPEC, args, spec_or_rules=SPEC)
         with pytest.raises(SpecError, match="rules is missing: "):
             lingrad.hf.trainer_kwargs(args=args)

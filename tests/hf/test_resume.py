@@ -17,9 +17,9 @@ import lingrad.hf
 from lingrad.errors import CheckpointError
 from tests.support.models import llama
 from tests.support.peft_models import mixtral
+from tests.support.runs import MODES
 from tests.support.trainers import SPECS, assert_equal, examples, logs, make, weights
 
-MODES = ("optimizer", "adapter")
 ROOT = Path(__file__).parents[2]
 # of spec every=3, counted in finished steps: before anything is merged, where a refresh comes next, just after it, later
 STOPS = (1, 3, 4, 7)

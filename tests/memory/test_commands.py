@@ -1,23 +1,27 @@
-"""`lingrad memory`, and the jobs behind it."""
+"""`lingrad memory simulate | fit | compare | estimate`, and the functions behind them."""
 
 import json
+import re
+import shlex
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import typer
 
-from lingrad import memory
-from lingrad.errors import DataError, SpecError
+from lingrad import cli, memory
+from lingrad.errors import SpecError
 from lingrad.memory import commands
 from lingrad.memory.cuda.snapshot import load_snapshot
 
-SMALL = commands.Asked("demo", "svd(rank=16)", length=32)
+SMALL = commands.Question(model="demo", rules="svd(rank=16)", length=32)
+DEMO = ("--model", "demo", "--rules", "svd(rank=16)")
 
 
 def test_one_run_is_a_table_and_a_verdict(lingrad, tmp_path):
     files = {suffix: tmp_path / f"run.{suffix}" for suffix in ("json", "png", "pickle")}
     status, out, _ = lingrad(
-        *("memory", "--model", "demo", "--spec", "svd(rank=16)", "--mode", "adapter", "--seq", "32", "--capacity", "1GiB"),
+        *("memory", "simulate", *DEMO, "--mode", "adapter", "--length", "32", "--capacity", "1GiB"),
         *("--json", files["json"], "--plot", files["png"], "--snapshot", files["pickle"]),
     )
     assert status == 0
@@ -29,9 +33,7 @@ def test_one_run_is_a_table_and_a_verdict(lingrad, tmp_path):
 
 def test_a_comparison(lingrad, tmp_path):
     chart = tmp_path / "bars.png"
-    status, out, errors = lingrad(
-        "memory", "--model", "demo", "--spec", "svd(rank=16)", "--compare", "--plot", chart, "--capacity", "1MiB"
-    )
+    status, out, errors = lingrad("memory", "compare", *DEMO, "--plot", chart, "--capacity", "1MiB")
     assert status == 0
     lines = out.splitlines()
     assert [line.split("  ")[0] for line in lines[1:]] == [
@@ -47,18 +49,16 @@ def test_a_comparison(lingrad, tmp_path):
 
 
 def test_the_largest_batch(lingrad):
-    status, out, _ = lingrad(
-        "memory", "--model", "demo", "--spec", "svd(rank=16)", "--seq", "32", "--capacity", "200MiB", "--max-batch"
-    )
+    status, out, _ = lingrad("memory", "fit", *DEMO, "--length", "32", "--capacity", "200MiB")
     assert status == 0
     rows = int(out.split()[0])
-    asked = replace(SMALL, capacity="200MiB")
-    assert replace(asked, batch=rows).simulate(asked.method).fits
-    assert not replace(asked, batch=rows + 1).simulate(asked.method).fits
+    question = replace(SMALL, capacity="200MiB")
+    assert commands.simulate(replace(question, batch=rows)).fits
+    assert not commands.simulate(replace(question, batch=rows + 1)).fits
 
 
 def test_not_even_one_row(lingrad):
-    status, out, _ = lingrad("memory", "--model", "demo", "--spec", "svd(rank=16)", "--capacity", "1MiB", "--max-batch")
+    status, out, _ = lingrad("memory", "fit", *DEMO, "--capacity", "1MiB")
     assert status == 0
     assert out.startswith("not even one row of 256 tokens fits in 1MiB")
 
@@ -76,36 +76,106 @@ def test_bisection(limit):
 
 
 def test_closed_form(lingrad):
-    status, out, _ = lingrad("memory", "--model", "llama-70b", "--spec", "svd(rank=128)", "--closed-form")
+    status, out, _ = lingrad("memory", "estimate", "--model", "llama-70b", "--rules", "svd(rank=128)")
     assert status == 0
     assert "68,976,648,192 parameters" in out
+
+
+SMALLER = (*DEMO, "--length", "16")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "has"),
+    [
+        (["simulate", *SMALLER], {"peak", "breakdown", "timeline"}),
+        (["fit", *SMALLER, "--capacity", "30MiB"], {"rows", "reserved", "capacity"}),
+        (["compare", *SMALLER], {"reports", "left_out"}),
+        (["estimate", *SMALLER], {"totals", "rows"}),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_json_to_standard_output_is_all_there_is_on_it(lingrad, tmp_path, arguments, has):
+    status, out, _ = lingrad("memory", *arguments, "--json", "-")
+    assert status == 0
+    assert has <= json.loads(out).keys()
+    status, text, _ = lingrad("memory", *arguments, "--json", tmp_path / "report.json")
+    assert status == 0
+    assert json.loads((tmp_path / "report.json").read_text()) == json.loads(out)
+    assert text
+    assert not text.startswith("{")
+
+
+def test_every_option_of_every_command_reaches_the_question():
+    """An option is a field of the question or names an output; so none is accepted without effect."""
+    group = typer.main.get_command(cli.app).commands["memory"]
+    questions = set(commands.Question.__dataclass_fields__)
+    outputs = {
+        "simulate": {"json", "plot", "snapshot"},
+        "fit": {"json"},
+        "compare": {"json", "plot"},
+        "estimate": {"json"},
+    }
+    without = {
+        "simulate": set(),
+        "fit": {"batch"},
+        "compare": {"mode"},
+        "estimate": {"checkpointing", "capacity", "expandable", "stagger"},
+    }
+    assert group.commands.keys() == outputs.keys()
+    for name, command in group.commands.items():
+        assert {param.name for param in command.params} == questions - without[name] | outputs[name], name
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("simulate", {"batch": 2, "length": 64, "mode": "adapter", "base": "sgd", "dtype": "float32", "rules": "svd(rank=8)"}),
+        ("simulate", {"checkpointing": True, "layerwise": True, "share": True, "model": "llama-60m"}),
+        ("estimate", {"batch": 2, "length": 64, "mode": "adapter", "base": "sgd", "dtype": "float32", "rules": "svd(rank=8)"}),
+        ("estimate", {"layerwise": True, "share": True, "model": "llama-60m"}),
+    ],
+)
+def test_every_option_changes_the_answer(name, changes):
+    ask = {"simulate": commands.simulate, "estimate": commands.estimate}[name]
+    question = replace(SMALL, rules="svd(rank=16, side=right)")
+    before = ask(question).to_json()
+    for option, value in changes.items():
+        assert ask(replace(question, **{option: value})).to_json() != before, option
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--model", "llama-7"], "lingrad: no model 'llama-7'; did you mean 'llama-7b'?"),
-        (["--model", "demo", "--spec", "svdd(rank=4)"], "lingrad: unknown transform 'svdd'; did you mean 'svd'?"),
-        (["--model", "demo", "--base", "adamm"], "lingrad: unknown base optimizer 'adamm'; did you mean 'adam'?"),
-        (["--model", "demo", "--mode", "adaptor"], "lingrad: mode must be one of optimizer, adapter, not 'adaptor'"),
-        (["--model", "demo", "--dtype", "fp8"], "lingrad: dtype must be one of bfloat16, float16, float32, not 'fp8'"),
-        (["--model", "demo", "--batch", "0"], "lingrad: batch must be at least 1, not 0"),
-        (["--model", "demo", "--seq", "1"], "lingrad: a row needs two tokens or more, not 1"),
-        (["--model", "demo", "--capacity", "big"], "lingrad: 'big' is no size in bytes"),
-        (["--model", "demo", "--max-batch"], "lingrad: the largest batch is that which fits a memory; say how large that is"),
-        (["--model", "demo", "--spec", "full()", "--compare"], "lingrad: a comparison needs one rank for all methods"),
+        (["simulate", "--model", "llama-7"], "lingrad: no model 'llama-7'; did you mean 'llama-7b'?"),
+        (["simulate", "--model", "demo", "--rules", "svdd(rank=4)"], "lingrad: unknown transform 'svdd'; did you mean 'svd'?"),
+        (["simulate", "--model", "demo", "--base", "adamm"], "lingrad: unknown base optimizer 'adamm'; did you mean 'adam'?"),
         (
-            ["--model", "demo", "--plot", "x.foo", "--spec", "svd(rank=16)", "--seq", "8"],
+            ["simulate", "--model", "demo", "--mode", "adaptor"],
+            "lingrad: mode must be one of optimizer, adapter, not 'adaptor'",
+        ),
+        (
+            ["estimate", "--model", "demo", "--mode", "adaptor"],
+            "lingrad: mode must be one of optimizer, adapter, not 'adaptor'",
+        ),
+        (
+            ["simulate", "--model", "demo", "--dtype", "fp8"],
+            "lingrad: dtype must be one of bfloat16, float16, float32, not 'fp8'",
+        ),
+        (["simulate", "--model", "demo", "--batch", "0"], "lingrad: batch must be at least 1, not 0"),
+        (["fit", "--model", "demo", "--length", "1", "--capacity", "1GiB"], "lingrad: length must be at least 2 tokens, not 1"),
+        (["simulate", "--model", "demo", "--capacity", "big"], "lingrad: 'big' is not a size in bytes"),
+        (["compare", "--model", "demo", "--rules", "full()"], "lingrad: a comparison needs one rank for all methods"),
+        (
+            ["simulate", "--model", "demo", "--plot", "x.foo", "--rules", "svd(rank=16)", "--length", "8"],
             "lingrad: cannot write x.foo: Format 'foo'",
         ),
-        (["--model", "demo", "--compare", "--max-batch"], "lingrad: --compare and --max-batch are different questions"),
-        (["--model", "demo", "--compare", "--json", "x.json"], "lingrad: --json has no effect with --compare; leave it out"),
-        (["--model", "demo", "--max-batch", "--plot", "x.png"], "lingrad: --plot has no effect with --max-batch"),
-        (["--model", "demo", "--closed-form", "--snapshot", "x"], "lingrad: --snapshot has no effect with --closed-form"),
-        (["--model", "demo", "--closed-form", "--capacity", "1GiB"], "lingrad: --closed-form knows no peak"),
         (
-            ["--model", "demo", "--json", "/nowhere/run.json"],
+            ["simulate", "--model", "demo", "--json", "/nowhere/run.json"],
             "lingrad: cannot write /nowhere/run.json: there is no folder /nowhere",
+        ),
+        (
+            ["simulate", "--model", "demo", "--plot", "/nowhere/run.png"],
+            "lingrad: cannot write /nowhere/run.png: there is no folder /nowhere",
         ),
     ],
 )
@@ -115,23 +185,71 @@ def test_errors_are_one_message_and_status_2(lingrad, arguments, message):
     assert errors.splitlines()[0].startswith(message)
 
 
-def test_errors_of_jobs_have_types():
-    with pytest.raises(SpecError, match="say how large that is"):
-        commands.largest_batch(SMALL)
-    with pytest.raises(DataError, match="cannot write"):
-        commands.Outputs(plot=Path("/nowhere/run.png"))
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["fit", "--model", "demo"], "Missing option '--capacity'"),
+        (["fit", "--model", "demo", "--capacity", "1GiB", "--plot", "x.png"], "No such option: --plot"),
+        (["estimate", "--model", "demo", "--snapshot", "x"], "No such option: --snapshot"),
+        (["estimate", "--model", "demo", "--capacity", "1GiB"], "No such option: --capacity"),
+        (["compare", "--model", "demo", "--snapshot", "x"], "No such option: --snapshot"),
+    ],
+)
+def test_options_without_effect_are_refused(lingrad, arguments, message):
+    status, out, errors = lingrad("memory", *arguments)
+    assert (status, out) == (2, "")
+    assert message in errors
+
+
+def test_errors_of_functions_have_types():
+    with pytest.raises(SpecError, match="depends on the device's memory; give it, such as --capacity 24GiB"):
+        commands.fit(SMALL)
+    with pytest.raises(SpecError, match="length must be at least 2 tokens"):
+        replace(SMALL, length=1)
 
 
 def test_a_comparison_leaves_out_what_is_not_installed(monkeypatch, capsys):
     import sys
 
     monkeypatch.setitem(sys.modules, "galore_torch", None)
-    text = commands.compare(SMALL)
-    assert "left out: galore_torch (rank 16), adamw (" in text
-    assert "LoRA (rank 16)" in text
+    found = commands.compare(SMALL)
+    assert "left out: galore_torch (rank 16), adamw (" in str(found)
+    assert "LoRA (rank 16)" in str(found)
+    assert list(json.loads(found.to_json())["left_out"]) == ["galore_torch (rank 16), adamw"]
 
 
 def test_tables_of_reports_line_up():
-    report = SMALL.simulate(memory.Full("sgd"))
-    lines = commands.table({"a": report, "a longer name": report}).splitlines()
+    report = commands.simulate(SMALL, memory.FullRank("sgd"))
+    lines = str(commands.Comparison({"a": report, "a longer name": report})).splitlines()
     assert len({len(line) for line in lines[1:]}) == 1
+
+
+def test_commands_on_the_page_run(lingrad, monkeypatch, tmp_path):
+    """The shell lines of docs/memory.md, on the demo's model at a small rank in place of 7B."""
+    monkeypatch.chdir(tmp_path)
+    page = (Path(__file__).parents[2] / "docs/memory.md").read_text()
+    lines = [line for block in re.findall(r"```sh\n(.*?)```", page, flags=re.DOTALL) for line in block.splitlines() if line]
+    names = set()
+    for line in lines:
+        program, *arguments = shlex.split(re.sub(r"rank=\d+", "rank=8", line))
+        arguments[arguments.index("--model") + 1] = "demo"
+        status, out, errors = lingrad(*arguments, "--length", "16")
+        assert (program, status) == ("lingrad", 0), line + errors
+        assert "deprecated" not in errors
+        assert out
+        names.add(arguments[1])
+    assert names == {"simulate", "fit", "compare", "estimate"}
+    assert (tmp_path / "bars.png").exists()
+
+
+def test_python_on_the_page_runs(monkeypatch, tmp_path):
+    import torch
+
+    monkeypatch.chdir(tmp_path)
+    (block,) = re.findall(r"```python\n(.*?)```", (Path(__file__).parents[2] / "docs/memory.md").read_text(), flags=re.DOTALL)
+    block = block.replace("llama-7b", "demo").replace("rank=1024", "rank=8").replace("    ...", "    pass")
+    model = torch.nn.Linear(4, 4)
+    names = {"model": model, "optimizer": torch.optim.SGD(model.parameters())}
+    exec(compile(block, "docs/memory.md", "exec"), names)  # noqa: S102 - our own text
+    assert {path.name for path in tmp_path.iterdir()} == {"run.png", "run.pickle", "run.json"}
+    assert names["report"].fits

@@ -1,4 +1,4 @@
-"""The memory ledger: closed forms against what a simulated run holds, byte for byte."""
+"""The memory estimate: closed forms against what a simulated run holds, byte for byte."""
 
 import itertools
 import json
@@ -52,9 +52,9 @@ def agree(case, dtype, *, layerwise=False):
     )
     with torch.device("meta"):
         model = build()
-    ledger = memory.ledger(model, spec_rules(spec), base, mode, layerwise=layerwise, **options)
-    assert ledger.totals == simulated.steady_breakdown, (ledger.totals, dict(simulated.steady_breakdown))
-    assert ledger.steady == simulated.steady
+    estimate = memory.estimate(model, spec_rules(spec), base, mode, layerwise=layerwise, **options)
+    assert estimate.totals == simulated.steady_breakdown, (estimate.totals, dict(simulated.steady_breakdown))
+    assert estimate.steady == simulated.steady
     assert sum(simulated.breakdown.values()) == simulated.peak
 
 
@@ -110,8 +110,8 @@ def test_a_base_without_a_row_is_counted_by_a_step():
 
     with torch.device("meta"):
         model = nn.Sequential(nn.Linear(8, 6), nn.Linear(6, 4))
-    ledger = memory.ledger(model, {"*": "svd(rank=2)"}, factory, lr=1e-3)
-    assert ledger.totals["moments"] == 2 * 4 * (2 * 8 + 6 + 2 * 6 + 4)
+    estimate = memory.estimate(model, {"*": "svd(rank=2)"}, factory, lr=1e-3)
+    assert estimate.totals["moments"] == 2 * 4 * (2 * 8 + 6 + 2 * 6 + 4)
 
 
 @pytest.mark.parametrize("name", registry.names())
@@ -146,7 +146,7 @@ def test_saved_activations_are_what_autograd_is_asked_to_keep(side, mode):
     with saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         model(x)
     inputs = [t for t in kept if t.shape[0] == tokens]
-    (row,) = memory.ledger(
+    (row,) = memory.estimate(
         nn.Linear(24, 16, bias=False), {"*": f"svd(rank={rank}, side={side})"}, "sgd", mode, tokens=tokens
     ).rows
     assert sum(t.numel() * t.element_size() for t in inputs) == row.activations
@@ -158,15 +158,15 @@ class TestDuality:
     @pytest.mark.parametrize("spec", ["svd(rank=64)", "svd(rank=64, side=both)", "pca(rank=64)", "random(rank=64)"])
     def test_state_and_bases_take_the_same_in_both_modes(self, spec, base):
         model = open_model("llama-60m")
-        one, other = (memory.ledger(model, spec, base, mode, lr=1e-3).totals for mode in MODES)
+        one, other = (memory.estimate(model, spec, base, mode, lr=1e-3).totals for mode in MODES)
         assert {k: one.get(k) for k in ("basis", "moments", "coords gradient", "weight", "gradient")} == {
             k: other.get(k) for k in ("basis", "moments", "coords gradient", "weight", "gradient")
         }
 
     def test_the_gradients_of_coordinates_are_the_sum_of_p_q(self):
-        ledger = memory.ledger(open_model("llama-60m"), "svd(rank=128)")
+        estimate = memory.estimate(open_model("llama-60m"), "svd(rank=128)")
         layer = 4 * (512 * 128) + 3 * (1376 * 128)
-        assert ledger.totals["coords gradient"] == 4 * 8 * layer
+        assert estimate.totals["coords gradient"] == 4 * 8 * layer
 
 
 PUBLISHED = {
@@ -180,24 +180,36 @@ PUBLISHED = {
 
 @pytest.mark.parametrize("name", LLAMAS)
 def test_parameters_of_the_papers_models(name):
-    ledger = memory.ledger(open_model(name), "svd(rank=128)")
-    assert ledger.parameters == PUBLISHED.get(name, ledger.parameters)
-    assert ledger.parameters == sum(row.weight for row in ledger.rows) // 4
+    estimate = memory.estimate(open_model(name), "svd(rank=128)")
+    assert estimate.parameters == PUBLISHED.get(name, estimate.parameters)
+    assert estimate.parameters == sum(row.weight for row in estimate.rows) // 4
 
 
-def test_a_ledger_of_70b_needs_no_memory_and_reads_as_a_table():
+def test_an_estimate_of_70b_needs_no_memory_and_reads_as_a_table():
     model = open_model("llama-70b")
     begin = time.perf_counter()
-    ledger = memory.ledger(model.to(torch.bfloat16), "svd(rank=1024)", "adamw8bit", lr=1e-3, tokens=2048)
+    estimate = memory.estimate(model.to(torch.bfloat16), "svd(rank=1024)", "adamw8bit", lr=1e-3, tokens=2048)
     assert time.perf_counter() - begin < 60  # milliseconds; a bound that only a loop over weights' numbers would miss
-    text = str(ledger)
+    text = str(estimate)
     assert "68,976,648,192 parameters" in text
     assert len({len(line) for line in text.splitlines()[3:]}) <= 2
-    assert json.loads(ledger.to_json())["totals"] == ledger.totals
+    assert json.loads(estimate.to_json())["totals"] == estimate.totals
+
+
+@pytest.mark.parametrize(
+    ("old", "new"), [("ledger", "estimate"), ("Ledger", "Estimate"), ("Full", "FullRank"), ("Moments", "MomentReport")]
+)
+def test_old_names_work_and_warn(old, new):
+    with pytest.warns(DeprecationWarning, match=f"lingrad.memory.{old} is deprecated; use lingrad.memory.{new}") as caught:
+        found = getattr(memory, old)
+    assert found is getattr(memory, new)
+    assert caught[0].filename == __file__
+    with pytest.raises(AttributeError, match="module 'lingrad.memory' has no attribute 'nothing'"):
+        memory.nothing  # noqa: B018
 
 
 def test_errors_are_those_of_wrap():
     with pytest.raises(SpecError, match="unknown transform 'svdd'; did you mean 'svd'"):
-        memory.ledger(open_model("llama-60m"), "svdd(rank=4)")
+        memory.estimate(open_model("llama-60m"), "svdd(rank=4)")
     with pytest.raises(SpecError, match="base 'adamw' takes no option 'momentun'"):
-        memory.ledger(open_model("llama-60m"), "svd(rank=4)", "adamw", momentun=0.9)
+        memory.estimate(open_model("llama-60m"), "svd(rank=4)", "adamw", momentun=0.9)

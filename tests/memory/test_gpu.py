@@ -19,9 +19,9 @@ pytestmark = [
 SLOW = pytest.mark.slow
 SHAPE = LlamaShape(32000, 1024, 2736, 8, 16, 1024)
 METHODS = {
-    "sgd": memory.Full("sgd"),
-    "adamw, fused": memory.Full("adamw", {"fused": True}),
-    "adamw, foreach": memory.Full("adamw"),
+    "sgd": memory.FullRank("sgd"),
+    "adamw, fused": memory.FullRank("adamw", {"fused": True}),
+    "adamw, foreach": memory.FullRank("adamw"),
     "lora": memory.Lora(64),
     "galore_torch": memory.GaloreTorch(256),
     **{

@@ -20,7 +20,14 @@ class TestReport:
 
     def test_it_reads_as_a_table(self, report):
         text = str(report)
-        for wanted in ("simulated on cuda", "at the peak", "coords gradient", "highest in", "largest at the peak", "assumed"):
+        for wanted in (
+            "simulated on cuda",
+            "at the peak",
+            "coords gradient",
+            "peak by phase",
+            "largest at the peak",
+            "assumed",
+        ):
             assert wanted in text
         table = text.split("\n\n")[1].splitlines()
         assert len({len(line) for line in table}) == 1
@@ -31,6 +38,15 @@ class TestReport:
         assert sum(plain["breakdown"].values()) == plain["peak"] == report.peak
         assert max(sum(point["bytes"].values()) for point in plain["timeline"]) == report.peak
         assert plain["assumptions"]
+
+    def test_peaks_by_step(self, report):
+        """The first step's peak is that of a run of one step; the run's peak is that of one of its steps."""
+        first, second = report.by_step
+        alone = memory.simulate(build, "svd(rank=16)", "adamw", "adapter", batch=2, length=64, steps=1)
+        assert first == alone.breakdown
+        assert max(sum(first.values()), sum(second.values())) == report.peak
+        assert second["moments"] > first.get("moments", 0)
+        assert summarize(Log(), source="tracked", device="cpu").by_step == ()
 
     def test_plot(self, report, tmp_path):
         assert report.plot(tmp_path / "run.png").read_bytes().startswith(b"\x89PNG")
@@ -62,7 +78,7 @@ def test_sizes_are_read(text, nbytes):
 
 @pytest.mark.parametrize("text", ["", "24", "GiB", "-1GiB", "24 parsec", "1e3GiB"])
 def test_other_sizes_are_refused(text):
-    with pytest.raises(SpecError, match="is no size in bytes; write a number and a unit, such as 24GiB or 80GB"):
+    with pytest.raises(SpecError, match="is not a size in bytes; write a number and a unit, such as 24GiB or 80GB"):
         parse_bytes(text)
 
 

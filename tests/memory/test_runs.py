@@ -100,7 +100,7 @@ class TestWhatCannotBeKnown:
         self.simulate(nn.Identity(), lambda m: forward(m, enabled=False))
 
     def test_shapes_that_depend_on_numbers(self):
-        with pytest.raises(MemoryModelError, match="aten.index.Tensor cannot run without numbers"):
+        with pytest.raises(MemoryModelError, match="aten.index.Tensor cannot run on meta tensors"):
             self.simulate(nn.Identity(), lambda m: m(self.x())[self.x().sum(1) > 0])
 
     def test_integers_that_are_read_back(self):
@@ -112,15 +112,15 @@ class TestWhatCannotBeKnown:
             def forward(self, x):
                 return torch.from_numpy(x.detach().numpy()) + x
 
-        with pytest.raises(MemoryModelError, match="Sequential cannot be run without numbers: can't convert meta device type"):
+        with pytest.raises(MemoryModelError, match="Sequential cannot run on meta tensors: can't convert meta device type"):
             self.simulate(OnTheHost(), lambda m: m(self.x()))
 
     def test_a_model_that_names_its_device(self):
-        with pytest.raises(MemoryModelError, match="'0.weight' was made on cpu, not on the meta device"):
+        with pytest.raises(MemoryModelError, match="'0.weight' was built on cpu, not on the meta device"):
             memory.simulate(lambda: nn.Sequential(nn.Linear(4, 4, device="cpu")), {"*": "svd(rank=2)"}, loss=lambda m: m)
 
     def test_a_model_whose_loss_nobody_knows(self):
-        with pytest.raises(MemoryModelError, match="has no config.vocab_size; say how its loss is computed"):
+        with pytest.raises(MemoryModelError, match="has no config.vocab_size; give a function that computes its loss"):
             memory.simulate(lambda: nn.Sequential(nn.Linear(4, 4)), {"*": "svd(rank=2)"})
 
     def test_a_model_without_checkpointing(self):
@@ -138,8 +138,8 @@ class TestWhatCannotBeKnown:
             memory.track(nn.Linear(2, 2), device="cuda")
 
     def test_options_of_a_method_belong_to_it(self):
-        with pytest.raises(TypeError, match="base, lr belongs into the method itself: Full"):
-            memory.simulate(build, memory.Full("sgd"), "sgd", lr=0.1)
+        with pytest.raises(TypeError, match="base, lr must be given to the method itself: FullRank"):
+            memory.simulate(build, memory.FullRank("sgd"), "sgd", lr=0.1)
         with pytest.raises(SpecError, match="galore_torch has no base 'lion'"):
             memory.simulate(build, memory.GaloreTorch(4, base="lion"))
         with pytest.raises(SpecError, match="device must be one of cuda, cpu, not 'tpu'"):
@@ -180,7 +180,7 @@ class TestBadInput:
             ({"attention": "sparse"}, "attention must be one of flash, efficient, math, not 'sparse'"),
             ({"steps": 0}, "steps must be a whole number, 1 or more, not 0"),
             ({"batch": 0}, "batch must be a whole number, 1 or more, not 0"),
-            ({"capacity": "24GiB"}, "capacity is a number of bytes, not '24GiB'"),
+            ({"capacity": "24GiB"}, "capacity must be a number of bytes, not '24GiB'"),
             ({"dtype": "bfloat16"}, "dtype must be a torch.dtype, not 'bfloat16'"),
         ],
     )
@@ -190,7 +190,7 @@ class TestBadInput:
 
     def test_a_model_instead_of_what_makes_it(self):
         for run in (memory.simulate, memory.measure):
-            with pytest.raises(SpecError, match="expected a function that makes the model, .*; not a LlamaForCausalLM"):
+            with pytest.raises(SpecError, match="build must be a function that builds the model, .* Got a LlamaForCausalLM"):
                 run(build(), "svd(rank=4)")
 
     def test_low_bit_layers_have_no_meta_path(self):
@@ -202,18 +202,18 @@ class TestBadInput:
         def loss(m):
             return m(torch.randn(4, 64, device="meta")).sum()
 
-        with pytest.raises(MemoryModelError, match="cannot be run without numbers"):
+        with pytest.raises(MemoryModelError, match="cannot run on meta tensors"):
             memory.simulate(model, {"1": "svd(rank=4)"}, loss=loss)
 
-    def test_the_mode_of_a_ledger(self):
+    def test_the_mode_of_an_estimate(self):
         with pytest.raises(SpecError, match="mode must be one of optimizer, adapter"):
-            memory.ledger(open_model("demo"), "svd(rank=4)", "adamw", "adaptor")
+            memory.estimate(open_model("demo"), "svd(rank=4)", "adamw", "adaptor")
 
     def test_a_model_that_is_no_language_model(self):
         from transformers import BertConfig, BertForSequenceClassification
 
         config = BertConfig(vocab_size=64, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64)
-        with pytest.raises(MemoryModelError, match="is no causal language model: its loss of token ids .* loss=\\.\\.\\."):
+        with pytest.raises(MemoryModelError, match="is not a causal language model: its loss with token ids .* loss=\\.\\.\\."):
             memory.simulate(lambda: BertForSequenceClassification(config), "svd(rank=4)", length=8)
 
 

@@ -17,13 +17,12 @@ from lingrad.testing.oracles import assert_dual
 from lingrad.testing.training import every_kind, token_batches, token_loss
 from tests.support import cases
 from tests.support.models import llama, text_batches, text_loss, train
+from tests.support.runs import MODES, each_mode
 
 KINDS = ("8bit", "8bit_linear")
-MODES = {"optimizer": lingrad.wrap, "adapter": lingrad.adapt}
 SMALL = {"moments": "8bit", "min_8bit_size": 16}  # so that the moments of the tests' small coordinates are quantised too
 
 each_kind = pytest.mark.parametrize("kind", KINDS)
-each_mode = pytest.mark.parametrize("mode", MODES)
 each_sign = pytest.mark.parametrize("signed", [True, False])
 
 # every base that has moments, as the matrix tries it
@@ -324,9 +323,9 @@ def test_closed_forms_are_what_a_run_holds(base, mode, layerwise):
     simulated = memory.simulate(build, rules, base, mode, loss=loss, layerwise=layerwise, **options)
     with torch.device("meta"):
         model = build()
-    ledger = memory.ledger(model, rules, base, mode, layerwise=layerwise, **options)
+    ledger = memory.estimate(model, rules, base, mode, layerwise=layerwise, **options)
     assert ledger.totals == simulated.steady_breakdown
-    less = memory.ledger(model, rules, base, mode, layerwise=layerwise, lr=1e-3).totals["moments"]
+    less = memory.estimate(model, rules, base, mode, layerwise=layerwise, lr=1e-3).totals["moments"]
     assert ledger.totals["moments"] < 0.6 * less
 
 
@@ -441,15 +440,15 @@ class TestReport:
         # coordinates of rank 64, and the embedding and the head of 64 x 64
         assert {m.name for m in report.quantised} == {name for name, dims in names.items() if dims == 2}
         assert {m.name for m in report.others} == {name for name, dims in names.items() if dims == 1}
-        assert {m.why for m in report.others} == {"fewer than 4,096 numbers (min_8bit_size)"}
+        assert {m.why for m in report.others} == {"fewer than 4,096 elements (min_8bit_size)"}
         assert {m.bits for m in report.others} == {32}
         text = str(report).splitlines()
-        assert text[0].split() == ["bits", "moments", "numbers", "bytes", "why", "not", "8"]
-        assert text[2].endswith("fewer than 4,096 numbers (min_8bit_size)")
+        assert text[0].split() == ["bits", "moments", "elements", "bytes", "why", "not", "8", "bits"]
+        assert text[2].endswith("fewer than 4,096 elements (min_8bit_size)")
 
     def test_a_base_as_it_is(self):
         model = llama(torch.float32)
         report = memory.moments(lingrad.wrap(model, "svd(rank=4)", "adamw", lr=1e-3))
         assert not report.quantised
         assert str(report).startswith("after the first step there will be")
-        assert {m.why for m in report.others} == {"base 'adamw' keeps its moments as they are"}
+        assert {m.why for m in report.others} == {"base 'adamw' does not quantise its moments"}

@@ -13,20 +13,8 @@ from lingrad.errors import ExportError, ModeError, SpecError
 from lingrad.weights.layout import layout_of
 from tests.support.models import gap, gpt2, llama, text_batches, text_loss, train
 from tests.support.peft_models import CASES, bert, conv, images
-from tests.support.peft_runs import (
-    EXACT,
-    MODES,
-    ROOT,
-    SIDES,
-    SPECS,
-    left_in,
-    llama_run,
-    merged_by_peft,
-    peft,
-    run_of,
-    slow,
-    weights_of,
-)
+from tests.support.peft_runs import EXACT, MODES, ROOT, SIDES, SPECS, left_in, llama_run, merged_by_peft, peft, run_of, slow
+from tests.support.runs import weights_of
 
 
 class TestWhatPeftMakesOfIt:
@@ -181,11 +169,11 @@ class TestWhatPeftMakesOfIt:
 
     def test_the_old_name_of_start(self, tmp_path):
         _, opt = llama_run()
-        with pytest.warns(DeprecationWarning, match=r"lingrad.peft.export\(base=...\) is deprecated; use start=") as caught:
+        with pytest.warns(DeprecationWarning, match="base of lingrad.peft.export is deprecated; use start") as caught:
             report = bridge.export(opt, tmp_path / "a", base=llama(), quiet=True)
         assert report.start == "the start given"
         assert caught[0].filename == __file__
-        with pytest.raises(SpecError, match="got start and base, which is its old name; leave base out"):
+        with pytest.raises(SpecError, match="got base, which is now called start, and start; leave base out"):
             bridge.export(opt, tmp_path / "b", base=llama(), start=llama(), quiet=True)
         assert not (tmp_path / "b").exists()
 

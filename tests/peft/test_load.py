@@ -10,7 +10,8 @@ from lingrad import peft as bridge
 from lingrad.errors import DualityError, SpecError
 from tests.support.models import gap, llama, text_batches, text_loss, train
 from tests.support.peft_models import CASES
-from tests.support.peft_runs import EXACT, merged_by_peft, peft, run_of, weights_of
+from tests.support.peft_runs import EXACT, merged_by_peft, peft, run_of
+from tests.support.runs import weights_of
 
 
 def lora(path, build, frozen=None, seed=3, **config):

@@ -11,14 +11,8 @@ from lingrad import peft as bridge
 from lingrad.errors import DataError, DependencyError, ExportError, ModeError
 from tests.support.models import gap, llama, text_batches, train
 from tests.support.peft_models import CASES
-from tests.support.peft_runs import (
-    EXACT,
-    left_in,
-    llama_run,
-    merged_by_peft,
-    peft,
-    weights_of,
-)
+from tests.support.peft_runs import EXACT, left_in, llama_run, merged_by_peft, peft
+from tests.support.runs import weights_of
 
 
 class _Own(nn.Linear):

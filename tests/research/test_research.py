@@ -224,10 +224,10 @@ class TestReport:
 
 
 def test_plans():
-    methods = plans.demo_methods()
+    methods = plans.demo_entries()
     assert len({m.label for m in methods}) == len(methods)
     twins, short = plans.in_float64(methods, plans.Setup())
-    assert [m.spec for m in twins] == ["svd(rank=64, every=6)"] * 4
+    assert [m.rules for m in twins] == ["svd(rank=64, every=6)"] * 4
     assert short.steps == 30
     assert plans.refreshing("kron(left=svd(rank=4), right=svd(rank=4))", 6) == (
         "kron(left=svd(rank=4, every=6), right=svd(rank=4, every=6))"

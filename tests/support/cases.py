@@ -1,8 +1,10 @@
 """The combinations that tests run over, made from the registries, so that a new transform or base is in them by itself."""
 
 import dataclasses
+import functools
 import itertools
-from typing import Literal, get_origin
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple, get_origin
 
 import torch
 
@@ -98,69 +100,119 @@ def rotates(base, options):
     return True
 
 
+class Tolerance(NamedTuple):
+    """The largest relative difference of any weight that may be left between the modes, and why it may be as large."""
+
+    value: float
+    reason: str
+
+
+EXACT = Tolerance(1e-12, "the modes add up in another order: 1e-16 a step, amplified by the inverse of singular gaps")
+SINGLE = Tolerance(5e-5, "the same in float32: 1e-7 a step")
+BFLOAT16 = Tolerance(2e-2, "a weight is rounded to 2^-8 at each merge: at every step, or at each refresh")
+SIGNS = Tolerance(
+    1e-2, "S^T G of both-sided singular vectors is diagonal but for rounding, and lion steps by each entry's sign"
+)
+CODES = Tolerance(1e-2, "moments of 8 bits: rounding that crosses an edge comes back as up to 1 % of an entry's step")
+MUON = Tolerance(1e-3, "muon orthogonalises in bfloat16")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Case:
+    """One combination of the matrix: three runs of it, optimizer mode, adapter mode and switching, must give the same weights.
+
+    ``rules`` is a config string with {side} where it has one; ``options`` are those of the base, lr included; ``clip`` is the
+    norm to clip gradients to, or None.
+    """
+
+    rules: str
+    side: str = "short"
+    carry: str = "keep"
+    base: str = "adamw"
+    options: Mapping[str, Any] = dataclasses.field(default_factory=lambda: {"lr": 1e-2})
+    clip: float | None = None
+
+    @property
+    def axes(self):
+        """What a case is a combination of; a base counts together with its options."""
+        return self.rules, self.side, self.carry, (self.base, self.options), self.clip
+
+    @property
+    def spec(self):
+        """The config string for this side."""
+        return self.rules.format(side=self.side)
+
+    @property
+    def label(self):
+        """A test's name."""
+        given = ",".join(f"{key}={value}" for key, value in self.options.items() if key != "lr")
+        return f"{self.spec}-{self.base}{f'({given})' if given else ''}-{self.carry}{'-clip' if self.clip else ''}"
+
+    def tolerance(self, dtype=torch.float64):
+        """How far the modes may be apart in this dtype."""
+        if dtype == torch.bfloat16:
+            return BFLOAT16
+        if (self.base, self.carry, self.side) == ("lion", "reset", "both") and not self.rules.startswith("random("):
+            return SIGNS
+        if self.base == "adamw8bit":
+            return CODES
+        if self.base == "muon":
+            return MUON
+        return EXACT if dtype == torch.float64 else SINGLE
+
+    def run(self, dtype=torch.float64):
+        """The largest gap of seven steps on every kind of weight: refreshes in steps 0, 3 and 6, switches before 2 and 5."""
+        options = {"weight_decay": 0.1, "scale": 0.25, "carry": self.carry, **self.options}
+        if dtype == torch.bfloat16:
+            options["lr"] /= 10
+        return assert_dual(
+            self.spec.replace("every=7", "every=3").replace("every=5", "every=2"),
+            self.base,
+            build=lambda: zoo(dtype),
+            batches=token_batches(7),
+            tolerance=self.tolerance(dtype).value,
+            clip=self.clip,
+            **options,
+        )
+
+
+@functools.cache
 def all_cases():
-    """(config string, side, carry, base and options, clip): the whole product, without what is refused or the same."""
-    for text, side, carry, base, clip in itertools.product(variants(), SIDES, CARRIES, base_options(), CLIPS):
-        if "{side}" not in text and side != "short":
+    """The whole product, without what is refused or the same."""
+    return tuple(_product())
+
+
+def _product():
+    for rules, side, carry, (base, options), clip in itertools.product(variants(), SIDES, CARRIES, base_options(), CLIPS):
+        if "{side}" not in rules and side != "short":
             continue
-        if carry == "rotate" and not rotates(*base):
+        if carry == "rotate" and not rotates(base, options):
             continue
         # without alignment the signs of singular vectors are decided by rounding, and moments that are carried refer to them
-        if "align=false" in text and carry != "reset":
+        if "align=false" in rules and carry != "reset":
             continue
-        yield text, side, carry, base, clip
+        yield Case(rules=rules, side=side, carry=carry, base=base, options=options, clip=clip)
 
 
-def covering(cases, size):
-    """A small part of some cases in which every ``size`` of values that they have together stand in at least one."""
-    cases = list(cases)
-    keys = [[(i, repr(value)) for i, value in enumerate(case)] for case in cases]
+def covering(combinations, size, axes=tuple):
+    """A small part of some combinations in which every ``size`` of values that they have together stand in at least one.
+
+    ``axes`` gives the values of a combination.
+    """
+    combinations = list(combinations)
+    keys = [[(i, repr(value)) for i, value in enumerate(axes(found))] for found in combinations]
     tuples = [frozenset(itertools.combinations(key, size)) for key in keys]
     missing = set().union(*tuples)
     chosen = []
-    order = sorted(range(len(cases)), key=lambda i: (i * 7919) % len(cases))  # spread, but the same at every run
+    order = sorted(range(len(combinations)), key=lambda i: (i * 7919) % len(combinations))  # spread, but the same at every run
     for wanted in range(len(tuples[0]), 0, -1):
         for i in order:
             if len(tuples[i] & missing) >= wanted:
-                chosen.append(cases[i])
+                chosen.append(combinations[i])
                 missing -= tuples[i]
     return chosen
 
 
-def tolerance(case, dtype):
-    """The largest relative difference of any weight that a case may leave between the modes, and why."""
-    text, side, carry, (base, _), _ = case
-    if dtype == torch.bfloat16:
-        return 2e-2  # a weight is rounded to 2^-8 at each merge: at every step, or at each refresh
-    if base == "lion" and carry == "reset" and side == "both" and not text.startswith("random("):
-        return 1e-2  # S^T G of both-sided singular vectors is diagonal but for rounding, and lion steps by each entry's sign
-    if base == "adamw8bit":
-        return 1e-2  # moments of 8 bits: rounding that crosses an edge comes back as up to 1 % of an entry's step
-    if base == "muon":
-        return 1e-3  # orthogonalises in bfloat16: the same
-    return 1e-12 if dtype == torch.float64 else 5e-5
-
-
-def run(case, dtype=torch.float64):
-    """Three runs of a case on every kind of weight: refreshes in steps 0, 3 and 6, switches before 2 and 5; the largest gap."""
-    text, side, carry, (base, options), clip = case
-    text = text.format(side=side).replace("every=7", "every=3").replace("every=5", "every=2")
-    options = {"weight_decay": 0.1, "scale": 0.25, "carry": carry, **options}
-    if dtype == torch.bfloat16:
-        options["lr"] /= 10
-    return assert_dual(
-        text,
-        base,
-        build=lambda: zoo(dtype),
-        batches=token_batches(7),
-        tolerance=tolerance(case, dtype),
-        clip=clip,
-        **options,
-    )
-
-
-def label(case):
-    """A test's name."""
-    text, side, carry, (base, options), clip = case
-    given = ",".join(f"{key}={value}" for key, value in options.items() if key != "lr")
-    return f"{text.format(side=side)}-{base}{f'({given})' if given else ''}-{carry}{'-clip' if clip else ''}"
+def covering_cases(size):
+    """The small part of `all_cases` in which all ``size`` axes meet."""
+    return covering(all_cases(), size, axes=lambda case: case.axes)

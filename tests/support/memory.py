@@ -20,10 +20,10 @@ LINGRAD = {
 }
 
 METHODS = {
-    "sgd": memory.Full("sgd", {"momentum": 0.9}),
-    "adamw, loop": memory.Full("adamw", {"foreach": False, "fused": False}),
-    "adamw, foreach": memory.Full("adamw", {"foreach": True}),
-    "adamw, fused": memory.Full("adamw"),
+    "sgd": memory.FullRank("sgd", {"momentum": 0.9}),
+    "adamw, loop": memory.FullRank("adamw", {"foreach": False, "fused": False}),
+    "adamw, foreach": memory.FullRank("adamw", {"foreach": True}),
+    "adamw, fused": memory.FullRank("adamw"),
     "lora": memory.Lora(8),
     "lora, one side frozen": memory.Lora(8, one_sided=True),
     "galore_torch": memory.GaloreTorch(16),

@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import nn
 
-from lingrad import GradientBasis, LinearMap
+from lingrad import LinearMap, SideTransform
 from lingrad.maps import KroneckerMap
 from lingrad.testing.oracles import assert_adjoint, assert_dual, assert_reads_only_gradients
 from lingrad.testing.training import every_kind
-from lingrad.transforms import Bases, Random
+from lingrad.transforms import Random
 from tests.maps.test_maps import MAPS, M, N
 
 
@@ -92,15 +92,14 @@ def test_bases():
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Restless(GradientBasis):
+class Restless(SideTransform):
     """Its bases depend on how often it was called: no two runs are alike."""
 
     calls = 0
 
-    def bases(self, grad, old, when):
+    def basis(self, seen, old, when):
         type(self).calls += 1
-        generator = torch.Generator().manual_seed(type(self).calls)
-        return Bases(*(b if b is None else torch.randn(b.shape, generator=generator, dtype=b.dtype) for b in old))
+        return torch.randn(old.shape, generator=torch.Generator().manual_seed(type(self).calls), dtype=old.dtype)
 
 
 Restless.name = "restless"

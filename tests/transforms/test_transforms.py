@@ -8,7 +8,7 @@ import torch
 from lingrad.config import spec
 from lingrad.errors import ShapeError
 from lingrad.gradients.local import DenseGradient, FactoredGradient
-from lingrad.transforms import PCA, SVD, Bases, Power, Random, When
+from lingrad.transforms import PCA, SVD, Power, Random, Sides, When
 from lingrad.transforms.linalg import align_signs, derive_seed, gaussian, orthonormalize
 from lingrad.transforms.pca import objective_grad
 from tests.support.cases import SIDES, SPECS
@@ -203,7 +203,7 @@ def test_signs_follow_the_old_basis():
     grad = DenseGradient(matrix((12, 7)))
     transform = SVD(rank=3, side="both")
     state = refresh(transform, started(transform, (12, 7)), grad, 0)
-    flipped = Bases(-state.left, -state.right)
+    flipped = Sides(-state.left, -state.right)
     for before in (state, flipped):
         after = refresh(transform, before, grad, 7)
         torch.testing.assert_close(after.left, before.left, rtol=0, atol=1e-12)

@@ -405,7 +405,7 @@ class TestState:
         held = {t.untyped_storage()._cdata: t for t, what in optimizer.held() if what == "weight"}
         sizes = {t.untyped_storage()._cdata: t.nbytes for i in (0, 2) for t in packed_of(model[i], "w").tensors()}
         assert {key: t.nbytes for key, t in held.items()} == sizes
-        ledger = memory.ledger(model_of(kind), rules("svd(rank=8, every=3)"), "adamw", "adapter", lr=1e-2)
+        ledger = memory.estimate(model_of(kind), rules("svd(rank=8, every=3)"), "adamw", "adapter", lr=1e-2)
         rows = {row.name: row for row in ledger.rows}
         assert rows["0.weight"].weight + rows["2.weight"].weight == sum(sizes.values())
         for sub, name in zip(optimizer.subspaces, ("0.weight", "2.weight"), strict=True):

@@ -5,20 +5,15 @@ the coordinates are entries of the weight itself. Once this package is installed
 string.
 """
 
-from dataclasses import dataclass
-from typing import final
-
 import torch
+from torch import Tensor
 
-import lingrad
-from lingrad import Gradient, GradientBasis
-from lingrad.transforms import Bases, When
+from lingrad import Gradient, SideTransform, register
+from lingrad.transforms import When
 
 
-@lingrad.register("topnorm")
-@final
-@dataclass(frozen=True, kw_only=True)
-class TopNorm(GradientBasis):
+@register("topnorm")
+class TopNorm(SideTransform):
     """The unit vectors of the ``rank`` rows (or columns) with the largest gradient norm.
 
     Args:
@@ -27,14 +22,8 @@ class TopNorm(GradientBasis):
 
     power: float = 2.0
 
-    def bases(self, grad: Gradient, old: Bases, when: When) -> Bases:
-        """Choose rows for a left basis, columns for a right one; a side without a basis stays None."""
-        matrix = grad.dense()
-        return Bases(self._choose(matrix, old.left), self._choose(matrix.t(), old.right))
-
-    def _choose(self, matrix: torch.Tensor, old: torch.Tensor | None) -> torch.Tensor | None:
-        if old is None:
-            return None
-        norms = torch.linalg.vector_norm(matrix, ord=self.power, dim=1)
+    def basis(self, seen: Gradient, old: Tensor, when: When) -> Tensor:
+        """Choose among the rows of ``seen``: those of the weight for a left basis, its columns for a right one."""
+        norms = torch.linalg.vector_norm(seen.dense(), ord=self.power, dim=1)
         rows = norms.topk(old.shape[1]).indices.sort().values
-        return torch.nn.functional.one_hot(rows, len(matrix)).t().to(old.dtype)
+        return torch.nn.functional.one_hot(rows, len(norms)).t().to(old.dtype)

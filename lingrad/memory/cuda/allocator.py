@@ -1,17 +1,16 @@
-"""A model of the allocator that PyTorch puts between tensors and the memory of a GPU, for one stream.
+"""A model of PyTorch's CUDA caching allocator, for one stream.
 
 The rules are those of ``c10::cuda::CUDACachingAllocator`` with its default settings. Sizes are rounded up to 512 B. Requests
-of at most 1 MiB share the small pool, the others the large one. A request takes the smallest free block of its pool that
-holds it, of these the one at the lowest address, and what is left over becomes a block again where it is worth it; a freed
-block is joined with its free neighbours. Where no block fits, the device is asked for a segment, and segments are kept when
-they are empty. Only when the device has no more are the empty ones given back.
+of at most 1 MiB use the small pool, others the large pool. A request gets the smallest free block of its pool that is large
+enough; among equal ones, that at the lowest address. A remainder that is large enough is split off as a new block; a freed
+block is merged with its free neighbours. If no block fits, a segment is requested from the device. Empty segments are cached;
+they are returned only when the device has no memory left.
 
-With ``expandable`` (``expandable_segments:True``) each pool has one segment that grows: addresses are plenty, and memory is
-mapped to them in granules of 2 MiB (small pool) or 20 MiB (large pool). Any granule that no live block touches can be given
-back, wherever it lies.
+With ``expandable`` (``expandable_segments:True``) each pool has one segment that grows: its address range is larger than any
+device, and memory is mapped to it in granules of 2 MiB (small pool) or 20 MiB (large pool). Every granule that no live block
+overlaps can be returned.
 
-The allocator would first give back single blocks above ``max_split_size``, but without that setting, which is the default,
-there are none; the same holds for its garbage collection.
+Not modelled, because they do nothing in the default settings: ``max_split_size``, and the garbage collection of the allocator.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from dataclasses import dataclass
 
 from lingrad.errors import ModeError, SpecError
 from lingrad.memory.cuda.blocks import (
-    DRIVER_PIECE,
+    DRIVER_CHUNK,
     MIN_BLOCK,
     OWN_SEGMENT,
     OWN_SEGMENT_STEP,
@@ -45,18 +44,18 @@ class CachingAllocator:
     """The allocator; see the module.
 
     Args:
-        capacity: Bytes the device has for it; None for as many as it takes.
+        capacity: Bytes of memory of the device; None for no limit.
         expandable: Whether segments are expandable.
 
     Attributes:
-        requested: Bytes of the live blocks, as they were asked for.
+        requested: Bytes of the live blocks as requested.
         allocated: Bytes of the live blocks: what ``torch.cuda.memory_allocated`` reports.
         reserved: Bytes taken from the device: what ``torch.cuda.memory_reserved`` reports.
-        peak_requested: The most ``requested`` ever was.
-        peak_allocated: The most ``allocated`` ever was.
-        peak_reserved: The most ``reserved`` ever was.
-        retries: How often the device had no more and the cache was given back: torch's ``num_alloc_retries``.
-        calls: All that the device was made to do, in order.
+        peak_requested: Peak of ``requested``.
+        peak_allocated: Peak of ``allocated``.
+        peak_reserved: Peak of ``reserved``.
+        retries: How often the device had no memory left and the cache was emptied: torch's ``num_alloc_retries``.
+        calls: All calls to the device, in order.
     """
 
     def __init__(self, *, capacity: int | None = None, expandable: bool = False) -> None:
@@ -68,7 +67,7 @@ class CachingAllocator:
         self._small, self._large = Pool(small=True), Pool(small=False)
         self._heads: dict[int, Block] = {}  # the first block of every segment, by address
         self._lowest_address = SPAN
-        self._holes: list[tuple[int, int]] = []  # (address, size): what segments left of the driver's pieces
+        self._holes: list[tuple[int, int]] = []  # (address, size): room left in the driver's chunks
         if expandable:
             for start, pool in ((SPAN, self._small), (2 * SPAN, self._large)):
                 self._heads[start] = Block(pool, start, SPAN, mapped=False)
@@ -80,17 +79,17 @@ class CachingAllocator:
         return sum(call.action in (SEGMENT_ALLOC, SEGMENT_MAP) for call in self.calls)
 
     def malloc(self, nbytes: int) -> Block:
-        """Hand out memory.
+        """Allocate a block.
 
         Args:
-            nbytes: Bytes; at least 1, as torch does not ask for storages without bytes.
+            nbytes: Bytes; at least 1, since torch does not allocate empty storages.
 
         Returns:
             The block.
 
         Raises:
-            SpecError: There is nothing to hand out.
-            OutOfMemory: The capacity does not suffice. What was handed out before stays so.
+            SpecError: ``nbytes`` is less than 1.
+            OutOfMemory: The capacity is too small. Earlier blocks stay allocated.
         """
         if nbytes < 1:
             raise SpecError(f"a block has at least 1 byte, not {nbytes}", option="nbytes")
@@ -98,8 +97,8 @@ class CachingAllocator:
         pool = self._small if size <= SMALL_REQUEST else self._large
         block = pool.best_fit(size) or self._grow(pool, size)
         pool.take(block)
-        rest = block.size - size
-        if rest >= MIN_BLOCK if pool.small or self.expandable else rest > SMALL_REQUEST:
+        remainder = block.size - size
+        if remainder >= MIN_BLOCK if pool.small or self.expandable else remainder > SMALL_REQUEST:
             pool.put(block.cut(size))
         block.requested = nbytes
         self.requested += nbytes
@@ -109,10 +108,10 @@ class CachingAllocator:
         return block
 
     def free(self, block: Block) -> None:
-        """Take memory back.
+        """Free a block.
 
         Args:
-            block: What `malloc` returned.
+            block: A block that `malloc` returned.
 
         Raises:
             ModeError: It is free already.
@@ -125,7 +124,7 @@ class CachingAllocator:
         block.pool.put(block.join())
 
     def empty_cache(self) -> None:
-        """Give back to the device all that no live block holds fast, as ``torch.cuda.empty_cache`` does."""
+        """Return to the device all memory that no live block needs, as ``torch.cuda.empty_cache`` does."""
         for pool in (self._large, self._small):
             for block in [pool.at[address] for _, address in pool.free]:
                 if self.expandable:
@@ -136,7 +135,7 @@ class CachingAllocator:
                     self._call(SEGMENT_FREE, block.address, block.size)
 
     def segments(self) -> list[list[Block]]:
-        """The blocks of every segment in the order of addresses; of an expandable segment, of every part that is mapped."""
+        """The blocks of every segment by address; an expandable segment counts as one for each contiguous mapped part."""
         runs: list[list[Block]] = []
         for address in sorted(self._heads):
             block: Block | None = self._heads[address]
@@ -151,7 +150,7 @@ class CachingAllocator:
         return runs
 
     def _grow(self, pool: Pool, size: int) -> Block:
-        """A free block of at least ``size`` bytes, shelved, with memory from the device."""
+        """A free block of at least ``size`` bytes, in the pool, with new memory from the device."""
         obtain = self._extend if self.expandable else self._new_segment
         block = obtain(pool, size)
         if block is None:
@@ -169,21 +168,21 @@ class CachingAllocator:
         nbytes = pool.granule if size < OWN_SEGMENT else round_up(size, OWN_SEGMENT_STEP)
         if not self._has(nbytes):
             return None
-        block = Block(pool, self._place(nbytes), nbytes)
+        block = Block(pool, self._address_for(nbytes), nbytes)
         self._heads[block.address] = block
         self._call(SEGMENT_ALLOC, block.address, nbytes)
         pool.put(block)
         return block
 
-    def _place(self, nbytes: int) -> int:
-        """Where a driver puts a segment, which decides between blocks that fit equally well."""
+    def _address_for(self, nbytes: int) -> int:
+        """The address at which the driver puts a segment; it decides between free blocks of one size."""
         for number, (address, size) in enumerate(self._holes):
             if size >= nbytes:
                 self._holes[number : number + 1] = [(address + nbytes, size - nbytes)] if size > nbytes else []
                 return address
-        self._lowest_address -= round_up(nbytes, DRIVER_PIECE)
-        if nbytes % DRIVER_PIECE:
-            self._holes.insert(0, (self._lowest_address + nbytes, -nbytes % DRIVER_PIECE))
+        self._lowest_address -= round_up(nbytes, DRIVER_CHUNK)
+        if nbytes % DRIVER_CHUNK:
+            self._holes.insert(0, (self._lowest_address + nbytes, -nbytes % DRIVER_CHUNK))
         return self._lowest_address
 
     def _extend(self, pool: Pool, size: int) -> Block | None:
@@ -193,7 +192,7 @@ class CachingAllocator:
         return block
 
     def _map(self, hole: Block | None, nbytes: int) -> Block | None:
-        """Put memory behind the first bytes of a hole, or all; the free block they are part of is returned, shelved."""
+        """Map memory to the first bytes of a hole, or to all of it; returns the free block with these bytes, in the pool."""
         if hole is None or not self._has(nbytes := round_up(min(nbytes, hole.size), hole.pool.granule)):
             return None
         hole.pool.take(hole)
@@ -206,7 +205,7 @@ class CachingAllocator:
         return whole
 
     def _unmap(self, block: Block) -> None:
-        """Give back the granules that lie wholly inside a free block."""
+        """Return the granules that lie entirely inside a free block."""
         pool = block.pool
         start = round_up(block.address, pool.granule)
         end = (block.address + block.size) // pool.granule * pool.granule
@@ -234,16 +233,16 @@ class CachingAllocator:
 
 @dataclass(frozen=True)
 class Replayed:
-    """What an allocator made of a log.
+    """The result of replaying a log through the allocator.
 
     Args:
-        requested: Peak of the bytes asked for.
-        allocated: Peak of the bytes handed out: what ``torch.cuda.max_memory_allocated`` would report.
+        requested: Peak of the bytes requested.
+        allocated: Peak of the bytes of live blocks: what ``torch.cuda.max_memory_allocated`` would report.
         reserved: Peak of the bytes taken from the device: what ``torch.cuda.max_memory_reserved`` would report.
-        segments: How often the device was asked for memory and gave it.
-        retries: How often it had none left, and the cache was given back.
-        fits: Whether the capacity sufficed; where not, the other figures are those up to the failure.
-        failure: What did not fit.
+        segments: How often the device gave memory.
+        retries: How often it had none left and the cache was emptied.
+        fits: Whether the capacity is large enough; if not, the other figures are those up to the failure.
+        failure: The message of the request that did not fit; None if all did.
     """
 
     requested: int
@@ -256,13 +255,13 @@ class Replayed:
 
 
 def replay(log: Log, *, capacity: int | None = None, expandable: bool = False, preload: Sequence[int] = ()) -> Replayed:
-    """Put a log's events through the allocator.
+    """Replay a log's events through the allocator.
 
     Args:
-        log: The log: first what was there before, then what happened.
-        capacity: Bytes the device has for it; None for as many as it takes.
+        log: The log.
+        capacity: Bytes of memory of the device; None for no limit.
         expandable: Whether segments are expandable.
-        preload: Bytes of blocks that are there from first to last beside the log, such as the workspaces of kernels.
+        preload: Bytes of blocks that are not in the log and live throughout, such as the workspaces of kernels.
 
     Returns:
         The peaks, and whether it fits.

@@ -1,4 +1,4 @@
-"""What CUDA's allocator is made of: blocks that tile segments, and the pools that keep the free ones in order."""
+"""The parts of CUDA's caching allocator: blocks, which tile segments, and pools, which keep the free blocks sorted."""
 
 from __future__ import annotations
 
@@ -12,24 +12,25 @@ from lingrad.memory.units import readable
 
 MIB = 1 << 20
 MIN_BLOCK = 512
-SMALL_REQUEST = MIB  # the largest request of the small pool, and the largest rest the large pool leaves in a block
+SMALL_REQUEST = MIB  # the largest request of the small pool, and the largest remainder that the large pool does not split off
 SMALL_SEGMENT = 2 * MIB
 LARGE_SEGMENT = 20 * MIB
-OWN_SEGMENT = 10 * MIB  # from here on a request gets a segment of its own size
+OWN_SEGMENT = 10 * MIB  # a request of at least this size gets a segment of its own size
 OWN_SEGMENT_STEP = 2 * MIB
 
-# Seen on an H100 with CUDA 13: cudaMalloc cuts segments off pieces of a multiple of this, each piece below the last, and
-# looks for room in the pieces it has at the lowest address first.
-DRIVER_PIECE = 32 * MIB
+# Observed on an H100 with CUDA 13: cudaMalloc cuts segments off chunks whose size is a multiple of this. Each new chunk lies
+# below the last one, and room in existing chunks is used first, the lowest address first.
+DRIVER_CHUNK = 32 * MIB
 
-# A multiple of both granules, and more than any device has: where a pool's addresses begin, and how many it has.
+# The address range of a pool starts at a multiple of this and has this length: a multiple of both granules, larger than any
+# device's memory.
 SPAN = LARGE_SEGMENT << 20
 
 SEGMENT_ALLOC, SEGMENT_FREE, SEGMENT_MAP, SEGMENT_UNMAP = "segment_alloc", "segment_free", "segment_map", "segment_unmap"
 
 
 class DeviceCall(NamedTuple):
-    """What the allocator had the device do, in the words of torch's snapshots, with how many bytes, and where."""
+    """A call to the device: the action as torch's snapshots name it, the address, and the size in bytes."""
 
     action: str
     address: int
@@ -37,21 +38,21 @@ class DeviceCall(NamedTuple):
 
 
 class OutOfMemory(LingradError):  # noqa: N818 - named as torch's own message begins
-    """The device has no memory left for a request, though all that could be given back was."""
+    """The device has no memory left for a request, even after the cache was emptied."""
 
 
 @dataclass(slots=True, eq=False)
 class Block:
-    """A range of addresses, one of those that a segment is made of.
+    """A range of addresses; blocks tile a segment.
 
     Args:
         pool: The pool it belongs to.
         address: Its first byte.
         size: Bytes.
-        mapped: Whether there is memory behind the addresses; always so outside expandable segments.
-        requested: Bytes asked for while it is live; 0 while it is free.
-        previous: The block below in the segment, if any.
-        next: The block above in the segment, if any.
+        mapped: Whether the addresses are backed by memory; always true outside expandable segments.
+        requested: Bytes requested while it is live; 0 while it is free.
+        previous: The next lower block of the segment, if any.
+        next: The next higher block of the segment, if any.
     """
 
     pool: Pool = field(repr=False)
@@ -64,31 +65,31 @@ class Block:
 
     @property
     def live(self) -> bool:
-        """Whether it is handed out."""
+        """Whether it is in use."""
         return self.requested > 0
 
     def cut(self, size: int) -> Block:
-        """Keep the lower ``size`` bytes; the rest is a new block, in the same state, and returned."""
-        rest = Block(self.pool, self.address + size, self.size - size, self.mapped, previous=self, next=self.next)
-        if rest.next is not None:
-            rest.next.previous = rest
-        self.next, self.size = rest, size
-        return rest
+        """Split off everything above the lower ``size`` bytes; the new block, in the same state, is returned."""
+        upper = Block(self.pool, self.address + size, self.size - size, self.mapped, previous=self, next=self.next)
+        if upper.next is not None:
+            upper.next.previous = upper
+        self.next, self.size = upper, size
+        return upper
 
     def join(self) -> Block:
-        """Take in the free neighbours in the same state, which leave their pool's shelves; the whole is returned."""
+        """Merge with the free neighbours in the same state, which leave their pool's lists; the merged block is returned."""
         lowest = self
-        if self.previous is not None and self.previous.like(self):
+        if self.previous is not None and self.previous.mergeable(self):
             lowest = self.previous
             self.pool.take(lowest)
-            lowest._absorb(self)  # the lowest block lives on, so that a segment's first block stays the same object
-        if lowest.next is not None and lowest.next.like(lowest):
+            lowest._absorb(self)  # the lowest block survives, so that a segment's first block stays the same object
+        if lowest.next is not None and lowest.next.mergeable(lowest):
             self.pool.take(lowest.next)
             lowest._absorb(lowest.next)
         return lowest
 
-    def like(self, other: Block) -> bool:
-        """Whether it is free, and mapped or not as the other is."""
+    def mergeable(self, other: Block) -> bool:
+        """Whether it is free, and mapped exactly if the other is."""
         return not self.live and self.mapped == other.mapped
 
     def _absorb(self, above: Block) -> None:
@@ -101,41 +102,41 @@ class Pool:
     """The free and the unmapped blocks of one kind of request.
 
     Args:
-        small: Whether it serves the requests of at most 1 MiB.
+        small: Whether it is the pool for requests of at most 1 MiB.
     """
 
     def __init__(self, small: bool) -> None:
         self.small = small
         self.granule = SMALL_SEGMENT if small else LARGE_SEGMENT
-        self.free: list[tuple[int, int]] = []  # (size, address): in the order of best fit
+        self.free: list[tuple[int, int]] = []  # (size, address), sorted: the order of best fit
         self.unmapped: list[tuple[int, int]] = []  # (0, address)
-        self.at: dict[int, Block] = {}  # both kinds, by address
+        self.at: dict[int, Block] = {}  # free and unmapped blocks, by address
 
     def put(self, block: Block) -> None:
-        """Shelve a block."""
+        """Add a free or unmapped block."""
         insort(self.free if block.mapped else self.unmapped, (block.size if block.mapped else 0, block.address))
         self.at[block.address] = block
 
     def take(self, block: Block) -> None:
-        """Take a block off its shelf."""
-        shelf = self.free if block.mapped else self.unmapped
-        del shelf[bisect_left(shelf, (block.size if block.mapped else 0, block.address))]
+        """Remove a block."""
+        blocks = self.free if block.mapped else self.unmapped
+        del blocks[bisect_left(blocks, (block.size if block.mapped else 0, block.address))]
         del self.at[block.address]
 
     def best_fit(self, size: int) -> Block | None:
-        """The free block that a request of ``size`` bytes takes, still shelved, or None."""
+        """The free block for a request of ``size`` bytes, or None; it stays in the pool."""
         start = bisect_left(self.free, (size, 0))
         best = None
         for _, address in islice(self.free, start, None):
             block = self.at[address]
-            # the end of an expandable segment counts with all it can grow to, so that it is taken last
+            # the last block of an expandable segment counts with all it can grow to, so that it is used last
             if best is not None and _room(block) >= _room(best):
                 break
             best = block
         return best
 
     def lowest_fit(self, size: int) -> Block:
-        """The first of the free and unmapped blocks, at the lowest address, that make up ``size`` bytes together."""
+        """The lowest block of a run of free and unmapped blocks that hold ``size`` bytes together. Raises `OutOfMemory`."""
         for _, address in self.unmapped:
             hole = self.at[address]
             first = hole if hole.previous is None or hole.previous.live else hole.previous
@@ -147,7 +148,7 @@ class Pool:
                 block = block.next
             if room >= size:
                 return first
-        raise OutOfMemory(f"Out of addresses: no device has the {readable(size)} requested.")
+        raise OutOfMemory(f"Out of addresses: no device has the requested {readable(size)}.")
 
 
 def round_up(nbytes: int, step: int) -> int:
@@ -156,5 +157,5 @@ def round_up(nbytes: int, step: int) -> int:
 
 
 def _room(block: Block) -> int:
-    """What a free block can grow to: itself and the addresses without memory right above it."""
+    """The size a free block can grow to: its own and that of the unmapped block right above it."""
     return block.size + (block.next.size if block.next is not None and not block.next.mapped else 0)

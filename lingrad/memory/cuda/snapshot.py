@@ -1,9 +1,9 @@
-"""A log in the form of ``torch.cuda.memory._snapshot()``, and what such a snapshot says of a run, simulated or real.
+"""Write a log in the format of ``torch.cuda.memory._snapshot()``, and read the peaks of such snapshots, simulated or real.
 
-A snapshot holds ``device_traces``, per device the events in order, and ``segments``, what the allocator held at the end. Event
-sizes are bytes asked for, as torch records them; the bytes of the block behind an event, which torch does not record, stand
-beside them as ``block_size``. Categories stand as ``user_metadata``, where a run on a GPU can put them too, and as
-``category``, by which torch's viewer colours.
+A snapshot has ``device_traces``, the events of each device in order, and ``segments``, the allocator's state at the end. Event
+sizes are bytes requested, as torch records them. The size of the block behind an event, which torch does not record, is added
+as ``block_size``. Categories are stored as ``user_metadata``, which a run on a GPU can set too, and as ``category``, by which
+torch's viewer chooses colours.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ Event = Mapping[str, Any]
 
 MADE, GONE = "alloc", "free_completed"
 TAKEN, RETURNED = ("segment_alloc", "segment_map"), ("segment_free", "segment_unmap")
-LIVE_STATES = "active"  # a state that begins so is live: allocated, or freed while another stream still reads it
-FOUND, UNTRACKED = "other", "untracked"  # for what was there before the history, and for what nobody named
+LIVE_STATES = "active"  # prefix of the states that are live: allocated, or freed while another stream still reads the block
+FOUND, UNTRACKED = "other", "untracked"  # existed before the history began; no category known
 
 
 class Peak(NamedTuple):
-    """The most memory a snapshot's history saw in use.
+    """The peaks of a snapshot's history.
 
     Args:
-        allocated: Bytes of live blocks, at their peak.
-        reserved: Bytes taken from the device, at their own peak.
-        breakdown: Category -> bytes when ``allocated`` was at its peak for the first time; they sum to it.
+        allocated: Peak of the bytes of live blocks.
+        reserved: Peak of the bytes taken from the device; it may be at another moment.
+        breakdown: Category -> bytes at the first peak of ``allocated``; sums to it.
     """
 
     allocated: int
@@ -45,12 +45,12 @@ class Peak(NamedTuple):
 
 
 def to_snapshot(log: Log, *, expandable: bool = False, preload: Sequence[int] = ()) -> dict[str, Any]:
-    """What torch would have recorded, had it allocated a log's storages.
+    """The snapshot that torch would have recorded if it had allocated a log's storages.
 
     Args:
         log: The log.
         expandable: Whether segments are expandable.
-        preload: Bytes of blocks that are there from first to last beside the log, such as the workspaces of kernels.
+        preload: Bytes of blocks that are not in the log and live throughout, such as the workspaces of kernels.
 
     Returns:
         The snapshot, of device 0 and stream 0. The time of an event is its number.
@@ -58,20 +58,20 @@ def to_snapshot(log: Log, *, expandable: bool = False, preload: Sequence[int] = 
     allocator = CachingAllocator(expandable=expandable)
     trace: list[dict[str, Any]] = []
     live: dict[int, tuple[Block, dict[str, Any]]] = {}
-    noted = 0
+    recorded = 0  # calls to the device
 
-    def note(action: str, address: int, size: int, labels: Event) -> None:
+    def record(action: str, address: int, size: int, labels: Event) -> None:
         trace.append({"action": action, "addr": address, "size": size, "stream": 0, "time_us": len(trace), **labels})
 
     def make(index: int, nbytes: int, labels: dict[str, Any]) -> None:
-        nonlocal noted
+        nonlocal recorded
         block = allocator.malloc(nbytes)
-        for call in allocator.calls[noted:]:
-            # the viewer needs one event of the category it gives to events without any
-            note(*call, labels | {"category": "unknown"})
-        noted = len(allocator.calls)
+        for call in allocator.calls[recorded:]:
+            # the viewer needs at least one event of its default category
+            record(*call, labels | {"category": "unknown"})
+        recorded = len(allocator.calls)
         live[index] = block, labels
-        note(MADE, block.address, nbytes, labels | {"block_size": block.size})
+        record(MADE, block.address, nbytes, labels | {"block_size": block.size})
 
     for number, nbytes in enumerate(preload):
         make(-1 - number, nbytes, _labels(Storage(-1 - number, nbytes, BEFORE, "", UNTRACKED)))
@@ -82,7 +82,7 @@ def to_snapshot(log: Log, *, expandable: bool = False, preload: Sequence[int] = 
         elif nbytes < 0:
             block, labels = live.pop(index)
             for action in ("free_requested", GONE):
-                note(action, block.address, block.requested, labels | {"block_size": block.size})
+                record(action, block.address, block.requested, labels | {"block_size": block.size})
             allocator.free(block)
     labels_at = {block.address: labels for block, labels in live.values()}
     return {
@@ -94,7 +94,7 @@ def to_snapshot(log: Log, *, expandable: bool = False, preload: Sequence[int] = 
 
 
 def _labels(storage: Storage) -> dict[str, Any]:
-    """What events and blocks say of a storage; the innermost frame first, as in a stack trace."""
+    """The labels of a storage in events and blocks; the innermost frame first, as in a stack trace."""
     frames = [{"name": storage.category, "filename": storage.phase, "line": storage.index}]
     if storage.op:
         frames.insert(0, {"name": storage.op, "filename": "operator", "line": 0})
@@ -133,26 +133,26 @@ def _segment(blocks: list[Block], labels_at: Mapping[int, Event], expandable: bo
 def read_snapshot(snapshot: Mapping[str, Any], device: int = 0) -> Peak:
     """The peaks of a snapshot.
 
-    The history may begin in the middle of a run: what was live then is found backwards, from what was live at the end. A
-    block counts until its free is completed. Where the size of a block is not known, it is the size asked for, rounded as the
-    allocator rounds; blocks it chose not to split are larger.
+    The history may begin in the middle of a run; what was live then is found backwards, from what is live at the end. A block
+    counts until its free is completed. If the size of a block is not known, the requested size is rounded up as the allocator
+    rounds it; a block that was not split may be larger.
 
     Args:
-        snapshot: What ``torch.cuda.memory._snapshot()`` returned, `to_snapshot` or `load_snapshot`.
-        device: The device's number.
+        snapshot: The result of ``torch.cuda.memory._snapshot()``, `to_snapshot` or `load_snapshot`.
+        device: The number of the device.
 
     Returns:
-        The peaks. A block without a category counts as ``untracked``, or as ``other`` where it was there before the history.
+        The peaks. A block without a category counts as ``untracked``, or as ``other`` if it is older than the history.
 
     Raises:
-        DataError: It is no snapshot, lacks what cannot be inferred, or does not know the device.
+        DataError: It is not a snapshot, is incomplete, or has no such device.
     """
     try:
         traces = snapshot.get("device_traces", ())
         trace = traces[device] if device < len(traces) else ()
         segments = [segment for segment in snapshot.get("segments", ()) if segment.get("device", 0) == device]
         if device >= len(traces) and not segments:
-            raise DataError(f"the snapshot says nothing of device {device}")
+            raise DataError(f"the snapshot has no device {device}")
         allocated, breakdown = _peak_of_blocks(trace, segments)
         return Peak(allocated, _peak_reserved(trace, segments), breakdown)
     except (AttributeError, KeyError, TypeError) as error:
@@ -161,7 +161,7 @@ def read_snapshot(snapshot: Mapping[str, Any], device: int = 0) -> Peak:
 
 def _peak_of_blocks(trace: Sequence[Event], segments: Iterable[Event]) -> tuple[int, dict[str, int]]:
     live = dict(_live_blocks(segments))
-    sizes: dict[int, int] = {}  # by the position of the event that made a block
+    sizes: dict[int, int] = {}  # by the position of the event that allocated a block
     for position in range(len(trace) - 1, -1, -1):
         event = trace[position]
         if event["action"] == MADE:
@@ -185,7 +185,7 @@ def _peak_of_blocks(trace: Sequence[Event], segments: Iterable[Event]) -> tuple[
             size, category = live.pop(event["addr"])
             by_category[category] -= size
             total -= size
-    order = {category: place for place, category in enumerate(CATEGORIES)}
+    order = {category: position for position, category in enumerate(CATEGORIES)}
     found = sorted(at_peak.items(), key=lambda item: (order.get(item[0], len(order)), item[0]))
     return peak, {category: size for category, size in found if size}
 
@@ -199,7 +199,7 @@ def _peak_reserved(trace: Iterable[Event], segments: Sequence[Event]) -> int:
             gained -= int(event["size"])
         lowest, highest = min(lowest, gained), max(highest, gained)
     before = sum(int(segment["total_size"]) for segment in segments) - gained
-    # without the segments of the end, the history alone says how much there must have been
+    # without the final segments, the history alone says how much there must have been
     return max(before, -lowest) + highest
 
 
@@ -208,7 +208,7 @@ def _live_blocks(segments: Iterable[Event]) -> Iterable[tuple[int, tuple[int, st
         address = segment["address"]
         for block in segment.get("blocks", ()):
             if block["state"].startswith(LIVE_STATES):
-                # older snapshots do not say where a block begins; blocks leave no gaps
+                # older snapshots have no addresses of blocks; blocks leave no gaps
                 yield block.get("address", address), (block["size"], _category(block, FOUND))
             address += block["size"]
 
@@ -222,25 +222,25 @@ def _category(event: Event, default: str) -> str:
 
 
 def write_snapshot(snapshot: Mapping[str, Any], path: str | Path) -> None:
-    """Write a snapshot for pytorch.org/memory_viz, whole or not at all.
+    """Write a snapshot for pytorch.org/memory_viz, atomically.
 
     Args:
         snapshot: The snapshot.
-        path: The file; replaced if it is there.
+        path: The file; replaced if it exists.
     """
     write_whole(Path(path), pickle.dumps(dict(snapshot)))
 
 
-class _Plain(pickle.Unpickler):  # noqa: S301 - it refuses all that could run code
-    """Reads numbers, strings, bytes and builtin containers; whatever else a pickle names is refused, not looked up."""
+class _InertUnpickler(pickle.Unpickler):  # noqa: S301 - it refuses everything that could run code
+    """Reads numbers, strings, bytes and builtin containers. Any class or function that the file names is refused."""
 
     @override
     def find_class(self, module: str, name: str, /) -> Any:
-        raise DataError(f"it holds a {module}.{name}, and a snapshot holds plain values only")
+        raise DataError(f"it contains {module}.{name}; a snapshot contains numbers, texts and containers only")
 
 
 def load_snapshot(path: str | Path) -> dict[str, Any]:
-    """Read a snapshot that torch or `write_snapshot` pickled, without running anything the file asks for.
+    """Read a snapshot pickled by torch or `write_snapshot`, without running any code that the file names.
 
     Args:
         path: The file.
@@ -249,18 +249,18 @@ def load_snapshot(path: str | Path) -> dict[str, Any]:
         The snapshot.
 
     Raises:
-        DataError: The file is damaged, or holds other things than plain values.
+        DataError: The file is damaged, or contains more than numbers, texts and containers.
         OSError: It cannot be read.
     """
     with Path(path).open("rb") as file:
         found = _read(file, path)
     if not isinstance(found, dict):
-        raise DataError(f"{path} is not a memory snapshot of torch: it holds a {type(found).__name__}, not a dict")
+        raise DataError(f"{path} is not a memory snapshot of torch: it contains a {type(found).__name__}, not a dict")
     return found
 
 
 def _read(file: IO[bytes], path: str | Path) -> object:
     try:
-        return _Plain(file).load()
-    except Exception as error:  # a damaged pickle can raise nearly anything
+        return _InertUnpickler(file).load()
+    except Exception as error:  # a damaged pickle may raise any exception
         raise DataError(f"{path} is not a memory snapshot of torch: {error}") from error

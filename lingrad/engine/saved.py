@@ -1,0 +1,191 @@
+"""The format of a checkpoint, and reading one without a run.
+
+The state of a run has the layout of ``torch.optim.Optimizer.state_dict``: flat keys, tensors and plain values only. Next to the
+base optimizer's own entries, the state of each coordinates' index holds ``subspace.*``: the step, the number of refreshes, the
+transform's state, and what the ledger records; of weights that share a basis the first one has its state. Each param group
+says what the run is: format, mode, base, settings, specs and parameter names; all of it must be equal to load. Coordinates
+themselves are model weights: zero, and stored nowhere, in optimizer mode; in the model's ``state_dict`` in adapter mode, or,
+with ``self_contained``, in the state, next to the weights they belong to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from lingrad.errors import CheckpointError
+from lingrad.subspaces.ledger import Ledger
+from lingrad.transforms import Transform
+
+FORMAT = 4
+PREFIX = "subspace."
+
+# What format 3 called some entries: the beginnings of keys, behind the prefix.
+_RENAMED = {"state.left_memory.": "state.left_optimizer.", "state.right_memory.": "state.right_optimizer."}
+
+
+class Saved:
+    """A state dict of a run, checked for its layout, in the present format; reading it needs no run.
+
+    Args:
+        state_dict: What ``opt.state_dict()`` gave. Not changed.
+
+    Attributes:
+        state: Entries by index.
+        groups: Param groups, each with ``kind``, ``param_names`` and, of coordinates, ``specs``.
+
+    Raises:
+        CheckpointError: It is no optimizer's state dict.
+    """
+
+    def __init__(self, state_dict: Any) -> None:
+        if not (isinstance(state_dict, Mapping) and {"state", "param_groups"} <= state_dict.keys()):
+            held = list(state_dict)[:3] if isinstance(state_dict, Mapping) else type(state_dict).__name__
+            raise CheckpointError(
+                f"this is no optimizer's state_dict, which has 'state' and 'param_groups', but {held}; "
+                "pass what opt.state_dict() gave, not the whole file or a model's"
+            )
+        upgraded = upgrade(state_dict)
+        self.state: Mapping[Any, Mapping[str, Any]] = upgraded["state"]
+        self.groups: list[dict[str, Any]] = upgraded["param_groups"]
+
+    @property
+    def is_run(self) -> bool:
+        """Whether it was written by lingrad's optimizer."""
+        return bool(self.groups) and all("kind" in group and "param_names" in group for group in self.groups)
+
+    def of_run(self, key: str) -> Any:
+        """What the first param group says of the run: ``format``, ``mode``, ``share`` and so on; None where it does not."""
+        return self.groups[0].get(key)
+
+    def names(self, *, coords: bool) -> dict[str, Any]:
+        """The parameters that are transformed, or those that train in full.
+
+        Args:
+            coords: Which of the two.
+
+        Returns:
+            Name -> index.
+
+        Raises:
+            CheckpointError: A group does not name each of its parameters.
+        """
+        found: dict[str, Any] = {}
+        for group in self.groups:
+            texts = [group["param_names"], *([group.get("specs")] if group["kind"] == "coords" else [])]
+            if any(not isinstance(text, list) or len(text) != len(group["params"]) for text in texts):
+                raise CheckpointError("it is damaged: a param group does not name each parameter")
+            if (group["kind"] == "coords") is coords:
+                found |= dict(zip(group["param_names"], group["params"], strict=True))
+        return found
+
+    def specs(self) -> dict[str, str]:
+        """The config string of every transformed parameter."""
+        groups = (group for group in self.groups if group["kind"] == "coords")
+        return {name: text for group in groups for name, text in zip(group["param_names"], group["specs"], strict=True)}
+
+    def entries(self, name: str) -> Mapping[str, Any]:
+        """The entries of one parameter."""
+        every = self.names(coords=True) | self.names(coords=False)
+        return self.state.get(every[name], {})
+
+
+def upgrade(state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A state dict of format 3 in the present one; any other as it is.
+
+    Format 3 had no ``energy``, and other names for a learned basis's optimizer state and for decay in a ledger.
+
+    Args:
+        state_dict: ``state`` and ``param_groups``; not changed.
+
+    Returns:
+        The state dict; tensors are not copied.
+    """
+    groups = state_dict["param_groups"]
+    if not groups or any(not isinstance(group, Mapping) or group.get("format") != 3 for group in groups):
+        return state_dict
+    found = {index: {_renamed(key): value for key, value in entries.items()} for index, entries in state_dict["state"].items()}
+    return {**state_dict, "state": found, "param_groups": [{**group, "format": FORMAT} for group in groups]}
+
+
+def written(*, step: int, refreshes: int, state: Mapping[str, Any]) -> dict[str, Any]:
+    """Entries that replace those of a fresh run, to resume a run of another program.
+
+    Args:
+        step: Steps finished.
+        refreshes: Refreshes that led to the state.
+        state: Leaves of the transform's state by name.
+
+    Returns:
+        Key -> value.
+    """
+    leaves = {f"{PREFIX}state.{key}": value for key, value in state.items()}
+    return {f"{PREFIX}step": step, f"{PREFIX}refreshes": refreshes, **leaves}
+
+
+def read_ledger(transform: Transform, entries: Mapping[str, Any], template: Any, coords: Tensor, name: str) -> Ledger:
+    """The ledger among a parameter's entries.
+
+    Args:
+        transform: Its transform.
+        entries: The entries.
+        template: A state of the transform.
+        coords: Coordinates of the weight.
+        name: The weight's name, for messages.
+
+    Returns:
+        The ledger, which records. Raises `CheckpointError` where an entry is missing or of another kind.
+    """
+    prefix = f"{PREFIX}ledger."
+    flat = {key.removeprefix(prefix): value for key, value in entries.items() if key.startswith(prefix)}
+    return Ledger.unpack(transform, flat, template, coords, name)
+
+
+def _renamed(key: str) -> str:
+    if not key.startswith(PREFIX):
+        return key
+    for old, new in _RENAMED.items():
+        key = key.replace(f"{PREFIX}{old}", f"{PREFIX}{new}")
+    is_decay = key.startswith(f"{PREFIX}ledger.") and key.endswith(".kept")
+    return key.removesuffix("kept") + "decay" if is_decay else key
+
+
+def check_groups(saved: list[dict[str, Any]], own: list[dict[str, Any]], identity: Mapping[str, Any]) -> None:
+    """Compare what a checkpoint says it is with what a run is.
+
+    Args:
+        saved: The checkpoint's param groups.
+        own: The run's.
+        identity: What `identity` gives of the run.
+
+    Raises:
+        CheckpointError: They differ; the first difference is named.
+    """
+    older = [was["format"] for was in saved if was.get("format", identity["format"]) != identity["format"]]
+    if older:
+        raise CheckpointError(f"the checkpoint has format {older[0]!r}, this run has {identity['format']!r}")
+    for key in identity:
+        if any(key not in was for was in saved):
+            raise CheckpointError(f"the checkpoint's param groups have no '{key}': it was not written by lingrad's optimizer")
+    if len(saved) != len(own):
+        raise CheckpointError(f"the checkpoint has {len(saved)} param groups and this run {len(own)}")
+    for was, now in zip(saved, own, strict=True):
+        for key, new in identity.items():
+            if was[key] != new:
+                remedy = "; call opt.switch first" if key == "mode" else ""
+                raise CheckpointError(f"the checkpoint has {key} {was[key]!r}, this run has {new!r}{remedy}")
+        if len(was["params"]) != len(now["params"]):
+            raise CheckpointError(
+                f"group '{now['name']}': the checkpoint has {len(was['params'])} params, this run has {len(now['params'])}"
+            )
+        for key in ("param_names", "specs"):
+            old, new = was.get(key, []), now.get(key, [])
+            if len(old) != len(new):
+                raise CheckpointError(f"group '{now['name']}': the checkpoint has {len(old)} {key}, this run has {len(new)}")
+            for i, (a, b) in enumerate(zip(old, new, strict=True)):
+                if a != b:
+                    raise CheckpointError(
+                        f"group '{now['name']}', entry {i}: the checkpoint has {key[:-1]} '{a}', this run has '{b}'"
+                    )

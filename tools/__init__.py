@@ -1,0 +1,1 @@
+"""Programs that maintainers run, most of them by make."""

@@ -40,7 +40,7 @@ def export(checkpoint: Path, out: Path, *, start: Path | None = None, **options:
         The report.
     """
     with progress("exporting", "tensor", least=100) as tick:
-        return run.convert_run(checkpoint, out, base=start, tick=tick, **options)
+        return run.convert_run(checkpoint, out, start=start, tick=tick, **options)
 
 
 def merge(base: Path, adapter: Path, out: Path) -> Path:

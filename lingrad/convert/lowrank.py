@@ -53,8 +53,8 @@ class Goal:
         """Check the three."""
         given = [name for name in ("rank", "energy", "max_error") if getattr(self, name) is not None]
         require(len(given) < 2, given[-1] if given else "", f"{' and '.join(given)} are different goals; give one of them")
-        whole = self.rank is None or (type(self.rank) is int and self.rank >= 1)
-        require(whole, "rank", f"rank must be a whole number, at least 1, not {self.rank!r}")
+        fits = self.rank is None or (type(self.rank) is int and self.rank >= 1)
+        require(fits, "rank", f"rank must be a whole number, at least 1, not {self.rank!r}")
         for name in ("energy", "max_error"):
             value = getattr(self, name)
             require(value is None or 0 < value < 1, name, f"{name} must lie between 0 and 1, not {value}")

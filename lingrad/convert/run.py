@@ -19,6 +19,7 @@ from lingrad.convert.output import Output
 from lingrad.convert.tensors import TensorPair, pairs, require_parameter, tied_names
 from lingrad.convert.work import ChangeRecord
 from lingrad.convert.writing import Models, make_adapter
+from lingrad.deprecated import renamed_option
 from lingrad.engine.saved import FORMAT, PREFIX, read_ledger, upgrade
 from lingrad.errors import CheckpointError, LingradError, optional, require
 from lingrad.files.model_folder import ModelFolder
@@ -35,13 +36,14 @@ def convert_run(
     run: str | Path,
     out: str | Path,
     *,
-    base: str | Path | None = None,
+    start: str | Path | None = None,
     rank: int | None = None,
     dtype: str | None = None,
     uniform_rank: bool = False,
     logits: bool = False,
     decayed_base: str | Path | None = None,
     tick: Tick | None = None,
+    base: str | Path | None = None,
 ) -> AdapterReport:
     """Turn a checkpoint of a lingrad run with ``ledger=True`` into an adapter that PEFT loads, exact to rounding.
 
@@ -52,13 +54,14 @@ def convert_run(
         run: The checkpoint's folder: the model as ``save_pretrained`` writes it, and ``optimizer.pt``, written by
             ``torch.save(opt.state_dict())``. In adapter mode the run needs ``self_contained=True``.
         out: The adapter's folder; must not exist.
-        base: The folder of the model that the run started from, to measure what the adapter leaves of the change.
+        start: The folder of the model that the run started from, to measure what the adapter leaves of the change.
         rank: At most this many columns for each weight.
         dtype: Of the factors: ``fp32`` (``fp64`` for a float64 model) by default, ``bf16`` or ``fp16``.
         uniform_rank: Give all weights the largest rank that one needs, by columns of zeros.
-        logits: Load both models into memory, and compare their logits through PEFT; needs ``base``.
-        decayed_base: Where to write ``base`` with its weights multiplied by the run's decay; the adapter is then for it.
+        logits: Load both models into memory, and compare their logits through PEFT; needs ``start``.
+        decayed_base: Where to write ``start`` with its weights multiplied by the run's decay; the adapter is then for it.
         tick: Called after each tensor: how many are done, of how many, its name.
+        base: The old name of ``start``.
 
     Returns:
         The report, which is also in the folder, as ``lingrad_report.json``.
@@ -69,13 +72,16 @@ def convert_run(
         SpecError: An option is wrong.
         ExportError: PEFT has no form for the change; nothing was written.
     """
+    given = {name: value for name, value in (("start", start), ("base", base)) if value is not None}
+    renamed_option(given, "base", "start", "lingrad.convert.convert_run")
+    start = given.get("start")
     for option, asked in (("logits", logits), ("decayed_base", decayed_base is not None)):
-        needed = f"{option} needs the model that the run started from; give its folder too"
-        require(not asked or base is not None, option, needed)
+        needed = f"{option} needs the model that the run started from; give its folder as start"
+        require(not asked or start is not None, option, needed)
     decayed = None if decayed_base is None else Path(decayed_base)
     output = Output(Path(out), Goal(rank), dtype, uniform_rank, logits, decayed, tick)
     tuned = ModelFolder(Path(run))
-    was = None if base is None else ModelFolder(Path(base))
+    was = None if start is None else ModelFolder(Path(start))
     optional("peft", "checking an adapter", "hf")
     model = open_model(str(Path(run).absolute()))  # a name alone may be that of a built-in model
     saved = _Run(upgrade(load_state(Path(run))), model, tuned)
@@ -86,7 +92,7 @@ def convert_run(
     stat = (Path(run) / FILE).stat()
     identity = {
         "run": {**tuned.fingerprint(), FILE: [stat.st_size, stat.st_mtime_ns]},
-        "base": None if was is None else [str(base), was.fingerprint()],
+        "start": None if was is None else [str(start), was.fingerprint()],
         "options": {"rank": rank, "dtype": dtype},
         "torch": torch.__version__,
     }
@@ -99,7 +105,7 @@ def convert_run(
 
 @dataclass(frozen=True)
 class _Entry:
-    """What the checkpoint holds of one transformed weight: its place among those that share its basis, and flat entries."""
+    """The entries of one transformed weight in a checkpoint, and those of the weight whose basis it shares."""
 
     place: Place
     entries: Mapping[str, Any]
@@ -147,13 +153,13 @@ class _Run:
             for name, text, index in zip(group["param_names"], group["specs"], group["params"], strict=True)
         ]
         entries = {name: saved["state"].get(index, {}) for name, _, index in trained}
-        for name, held in entries.items():
-            if f"{PREFIX}ledger.decay" not in held:
+        for name, own in entries.items():
+            if f"{PREFIX}ledger.decay" not in own:
                 raise CheckpointError(
                     f"the {FILE} of '{tuned.path}' has no ledger for '{name}': the run was made without ledger=True; "
                     "compare its weights with those it started from: lingrad convert BASE TUNED"
                 )
-            if groups[0].get("mode") == "adapter" and f"{PREFIX}stored.coords" not in held:
+            if groups[0].get("mode") == "adapter" and f"{PREFIX}stored.coords" not in own:
                 raise CheckpointError(
                     f"'{name}' has coordinates that are not in {FILE}; save the run in optimizer mode, after "
                     "opt.switch('optimizer'), or make it with self_contained=True"

@@ -47,8 +47,8 @@ def load_state(path: Path, inert: Sequence[str] = ()) -> dict[str, Any]:
     parts = (found.get("state"), found.get("param_groups")) if isinstance(found, dict) else (None, None)
     if not isinstance(parts[0], dict) or not isinstance(parts[1], list):
         raise CheckpointError(f"'{file}' is not an optimizer's state dict, which has 'state' and 'param_groups'")
-    whole = all(isinstance(entries, dict) for entries in parts[0].values()) and all(map(_is_group, parts[1]))
-    if not whole:
+    intact = all(isinstance(entries, dict) for entries in parts[0].values()) and all(map(_is_group, parts[1]))
+    if not intact:
         raise CheckpointError(
             f"'{file}' is damaged: expected dicts in 'state', and in 'param_groups' dicts with a list 'params'"
         )

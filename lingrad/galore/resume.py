@@ -64,7 +64,7 @@ def from_galore(
         target_modules: The Trainer's ``optim_target_modules``. It defines the order of the parameters in the file: first those
             that are not targets, then the targets, each in the model's order.
         mode: ``optimizer`` or ``adapter``.
-        names: The names of all parameters in the order of the optimizer's groups, in place of ``target_modules``, for an
+        names: The names of all parameters in the order of the optimizer's groups, instead of ``target_modules``, for an
             optimizer with groups of its own.
         **options: For `lingrad.wrap` or `lingrad.adapt`: ``ledger``, ``stagger`` and so on. Learning rate, betas, eps, decay,
             rank, gap, scale and sides are taken from the file.
@@ -199,14 +199,14 @@ def _basis(name: str, projector: Any, shape: tuple[int, int]) -> tuple[str, Tens
         left, right = bases[0], bases[1].t()
     elif len(bases) == 1:
         left, right = (bases[0], None) if side == "left" else (None, bases[0].t())
-    held = [None if basis is None else basis.shape[0] for basis in (left, right)]
+    sizes = [None if basis is None else basis.shape[0] for basis in (left, right)]
     rank = min(fields["rank"], m, n)
-    if held != [m if side != "right" else None, n if side != "left" else None] or any(
+    if sizes != [m if side != "right" else None, n if side != "left" else None] or any(
         basis is not None and basis.shape[1] != rank for basis in (left, right)
     ):
         raise CheckpointError(
-            f"the projector of '{name}' has bases for {held} rows and columns, rank {fields['rank']}, the weight is {m} x {n}: "
-            "it is another model, or another selection or order of its parameters"
+            f"the projector of '{name}' has bases for {sizes} rows and columns, rank {fields['rank']}, the weight is {m} x {n}: it "
+            "is another model, or another selection or order of its parameters"
         )
     spec = f"svd(rank={fields['rank']}, every={fields['update_proj_gap']}, side={SIDES[kind]}, clip=true)"
     return spec, left, right, float(fields["scale"])

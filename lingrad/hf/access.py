@@ -41,11 +41,11 @@ def optimizer_of(trainer: Any) -> SubspaceOptimizer:
     """
     found = find_optimizer(trainer)
     if found is None:
-        held = getattr(trainer, "optimizer", None)
+        other = getattr(trainer, "optimizer", None)
         why = (
             "it has none yet: the Trainer makes it when train() begins"
-            if held is None
-            else f"it has a {type(getattr(held, 'optimizer', held)).__name__}; pass it **lingrad.hf.trainer_kwargs(...)"
+            if other is None
+            else f"it has a {type(getattr(other, 'optimizer', other)).__name__}; pass it **lingrad.hf.trainer_kwargs(...)"
         )
         raise ModeError(f"this trainer has no lingrad optimizer; {why}")
     return found

@@ -100,7 +100,7 @@ class Comparison:
         if found is None or found.change is None:
             return None
         eps = max(torch.finfo(p.dtype).eps for p in model.parameters() if p.is_floating_point())
-        eps = max(eps, torch.finfo(torch.float32).eps)  # to which norms round, whatever the dtype
+        eps = max(eps, torch.finfo(torch.float32).eps)  # norms are computed in float32 whatever the dtype
         limit = OUTPUTS * eps * found.largest + max(10 * residual, EXACT) * found.change
         if not found.difference <= limit:
             raise ExportError(

@@ -201,10 +201,10 @@ def _fill(model: nn.Module, adapter: Adapter, undo: ExitStack) -> None:
 @torch.no_grad()
 def _begin(sub: Subspace, start: _Start) -> None:
     """Set the basis and coordinates of a subspace to those of its adapter."""
-    held = getattr(sub.basis.state, start.side)
-    basis = start.basis.to(held.device)
-    rounded = basis.to(held.dtype)
+    current = getattr(sub.basis.state, start.side)
+    basis = start.basis.to(current.device)
+    rounded = basis.to(current.dtype)
     if not torch.equal(rounded.to(basis.dtype), basis):
-        rounded = basis.to(wide(held.dtype))  # rounding the basis would change the adapter
+        rounded = basis.to(wide(current.dtype))  # rounding the basis would change the adapter
     sub.coords.copy_(start.coords)
     sub.basis.begin(sub.basis.state._replace(**{start.side: rounded.contiguous()}))

@@ -63,7 +63,7 @@ def target_parameters(chosen: Collection[str], every: Collection[str]) -> list[s
     entries = _entries(chosen, every)
     if entries is None:
         raise ExportError(
-            "PEFT's target_parameters cannot tell a parameter from another whose name ends with its name; "
+            "PEFT's target_parameters cannot distinguish a parameter from another whose name ends with its name; "
             f"the parameters are {', '.join(sorted(chosen))}"
         )
     return entries

@@ -199,9 +199,9 @@ class AdapterReport:
         return [*lines, *(f"note: {note}" for note in self.notes)]
 
 
-def ratio(part: float, whole: float) -> float:
+def ratio(value: float, total: float) -> float:
     """A quotient, 0 where both are 0."""
-    return part / whole if whole else (math.inf if part else 0.0)
+    return value / total if total else (math.inf if value else 0.0)
 
 
 def _title(name: str, count: int) -> str:

@@ -115,7 +115,7 @@ def test_a_checkpoint_of_lingrads_trainer(tmp_path, mode):
     options = {"save_strategy": "steps", "save_steps": 8}
     trainer = make_trainer(tmp_path / "run", model=model, args=options, mode=mode, ledger=True)
     trainer.train()
-    report = convert.convert_run(tmp_path / "run/checkpoint-8", tmp_path / "out", base=tmp_path / "base", logits=True)
+    report = convert.convert_run(tmp_path / "run/checkpoint-8", tmp_path / "out", start=tmp_path / "base", logits=True)
     assert {row.rank for row in report.rows if row.kind == "low_rank"} == {12}
     assert report.residual <= 1e-5
     assert report.outputs.difference <= 1e-5 * report.outputs.largest

@@ -48,7 +48,7 @@ def test_exact(tmp_path, what, mode, build):
     spec, options, rank = RUNS[what]
     self_contained = {"self_contained": True} if mode == "adapter" else {}
     base, folder, optimizer = run(tmp_path, build, mode, spec, torch.float64, **self_contained, **options)
-    report = convert.convert_run(folder, tmp_path / "out", base=base)
+    report = convert.convert_run(folder, tmp_path / "out", start=base)
     low = {row.name: row for row in report.rows if row.kind == "low_rank"}
     changes = optimizer.changes()
     assert low.keys() == changes.keys()
@@ -65,7 +65,7 @@ def test_exact(tmp_path, what, mode, build):
 def test_without_a_base(tmp_path):
     """The same factors to the byte; what cannot be known is not claimed."""
     base, folder, _ = run(tmp_path)
-    convert.convert_run(folder, tmp_path / "with", base=base)
+    convert.convert_run(folder, tmp_path / "with", start=base)
     report = convert.convert_run(folder, tmp_path / "without")
     files = [(tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("with", "without")]
     assert files[0] == files[1]
@@ -74,8 +74,8 @@ def test_without_a_base(tmp_path):
 
 def test_rank_and_dtype(tmp_path):
     base, folder, _ = run(tmp_path)
-    whole = convert.convert_run(folder, tmp_path / "whole", base=base)
-    report = convert.convert_run(folder, tmp_path / "out", base=base, rank=3, dtype="bf16", uniform_rank=True, logits=True)
+    whole = convert.convert_run(folder, tmp_path / "whole", start=base)
+    report = convert.convert_run(folder, tmp_path / "out", start=base, rank=3, dtype="bf16", uniform_rank=True, logits=True)
     assert {row.rank for row in report.rows if row.kind == "low_rank"} == {3}
     assert whole.residual < 1e-5 < report.residual < 1
     assert report.nbytes < whole.nbytes
@@ -85,7 +85,7 @@ def test_rank_and_dtype(tmp_path):
 def test_it_agrees_with_a_search(tmp_path):
     """The search, which knows nothing of the run, finds the rank and the decay that the ledger has."""
     base, folder, _ = run(tmp_path, spec="svd(rank=2, every=3)", weight_decay=0.3)
-    known = convert.convert_run(folder, tmp_path / "known", base=base)
+    known = convert.convert_run(folder, tmp_path / "known", start=base)
     found = convert.convert(base, folder, tmp_path / "found")
     for a, b in zip(known.rows, found.rows, strict=True):
         assert a.name == b.name
@@ -95,9 +95,17 @@ def test_it_agrees_with_a_search(tmp_path):
 
 def test_decayed_base(tmp_path):
     base, folder, _ = run(tmp_path, weight_decay=0.3)
-    report = convert.convert_run(folder, tmp_path / "out", base=base, decayed_base=tmp_path / "decayed", logits=True)
+    report = convert.convert_run(folder, tmp_path / "out", start=base, decayed_base=tmp_path / "decayed", logits=True)
     assert report.outputs.difference <= 1e-6
     assert (tmp_path / "decayed/model.safetensors").exists()
+
+
+def test_the_old_name_of_start(tmp_path):
+    base, folder, _ = run(tmp_path)
+    with pytest.warns(DeprecationWarning, match="base of lingrad.convert.convert_run is deprecated; use start") as caught:
+        report = convert.convert_run(folder, tmp_path / "out", base=base)
+    assert [warning.filename for warning in caught if warning.category is DeprecationWarning] == [__file__]
+    assert report.start == str(base)
 
 
 class TestRefused:
@@ -133,7 +141,7 @@ class TestRefused:
         base, folder, _ = run(tmp_path)
         for path in (base, folder):
             edit(path, lambda t: t.pop("model.layers.0.mlp.up_proj.weight"))
-        options = {"base": base} if with_base else {}
+        options = {"start": base} if with_base else {}
         self.refused(tmp_path, folder, "the run changed 'model.layers.0.mlp.up_proj.weight', and the files of", **options)
 
     @pytest.mark.parametrize(
@@ -163,14 +171,14 @@ class TestRefused:
             model.model.layers[1].mlp.up_proj.weight.add_(1e-3)
         model.save_pretrained(tmp_path / "other")
         message = "'model.layers.1.mlp.up_proj.weight' of .* it is not the model that the run started from"
-        self.refused(tmp_path, folder, message, base=tmp_path / "other")
+        self.refused(tmp_path, folder, message, start=tmp_path / "other")
 
     def test_options_that_need_the_base(self, tmp_path):
         _, folder, _ = run(tmp_path)
         self.refused(tmp_path, folder, "logits needs the model that the run started from", SpecError, logits=True)
         self.refused(tmp_path, folder, "decayed_base needs the model", SpecError, decayed_base=tmp_path / "x")
         message = "no decoupled decay was recognised"
-        self.refused(tmp_path, folder, message, ExportError, base=tmp_path / "base", decayed_base=tmp_path / "x")
+        self.refused(tmp_path, folder, message, ExportError, start=tmp_path / "base", decayed_base=tmp_path / "x")
 
     @pytest.mark.parametrize("damage", ["none", "cut", "code"])
     def test_a_file_that_is_not_one(self, tmp_path, damage):

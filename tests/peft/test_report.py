@@ -64,7 +64,7 @@ class TestSchema:
         elif writer == "models":
             report = convert.convert(tmp_path / "base", tmp_path / "run", out, logits=True)
         else:
-            report = convert.convert_run(tmp_path / "run", out, base=tmp_path / "base")
+            report = convert.convert_run(tmp_path / "run", out, start=tmp_path / "base")
         assert AdapterReport.read(out) == report
         assert (report.source, report.path) == (writer, str(out))
         found = json.loads((out / FILE).read_text())

@@ -83,7 +83,7 @@ class TestNames:
 
     def test_parameters_that_cannot_be_told_apart(self):
         assert names.target_parameters(["a.w", "b.w"], ["a.w", "b.w", "b.v"]) == ["w"]
-        with pytest.raises(ExportError, match="cannot tell"):
+        with pytest.raises(ExportError, match="cannot distinguish"):
             names.target_parameters(["a.w"], ["a.w", "b.a.w"])
 
 

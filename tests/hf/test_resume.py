@@ -156,7 +156,7 @@ class TestFolders:
             path.unlink()
         else:
             os.truncate(path, path.stat().st_size // 2 if damage == "cut" else 0)
-        expected = f"there is no {name}" if damage == "gone" else f"{name} is cut short or damaged"
+        expected = f"there is no {name}" if damage == "gone" else f"{name} is truncated or damaged"
         with pytest.raises(CheckpointError, match=expected) as caught:
             lingrad.hf.check_checkpoint(run / "checkpoint-3")
         assert str(caught.value).endswith(f"the last complete one is '{run / 'checkpoint-2'}'")

@@ -205,8 +205,8 @@ def _basis(name: str, projector: Any, shape: tuple[int, int]) -> tuple[str, Tens
         basis is not None and basis.shape[1] != rank for basis in (left, right)
     ):
         raise CheckpointError(
-            f"the projector of '{name}' has bases for {sizes} rows and columns, rank {fields['rank']}, the weight is {m} x {n}: it "
-            "is another model, or another selection or order of its parameters"
+            f"the projector of '{name}' has bases for {sizes} rows and columns, rank {fields['rank']}, the weight is "
+            f"{m} x {n}: it is another model, or another selection or order of its parameters"
         )
     spec = f"svd(rank={fields['rank']}, every={fields['update_proj_gap']}, side={SIDES[kind]}, clip=true)"
     return spec, left, right, float(fields["scale"])

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 
-from lingrad.config.sharing import Place, places
+from lingrad.config.sharing import group_targets
 from lingrad.config.targets import resolve_model
 from lingrad.console import Tick
 from lingrad.convert.compatibility import refuse_other_model
@@ -20,7 +18,7 @@ from lingrad.convert.tensors import TensorPair, pairs, require_parameter, tied_n
 from lingrad.convert.work import ChangeRecord
 from lingrad.convert.writing import Models, make_adapter
 from lingrad.deprecated import renamed_option
-from lingrad.engine.saved import FORMAT, PREFIX, read_ledger, upgrade
+from lingrad.engine.saved import FORMAT, Saved
 from lingrad.errors import CheckpointError, LingradError, optional, require
 from lingrad.files.model_folder import ModelFolder
 from lingrad.files.optimizer_file import FILE, load_state
@@ -28,8 +26,6 @@ from lingrad.maps.factors import Factors, compress
 from lingrad.models import open_model
 from lingrad.peft.report import AdapterReport
 from lingrad.subspaces import trees as trees
-from lingrad.subspaces.ledger import total
-from lingrad.tensors import wide
 
 
 def convert_run(
@@ -84,10 +80,10 @@ def convert_run(
     was = None if start is None else ModelFolder(Path(start))
     optional("peft", "checking an adapter", "hf")
     model = open_model(str(Path(run).absolute()))  # a name alone may be that of a built-in model
-    saved = _Run(upgrade(load_state(Path(run))), model, tuned)
+    saved = _Run(Saved(load_state(Path(run))), model, tuned)
     if was is not None:
         refuse_other_model(was, tuned, tied_names(model, was) | tied_names(model, tuned))
-    models = Models(was, tuned, model, pairs(model, was or tuned, tuned, list(saved.places)))
+    models = Models(was, tuned, model, pairs(model, was or tuned, tuned, list(saved.targets)))
     saved.require_all(models.pairs)
     stat = (Path(run) / FILE).stat()
     identity = {
@@ -103,75 +99,53 @@ def convert_run(
     return make_adapter("checkpoint", models, output, find, identity)
 
 
-@dataclass(frozen=True)
-class _Entry:
-    """The entries of one transformed weight in a checkpoint, and those of the weight whose basis it shares."""
-
-    place: Place
-    entries: Mapping[str, Any]
-    leader: Mapping[str, Any]
-
-
 class _Run:
     """A checkpoint's optimizer state, read as ledgers.
 
     Args:
-        saved: The state dict.
+        saved: The state.
         model: The model, on the meta device.
         tuned: The folder with its weights.
 
     Attributes:
-        places: Parameter -> its entries.
+        targets: Parameter -> how it was transformed.
         full: Names of the parameters that trained in full.
 
     Raises:
         CheckpointError: It is not that of a lingrad run with a ledger, or is of another model.
     """
 
-    def __init__(self, saved: Mapping[str, Any], model: nn.Module, tuned: ModelFolder) -> None:
-        groups = saved["param_groups"]
-        if not groups or any("kind" not in group or "param_names" not in group for group in groups):
+    def __init__(self, saved: Saved, model: nn.Module, tuned: ModelFolder) -> None:
+        name = f"the {FILE} of '{tuned.path}'"
+        if not saved.is_run:
             raise CheckpointError(
-                f"the {FILE} of '{tuned.path}' was not written by lingrad's optimizer; compare the weights with those they "
-                "started from: lingrad convert BASE TUNED"
+                f"{name} was not written by lingrad's optimizer; compare the weights with those they started from: "
+                "lingrad convert START TUNED"
             )
-        for group in groups:
-            if group.get("format") != FORMAT:
+        for found in saved.formats:
+            if found != FORMAT:
+                raise CheckpointError(f"{name} has format {found!r}; expected {FORMAT!r}, of this version")
+        try:
+            specs, self.full = saved.names(coords=True), {*saved.names(coords=False)}
+        except CheckpointError as error:
+            raise CheckpointError(f"{name} is damaged: {error}") from error
+        for param in specs:
+            if not saved.has_ledger(param):
                 raise CheckpointError(
-                    f"the {FILE} of '{tuned.path}' has format {group.get('format')!r}; expected {FORMAT!r}, of this version"
+                    f"{name} has no ledger for '{param}': the run was made without ledger=True; compare its weights with those "
+                    "they started from: lingrad convert START TUNED"
                 )
-        self._folder, self._model = tuned, model
-        coords = [group for group in groups if group["kind"] == "coords"]
-        for group in groups:
-            named = [group["param_names"], *([group.get("specs")] if group["kind"] == "coords" else [])]
-            if any(not isinstance(texts, list) or len(texts) != len(group["params"]) for texts in named):
-                raise CheckpointError(f"the {FILE} of '{tuned.path}' is damaged: a param group does not name each parameter")
-        self.full = {name for group in groups if group["kind"] != "coords" for name in group["param_names"]}
-        trained = [
-            (name, text, index)
-            for group in coords
-            for name, text, index in zip(group["param_names"], group["specs"], group["params"], strict=True)
-        ]
-        entries = {name: saved["state"].get(index, {}) for name, _, index in trained}
-        for name, own in entries.items():
-            if f"{PREFIX}ledger.decay" not in own:
+            if saved.of_run("mode") == "adapter" and not saved.has_coords(param):
                 raise CheckpointError(
-                    f"the {FILE} of '{tuned.path}' has no ledger for '{name}': the run was made without ledger=True; "
-                    "compare its weights with those it started from: lingrad convert BASE TUNED"
-                )
-            if groups[0].get("mode") == "adapter" and f"{PREFIX}stored.coords" not in own:
-                raise CheckpointError(
-                    f"'{name}' has coordinates that are not in {FILE}; save the run in optimizer mode, after "
+                    f"'{param}' has coordinates that are not in {FILE}; save the run in optimizer mode, after "
                     "opt.switch('optimizer'), or make it with self_contained=True"
                 )
         try:
-            plan = resolve_model(model, {name: text for name, text, _ in trained})
+            plan = resolve_model(model, specs)
         except LingradError as error:
-            raise CheckpointError(f"the {FILE} of '{tuned.path}' is of another model: {error}") from error
-        placed = places(plan.targets, groups[0].get("share"))
-        self.places = {
-            place.target.name: _Entry(place, entries[place.target.name], entries[place.group[0].name]) for place in placed
-        }
+            raise CheckpointError(f"{name} is of another model: {error}") from error
+        self._saved, self._folder, self._model = saved, tuned, model
+        self.targets = {found.target.name: found for found in group_targets(plan.targets, saved.of_run("share"))}
 
     def require_all(self, found: Sequence[TensorPair]) -> None:
         """Make sure that every weight the run changed is in the model's files, so that no change is left out.
@@ -182,7 +156,7 @@ class _Run:
         Raises:
             CheckpointError: One is not.
         """
-        lost = sorted({*self.places} - {pair.param for pair in found})
+        lost = sorted({*self.targets} - {pair.param for pair in found})
         if lost:
             raise CheckpointError(
                 f"the run changed '{lost[0]}'{f' and {len(lost) - 1} more' if lost[1:] else ''}, and the files of "
@@ -205,7 +179,7 @@ class _Run:
             CheckpointError: It has another shape than in the run.
         """
         shape = self._folder.entry(pair.name).shape
-        if pair.param not in self.places:
+        if pair.param not in self.targets:
             same = pair.param not in self.full if base is None else pair.equal(base, self._folder)
             if not same:
                 require_parameter(self._model, pair)
@@ -215,9 +189,9 @@ class _Run:
         if factors is None and decay == 1.0:
             return ChangeRecord(pair.name, "equal", shape), None
         if factors is None:  # it has only decayed
-            m, n = self.places[pair.param].place.target.layout.shape
+            m, n = self.targets[pair.param].target.layout.shape
             factors = Factors(torch.zeros(m, 1), torch.zeros(1, n))
-        if factors.shape != self.places[pair.param].place.target.layout.shape:
+        if factors.shape != self.targets[pair.param].target.layout.shape:
             raise CheckpointError(f"'{pair.name}' is {shape} in the model, and {factors.shape} in its ledger")
         factors = factors.to(dtype=torch.float64)
         norm, floor = _norm(factors), None
@@ -245,18 +219,7 @@ class _Run:
 
     def _change(self, name: str, dtype: torch.dtype) -> tuple[Factors | None, float]:
         """The factors of a weight's change, and the factor by which decay has multiplied its starting value."""
-        found = self.places[name]
-        transform, cpu = found.place.target.transform, torch.device("cpu")
-        like = transform.init(found.place.shape, seed=0, device=cpu, dtype=dtype)
-        coords = torch.zeros(found.place.coords, dtype=wide(dtype))
-        ledger = read_ledger(transform, found.entries, like, coords, name)
-        if f"{PREFIX}stored.coords" in found.entries:
-            coords = trees.checked(coords, found.entries, f"{PREFIX}stored.coords", name)
-        open_ = ledger.open(coords)
-        last = None
-        if open_.any():
-            last = transform.map(trees.restore(like, found.leader, f"{PREFIX}state", name)).factors(open_)
-        return total(ledger.closed(), last), ledger.decay
+        return self._saved.change(self.targets[name], dtype)
 
 
 def _norm(factors: Factors) -> float:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lingrad.errors import ModeError
-from lingrad.parallel import together
+from lingrad.parallel import initialized
 from lingrad.subspaces.subspace import Subspace
 
 
@@ -85,7 +85,7 @@ class Layerwise:
         """
         if self._run is None:
             return
-        if together():
+        if initialized():
             raise ModeError(
                 "layerwise=True steps a weight before torch.distributed could average its gradient; leave layerwise out where "
                 "there is a process group"

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lingrad.config.settings import Mode
 from lingrad.engine.optimizer import SubspaceOptimizer
+from lingrad.engine.saved import resumed_entries
 from lingrad.errors import CheckpointError, require_one_of
 from lingrad.files.optimizer_file import Inert, load_state
 from lingrad.galore.arguments import GaloreTargets
@@ -205,8 +206,8 @@ def _basis(name: str, projector: Any, shape: tuple[int, int]) -> tuple[str, Tens
         basis is not None and basis.shape[1] != rank for basis in (left, right)
     ):
         raise CheckpointError(
-            f"the projector of '{name}' has bases for {sizes} rows and columns, rank {fields['rank']}, the weight is "
-            f"{m} x {n}: it is another model, or another selection or order of its parameters"
+            f"the projector of '{name}' has bases for {sizes} rows and columns, rank {fields['rank']}, the weight is {m} x {n}"
+            ": it is another model, or another selection or order of its parameters"
         )
     spec = f"svd(rank={fields['rank']}, every={fields['update_proj_gap']}, side={SIDES[kind]}, clip=true)"
     return spec, left, right, float(fields["scale"])
@@ -226,10 +227,9 @@ def _fill(optimizer: SubspaceOptimizer, found: list[_Saved], step: int) -> None:
             entries |= {"step": torch.tensor(float(step)), **moments}
         if one.spec is not None:
             every = int(one.spec.partition("every=")[2].partition(",")[0])
-            entries |= {"subspace.step": step, "subspace.refreshes": -(-step // every) if every else 1}
-            for side, basis in (("left", one.left), ("right", one.right)):
-                if basis is not None:
-                    entries[f"subspace.state.{side}"] = basis.contiguous()
+            bases = {side: basis for side, basis in (("left", one.left), ("right", one.right)) if basis is not None}
+            state = {side: basis.contiguous() for side, basis in bases.items()}
+            entries |= resumed_entries(step=step, refreshes=-(-step // every) if every else 1, state=state)
     for group in fresh["param_groups"]:
         groups = [by_name[name].group for name in group["param_names"]]
         for key in _TAKEN:

@@ -258,7 +258,7 @@ def _options_of(factory: Callable[..., Optimizer]) -> set[str]:
 
 
 def _named(base: optimizers.BaseLike) -> str:
-    return repr(base) if isinstance(base, str) else getattr(base, "__name__", type(base).__name__)
+    return repr(base) if isinstance(base, str) else optimizers.name_of(base)
 
 
 def _check_head(model: nn.Module, optimizer: SubspaceOptimizer, args: Any) -> None:

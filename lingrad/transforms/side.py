@@ -26,7 +26,7 @@ Side = Literal["short", "long", "left", "right", "both"]
 
 
 class Sides(NamedTuple):
-    """A left and a right basis, None on a side that has none: the state of a transform that keeps nothing else.
+    """A left and a right basis, None on a side that has none: the state of a transform that stores nothing else.
 
     Args:
         left: [m, p], or None.
@@ -62,7 +62,7 @@ class BasisTransform(Transform):
 
     @override
     def ranks(self, shape: tuple[int, int]) -> Ranks:
-        """The ranks of the left and the right basis; the one place where ``side`` meets a shape.
+        """The ranks of the left and the right basis; ``side`` is resolved here only.
 
         Args:
             shape: (m, n), the weight's shape.
@@ -111,7 +111,7 @@ class BasisTransform(Transform):
 
 @dataclass(frozen=True, kw_only=True)
 class SideTransform(BasisTransform):
-    """A transform that says how the basis of one side is found; derive from it to write your own.
+    """A transform that defines how the basis of one side is computed; derive from it to write your own.
 
     A subclass defines `basis`. It is called for each side that has a basis, with that side in the rows, so that left and right
     are one and the same code. The class attribute ``reads`` says what it is given:
@@ -233,7 +233,7 @@ class SideTransform(BasisTransform):
         if new is None and old is None:
             return None
         if old is None or not isinstance(new, Tensor) or new.shape != old.shape or not new.is_floating_point():
-            raise ShapeError(f"{self.name} returned {_described(new)} as its {side} basis; expected {_expected(old)}")
+            raise ShapeError(f"{self.name} returned {_described(new)} as its {side} basis; expected {_expected_basis(old)}")
         new = new.to(old.dtype)
         owned = new.is_contiguous() and new.untyped_storage().nbytes() == new.numel() * new.element_size()
         return new if owned else new.clone(memory_format=torch.contiguous_format)  # a slice would keep all columns in memory
@@ -245,5 +245,5 @@ def _described(found: object) -> str:
     return "None" if found is None else f"a {type(found).__name__}"
 
 
-def _expected(old: Tensor | None) -> str:
+def _expected_basis(old: Tensor | None) -> str:
     return "None, since that side has none" if old is None else f"the old one's shape, {tuple(old.shape)}, in a floating dtype"

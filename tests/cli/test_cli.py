@@ -40,7 +40,7 @@ def test_explain_shows_the_resolution():
         "projected",
         "132,096",
     ]
-    assert lines[-1] == "725,760 of 2,504,448 numbers are stepped by the base optimizer (29.0%)"
+    assert lines[-1] == "725,760 of 2,504,448 elements are stepped by the base optimizer (29.0%)"
 
 
 def test_explain_with_rules_and_every_parameter():

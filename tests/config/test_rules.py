@@ -209,7 +209,7 @@ def test_no_linear_layer():
     with pytest.raises(SpecError) as caught:
         resolve_model(nn.Sequential(nn.Conv2d(1, 2, 3)), "svd(rank=1)")
     assert str(caught.value) == (
-        "no trainable Linear layer was found in Sequential besides its output head; "
+        "no trainable Linear layer was found in Sequential apart from its output head; "
         "name the weights to transform by rules, such as {'*.proj': 'svd(rank=1)'}"
     )
 

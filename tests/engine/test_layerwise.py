@@ -183,7 +183,7 @@ class TestWhatCannotBeHad:
                     group["k"] = group.get("k", 0) + 1
                 return super().step(closure)
 
-        with pytest.raises(SpecError, match="base 'Counting' keeps 'k' for all of them together; leave layerwise out"):
+        with pytest.raises(SpecError, match="base 'Counting' has one 'k' for all of them; leave layerwise out"):
             lingrad.wrap(nn.Linear(6, 4), {"*": "svd(rank=2)"}, Counting, lr=0.1, layerwise=True)
 
     @pytest.mark.parametrize("base", optimizers.names())

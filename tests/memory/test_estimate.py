@@ -114,7 +114,7 @@ def test_a_base_without_a_row_is_counted_by_a_step():
     assert estimate.totals["moments"] == 2 * 4 * (2 * 8 + 6 + 2 * 6 + 4)
 
 
-@pytest.mark.parametrize("name", registry.names())
+@pytest.mark.parametrize("name", registry.transform_names())
 def test_every_transform_says_what_it_stores(name):
     spec = {"kron": "kron(left=svd(rank=4), right=pca(rank=3))", "full": "full()"}.get(name, f"{name}(rank=4)")
     model = nn.Linear(24, 16, bias=False)

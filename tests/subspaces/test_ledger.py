@@ -279,7 +279,7 @@ class TestFactors:
     def test_what_does_not_fit_is_refused(self):
         with pytest.raises(errors.ShapeError, match="have no product"):
             Factors(torch.zeros(5, 3), torch.zeros(2, 4))
-        with pytest.raises(errors.ShapeError, match="changes of one shape"):
+        with pytest.raises(errors.ShapeError, match="expected changes of one shape, found"):
             stack([Factors(torch.zeros(5, 3), torch.zeros(3, 4)), Factors(torch.zeros(5, 3), torch.zeros(3, 5))])
 
 

@@ -308,7 +308,7 @@ class TestRefusals:
         model = net("nf4")
         model.add_module("again", model[0].__class__(IN, MIDDLE))
         model.again.weight = model[0].weight
-        with pytest.raises(SpecError, match="0.weight is held in 4 or 8 bits and shared by several layers"):
+        with pytest.raises(SpecError, match="0.weight is stored in 4 or 8 bits and shared by several layers"):
             lingrad.adapt(model, {"0": "svd(rank=4)"})
 
     def test_what_no_rule_takes_stays_as_it_is(self):

@@ -32,7 +32,7 @@ def wrap(
 
     Args:
         model: The model; or named parameters, ``model.named_parameters()``; or a list of param groups, dicts with named
-            ``params``, an optional ``spec`` and any hyper-parameter. Linear layers of a model get a projected backward;
+            ``params``, optional ``rules`` and any hyper-parameter. Linear layers of a model get a projected backward;
             where only parameters are given, hooks project their gradients.
         rules: A config string such as ``svd(rank=128, every=200)``, for every Linear weight but the output head's;
             or rules, ``{"*.attn.*": "svd(rank=64)", "*": "none"}``: globs over module names, the first match wins. What no

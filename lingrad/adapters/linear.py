@@ -7,6 +7,7 @@ or its weight is quantised, S z is added to what that forward gives. See `lingra
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable
 from functools import partial
 from typing import Any, final
@@ -30,11 +31,13 @@ class LayerAttachment(Attachment):
         sub: The subspace of the layer's weight.
         module: The layer; its ``forward`` maps x [..., n] to x W^T + b [..., m] and uses the weight in no other way.
         attribute: The weight's name in the layer.
-        shared: The input that layers with the same basis may share.
+        shared: The input that it may share with other layers on its basis; None where it has that for itself.
         plain: See `Attachment`.
     """
 
-    def __init__(self, sub: Subspace, module: nn.Module, attribute: str, shared: SharedInput, *, plain: bool = False) -> None:
+    def __init__(
+        self, sub: Subspace, module: nn.Module, attribute: str, shared: SharedInput | None, *, plain: bool = False
+    ) -> None:
         super().__init__(sub, plain=plain)
         self.module = module
         self.attribute = attribute
@@ -70,8 +73,9 @@ class LayerAttachment(Attachment):
 
     @override
     def forget(self) -> None:
-        super().forget()
-        self.layer.shared.forget()
+        self.sub.forget()
+        if self.layer.shared is not None:
+            self.layer.shared.forget()
 
     @property
     @override
@@ -81,19 +85,15 @@ class LayerAttachment(Attachment):
     def _forward(self, *args: Any, **kwargs: Any) -> Tensor:
         return self._act(*args, **kwargs)
 
+    @abstractmethod
     def _tied(self, *args: Any, **kwargs: Any) -> Tensor:
         """The previous forward, tied to the coordinates, which are zero."""
-        out, coords = self._previous(*args, **kwargs), self.sub.coords
-        return self._tie(out, args, kwargs) if torch.is_grad_enabled() and coords.requires_grad else out
 
     def _adapted(self, *args: Any, **kwargs: Any) -> Tensor:
         """The previous forward with S z added."""
-        return self._tie(self._previous(*args, **kwargs), args, kwargs, active=True)
-
-    def _tie(self, out: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any], *, active: bool = False) -> Tensor:
-        x = args[0] if args else next(iter(kwargs.values()))
-        tied: Tensor = run(Tied, out, x, self.sub.coords, self.layer, active)
-        return tied
+        out, x = self._previous(*args, **kwargs), args[0] if args else next(iter(kwargs.values()))
+        added: Tensor = run(Tied, out, x, self.sub.coords, self.layer, True)
+        return added
 
     def _previous(self, *args: Any, **kwargs: Any) -> Tensor:
         if self._before is not None:
@@ -122,7 +122,11 @@ class LinearAttachment(LayerAttachment):
     @override
     def _tied(self, *args: Any, **kwargs: Any) -> Tensor:
         self._frozen()
-        return super()._tied(*args, **kwargs)
+        out, coords = self._previous(*args, **kwargs), self.sub.coords
+        if not (torch.is_grad_enabled() and coords.requires_grad):
+            return out
+        tied: Tensor = run(Tied, out, args[0] if args else next(iter(kwargs.values())), coords, self.layer, False)
+        return tied
 
     @override
     def _adapted(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -158,7 +162,7 @@ class PackedAttachment(LayerAttachment):
         plain: See `Attachment`; the plain model then has W + S z quantised, which loses what a merge would.
     """
 
-    def __init__(self, sub: Subspace, weight: PackedWeight, shared: SharedInput, *, plain: bool = False) -> None:
+    def __init__(self, sub: Subspace, weight: PackedWeight, shared: SharedInput | None, *, plain: bool = False) -> None:
         super().__init__(sub, weight.module, "weight", shared, plain=plain)
         self.packed = weight
         self._opened: Any = None
@@ -171,6 +175,10 @@ class PackedAttachment(LayerAttachment):
                 "the weight again and lose every update smaller than half a step of its grid. Use lingrad.adapt, which merges "
                 "at refreshes, or leave the weight out by a rule: 'none'"
             )
+
+    @override
+    def _tied(self, *args: Any, **kwargs: Any) -> Tensor:
+        return self._previous(*args, **kwargs)  # `require` refuses optimizer mode
 
     @override
     def _hook(self, mode: Mode) -> None:

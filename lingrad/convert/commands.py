@@ -8,10 +8,10 @@ from typing import Any
 from lingrad.console import progress
 from lingrad.convert import models, run
 from lingrad.convert.merge import merge as merge_
-from lingrad.convert.report import Report
+from lingrad.peft.report import AdapterReport
 
 
-def convert(base: Path, tuned: Path, out: Path, **options: Any) -> Report:
+def convert(base: Path, tuned: Path, out: Path, **options: Any) -> AdapterReport:
     """`lingrad.convert.convert` with a progress bar.
 
     Args:
@@ -27,7 +27,7 @@ def convert(base: Path, tuned: Path, out: Path, **options: Any) -> Report:
         return models.convert(base, tuned, out, tick=tick, **options)
 
 
-def export(checkpoint: Path, out: Path, *, start: Path | None = None, **options: Any) -> Report:
+def export(checkpoint: Path, out: Path, *, start: Path | None = None, **options: Any) -> AdapterReport:
     """`lingrad.convert.convert_run` with a progress bar.
 
     Args:
@@ -40,7 +40,7 @@ def export(checkpoint: Path, out: Path, *, start: Path | None = None, **options:
         The report.
     """
     with progress("exporting", "tensor", least=100) as tick:
-        return run.convert_run(checkpoint, out, base=start, tick=tick, **options)
+        return run.convert_run(checkpoint, out, start=start, tick=tick, **options)
 
 
 def merge(base: Path, adapter: Path, out: Path) -> Path:

@@ -52,7 +52,7 @@ class DenseWeight(Weight):
     def add_(self, current: LinearMap, coords: Tensor) -> None:
         weight = self.param
         matrix = self.layout.matrix(weight)
-        if storage(matrix) == storage(weight):
+        if matrix is weight or storage(matrix) == storage(weight):
             current.add_lift_(matrix, coords)
         else:  # the strides allowed no view, as in a channels_last convolution
             weight.add_(self.layout.restore(current.lift(coords)))

@@ -15,9 +15,8 @@ from lingrad.errors import CheckpointError, SpecError
 from lingrad.gradients.local import DenseGradient
 from lingrad.testing.oracles import assert_dual
 from tests.support.models import gap, llama, text_batches, text_loss, train
+from tests.support.runs import MODES, each_mode
 
-MODES = {"optimizer": lingrad.wrap, "adapter": lingrad.adapt}
-each_mode = pytest.mark.parametrize("mode", MODES)
 SPECS = (
     "svd(rank=4, every=3)",
     "svd(rank=4, every=3, solver=gram, side=right)",
@@ -118,7 +117,9 @@ def test_one_reduced_input_is_saved_for_all_and_none_is_kept_beyond(mode):
         text_loss(model, ids)
     # q, k, v save one; gate and up one; o one; down has a left basis and saves its input
     assert sorted(len(tensors) for tensors in saved.values()) == [1, 1, 2, 2, 3, 3]
-    assert all(attachment.layer.shared._last is None for attachment in optimizer.attachments)
+    shared = [attachment.layer.shared for attachment in optimizer.attachments]
+    assert any(one is not None for one in shared)
+    assert all(one._last is None for one in shared if one is not None)
 
 
 @each_mode

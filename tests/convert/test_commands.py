@@ -20,7 +20,7 @@ def test_what_is_printed_is_the_report(lingrad, tmp_path):
     status, out, _ = lingrad("convert", base, tuned, "--out", tmp_path / "out", "--rank", 3)
     assert status == 0
     lines = out.splitlines()
-    assert lines[0].split() == ["tensor", "shape", "rank", "residual", "rounding"]
+    assert lines[0].split() == ["tensor", "shape", "rank", "kB", "residual", "rounding"]
     assert lines[-1] == f"Written: {tmp_path / 'out'}"
     report = convert.convert(base, tuned, tmp_path / "again", rank=3)
     assert "\n".join(lines[:-1]) == report.table()
@@ -35,7 +35,7 @@ def test_what_is_printed_is_the_report(lingrad, tmp_path):
         (["convert", "BASE", "TUNED"], "Error: Missing option '--out'"),
         (["convert", "BASE", "--out", "x"], "Error: Missing argument 'TUNED'"),
         (["convert", "BASE", "TUNED", "--out", "TUNED"], "lingrad: 'TUNED' exists, and nothing is overwritten"),
-        (["convert", "BASE", "NONE", "--out", "x"], "lingrad: 'NONE' is no model folder: there is no such folder"),
+        (["convert", "BASE", "NONE", "--out", "x"], "lingrad: 'NONE' is not a model folder: there is no such folder"),
         (["convert", "BASE", "TUNED", "--out", "x", "--energy", "2"], "lingrad: energy must lie between 0 and 1, not 2.0"),
         (["convert", "BASE", "TUNED", "--out", "x", "--rank", "0"], "lingrad: rank must be a whole number, at least 1, not 0"),
         (["convert", "BASE", "TUNED", "--out", "x", "--dtype", "int4"], "lingrad: dtype must be one of fp32, "),
@@ -115,7 +115,7 @@ def test_a_checkpoint_of_lingrads_trainer(tmp_path, mode):
     options = {"save_strategy": "steps", "save_steps": 8}
     trainer = make_trainer(tmp_path / "run", model=model, args=options, mode=mode, ledger=True)
     trainer.train()
-    report = convert.convert_run(tmp_path / "run/checkpoint-8", tmp_path / "out", base=tmp_path / "base", logits=True)
+    report = convert.convert_run(tmp_path / "run/checkpoint-8", tmp_path / "out", start=tmp_path / "base", logits=True)
     assert {row.rank for row in report.rows if row.kind == "low_rank"} == {12}
     assert report.residual <= 1e-5
-    assert report.logits[0] <= 1e-5 * report.logits[1]
+    assert report.outputs.difference <= 1e-5 * report.outputs.largest

@@ -11,8 +11,8 @@ import lingrad
 from lingrad import optimizers
 from lingrad.errors import ModeError, SpecError
 from tests.support.models import gap, llama, text_batches, text_loss, zoo, zoo_batches, zoo_loss
+from tests.support.runs import MODES
 
-MODES = {"optimizer": lingrad.wrap, "adapter": lingrad.adapt}
 SPECS = ("svd(rank=4, every=3)", "svd(rank=4, every=2, side=both)", "random(rank=4, every=2)", "pca(rank=4)", "full()")
 
 

@@ -11,9 +11,9 @@ import lingrad
 import lingrad.hf
 from lingrad.errors import ModeError
 from tests.support.models import gap, gpt2, llama
+from tests.support.runs import MODES
 from tests.support.trainers import SPECS, arguments, assert_equal, examples, logs, make, weights
 
-MODES = ("optimizer", "adapter")
 HOOKED = "*.embed_tokens: svd(rank=4, every=3); *.mlp.*: svd(rank=4, every=3)"  # no linear layer: by hooks
 SPEC = "svd(rank=4, every=3)"
 

@@ -17,13 +17,12 @@ from lingrad.testing.oracles import assert_dual
 from lingrad.testing.training import every_kind, token_batches, token_loss
 from tests.support import cases
 from tests.support.models import llama, text_batches, text_loss, train
+from tests.support.runs import MODES, each_mode
 
 KINDS = ("8bit", "8bit_linear")
-MODES = {"optimizer": lingrad.wrap, "adapter": lingrad.adapt}
 SMALL = {"moments": "8bit", "min_8bit_size": 16}  # so that the moments of the tests' small coordinates are quantised too
 
 each_kind = pytest.mark.parametrize("kind", KINDS)
-each_mode = pytest.mark.parametrize("mode", MODES)
 each_sign = pytest.mark.parametrize("signed", [True, False])
 
 # every base that has moments, as the matrix tries it

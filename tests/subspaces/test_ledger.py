@@ -12,8 +12,8 @@ from lingrad import errors
 from lingrad.maps.factors import Factors, compress, stack
 from tests.support.cases import SIDED, UNSIDED
 from tests.support.models import gap, llama, text_batches, text_loss, train, zoo, zoo_batches, zoo_loss
+from tests.support.runs import MODES
 
-MODES = {"optimizer": lingrad.wrap, "adapter": lingrad.adapt}
 SPECS = [
     text.format(side=side).replace("every=7", "every=3").replace("every=5", "every=3")
     for text in SIDED

@@ -93,8 +93,13 @@ def base_options():
 
 def rotates(base, options):
     """Whether carry=rotate is accepted: moments that are quantised, factored or normalised cannot be rotated."""
+    return _rotates(base, tuple(options.items()))
+
+
+@functools.cache
+def _rotates(base, options):
     try:
-        checks.moment_degrees(optimizers.find(base, options))
+        checks.moment_degrees(optimizers.find(base, dict(options)))
     except DualityError:
         return False
     return True

@@ -86,13 +86,12 @@ class Saved:
         found: dict[str, Any] = {}
         for group in self.groups:
             is_coords = group["kind"] == "coords"
-            specs = group.get("specs") if is_coords else [None] * len(group["params"])
-            if any(
-                not isinstance(texts, list) or len(texts) != len(group["params"]) for texts in (group["param_names"], specs)
-            ):
+            names, count = group["param_names"], len(group["params"])
+            specs = group.get("specs") if is_coords else [None] * count
+            if not (isinstance(names, list) and isinstance(specs, list)) or not len(names) == len(specs) == count:
                 raise CheckpointError("a param group does not name each parameter")
             if is_coords is coords:
-                found |= dict(zip(group["param_names"], specs, strict=True))
+                found |= dict(zip(names, specs, strict=True))
         return found
 
     def entries(self, name: str) -> Mapping[str, Any]:

@@ -17,7 +17,7 @@ from typing_extensions import override
 from lingrad.errors import ShapeError, SpecError, require
 from lingrad.gradients.base import Gradient
 from lingrad.maps import KroneckerMap, LinearMap
-from lingrad.tensors import wide
+from lingrad.tensors import nbytes, wide
 from lingrad.transforms.base import Probe, Ranks, Sketch, Transform, When
 from lingrad.transforms.linalg import derive_seed, orthonormalize, start_basis
 from lingrad.transforms.sketch import by_side, range_probes, sketched
@@ -235,7 +235,7 @@ class SideTransform(BasisTransform):
         if old is None or not isinstance(new, Tensor) or new.shape != old.shape or not new.is_floating_point():
             raise ShapeError(f"{self.name} returned {_described(new)} as its {side} basis; expected {_expected_basis(old)}")
         new = new.to(old.dtype)
-        owned = new.is_contiguous() and new.untyped_storage().nbytes() == new.numel() * new.element_size()
+        owned = new.is_contiguous() and new.untyped_storage().nbytes() == nbytes(new)
         return new if owned else new.clone(memory_format=torch.contiguous_format)  # a slice would keep all columns in memory
 
 

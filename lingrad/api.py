@@ -6,11 +6,13 @@ from typing import Any
 
 from lingrad.config.rules import Rules
 from lingrad.config.settings import Carry, Compat, Share
+from lingrad.deprecated import renamed_keywords
 from lingrad.engine.build import Trainable
 from lingrad.engine.optimizer import SubspaceOptimizer
 from lingrad.optimizers.base import BaseLike
 
 
+@renamed_keywords(spec_or_rules="rules")
 def wrap(
     model: Trainable,
     rules: Rules,
@@ -88,6 +90,7 @@ def wrap(
     )
 
 
+@renamed_keywords(spec_or_rules="rules")
 def adapt(
     model: Trainable,
     rules: Rules,

@@ -11,11 +11,11 @@ from lingrad.convert.merge import merge as merge_
 from lingrad.peft.report import AdapterReport
 
 
-def convert(base: Path, tuned: Path, out: Path, **options: Any) -> AdapterReport:
+def convert(start: Path, tuned: Path, out: Path, **options: Any) -> AdapterReport:
     """`lingrad.convert.convert` with a progress bar.
 
     Args:
-        base: The base model's folder.
+        start: The starting model's folder.
         tuned: The tuned model's folder.
         out: The adapter's folder.
         **options: See `lingrad.convert.convert`.
@@ -24,7 +24,7 @@ def convert(base: Path, tuned: Path, out: Path, **options: Any) -> AdapterReport
         The report.
     """
     with progress("converting", "tensor", least=100) as tick:
-        return models.convert(base, tuned, out, tick=tick, **options)
+        return models.convert(start, tuned, out, tick=tick, **options)
 
 
 def export(checkpoint: Path, out: Path, *, start: Path | None = None, **options: Any) -> AdapterReport:
@@ -43,11 +43,11 @@ def export(checkpoint: Path, out: Path, *, start: Path | None = None, **options:
         return run.convert_run(checkpoint, out, start=start, tick=tick, **options)
 
 
-def merge(base: Path, adapter: Path, out: Path) -> Path:
+def merge(start: Path, adapter: Path, out: Path) -> Path:
     """`lingrad.convert.merge` with a progress bar.
 
     Args:
-        base: The base model's folder.
+        start: The starting model's folder.
         adapter: The adapter's folder.
         out: The merged model's folder.
 
@@ -55,4 +55,4 @@ def merge(base: Path, adapter: Path, out: Path) -> Path:
         The merged model's folder.
     """
     with progress("merging", "tensor", least=100) as tick:
-        return merge_(base, adapter, out, tick=tick)
+        return merge_(start, adapter, out, tick=tick)

@@ -30,37 +30,37 @@ _HARMLESS = {
 }
 
 
-def refuse_other_model(base: ModelFolder, tuned: ModelFolder, tied: Collection[str] = ()) -> None:
+def refuse_other_model(start: ModelFolder, tuned: ModelFolder, tied: Collection[str] = ()) -> None:
     """Make sure that two folders hold the same architecture, tensor by tensor.
 
     Args:
-        base: The one folder.
+        start: The one folder.
         tuned: The other.
         tied: Names of tensors that are tied to another one in the model, so that a folder may lack them.
 
     Raises:
         DataError: They are the same folder, or differ in a config entry that matters, or in a tensor's name or shape.
     """
-    if base.path.resolve() == tuned.path.resolve():
-        raise DataError(f"BASE and TUNED are the same folder, '{base.path}'")
-    was, now = (_config(folder.path) for folder in (base, tuned))
+    if start.path.resolve() == tuned.path.resolve():
+        raise DataError(f"START and TUNED are the same folder, '{start.path}'")
+    was, now = (_config(folder.path) for folder in (start, tuned))
     for key in sorted({*was, *now}, key=lambda key: (key not in ("model_type", "architectures"), key)):
         harmless = key in _HARMLESS or key.endswith(("dropout", "drop", "pdrop"))
         if not harmless and was.get(key) != now.get(key):
             raise DataError(
-                f"the configs differ in '{key}': {_short(was.get(key))} in '{base.path}', {_short(now.get(key))} in "
+                f"the configs differ in '{key}': {_short(was.get(key))} in '{start.path}', {_short(now.get(key))} in "
                 f"'{tuned.path}'; expected the model that the training started from and the trained one"
             )
-    for first, second, wanted in ((base, tuned, "extra"), (tuned, base, "missing")):
+    for first, second, wanted in ((start, tuned, "extra"), (tuned, start, "missing")):
         odd = sorted({*second.names} - {*first.names} - {*tied})
         if odd:
             holder = f"only '{second.path}' has '{odd[0]}' ({wanted}{f', and {len(odd) - 1} more' if odd[1:] else ''})"
             near = did_you_mean(odd[0], {*first.names} - {*second.names})
             raise DataError(f"the two do not have the same tensors: {holder}{near} Save both from one class of model")
-    for name in sorted({*base.names} & {*tuned.names}):
-        if base.entry(name).shape != tuned.entry(name).shape:
-            shapes = [list(folder.entry(name).shape) for folder in (base, tuned)]
-            raise DataError(f"'{name}' is {shapes[0]} in '{base.path}' and {shapes[1]} in '{tuned.path}'")
+    for name in sorted({*start.names} & {*tuned.names}):
+        if start.entry(name).shape != tuned.entry(name).shape:
+            shapes = [list(folder.entry(name).shape) for folder in (start, tuned)]
+            raise DataError(f"'{name}' is {shapes[0]} in '{start.path}' and {shapes[1]} in '{tuned.path}'")
 
 
 def _config(path: Path) -> dict[str, Any]:

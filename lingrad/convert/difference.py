@@ -1,4 +1,4 @@
-"""D = TUNED - decay * BASE by its products, never stored: every pass reads rows of both weights again, in float64."""
+"""D = TUNED - decay * START by its products, never stored: every pass reads rows of both weights again, in float64."""
 
 from __future__ import annotations
 
@@ -23,26 +23,26 @@ class Remainder(NamedTuple):
 
     Args:
         energy: |D - Q R|_F^2.
-        along: <BASE, D - Q R>.
-        base: |BASE|_F^2.
+        along: <START, D - Q R>.
+        start: |START|_F^2.
         rounding: nu^2.
     """
 
     energy: float
     along: float
-    base: float
+    start: float
     rounding: float
 
 
 @dataclass
 class Difference:
-    """D = TUNED - decay * BASE [m, n], by its products.
+    """D = TUNED - decay * START [m, n], by its products.
 
     Args:
         shape: (m, n).
         dtype: The dtype that TUNED is stored in.
-        rows: (start, stop) -> those rows of TUNED and BASE.
-        decay: The factor of BASE.
+        rows: (start, stop) -> those rows of TUNED and START.
+        decay: The factor of START.
         name: The tensor's name, for messages.
     """
 
@@ -56,14 +56,14 @@ class Difference:
         """All rows, block by block.
 
         Yields:
-            (slice, rows of D, rows of BASE), float64.
+            (slice, rows of D, rows of START), float64.
         """
         m, n = self.shape
         step = max(_BLOCK // n, _ROWS)
-        for start in range(0, m, step):
-            block = slice(start, min(m, start + step))
-            tuned, base = (found.double() for found in self.rows(block.start, block.stop))
-            yield block, torch.sub(tuned, base, alpha=self.decay), base
+        for first in range(0, m, step):
+            block = slice(first, min(m, first + step))
+            tuned, start = (found.double() for found in self.rows(block.start, block.stop))
+            yield block, torch.sub(tuned, start, alpha=self.decay), start
 
     def times(self, right: Tensor) -> Tensor:
         """D @ right, [n, b] -> [m, b]."""
@@ -89,24 +89,24 @@ class Difference:
         Raises:
             DataError: An entry is not finite.
         """
-        energy = along = base_energy = rounding = 0.0
+        energy = along = start_energy = rounding = 0.0
         bits = _BITS[self.dtype]
         least = frexp(torch.finfo(self.dtype).tiny)[1]  # units do not shrink below the smallest normal number
-        for block, change, base in self.blocks():
+        for block, change, start in self.blocks():
             if r.shape[0] == 0:  # the first pass over all entries
-                values = change.add(base, alpha=self.decay)
+                values = change.add(start, alpha=self.decay)
                 exponent = torch.where(values == 0, least, torch.frexp(values)[1]).clamp(min=least).double()
                 rounding += float(((exponent - bits) * 2).exp2().sum()) / 12
             change = torch.addmm(change, q[block], r, alpha=-1)
             energy += float(change.square().sum())
-            along += float((change * base).sum())
-            base_energy += float(base.square().sum())
-            if not isfinite(energy + base_energy):
+            along += float((change * start).sum())
+            start_energy += float(start.square().sum())
+            if not isfinite(energy + start_energy):
                 self._refuse_not_finite(block)
-        return Remainder(energy, along, base_energy, rounding)
+        return Remainder(energy, along, start_energy, rounding)
 
     def _refuse_not_finite(self, block: slice) -> None:
-        for which, found in zip(("TUNED", "BASE"), self.rows(block.start, block.stop), strict=True):
+        for which, found in zip(("TUNED", "START"), self.rows(block.start, block.stop), strict=True):
             count = int((~found.isfinite()).sum())
             if count:
                 raise DataError(f"{self.name or 'the weight'} of {which} has {count:,} elements that are NaN or infinite")
@@ -117,10 +117,10 @@ class Difference:
         return self.remainder(torch.zeros(m, 0, dtype=torch.float64), torch.zeros(0, n, dtype=torch.float64))
 
     def outside(self, q: Tensor, v: Tensor) -> float:
-        """|(1 - q q^T) BASE (1 - v v^T)|_F^2 for orthonormal q [m, p] and v [n, p]."""
+        """|(1 - q q^T) START (1 - v v^T)|_F^2 for orthonormal q [m, p] and v [n, p]."""
         energy = 0.0
         inner = q.new_zeros(q.shape[1], self.shape[1])
-        for block, _, base in self.blocks():
-            inner.addmm_(q[block].t(), base)
-            energy += float(base.square().sum()) - float((base @ v).square().sum())
+        for block, _, start in self.blocks():
+            inner.addmm_(q[block].t(), start)
+            energy += float(start.square().sum()) - float((start @ v).square().sum())
         return energy - float(inner.square().sum()) + float((inner @ v).square().sum())

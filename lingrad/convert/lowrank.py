@@ -1,4 +1,4 @@
-"""The low-rank factors of a change D = TUNED - decay * BASE, with a residual that is computed, not estimated.
+"""The low-rank factors of a change D = TUNED - decay * START, with a residual that is computed, not estimated.
 
 A randomized range finder (Halko, Martinsson, Tropp, SIAM Review 53, 2011, algorithms 4.1 to 4.4) grows an orthonormal Q in
 blocks, each as wide as all before, with one power iteration; after each block |D - Q Q^T D|_F is summed entry by entry in
@@ -8,8 +8,8 @@ Without a goal the rank is the smallest one down to the *rounding floor*. Storin
 nu^2 = sum of ulp(entry)^2 / 12, and training rounds at every step, about sqrt(steps) nu in all. What a rank leaves counts as
 rounding if its norm is at most 1.2 nu; or if it is at most 256 nu and looks like noise, `looks_like_noise`.
 
-Decoupled decay multiplies weights by decay < 1, which makes D full rank: (decay - 1) BASE + what was learned. It is recognised
-by what a Q leaves: where that correlates with BASE, decay is moved to the least-squares fit outside the ranges found, Q is
+Decoupled decay multiplies weights by decay < 1, which makes D full rank: (decay - 1) START + what was learned. It is recognised
+by what a Q leaves: where that correlates with START, decay is moved to the least-squares fit outside the ranges found, Q is
 iterated on the new D, and so on while the remainder shrinks.
 """
 
@@ -29,7 +29,7 @@ ONE_ROUNDING = 1.2  # as a norm, allowing for chance and for a program that roun
 MOST_ROUNDINGS = 256.0  # as a norm: of 65,536 independent roundings of every entry
 LARGE = 0.01  # the share of |D|_F above which more directions must be known before it counts as noise
 FLAT, SPREAD, DEEP = 1.25, 0.6, 0.1  # allowing for chance, and for entries whose roundings are not of one size
-ALONG = 0.25  # the correlation of a remainder with BASE from which decay is looked for
+ALONG = 0.25  # the correlation of a remainder with START from which decay is looked for
 
 
 @dataclass(frozen=True)
@@ -88,11 +88,11 @@ class Found:
 
     Args:
         factors: left [m, r] and right [r, n], float64, singular values divided evenly.
-        decay: The factor by which decoupled decay has multiplied BASE; 1 without decay.
-        norm: |TUNED - BASE|_F.
-        residual: |D - left @ right|_F / |TUNED - BASE|_F; D is TUNED - decay * BASE if the goal was all of it, else
-            TUNED - BASE.
-        floor: What rounding TUNED to its dtype once leaves, nu / |TUNED - BASE|_F.
+        decay: The factor by which decoupled decay has multiplied START; 1 without decay.
+        norm: |TUNED - START|_F.
+        residual: |D - left @ right|_F / |TUNED - START|_F; D is TUNED - decay * START if the goal was all of it, else
+            TUNED - START.
+        floor: What rounding TUNED to its dtype once leaves, nu / |TUNED - START|_F.
     """
 
     factors: Factors
@@ -107,12 +107,12 @@ def detect(change: Difference, goal: Goal, seed: int, *, full_svd: bool = False)
 
     Args:
         change: The change; its ``decay`` is set where decay is recognised.
-        goal: How much to find. Decay is looked for if that is all; any other goal is about TUNED - BASE itself.
+        goal: How much to find. Decay is looked for if that is all; any other goal is about TUNED - START itself.
         seed: Of the random blocks.
         full_svd: Take the singular value decomposition of D, formed in float64, instead of a range finder.
 
     Returns:
-        What was found; None where TUNED equals BASE.
+        What was found; None where TUNED equals START.
     """
     m, n = change.shape
     q, r = torch.zeros(m, 0, dtype=torch.float64), torch.zeros(0, n, dtype=torch.float64)
@@ -127,7 +127,7 @@ def detect(change: Difference, goal: Goal, seed: int, *, full_svd: bool = False)
         remaining = change.remainder(q, r)
         if goal.exact and width < min(m, n):
             q, r, remaining = _settle(change, q, r, remaining)
-            if change.decay != 1.0 and abs(change.decay - 1.0) * remaining.base**0.5 <= start.rounding**0.5 / 4:
+            if change.decay != 1.0 and abs(change.decay - 1.0) * remaining.start**0.5 <= start.rounding**0.5 / 4:
                 change.decay = 1.0  # the difference from 1 is within noise
                 r = change.transposed(q).t()
                 remaining = change.remainder(q, r)
@@ -235,11 +235,11 @@ def _outside(y: Tensor, q: Tensor) -> Tensor:
 
 
 def _settle(change: Difference, q: Tensor, r: Tensor, remaining: Remainder) -> tuple[Tensor, Tensor, Remainder]:
-    """Move ``change.decay`` to where the remainder no longer correlates with BASE, and the basis with it."""
+    """Move ``change.decay`` to where the remainder no longer correlates with START, and the basis with it."""
     for _ in range(12):
         if (
             remaining.energy <= remaining.rounding
-            or abs(remaining.along) < ALONG / 4 * (remaining.base * remaining.energy) ** 0.5
+            or abs(remaining.along) < ALONG / 4 * (remaining.start * remaining.energy) ** 0.5
         ):
             break
         v = torch.linalg.qr(r.t())[0]
@@ -259,7 +259,7 @@ def _settle(change: Difference, q: Tensor, r: Tensor, remaining: Remainder) -> t
 
 
 def _decay_of(change: Difference, factors: Factors, left: Remainder) -> float:
-    """The factor of BASE, estimated from what factors of a part leave; it is reported, and changes nothing else."""
+    """The factor of START, estimated from what factors of a part leave; it is reported, and changes nothing else."""
     q, v = (torch.linalg.qr(side)[0] for side in (factors.left, factors.right.t()))
     outside = change.outside(q, v)
     if outside <= 0 or abs(left.along) < 2 * ALONG * (outside * left.energy) ** 0.5:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lingrad.console import Tick
 from lingrad.convert.tensors import param_of, tied_names
+from lingrad.deprecated import renamed_keywords
 from lingrad.errors import CheckpointError, DataError
 from lingrad.files.atomic import new_folder
 from lingrad.files.model_folder import INDEX, WEIGHTS, ModelFolder
@@ -21,15 +22,17 @@ from lingrad.peft.read import read_adapter
 _WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx"}
 
 
-def merge(base: str | Path, adapter: str | Path, out: str | Path, *, tick: Tick | None = None) -> Path:
-    """Write the plain model that PEFT's ``merge_and_unload`` makes of a base and an adapter, to the bit in float32.
+@renamed_keywords(base="start")
+def merge(start: str | Path, adapter: str | Path, out: str | Path, *, tick: Tick | None = None) -> Path:
+    """Write the plain model that PEFT's ``merge_and_unload`` makes of a starting model and an adapter, to the bit in float32.
 
     Weights are read and written one by one: the adapter and the largest weight are in memory.
 
     Args:
-        base: The base model's folder.
+        start: The folder of the model that the adapter is for.
         adapter: The adapter's folder, a LoRA with its weights in safetensors.
-        out: The folder of the merged model; must not exist. It has files like the base's; config and tokenizer are copied.
+        out: The folder of the merged model; must not exist. Its files are like those of ``start``; config and tokenizer are
+            copied.
         tick: Called after each tensor: how many are done, of how many, its name.
 
     Returns:
@@ -37,9 +40,9 @@ def merge(base: str | Path, adapter: str | Path, out: str | Path, *, tick: Tick 
 
     Raises:
         DataError: A folder cannot be used, ``out`` exists or cannot be written.
-        CheckpointError: The adapter is for another model, or changes a weight that the base's files do not have.
+        CheckpointError: The adapter is for another model, or changes a weight that its files do not have.
     """
-    folder, model = ModelFolder(Path(base)), open_model(str(Path(base).absolute()))
+    folder, model = ModelFolder(Path(start)), open_model(str(Path(start).absolute()))
     found = read_adapter(Path(adapter), model)
     params = {name: param_of(model, name) for name in folder.names}
     known = {*params.values()}
@@ -49,10 +52,10 @@ def merge(base: str | Path, adapter: str | Path, out: str | Path, *, tick: Tick 
     for name in (*found.low_rank, *found.full):
         if name not in known and id(aliases.get(name)) not in stored:
             raise CheckpointError(
-                f"the adapter changes '{name}', and no file of '{base}' contains it; give the model it was made for"
+                f"the adapter changes '{name}', and no file of '{start}' contains it; give the model it was made for"
             )
     if tied & {name for name, param in params.items() if param in found.low_rank}:
-        raise CheckpointError(f"the adapter changes one of two tied weights, and '{base}' stores both")
+        raise CheckpointError(f"the adapter changes one of two tied weights, and '{start}' stores both")
 
     saved = {id(aliases[param]): param for param in found.full if param in aliases}
 
@@ -64,7 +67,7 @@ def merge(base: str | Path, adapter: str | Path, out: str | Path, *, tick: Tick 
                 return weight
         changed = found.apply(param, weight)
         if not bool(changed.isfinite().all()):
-            raise DataError(f"'{name}' of '{base}' with the adapter has elements that are not finite")
+            raise DataError(f"'{name}' of '{start}' with the adapter has elements that are not finite")
         return changed
 
     return write_model(folder, Path(out), merged, tick)

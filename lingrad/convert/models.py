@@ -15,6 +15,7 @@ from lingrad.convert.output import Output
 from lingrad.convert.tensors import TensorPair, pairs, require_parameter, tied_names
 from lingrad.convert.work import ChangeRecord
 from lingrad.convert.writing import Models, make_adapter
+from lingrad.deprecated import renamed_keywords
 from lingrad.errors import optional, require
 from lingrad.files.model_folder import ModelFolder
 from lingrad.maps.factors import Factors
@@ -23,8 +24,9 @@ from lingrad.peft.report import AdapterReport
 from lingrad.transforms.linalg import derive_seed
 
 
+@renamed_keywords(base="start", decayed_base="decayed_start")
 def convert(
-    base: str | Path,
+    start: str | Path,
     tuned: str | Path,
     out: str | Path,
     *,
@@ -35,7 +37,7 @@ def convert(
     uniform_rank: bool = False,
     full_svd: bool = False,
     logits: bool = False,
-    decayed_base: str | Path | None = None,
+    decayed_start: str | Path | None = None,
     tick: Tick | None = None,
 ) -> AdapterReport:
     """Turn the difference of two models into an adapter that PEFT loads, whatever program trained.
@@ -44,19 +46,19 @@ def convert(
     repeated, finished weights are not computed again, and the folder comes out the same to the byte.
 
     Args:
-        base: The folder of the model that the training started from, as ``save_pretrained`` writes it.
+        start: The folder of the model that the training started from, as ``save_pretrained`` writes it.
         tuned: The folder of the trained model.
         out: The adapter's folder; must not exist.
         rank: At most this many columns for each weight.
-        energy: Keep this share of |TUNED - BASE|_F^2 of each weight.
-        max_error: Leave at most this share of |TUNED - BASE|_F of each weight. With none of the three all of a change is kept,
+        energy: Keep this share of |TUNED - START|_F^2 of each weight.
+        max_error: Leave at most this share of |TUNED - START|_F of each weight. With none of the three all of a change is kept,
             down to the rounding floor that `lingrad.convert.lowrank` defines, and decoupled decay is recognised.
         dtype: Of the factors: ``fp32`` (``fp64`` for a float64 model) by default, ``bf16`` or ``fp16``.
         uniform_rank: Give all weights the largest rank that one needs, by columns of zeros.
         full_svd: Decompose each change in full, formed in float64, instead of by random projections.
         logits: Load both models into memory, and compare their logits through PEFT.
-        decayed_base: Where to write BASE with its weights multiplied by the decay that was recognised; the adapter is then for
-            that model.
+        decayed_start: Where to write START with its weights multiplied by the decay that was recognised; the adapter is then
+            for that model.
         tick: Called after each tensor: how many are done, of how many, its name.
 
     Returns:
@@ -69,41 +71,41 @@ def convert(
     """
     goal = Goal(rank, energy, max_error)
     require(
-        decayed_base is None or goal.exact,
-        "decayed_base",
-        "decayed_base needs all of a change, from which decay is separated; leave out rank, energy and max_error",
+        decayed_start is None or goal.exact,
+        "decayed_start",
+        "decayed_start needs all of a change, from which decay is separated; leave out rank, energy and max_error",
     )
-    decayed = None if decayed_base is None else Path(decayed_base)
+    decayed = None if decayed_start is None else Path(decayed_start)
     output = Output(Path(out), goal, dtype, uniform_rank, logits, decayed, tick)
-    was, now = ModelFolder(Path(base)), ModelFolder(Path(tuned))
+    was, now = ModelFolder(Path(start)), ModelFolder(Path(tuned))
     optional("peft", "checking an adapter", "hf")  # before the search, not after it
-    model = open_model(str(Path(base).absolute()))  # a name alone may be that of a built-in model
+    model = open_model(str(Path(start).absolute()))  # a name alone may be that of a built-in model
     refuse_other_model(was, now, tied_names(model, was) | tied_names(model, now))
     identity = {
         "goal": asdict(goal),
         "dtype": dtype,
         "full_svd": full_svd,
-        "base": str(base),
-        "base files": was.fingerprint(),
+        "start": str(start),
+        "start files": was.fingerprint(),
         "tuned files": now.fingerprint(),
         "torch": torch.__version__,
     }
 
     def find(pair: TensorPair) -> tuple[ChangeRecord, Factors | None]:
-        return _find(pair, base=was, tuned=now, model=model, output=output, full_svd=full_svd)
+        return _find(pair, start=was, tuned=now, model=model, output=output, full_svd=full_svd)
 
     return make_adapter("models", Models(was, now, model, pairs(model, was, now)), output, find, identity)
 
 
 def _find(
-    pair: TensorPair, *, base: ModelFolder, tuned: ModelFolder, model: nn.Module, output: Output, full_svd: bool
+    pair: TensorPair, *, start: ModelFolder, tuned: ModelFolder, model: nn.Module, output: Output, full_svd: bool
 ) -> tuple[ChangeRecord, Factors | None]:
     """The change of one tensor."""
-    shape = base.entry(pair.name).shape
-    if pair.equal(base, tuned):
+    shape = start.entry(pair.name).shape
+    if pair.equal(start, tuned):
         return ChangeRecord(pair.name, "equal", shape), None
     require_parameter(model, pair)
-    change = pair.difference(base, tuned)
+    change = pair.difference(start, tuned)
     if pair.shape is None:
         return ChangeRecord(pair.name, "full", shape, norm=change.sums().energy ** 0.5), None
     found = detect(change, output.goal, derive_seed(0, pair.name), full_svd=full_svd)

@@ -28,10 +28,10 @@ def notes(rows: Sequence[ChangedTensor], goal: Goal, nbytes: int, model_bytes: i
     decayed = [row for row in low if row.decay != 1.0]
     if decayed:
         found.append(
-            f"Decoupled weight decay: {len(decayed)} of {len(low)} low-rank weights are decay * BASE + low rank, decay being "
-            f"{span([row.decay for row in decayed])}. PEFT adds an adapter to BASE without decay and cannot express that. On a "
-            "base whose weights are multiplied by decay the residual is the one 'without decay'; --decayed-base DIR writes "
-            "such a base. Or fit TUNED - BASE, decay included, at a larger rank, with --rank, --energy or --max-error."
+            f"Decoupled weight decay: {len(decayed)} of {len(low)} low-rank weights are decay * START + low rank, decay being "
+            f"{span([row.decay for row in decayed])}. PEFT adds an adapter to START without decay and cannot express that. If "
+            "the weights of START are multiplied by decay, the residual is the one 'without decay'; --decayed-start DIR writes "
+            "such a model. Or fit TUNED - START, decay included, at a larger rank, with --rank, --energy or --max-error."
         )
     left = [row.without_decay or 0.0 for row in low if not row.full_rank]
     noisy = [share for share in left if share > NOISY]

@@ -34,7 +34,7 @@ class Output:
         dtype: Of the factors, a key of ``DTYPES``.
         uniform_rank: Whether all weights get the largest rank.
         logits: Whether to compare logits.
-        decayed_base: Where to write the base with decay applied.
+        decayed_start: Where to write the starting model with decay applied.
         tick: Called after each tensor.
 
     Raises:
@@ -47,7 +47,7 @@ class Output:
     dtype: str | None = None
     uniform_rank: bool = False
     logits: bool = False
-    decayed_base: Path | None = None
+    decayed_start: Path | None = None
     tick: Tick | None = None
 
     def __post_init__(self) -> None:
@@ -56,13 +56,13 @@ class Output:
             self.dtype is None or self.dtype in DTYPES, "dtype", f"dtype must be one of {', '.join(DTYPES)}, not {self.dtype!r}"
         )
         refuse_existing(self.out)
-        if self.decayed_base is None:
+        if self.decayed_start is None:
             return
-        refuse_existing(self.decayed_base)
-        a, b = self.out.resolve(), self.decayed_base.resolve()
+        refuse_existing(self.decayed_start)
+        a, b = self.out.resolve(), self.decayed_start.resolve()
         apart = a != b and a not in b.parents and b not in a.parents
         require(
-            apart, "decayed_base", f"one of '{self.out}' and '{self.decayed_base}' is inside the other; name separate folders"
+            apart, "decayed_start", f"one of '{self.out}' and '{self.decayed_start}' is inside the other; name separate folders"
         )
 
     def factor_dtype(self, weight: torch.dtype) -> torch.dtype:

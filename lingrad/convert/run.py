@@ -17,7 +17,7 @@ from lingrad.convert.output import Output
 from lingrad.convert.tensors import TensorPair, pairs, require_parameter, tied_names
 from lingrad.convert.work import ChangeRecord
 from lingrad.convert.writing import Models, make_adapter
-from lingrad.deprecated import renamed_option
+from lingrad.deprecated import renamed_keywords
 from lingrad.engine.saved import FORMAT, Saved
 from lingrad.errors import CheckpointError, LingradError, optional, require
 from lingrad.files.model_folder import ModelFolder
@@ -28,6 +28,7 @@ from lingrad.peft.report import AdapterReport
 from lingrad.subspaces import trees as trees
 
 
+@renamed_keywords(base="start", decayed_base="decayed_start")
 def convert_run(
     run: str | Path,
     out: str | Path,
@@ -37,9 +38,8 @@ def convert_run(
     dtype: str | None = None,
     uniform_rank: bool = False,
     logits: bool = False,
-    decayed_base: str | Path | None = None,
+    decayed_start: str | Path | None = None,
     tick: Tick | None = None,
-    base: str | Path | None = None,
 ) -> AdapterReport:
     """Turn a checkpoint of a lingrad run with ``ledger=True`` into an adapter that PEFT loads, exact to rounding.
 
@@ -55,9 +55,8 @@ def convert_run(
         dtype: Of the factors: ``fp32`` (``fp64`` for a float64 model) by default, ``bf16`` or ``fp16``.
         uniform_rank: Give all weights the largest rank that one needs, by columns of zeros.
         logits: Load both models into memory, and compare their logits through PEFT; needs ``start``.
-        decayed_base: Where to write ``start`` with its weights multiplied by the run's decay; the adapter is then for it.
+        decayed_start: Where to write ``start`` with its weights multiplied by the run's decay; the adapter is then for it.
         tick: Called after each tensor: how many are done, of how many, its name.
-        base: The old name of ``start``.
 
     Returns:
         The report, which is also in the folder, as ``lingrad_report.json``.
@@ -68,13 +67,10 @@ def convert_run(
         SpecError: An option is wrong.
         ExportError: PEFT has no form for the change; nothing was written.
     """
-    given = {name: value for name, value in (("start", start), ("base", base)) if value is not None}
-    renamed_option(given, "base", "start", "lingrad.convert.convert_run")
-    start = given.get("start")
-    for option, asked in (("logits", logits), ("decayed_base", decayed_base is not None)):
+    for option, asked in (("logits", logits), ("decayed_start", decayed_start is not None)):
         needed = f"{option} needs the model that the run started from; give its folder as start"
         require(not asked or start is not None, option, needed)
-    decayed = None if decayed_base is None else Path(decayed_base)
+    decayed = None if decayed_start is None else Path(decayed_start)
     output = Output(Path(out), Goal(rank), dtype, uniform_rank, logits, decayed, tick)
     tuned = ModelFolder(Path(run))
     was = None if start is None else ModelFolder(Path(start))
@@ -164,12 +160,12 @@ class _Run:
                 "parameters: safetensors.torch.save_model(model, 'model.safetensors')"
             )
 
-    def find(self, pair: TensorPair, base: ModelFolder | None, output: Output) -> tuple[ChangeRecord, Factors | None]:
+    def find(self, pair: TensorPair, start: ModelFolder | None, output: Output) -> tuple[ChangeRecord, Factors | None]:
         """The change of one tensor.
 
         Args:
             pair: The tensor.
-            base: The folder of the model that the run started from, where it is known.
+            start: The folder of the model that the run started from, where it is known.
             output: The goal, and the dtype of the factors.
 
         Returns:
@@ -180,7 +176,7 @@ class _Run:
         """
         shape = self._folder.entry(pair.name).shape
         if pair.param not in self.targets:
-            same = pair.param not in self.full if base is None else pair.equal(base, self._folder)
+            same = pair.param not in self.full if start is None else pair.equal(start, self._folder)
             if not same:
                 require_parameter(self._model, pair)
             return ChangeRecord(pair.name, "equal" if same else "full", shape), None
@@ -196,26 +192,26 @@ class _Run:
         factors = factors.to(dtype=torch.float64)
         norm, floor = _norm(factors), None
         factors, left = compress(factors, rank=output.goal.rank)
-        if base is not None:
-            norm, left, floor = self._measured(pair, base, factors, decay, left * norm)
+        if start is not None:
+            norm, left, floor = self._measured(pair, start, factors, decay, left * norm)
         record = ChangeRecord(pair.name, "low_rank", shape, factors.rank, decay, norm, left, floor)
         return record, factors.to(dtype=output.factor_dtype(own))
 
     def _measured(
-        self, pair: TensorPair, base: ModelFolder, factors: Factors, decay: float, dropped: float
+        self, pair: TensorPair, start: ModelFolder, factors: Factors, decay: float, dropped: float
     ) -> tuple[float, float, float]:
-        """|TUNED - BASE|_F, and as shares of it what the factors leave and what rounding once leaves."""
-        change, stored = pair.difference(base, self._folder), pair.reorient(factors)
-        start = change.sums()
+        """|TUNED - START|_F, and as shares of it what the factors leave and what rounding once leaves."""
+        change, stored = pair.difference(start, self._folder), pair.reorient(factors)
+        sums = change.sums()
         change.decay = decay
         left = change.remainder(stored.left, stored.right).energy ** 0.5
-        if left > dropped + MOST_ROUNDINGS * start.rounding**0.5:
+        if left > dropped + MOST_ROUNDINGS * sums.rounding**0.5:
             raise CheckpointError(
-                f"'{pair.name}' of '{self._folder.path}' is not that of '{base.path}' plus the run's change, which leaves "
-                f"{left / start.energy**0.5:.1e} of the difference: it is not the model that the run started from"
+                f"'{pair.name}' of '{self._folder.path}' is not that of '{start.path}' plus the run's change, which leaves "
+                f"{left / sums.energy**0.5:.1e} of the difference: it is not the model that the run started from"
             )
-        norm = start.energy**0.5 or 1.0
-        return norm, left / norm, start.rounding**0.5 / norm
+        norm = sums.energy**0.5 or 1.0
+        return norm, left / norm, sums.rounding**0.5 / norm
 
     def _change(self, name: str, dtype: torch.dtype) -> tuple[Factors | None, float]:
         """The factors of a weight's change, and the factor by which decay has multiplied its starting value."""

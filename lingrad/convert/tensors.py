@@ -35,11 +35,11 @@ class TensorPair:
     shape: tuple[int, int] | None = None
     transposed: bool = False
 
-    def difference(self, base: ModelFolder, tuned: ModelFolder) -> Difference:
-        """TUNED - BASE as a matrix.
+    def difference(self, start: ModelFolder, tuned: ModelFolder) -> Difference:
+        """TUNED - START as a matrix.
 
         Args:
-            base: The one folder.
+            start: The one folder.
             tuned: The other.
 
         Returns:
@@ -48,8 +48,8 @@ class TensorPair:
         Raises:
             DataError: The dtype is not one of weights, as in a quantised model.
         """
-        shape = self.shape or _flat(base.entry(self.name).shape)
-        for folder in (base, tuned):
+        shape = self.shape or _flat(start.entry(self.name).shape)
+        for folder in (start, tuned):
             dtype = folder.entry(self.name).dtype
             if dtype not in _FLOATS:
                 raise DataError(
@@ -58,8 +58,8 @@ class TensorPair:
                 )
         n = shape[1]
 
-        def rows(start: int, stop: int) -> tuple[Tensor, Tensor]:
-            return tuned.rows(self.name, n, start, stop), base.rows(self.name, n, start, stop)
+        def rows(first: int, stop: int) -> tuple[Tensor, Tensor]:
+            return tuned.rows(self.name, n, first, stop), start.rows(self.name, n, first, stop)
 
         return Difference(shape, tuned.entry(self.name).dtype, rows, name=f"'{self.name}'")
 
@@ -67,25 +67,25 @@ class TensorPair:
         """Factors of the matrix as it is stored <-> factors of the layout's matrix, [out, in]."""
         return factors.T if self.transposed else factors
 
-    def equal(self, base: ModelFolder, tuned: ModelFolder) -> bool:
+    def equal(self, start: ModelFolder, tuned: ModelFolder) -> bool:
         """Whether it has the same values in both."""
-        dtypes = {folder.entry(self.name).dtype for folder in (base, tuned)}
+        dtypes = {folder.entry(self.name).dtype for folder in (start, tuned)}
         if len(dtypes) == 2 and not dtypes <= {*_FLOATS}:
             return False
-        m, n = _flat(base.entry(self.name).shape)
+        m, n = _flat(start.entry(self.name).shape)
         step = max(1, (1 << 20) // max(1, n))
         return all(
-            bool((tuned.rows(self.name, n, i, min(m, i + step)) == base.rows(self.name, n, i, min(m, i + step))).all())
+            bool((tuned.rows(self.name, n, i, min(m, i + step)) == start.rows(self.name, n, i, min(m, i + step))).all())
             for i in range(0, m, step)
         )
 
 
-def pairs(model: nn.Module, base: ModelFolder, tuned: ModelFolder, chosen: Collection[str] | None = None) -> list[TensorPair]:
+def pairs(model: nn.Module, start: ModelFolder, tuned: ModelFolder, chosen: Collection[str] | None = None) -> list[TensorPair]:
     """Match the tensors of both folders with the model's parameters.
 
     Args:
         model: The model of their config, on the meta device.
-        base: The one folder.
+        start: The one folder.
         tuned: The other.
         chosen: The parameters whose change is of low rank; None for those that a config string without rules transforms,
             convolutions and experts.
@@ -99,7 +99,7 @@ def pairs(model: nn.Module, base: ModelFolder, tuned: ModelFolder, chosen: Colle
     every, own = dict(model.named_parameters()), model.state_dict()
     wide = _low_rank(model) if chosen is None else {name: every[name] for name in chosen}
     found = []
-    for name in sorted({*base.names} & {*tuned.names}):
+    for name in sorted({*start.names} & {*tuned.names}):
         param = param_of(model, name)
         weights = tuned.entry(name).dtype in _FLOATS  # shapes of codes are others; they are refused where they differ
         if param and weights and tuned.entry(name).shape != tuple(own[param].shape):

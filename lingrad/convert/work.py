@@ -32,9 +32,9 @@ class ChangeRecord:
         kind: ``equal``, ``full`` (saved in full) or ``low_rank``.
         shape: Its shape.
         rank: Columns of its factors.
-        decay: The factor by which decoupled weight decay has multiplied BASE; 1 where none was recognised.
-        norm: |TUNED - BASE|_F.
-        residual: What the factors leave, as a share of ``norm``; of TUNED - decay * BASE where all of that was asked for.
+        decay: The factor by which decoupled weight decay has multiplied START; 1 where none was recognised.
+        norm: |TUNED - START|_F.
+        residual: What the factors leave, as a share of ``norm``; of TUNED - decay * START where all of that was asked for.
         floor: What rounding TUNED to its dtype once leaves, as a share of ``norm``; None where it was not measured.
     """
 

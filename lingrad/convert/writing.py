@@ -38,13 +38,13 @@ class Models:
     """The two models of a conversion.
 
     Args:
-        base: The folder of one; None where the change is known without it.
+        start: The folder of one; None where the change is known without it.
         tuned: The folder of the other.
         model: Their model, on the meta device.
         pairs: Its tensors.
     """
 
-    base: ModelFolder | None
+    start: ModelFolder | None
     tuned: ModelFolder
     model: nn.Module
     pairs: list[TensorPair]
@@ -69,8 +69,8 @@ def make_adapter(source: Writer, models: Models, output: Output, find: Finder, i
     with unfinished(output.out, identity) as work:
         job = _Job(models, output, work)
         job.find(find)
-        with job.base_for() as base:
-            report = job.write(source, base)
+        with job.start_for() as start:
+            report = job.write(source, start)
             publish(work.finished, output.out)
     return replace(report, path=str(output.out))
 
@@ -79,8 +79,8 @@ class Residuals(NamedTuple):
     """What the factors in a file leave of a change.
 
     Args:
-        residual: |TUNED - (BASE + B A)|_F / |TUNED - BASE|_F.
-        without_decay: |TUNED - (decay * BASE + B A)|_F / |TUNED - BASE|_F.
+        residual: |TUNED - (START + B A)|_F / |TUNED - START|_F.
+        without_decay: |TUNED - (decay * START + B A)|_F / |TUNED - START|_F.
         dtype: The dtype of the factors.
     """
 
@@ -90,7 +90,7 @@ class Residuals(NamedTuple):
 
 
 def residuals(
-    folder: Path, slot: Slot, pair: TensorPair, record: ChangeRecord, base: ModelFolder, tuned: ModelFolder
+    folder: Path, slot: Slot, pair: TensorPair, record: ChangeRecord, start: ModelFolder, tuned: ModelFolder
 ) -> Residuals:
     """What the factors in a file leave of a change, entry by entry in float64.
 
@@ -99,7 +99,7 @@ def residuals(
         slot: Where the factors are.
         pair: The tensor.
         record: Its change, as it was found.
-        base: The one model folder.
+        start: The one model folder.
         tuned: The other.
 
     Returns:
@@ -108,7 +108,7 @@ def residuals(
     file = TensorFile(folder / WEIGHTS)
     a, b = (file.read(key) for key in slot.keys)
     factors = pair.reorient(slot.decode(a, b)).to(dtype=torch.float64)
-    change = pair.difference(base, tuned)
+    change = pair.difference(start, tuned)
     found = []
     for decay in dict.fromkeys((1.0, record.decay)):
         change.decay = decay
@@ -134,8 +134,8 @@ class _Job:
                 tick(index + 1, len(pairs), pair.name)
 
     @contextmanager
-    def base_for(self) -> Iterator[Path | None]:
-        """The folder of the model that the adapter is for: BASE, or a decayed one, which is removed if the block fails.
+    def start_for(self) -> Iterator[Path | None]:
+        """The folder of the model that the adapter is for: START, or a decayed one, which is removed if the block fails.
 
         Yields:
             The folder; None where it is not known.
@@ -143,31 +143,33 @@ class _Job:
         Raises:
             ExportError: No decay was recognised.
         """
-        base, decayed = self.models.base, self.output.decayed_base
-        if decayed is None or base is None:
-            yield None if base is None else base.path
+        start, decayed = self.models.start, self.output.decayed_start
+        if decayed is None or start is None:
+            yield None if start is None else start.path
             return
         factors = {pair.name: self._record(index).decay for index, pair in enumerate(self.models.pairs)}
         if all(factor == 1.0 for factor in factors.values()):
-            raise ExportError("no decoupled decay was recognised, so the adapter is for BASE itself; leave --decayed-base out")
+            raise ExportError(
+                "no decoupled decay was recognised, so the adapter is for START itself; leave --decayed-start out"
+            )
 
         def value(name: str) -> Tensor:
-            weight, factor = base.read(name), factors.get(name, 1.0)
+            weight, factor = start.read(name), factors.get(name, 1.0)
             return weight if factor == 1.0 else (weight.double() * factor).to(weight.dtype)
 
-        write_model(base, decayed, value, self.output.tick)
+        write_model(start, decayed, value, self.output.tick)
         try:
             yield decayed
         except BaseException:
             shutil.rmtree(decayed, ignore_errors=True)
             raise
 
-    def write(self, source: Writer, base: Path | None) -> AdapterReport:
+    def write(self, source: Writer, start: Path | None) -> AdapterReport:
         """Write the adapter, read it again, compare, and add the report.
 
         Args:
             source: What is converted.
-            base: The folder of the model that the adapter is for.
+            start: The folder of the model that the adapter is for.
 
         Returns:
             The report.
@@ -194,7 +196,7 @@ class _Job:
             models.model,
             Lazy(list(low), lambda param: padded(self.work.factors(index[param]), ranks[param])),
             Lazy(full, lambda param: models.tuned.read(files[param]), files),
-            base=str(base or ""),
+            base=str(start or ""),
         )
         slots = verify.check_structure(folder, models.model, list(low))
         rows, lost, norm = [], 0.0, 0.0
@@ -202,11 +204,11 @@ class _Job:
             if pair.param not in low:
                 rows.append(ChangedTensor(pair.param, "full", record.shape, models.tuned.entry(pair.name).nbytes))
                 continue
-            if models.base is None:  # the change is known, and what it was added to is not
+            if models.start is None:  # the change is known, and what it was added to is not
                 dtype = self.work.factors(index[pair.param]).left.dtype
                 left = Residuals(record.residual, record.residual, dtype)
             else:
-                left = residuals(folder, slots[pair.param], pair, record, models.base, models.tuned)
+                left = residuals(folder, slots[pair.param], pair, record, models.start, models.tuned)
             _require_reached(output.goal, pair, record, left)
             lost, norm = lost + (left.residual * record.norm) ** 2, norm + record.norm**2
             rows.append(
@@ -231,8 +233,8 @@ class _Job:
             written.nbytes,
             tuple(written.saved_modules),
             tuple(written.alongside),
-            start=None if models.base is None else str(models.base.path),
-            outputs=verify.compare_logits(folder, base, models.tuned.path) if output.logits and base else None,
+            start=None if models.start is None else str(models.start.path),
+            outputs=verify.compare_logits(folder, start, models.tuned.path) if output.logits and start else None,
             equal=len(records) - len(changed),
             model_bytes=model_bytes,
             goal=output.goal.words,

@@ -19,7 +19,7 @@ from lingrad import optimizers
 from lingrad.api import adapt, wrap
 from lingrad.config.rules import Rules, parse_rules
 from lingrad.config.settings import Carry, Mode, Settings
-from lingrad.deprecated import renamed_option
+from lingrad.deprecated import renamed_keywords
 from lingrad.engine.optimizer import SubspaceOptimizer
 from lingrad.errors import ModeError, SpecError, optional, require, require_one_of
 from lingrad.galore.arguments import GaloreTargets
@@ -39,9 +39,10 @@ _SAME = {
 }
 
 
+@renamed_keywords(spec_or_rules="rules")
 def trainer_kwargs(
-    rules: AnyRules | None = None,
-    args: Any = None,
+    rules: AnyRules,
+    args: Any,
     *,
     mode: Mode = "optimizer",
     base: optimizers.BaseLike = "adamw",
@@ -79,11 +80,6 @@ def trainer_kwargs(
     optional("transformers", "lingrad.hf", "hf")
     require_one_of(mode, get_args(Mode), "mode")
     require_one_of(carry, get_args(Carry), "carry")
-    options |= {} if rules is None else {"rules": rules}
-    renamed_option(options, "spec_or_rules", "rules", "lingrad.hf.trainer_kwargs")
-    rules = options.pop("rules", None)
-    if rules is None:
-        raise SpecError("rules is missing: lingrad.hf.trainer_kwargs(rules, args)", option="rules")
     require(ledger in (None, True, False), "ledger", f"ledger must be True, False or None, not {ledger!r}")
     if not callable(rules):
         parse_rules(rules)

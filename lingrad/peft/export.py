@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lingrad.deprecated import renamed_option
+from lingrad.deprecated import renamed_keywords
 from lingrad.errors import ExportError, optional, require
 from lingrad.files.atomic import new_folder
 from lingrad.maps.factors import Factors, compress
@@ -22,6 +22,7 @@ from lingrad.peft.write import write_adapter
 Start = str | Path | nn.Module
 
 
+@renamed_keywords(base="start")
 def export(
     what: Exported,
     path: str | Path,
@@ -33,7 +34,6 @@ def export(
     whole: bool = False,
     allow_residual: float | None = None,
     quiet: bool = False,
-    base: Start | None = None,
 ) -> AdapterReport:
     """Write the change that a run has made to its model as an adapter that PEFT loads by itself.
 
@@ -56,7 +56,6 @@ def export(
         allow_residual: The largest relative residual |W - (W_start + B A)| / |W - W_start| of any weight to accept. By default
             1e-3, or what rounding explains in float32 and wider.
         quiet: Do not print the report.
-        base: The old name of ``start``.
 
     Returns:
         The report, which is also in the folder, as ``lingrad_report.json``.
@@ -68,9 +67,6 @@ def export(
         SpecError: An option is wrong.
         DependencyError: PEFT is not installed.
     """
-    given = {name: value for name, value in (("start", start), ("base", base)) if value is not None}
-    renamed_option(given, "base", "start", "lingrad.peft.export")
-    start = given.get("start")
     _check_options(start, dtype, rank, whole, allow_residual)
     optional("peft", "exporting to PEFT", "hf")
     with new_folder(Path(path)) as folder:

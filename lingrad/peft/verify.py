@@ -238,7 +238,7 @@ def check_structure(folder: Path, model: nn.Module, low_rank: Sequence[str]) -> 
 
 
 def compare_logits(folder: Path, base: Path, tuned: Path) -> OutputComparison:
-    """Load both models into memory, BASE with the adapter through PEFT, and compare their logits on random tokens.
+    """Load both models into memory, START with the adapter through PEFT, and compare their logits on random tokens.
 
     Args:
         folder: The adapter's folder.

@@ -11,7 +11,7 @@ FP32, BF16, FP64 = torch.float32, torch.bfloat16, torch.float64
 
 
 def weights(m, n, rank, dtype=FP32, *, size=1e-2, kept=1.0, steps=1, seed=0):
-    """BASE of standard deviation 0.05, and TUNED: a share of it and a matrix of a rank, in steps that are each rounded."""
+    """START of standard deviation 0.05, and TUNED: a share of it and a matrix of a rank, in steps that are each rounded."""
     generator = torch.Generator().manual_seed(seed)
 
     def draw(*shape):
@@ -90,7 +90,7 @@ def test_many_roundings_are_told_from_what_was_learned(steps):
 @pytest.mark.parametrize("kept", [0.5, 0.9, 0.99, 0.9999, 1.02])
 @pytest.mark.parametrize(("rank", "steps"), [(1, 1), (12, 1), (20, 10), (50, 5)])
 def test_decay_is_told_apart(kept, rank, steps):
-    """kept is found to what rounding allows: an error e of it leaves e |BASE|, which must be within the rounding left."""
+    """kept is found to what rounding allows: an error e of it leaves e |START|, which must be within the rounding left."""
     tuned, base = weights(96, 160, rank, kept=kept, steps=steps)
     found = detect(difference(tuned, base), Goal(), seed=1)
     assert found.factors.rank == rank
@@ -137,21 +137,21 @@ def test_a_smooth_spectrum_is_not_noise():
 
 
 class TestGoals:
-    TUNED, BASE = weights(96, 160, 40)
+    TUNED, START = weights(96, 160, 40)
 
     def best(self):
-        return torch.linalg.svdvals(dense(self.TUNED, self.BASE))
+        return torch.linalg.svdvals(dense(self.TUNED, self.START))
 
     @pytest.mark.parametrize("full_svd", [False, True])
     def test_rank(self, full_svd):
         """The residual of the best rank-10 approximation (Eckart and Young), to 5 % by random projections."""
-        found = detect(difference(self.TUNED, self.BASE), Goal(rank=10), seed=1, full_svd=full_svd)
+        found = detect(difference(self.TUNED, self.START), Goal(rank=10), seed=1, full_svd=full_svd)
         best = float(self.best()[10:].norm() / self.best().norm())
         assert found.factors.rank == 10
         assert best * (1 - 1e-9) <= found.residual <= best * (1 + (1e-9 if full_svd else 0.05))
 
     def test_rank_is_not_more_than_needed(self):
-        assert detect(difference(self.TUNED, self.BASE), Goal(rank=60), seed=1).factors.rank == 40
+        assert detect(difference(self.TUNED, self.START), Goal(rank=60), seed=1).factors.rank == 40
 
     @pytest.mark.parametrize("full_svd", [False, True])
     @pytest.mark.parametrize("lost", [0.3, 0.1, 1e-4])
@@ -160,7 +160,7 @@ class TestGoals:
         squares = self.best().square()
         least = int((squares.flip(0).cumsum(0).flip(0) > lost * squares.sum()).sum())
         for goal in (Goal(energy=1 - lost), Goal(max_error=lost**0.5)):
-            found = detect(difference(self.TUNED, self.BASE), goal, seed=1, full_svd=full_svd)
+            found = detect(difference(self.TUNED, self.START), goal, seed=1, full_svd=full_svd)
             assert found.residual**2 <= lost * (1 + 1e-9)
             assert least <= found.factors.rank <= least + (0 if full_svd else 2)
 
@@ -196,7 +196,7 @@ def test_numbers_that_are_none(which):
     pair = weights(20, 30, 4)
     pair[which][3, 4] = float("nan")
     pair[which][5, 4] = float("inf")
-    with pytest.raises(DataError, match=f"the weight of {('TUNED', 'BASE')[which]} has 2 elements that are NaN or infinite"):
+    with pytest.raises(DataError, match=f"the weight of {('TUNED', 'START')[which]} has 2 elements that are NaN or infinite"):
         detect(difference(*pair), Goal(), seed=1)
 
 

@@ -154,7 +154,7 @@ class TestGoals:
             ({"max_error": 1e-200}, "max_error must be at least 1e-15"),
             ({"energy": float("nan")}, "energy must lie between 0 and 1, not nan"),
             ({"dtype": "int8"}, "dtype must be one of fp32, .* not 'int8'"),
-            ({"rank": 3, "decayed_base": "x"}, "decayed_base needs all of a change"),
+            ({"rank": 3, "decayed_start": "x"}, "decayed_start needs all of a change"),
         ],
     )
     def test_refused(self, folders, tmp_path, options, message):
@@ -165,7 +165,7 @@ class TestGoals:
 
 class TestDecay:
     def test_it_is_reported_as_what_it_is(self, tmp_path):
-        """PEFT adds to the whole base, so what was decayed stays in the residual: (1 - kept) |BASE| of the change."""
+        """PEFT adds to the whole base, so what was decayed stays in the residual: (1 - kept) |START| of the change."""
         base, tuned = make(tmp_path, kept=0.97, others=False)
         report = convert.convert(base, tuned, tmp_path / "out")
         start, end = (load_model(path).state_dict() for path in (base, tuned))
@@ -176,13 +176,13 @@ class TestDecay:
             decayed = 0.03 * start[name].double().norm() / (end[name].double() - start[name].double()).norm()
             assert row.residual == pytest.approx(float(decayed), rel=1e-3)
         (note,) = report.notes
-        assert "14 of 14 low-rank weights are decay * BASE + low rank, decay being 0.97." in note
+        assert "14 of 14 low-rank weights are decay * START + low rank, decay being 0.97." in note
         assert note in report.table()
         assert note in json.loads((tmp_path / "out/lingrad_report.json").read_text())["notes"]
 
     def test_a_base_with_its_decay_applied(self, tmp_path):
         base, tuned = make(tmp_path, kept=0.97, others=False, sharded=True)
-        report = convert.convert(base, tuned, tmp_path / "out", decayed_base=tmp_path / "decayed", logits=True)
+        report = convert.convert(base, tuned, tmp_path / "out", decayed_start=tmp_path / "decayed", logits=True)
         config = json.loads((tmp_path / "out/adapter_config.json").read_text())
         assert config["base_model_name_or_path"] == str(tmp_path / "decayed")
         assert report.outputs.difference <= 1e-6 * report.outputs.largest
@@ -192,7 +192,7 @@ class TestDecay:
 
     def test_a_base_that_did_not_decay(self, tmp_path):
         with pytest.raises(ExportError, match="no decoupled decay was recognised"):
-            convert.convert(*make(tmp_path), tmp_path / "out", decayed_base=tmp_path / "decayed")
+            convert.convert(*make(tmp_path), tmp_path / "out", decayed_start=tmp_path / "decayed")
         assert not (tmp_path / "decayed").exists()
         assert not (tmp_path / "out").exists()
 
@@ -202,7 +202,7 @@ class TestDecay:
 
         monkeypatch.setattr(convert.writing.verify, "check_structure", fail)
         with pytest.raises(ExportError, match="asked to"):
-            convert.convert(*make(tmp_path, kept=0.97, others=False), tmp_path / "out", decayed_base=tmp_path / "decayed")
+            convert.convert(*make(tmp_path, kept=0.97, others=False), tmp_path / "out", decayed_start=tmp_path / "decayed")
         assert not (tmp_path / "decayed").exists()
         assert not (tmp_path / "out").exists()
 
@@ -309,9 +309,9 @@ def test_commands_on_the_page_run(tmp_path, monkeypatch, capsys):
     commands = [line for block in re.findall(r"```sh\n(.*?)```", page, flags=re.DOTALL) for line in block.splitlines() if line]
     assert len(commands) >= 5
     base, tuned = make(tmp_path, kept=0.97)
-    base.rename(tmp_path / "BASE")
+    base.rename(tmp_path / "START")
     tuned.rename(tmp_path / "TUNED")
-    _ledger_run(tmp_path / "BASE", tmp_path / "RUN")
+    _ledger_run(tmp_path / "START", tmp_path / "RUN")
     monkeypatch.chdir(tmp_path)
     for command in commands:
         monkeypatch.setattr(sys, "argv", shlex.split(command))
@@ -321,7 +321,7 @@ def test_commands_on_the_page_run(tmp_path, monkeypatch, capsys):
         assert not caught.value.code, command + errors
         assert "Written: " in out
     made = {"LORA", "SMALL", "DECAYED", "DECAYED-LORA", "EXACT", "MERGED"}
-    assert {folder.name for folder in tmp_path.iterdir()} == made | {"BASE", "TUNED", "RUN"}
+    assert {folder.name for folder in tmp_path.iterdir()} == made | {"START", "TUNED", "RUN"}
 
 
 def _ledger_run(base, out):
@@ -338,7 +338,7 @@ def _ledger_run(base, out):
 def test_python_on_the_page_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     base, tuned = make(tmp_path)
-    base.rename("BASE")
+    base.rename("START")
     tuned.rename("TUNED")
     page = (Path(__file__).parents[2] / "docs/convert.md").read_text()
     blocks = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)

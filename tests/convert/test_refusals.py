@@ -32,7 +32,7 @@ class TestRefused:
         (tmp_path / "out").mkdir()
         self.refused(base, tuned, tmp_path / "out", "'.*out' exists, and nothing is overwritten")
         assert not list((tmp_path / "out").iterdir())
-        self.refused(base, base / ".." / base.name, tmp_path / "new", "BASE and TUNED are the same folder")
+        self.refused(base, base / ".." / base.name, tmp_path / "new", "START and TUNED are the same folder")
         self.refused(tmp_path / "none", tuned, tmp_path / "new", "'.*none' is not a model folder: there is no such folder")
         self.refused(tmp_path, tuned, tmp_path / "new", "is not a model folder: it has no config.json")
         self.refused(base, copy(base, tmp_path / "same"), tmp_path / "new", "has changed; there is nothing to", ExportError)
@@ -50,7 +50,7 @@ class TestRefused:
     def test_one_folder_in_the_other(self, models, tmp_path):
         for out, decayed in (("a", "a"), ("a", "a/b"), ("a/b", "a")):
             with pytest.raises(SpecError, match="is inside the other; name separate folders"):
-                convert.convert(*models, tmp_path / out, decayed_base=tmp_path / decayed)
+                convert.convert(*models, tmp_path / out, decayed_start=tmp_path / decayed)
         assert not list(tmp_path.iterdir())
 
     @pytest.mark.parametrize(

@@ -41,7 +41,7 @@ def run(folder, build=llama, mode="optimizer", spec="svd(rank=4, every=3)", dtyp
 @pytest.mark.parametrize("mode", ["optimizer", "adapter"])
 @pytest.mark.parametrize("what", RUNS)
 def test_exact(tmp_path, what, mode, build):
-    """In float64: what the adapter leaves of kept BASE + learned is the rounding of 8 steps, and the rank is at most that of
+    """In float64: what the adapter leaves of kept START + learned is the rounding of 8 steps, and the rank is at most that of
     the bases used. Decay is known from the ledger, to the last digit."""
     if build is gpt2 and "share" in RUNS[what][1]:
         pytest.skip("GPT-2 has one layer for q, k and v: nothing shares an input")
@@ -93,9 +93,9 @@ def test_it_agrees_with_a_search(tmp_path):
         assert a.decay == pytest.approx(b.decay, abs=1e-5)
 
 
-def test_decayed_base(tmp_path):
+def test_decayed_start(tmp_path):
     base, folder, _ = run(tmp_path, weight_decay=0.3)
-    report = convert.convert_run(folder, tmp_path / "out", start=base, decayed_base=tmp_path / "decayed", logits=True)
+    report = convert.convert_run(folder, tmp_path / "out", start=base, decayed_start=tmp_path / "decayed", logits=True)
     assert report.outputs.difference <= 1e-6
     assert (tmp_path / "decayed/model.safetensors").exists()
 
@@ -176,9 +176,9 @@ class TestRefused:
     def test_options_that_need_the_base(self, tmp_path):
         _, folder, _ = run(tmp_path)
         self.refused(tmp_path, folder, "logits needs the model that the run started from", SpecError, logits=True)
-        self.refused(tmp_path, folder, "decayed_base needs the model", SpecError, decayed_base=tmp_path / "x")
+        self.refused(tmp_path, folder, "decayed_start needs the model", SpecError, decayed_start=tmp_path / "x")
         message = "no decoupled decay was recognised"
-        self.refused(tmp_path, folder, message, ExportError, start=tmp_path / "base", decayed_base=tmp_path / "x")
+        self.refused(tmp_path, folder, message, ExportError, start=tmp_path / "base", decayed_start=tmp_path / "x")
 
     @pytest.mark.parametrize("damage", ["none", "cut", "code"])
     def test_a_file_that_is_not_one(self, tmp_path, damage):

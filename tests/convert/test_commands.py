@@ -85,7 +85,7 @@ def test_export_is_what_convert_exact_was(lingrad, tmp_path):
     status, out, errors = lingrad("export", run, "--start", base, "--out", new, "--logits")
     assert status == 0, errors
     assert "deprecated" not in errors
-    assert "logits through PEFT differ by" in out
+    assert "outputs on 2 x 16 random token ids: through PEFT they differ by at most" in out
     status, again, errors = lingrad("convert", base, "--out", old, run, "--logits", "--exact")
     assert status == 0, errors
     assert again == out.replace("NEW", "OLD")

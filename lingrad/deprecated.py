@@ -141,11 +141,13 @@ def renamed_keywords(**names: str) -> Callable[[Callable[P, R]], Callable[P, R]]
     """
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
+        where = f"{function.__module__.rpartition('.')[0]}.{function.__name__}"  # the package that exports it
+
         @wraps(function)
         def taking(*args: P.args, **kwargs: P.kwargs) -> R:
             for old in names.keys() & kwargs.keys():
                 given = {**signature(function).bind_partial(*args).arguments, **kwargs}
-                renamed_option(given, old, names[old], f"{function.__module__}.{function.__name__}", stacklevel=4)
+                renamed_option(given, old, names[old], where, stacklevel=3)
                 kwargs[names[old]] = kwargs.pop(old)
             return function(*args, **kwargs)
 

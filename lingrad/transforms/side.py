@@ -188,9 +188,13 @@ class SideTransform(BasisTransform):
         Returns:
             The new bases, in the dtypes of the old ones.
         """
-        left = None if old.left is None or seen[0] is None else self.basis(seen[0], old.left, when._replace(side="left"))
-        right = None if old.right is None or seen[1] is None else self.basis(seen[1], old.right, when._replace(side="right"))
-        return self._fitted(Sides(left, right), old)
+        return Sides(self._side(seen[0], old.left, when, "left"), self._side(seen[1], old.right, when, "right"))
+
+    def _side(self, seen: Gradient | None, old: Tensor | None, when: When, side: Literal["left", "right"]) -> Tensor | None:
+        """The new basis of one side; cast before the other one is computed, for the sake of memory."""
+        if old is None or seen is None:
+            return None
+        return self._fit(self.basis(seen, old, when._replace(side=side)), old, side)
 
     @override
     def init(self, shape: tuple[int, int], *, seed: int, device: torch.device, dtype: torch.dtype) -> Any:

@@ -14,6 +14,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from lingrad.tensors import nbytes
+
 
 def synchronized() -> float:
     """The time, when all that was asked of the device is done, in seconds."""
@@ -85,7 +87,7 @@ class Traffic(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         if not getattr(func, "is_view", False):
             tensors = {id(t): t for t in tree_leaves((args, kwargs, out)) if isinstance(t, Tensor)}
-            self.nbytes += sum(t.numel() * t.element_size() for t in tensors.values())
+            self.nbytes += nbytes(*tensors.values())
         return out
 
 

@@ -12,6 +12,7 @@ from benchmarks import measure
 from benchmarks.plan import ENTRIES, EXACT, FULL, GALORE, LORA_ONE, OPTIMIZER, SHARED, Workload
 from lingrad.memory import simulate
 from lingrad.models import build_llama, next_token_loss
+from lingrad.tensors import storage
 
 KEYS = (FULL, OPTIMIZER, SHARED, EXACT, "adapter, all trained", LORA_ONE, GALORE)
 MODEL = ("weight", "frozen", "buffer", "activations", "input")
@@ -89,11 +90,11 @@ def _saved_by(model: nn.Module, layers: dict[str, nn.Module], ids: Tensor) -> di
     """Layer -> the storages it saves, with the numbers in them; parameters left out."""
     found: dict[str, dict[int, int]] = {name: {} for name in layers}
     alive: list[Tensor] = []  # so that no two storages get the same key
-    parameters = {p.untyped_storage()._cdata for p in model.parameters()}
+    parameters = set(map(storage, model.parameters()))
     inside: list[str] = []
 
     def pack(tensor: Tensor) -> Tensor:
-        key = tensor.untyped_storage()._cdata
+        key = storage(tensor)
         if inside and key not in parameters:
             found[inside[-1]][key] = tensor.numel()
             alive.append(tensor)

@@ -16,6 +16,7 @@ from benchmarks.plan import ENTRIES, PERIOD, Steps, Workload
 from lingrad.methods import Training
 from lingrad.models import build_llama, next_token_loss
 from lingrad.research.corpus import moby_dick, tokenize, training_batches
+from lingrad.tensors import distinct
 
 WARM_UP = 2
 
@@ -52,16 +53,14 @@ class Run:
 
     def state_bytes(self) -> int:
         """Bytes that the optimizers keep between steps: moments, bases, coordinates that are held."""
-        distinct: dict[int, Tensor] = {}
+        found: list[Tensor] = []
         for optimizer in self.training.optimizers:
             held: list[Any] = [value for state in optimizer.state.values() for value in state.values()]
             held += [getattr(value, "ortho_matrix", None) for value in held]  # projectors of others
             held += getattr(optimizer, "tensors", list)()  # of one that keeps them elsewhere
             held += [tensor for sub in getattr(optimizer, "subspaces", ()) for tensor in (*sub.basis.tensors(), sub.coords)]
-            for value in held:
-                if isinstance(value, Tensor) and value.numel():
-                    distinct[value.untyped_storage()._cdata] = value
-        return sum(tensor.untyped_storage().nbytes() for tensor in distinct.values())
+            found += [value for value in held if isinstance(value, Tensor)]
+        return sum(tensor.untyped_storage().nbytes() for tensor in distinct(found))
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from lingrad.config.rules import Rules
@@ -9,10 +10,11 @@ from lingrad.config.settings import Carry, Compat, Share
 from lingrad.deprecated import renamed_keywords
 from lingrad.engine.build import Trainable
 from lingrad.engine.optimizer import SubspaceOptimizer
+from lingrad.errors import require
 from lingrad.optimizers.base import BaseLike
 
 
-@renamed_keywords(spec_or_rules="rules")
+@renamed_keywords("lingrad.wrap", spec_or_rules="rules")
 def wrap(
     model: Trainable,
     rules: Rules,
@@ -65,12 +67,13 @@ def wrap(
         The optimizer, in optimizer mode.
 
     Raises:
-        SpecError: A spec, rule, base or option is wrong.
+        SpecError: A config string, rule, base or option is wrong.
         ShapeError: A rank is too large for a weight.
         DualityError: The base's update reads the parameter, so the two modes would differ.
         DependencyError: The base needs a package that is not installed.
         ModeError: The model is wrapped already.
     """
+    _refuse_mode(base_kwargs, "wrap trains in optimizer mode; call lingrad.adapt for adapter mode")
     return SubspaceOptimizer(
         model,
         rules,
@@ -90,7 +93,7 @@ def wrap(
     )
 
 
-@renamed_keywords(spec_or_rules="rules")
+@renamed_keywords("lingrad.adapt", spec_or_rules="rules")
 def adapt(
     model: Trainable,
     rules: Rules,
@@ -137,6 +140,7 @@ def adapt(
     Returns:
         The optimizer, in adapter mode. Its errors are those of `wrap`.
     """
+    _refuse_mode(base_kwargs, "adapt trains in adapter mode; call lingrad.wrap for optimizer mode")
     return SubspaceOptimizer(
         model,
         rules,
@@ -156,3 +160,7 @@ def adapt(
         keep_remainder=keep_remainder,
         **base_kwargs,
     )
+
+
+def _refuse_mode(options: Mapping[str, Any], instead: str) -> None:
+    require("mode" not in options, "mode", f"'mode' is not an option here: {instead}")

@@ -92,7 +92,7 @@ def renamed_attributes(module: str, names: Mapping[str, str]) -> Callable[[str],
 
     Args:
         module: The module's dotted name.
-        names: Old name -> new name, both of this module; or a class of `old_base` -> itself.
+        names: Old name -> new name: of this module, or with the module that has it. A class of `old_base` is given as it was.
 
     Returns:
         A function of the missing name. It warns about an old name, and raises ``AttributeError`` for any other.
@@ -103,10 +103,21 @@ def renamed_attributes(module: str, names: Mapping[str, str]) -> Callable[[str],
             raise AttributeError(f"module '{module}' has no attribute '{name}'")
         if name in _CLASSES:
             return top_level(name)
-        _warn(f"{module}.{name}", f"{module}.{names[name]}", 2)
-        return getattr(sys.modules[module], names[name])
+        home, _, new = names[name].rpartition(".")
+        _warn(f"{module}.{name}", f"{home or module}.{new}", 2)
+        return getattr(import_module(home or module), new)
 
     return find
+
+
+def renamed(old: str, new: str) -> None:
+    """Warn the caller of the function that calls this one.
+
+    Args:
+        old: The old name.
+        new: What to write instead.
+    """
+    _warn(old, new, 2)
 
 
 def renamed_option(options: dict[str, Any], old: str, new: str, where: str, *, stacklevel: int = 3) -> None:
@@ -130,10 +141,11 @@ def renamed_option(options: dict[str, Any], old: str, new: str, where: str, *, s
     options[new] = options.pop(old)
 
 
-def renamed_keywords(**names: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
+def renamed_keywords(where: str, /, **names: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """A decorator for a function some of whose arguments have changed their names.
 
     Args:
+        where: The function's public name, for messages.
         **names: Old name=new name.
 
     Returns:
@@ -141,8 +153,6 @@ def renamed_keywords(**names: str) -> Callable[[Callable[P, R]], Callable[P, R]]
     """
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
-        where = f"{function.__module__.rpartition('.')[0]}.{function.__name__}"  # the package that exports it
-
         @wraps(function)
         def taking(*args: P.args, **kwargs: P.kwargs) -> R:
             for old in names.keys() & kwargs.keys():

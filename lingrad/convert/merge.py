@@ -22,7 +22,7 @@ from lingrad.peft.read import read_adapter
 _WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx"}
 
 
-@renamed_keywords(base="start")
+@renamed_keywords("lingrad.convert.merge", base="start")
 def merge(start: str | Path, adapter: str | Path, out: str | Path, *, tick: Tick | None = None) -> Path:
     """Write the plain model that PEFT's ``merge_and_unload`` makes of a starting model and an adapter, to the bit in float32.
 

@@ -24,7 +24,7 @@ from lingrad.peft.report import AdapterReport
 from lingrad.transforms.linalg import derive_seed
 
 
-@renamed_keywords(base="start", decayed_base="decayed_start")
+@renamed_keywords("lingrad.convert.convert", base="start", decayed_base="decayed_start")
 def convert(
     start: str | Path,
     tuned: str | Path,

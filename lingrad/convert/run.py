@@ -28,7 +28,7 @@ from lingrad.peft.report import AdapterReport
 from lingrad.subspaces import trees as trees
 
 
-@renamed_keywords(base="start", decayed_base="decayed_start")
+@renamed_keywords("lingrad.convert.convert_run", base="start", decayed_base="decayed_start")
 def convert_run(
     run: str | Path,
     out: str | Path,

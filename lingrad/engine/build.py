@@ -128,7 +128,7 @@ def make_groups(
                 del known[kind]["scale"]
     for option in options:
         if not any(option in group for group in known.values()):
-            all_known = {key for group in known.values() for key in group}
+            all_known = sorted({"params", "rules"}.union(*known.values()))
             raise SpecError(f"unknown option '{option}' in a param group{did_you_mean(option, all_known)}", option=option)
     groups = []
     for kind, hyper in known.items():

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from lingrad.errors import DataError
 from lingrad.files.atomic import new_file
+from lingrad.tensors import nbytes
 
 DTYPES = {
     "F64": torch.float64,
@@ -125,7 +126,7 @@ class TensorFile:
         found = torch.empty(count, dtype=entry.dtype)
         with self.path.open("rb") as file:
             file.seek(begin)
-            if count and file.readinto(_memory(found)) != found.numel() * found.element_size():
+            if count and file.readinto(_memory(found)) != nbytes(found):
                 raise _damaged(self.path, "it became shorter while it was read")
         return found
 
@@ -230,8 +231,7 @@ def _unique(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
 
 def _memory(tensor: Tensor) -> memoryview:
     """The bytes of a contiguous tensor on the CPU, valid as long as the tensor; numpy is not needed, and has no bfloat16."""
-    size = tensor.numel() * tensor.element_size()
-    return memoryview((ctypes.c_ubyte * size).from_address(tensor.data_ptr())).cast("B")
+    return memoryview((ctypes.c_ubyte * nbytes(tensor)).from_address(tensor.data_ptr())).cast("B")
 
 
 def _damaged(path: Path, what: str) -> DataError:

@@ -10,6 +10,7 @@ from torch import nn
 
 from lingrad.engine.optimizer import SubspaceOptimizer
 from lingrad.errors import ModeError
+from lingrad.tensors import distinct
 
 
 def find_optimizer(trainer: Any) -> SubspaceOptimizer | None:
@@ -85,12 +86,12 @@ def metrics(optimizer: SubspaceOptimizer) -> dict[str, float]:
     """
     subs = optimizer.subspaces
     norms = [sub.coords.norm() for sub in subs if not sub.released]
-    held = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t, kind in optimizer.held() if kind != "weight"}
+    held = distinct(tensor for tensor, kind in optimizer.held() if kind != "weight")
     energy = list(optimizer.captured_energy().values())
     found = {
         "lingrad/refreshes": sum(optimizer.refreshes().values()) / max(1, len(subs)),
         "lingrad/coords_norm": float(torch.stack(norms).norm()) if norms else 0.0,
-        "lingrad/state_bytes": sum(held.values()),
+        "lingrad/state_bytes": sum(tensor.untyped_storage().nbytes() for tensor in held),
     }
     if energy:
         found["lingrad/captured_energy"] = math.fsum(energy) / len(energy)

@@ -39,7 +39,7 @@ _SAME = {
 }
 
 
-@renamed_keywords(spec_or_rules="rules")
+@renamed_keywords("lingrad.hf.trainer_kwargs", spec_or_rules="rules")
 def trainer_kwargs(
     rules: AnyRules,
     args: Any,

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lingrad.config.rules import Rules
 from lingrad.config.settings import Mode
+from lingrad.deprecated import renamed_keywords
 from lingrad.errors import MemoryModelError, require, require_one_of
 from lingrad.memory import kernels
 from lingrad.memory.devices import allocator_of
@@ -27,6 +28,7 @@ Device = Literal["cuda", "cpu"]
 CUBLAS = (2**25, 2**25)
 
 
+@renamed_keywords("lingrad.memory.simulate", method="rules")
 def simulate(
     build: Build,
     rules: Rules | Method,
@@ -118,6 +120,7 @@ def simulate(
     )
 
 
+@renamed_keywords("lingrad.memory.measure", method="rules")
 def measure(
     build: Build,
     rules: Rules | Method,

@@ -1,9 +1,16 @@
 """To and from PEFT: runs exported as adapters that PEFT loads by itself, and runs that start from an adapter."""
 
+from typing import TYPE_CHECKING
+
+from lingrad.deprecated import renamed_attributes as _renamed_attributes
 from lingrad.peft.export import export as export
 from lingrad.peft.load import load as load
 from lingrad.peft.read import Adapter as Adapter
 from lingrad.peft.read import read_adapter as read_adapter
 from lingrad.peft.report import AdapterReport as AdapterReport
+from lingrad.peft.report import ChangedTensor as ChangedTensor
 from lingrad.peft.write import Written as Written
 from lingrad.peft.write import write_adapter as write_adapter
+
+if not TYPE_CHECKING:  # so that a type checker still reports misspelt names
+    __getattr__ = _renamed_attributes(__name__, {"Report": "AdapterReport"})

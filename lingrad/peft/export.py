@@ -22,7 +22,7 @@ from lingrad.peft.write import write_adapter
 Start = str | Path | nn.Module
 
 
-@renamed_keywords(base="start")
+@renamed_keywords("lingrad.peft.export", base="start")
 def export(
     what: Exported,
     path: str | Path,

@@ -10,7 +10,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from lingrad.console import align, layers, span
+from lingrad.console import columns, layers, span
 from lingrad.errors import DataError
 from lingrad.files.atomic import write_whole
 
@@ -160,16 +160,15 @@ class AdapterReport:
         alike: dict[tuple[str, str, tuple[int, ...]], list[ChangedTensor]] = {}
         for row in self.rows:
             alike.setdefault((layers(row.name), row.kind, row.shape), []).append(row)
-        columns = [("tensor", [_title(name, len(rows)) for (name, _, _), rows in alike.items()])]
+        shown = [("tensor", [_title(name, len(rows)) for (name, _, _), rows in alike.items()])]
         for title, cell in _COLUMNS:
             cells = [cell(rows) for rows in alike.values()]
             if title in _ALWAYS or any(cells):
-                columns.append((title, cells))
+                shown.append((title, cells))
         if all(row.decay == 1.0 for row in self.rows):
-            columns = [column for column in columns if column[0] not in ("decay", "without decay")]
-        table = list(zip(*([title, *cells] for title, cells in columns), strict=True))
-        lines = ["  ".join(cells).rstrip() for cells in align(table, [i > 0 for i in range(len(columns))])]
-        return "\n".join([*lines, *self._summary()])
+            shown = [column for column in shown if column[0] not in ("decay", "without decay")]
+        table = list(zip(*([title, *cells] for title, cells in shown), strict=True))
+        return "\n".join([*columns(table, [i > 0 for i in range(len(shown))]), *self._summary()])
 
     def __str__(self) -> str:
         """The table, and where the adapter is."""

@@ -18,6 +18,7 @@ from lingrad.engine.optimizer import SubspaceOptimizer
 from lingrad.models import build_llama, next_token_loss
 from lingrad.research.corpus import Corpus, check_length, training_batches, validation_batches
 from lingrad.research.plans import Entry, Setup
+from lingrad.tensors import distinct, nbytes
 from lingrad.testing.training import weight_gap
 
 
@@ -189,7 +190,7 @@ def gradient_bytes(model: nn.Module, optimizer: Optimizer) -> int:
     """Bytes of all gradients: of parameters, of coordinates, and what a refresh keeps until the step."""
     params = {id(p): p for p in model.parameters()}
     params |= {id(p): p for group in optimizer.param_groups for p in group["params"]}
-    total = sum(p.grad.numel() * p.grad.element_size() for p in params.values() if p.grad is not None)
+    total = nbytes(*(p.grad for p in params.values() if p.grad is not None))
     if isinstance(optimizer, SubspaceOptimizer):
         total += sum(sub.pending.nbytes for sub in optimizer.subspaces)
     return total
@@ -200,5 +201,4 @@ def state_bytes(optimizer: Optimizer) -> int:
     stored: list[Any] = [value for state in optimizer.state.values() for value in state.values()]
     if isinstance(optimizer, SubspaceOptimizer):
         stored += [tensor for tensor, kind in optimizer.held() if kind == "basis"]
-    distinct = {t.data_ptr(): t for t in stored if isinstance(t, Tensor) and t.numel()}
-    return sum(t.numel() * t.element_size() for t in distinct.values())
+    return nbytes(*distinct(t for t in stored if isinstance(t, Tensor)))

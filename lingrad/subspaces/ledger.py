@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lingrad.deprecated import renamed
 from lingrad.errors import CheckpointError
 from lingrad.maps.factors import Factors, stack
 from lingrad.subspaces import trees
@@ -188,6 +189,12 @@ class Change(NamedTuple):
     layout: Layout
     factors: Factors | None
     decay: float
+
+    @property
+    def kept(self) -> float:
+        """``decay`` by its old name."""
+        renamed("Change.kept", "Change.decay")
+        return self.decay
 
 
 def total(parts: Sequence[Factors], last: Factors | None) -> Factors | None:

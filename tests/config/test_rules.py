@@ -271,6 +271,10 @@ class TestNamedParameters:
                 lambda m: [{"params": list(m.named_parameters()), "betass": (0, 0)}],
                 "unknown option 'betass' in a param group; did you mean 'betas'?",
             ),
+            (
+                lambda m: [{"params": list(m.named_parameters()), "rles": "svd(rank=1)"}],
+                "unknown option 'rles' in a param group; did you mean 'rules'?",
+            ),
         ],
     )
     def test_refused(self, groups, message):

@@ -8,11 +8,13 @@ import pytest
 import torch
 
 import lingrad
-from lingrad import memory, optimizers, transforms
+from lingrad import convert, memory, optimizers, peft, transforms
 from lingrad.deprecated import renamed_option
 from lingrad.errors import DataError, SpecError
+from lingrad.subspaces.ledger import Change
 from lingrad.testing import assert_dual
 from lingrad.transforms import SideTransform, registry
+from lingrad.weights.layout import layout_of
 
 
 @pytest.mark.parametrize(
@@ -26,6 +28,9 @@ from lingrad.transforms import SideTransform, registry
         ("from lingrad.memory import ledger as found", lambda: memory.estimate),
         ("from lingrad.memory import Ledger as found", lambda: memory.Estimate),
         ("from lingrad.memory import Full as found", lambda: memory.FullRank),
+        ("from lingrad.peft import Report as found", lambda: peft.AdapterReport),
+        ("from lingrad.convert import Report as found", lambda: peft.AdapterReport),
+        ("from lingrad.convert import Row as found", lambda: peft.ChangedTensor),
     ],
 )
 def test_an_old_name_is_the_new_one_and_warns_where_it_is_used(line, expected):
@@ -85,7 +90,7 @@ def test_a_sketch_of_the_version_before_trains_in_both_modes():
 
 
 def test_an_unknown_name_is_an_error_without_a_warning():
-    for module in (lingrad, memory, transforms):
+    for module in (lingrad, convert, memory, peft, transforms):
         with pytest.raises(AttributeError, match="has no attribute 'legder'"):
             module.legder  # noqa: B018
 
@@ -108,7 +113,7 @@ def test_an_argument_by_its_old_name(tmp_path):
     with pytest.raises(SpecError, match="got spec_or_rules, which is now called rules, and rules; leave spec_or_rules out"):
         lingrad.adapt(model, "svd(rank=2)", spec_or_rules="svd(rank=2)")
     with (
-        pytest.warns(DeprecationWarning, match="base of lingrad.convert.merge "),
+        pytest.warns(DeprecationWarning, match="base of lingrad.convert.merge is"),
         pytest.raises(DataError, match="nowhere"),
     ):
         lingrad.convert.merge(base=tmp_path / "nowhere", adapter=tmp_path, out=tmp_path / "out")
@@ -116,6 +121,22 @@ def test_an_argument_by_its_old_name(tmp_path):
     group = {"params": named, "spec": "svd(rank=2)"}
     with pytest.warns(DeprecationWarning, match="spec of a param group is deprecated; use rules"):
         lingrad.wrap([group], "full()", lr=1e-2)
+    with pytest.warns(DeprecationWarning, match=r"spec_or_rules of lingrad.explain is deprecated"):
+        lingrad.explain(model, spec_or_rules="svd(rank=2)")
+    with pytest.warns(DeprecationWarning, match=r"transform of lingrad.testing.assert_dual is deprecated"):
+        assert_dual(transform="svd(rank=2)", lr=1e-2)
+    with (
+        pytest.warns(DeprecationWarning, match=r"method of lingrad.memory.simulate is deprecated"),
+        pytest.raises(SpecError, match="build"),
+    ):
+        memory.simulate(None, method="svd(rank=2)")
+
+
+def test_a_field_by_its_old_name():
+    change = Change("0.weight", layout_of(torch.empty(4, 6), None, "0.weight"), None, 0.5)
+    with pytest.warns(DeprecationWarning, match=r"Change.kept is deprecated; use Change.decay") as caught:
+        assert change.kept == 0.5
+    assert caught[0].filename == __file__
 
 
 def test_importing_the_package_warns_of_nothing():

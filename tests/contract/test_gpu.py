@@ -19,6 +19,8 @@ from lingrad.errors import DependencyError
 from tests.support import cases
 from tests.support.cases import Case
 from tests.support.gpu import ACROSS, DEVICE, RUN, TOLERANCE, assert_lives_on, moved
+from tests.support.gpu import pytestmark as pytestmark
+from tests.support.gpu import same_arithmetic as same_arithmetic
 from tests.support.models import gap, llama, text_batches, three_ways, train, zoo, zoo_batches, zoo_loss
 from tests.support.runs import LINEAR, MODES, assert_equal_bits, each_mode, weights_of
 

@@ -12,6 +12,8 @@ import lingrad
 from lingrad import optimizers
 from lingrad.errors import DependencyError
 from tests.support.gpu import ACROSS, DEVICE, RUN, TOLERANCE, assert_lives_on, changes_of, moved
+from tests.support.gpu import pytestmark as pytestmark
+from tests.support.gpu import same_arithmetic as same_arithmetic
 from tests.support.models import gap, llama, text_batches, text_loss, train, zoo, zoo_batches, zoo_loss
 from tests.support.runs import EVERY_KIND, LINEAR, MODES, assert_equal_bits, each_mode, through_a_file, weights_of
 

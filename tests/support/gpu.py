@@ -1,4 +1,4 @@
-"""What the tests that need a CUDA device share."""
+"""What the tests that need a CUDA device share; their modules import `pytestmark` and `same_arithmetic` to be under them."""
 
 import pytest
 import torch

@@ -6,6 +6,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from lingrad.tensors import storage
+
 
 class NoTensorOfShape(TorchDispatchMode):
     """Notes any operation that makes a tensor of one of some shapes."""
@@ -18,10 +20,10 @@ class NoTensorOfShape(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+        given = {storage(t) for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
         for tensor in out if isinstance(out, tuple | list) else (out,):
             # a view of an existing tensor, such as weight.t(), makes nothing
-            if not isinstance(tensor, torch.Tensor) or tensor.untyped_storage()._cdata in given:
+            if not isinstance(tensor, torch.Tensor) or storage(tensor) in given:
                 continue
             if tuple(tensor.shape) in self.shapes and func.namespace == "aten":
                 self.found.append((func._schema.name, tuple(tensor.shape)))

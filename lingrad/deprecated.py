@@ -117,7 +117,7 @@ def renamed(old: str, new: str) -> None:
         old: The old name.
         new: What to write instead.
     """
-    _warn(old, new, 2)
+    _warn(old, new, 3)
 
 
 def renamed_option(options: dict[str, Any], old: str, new: str, where: str, *, stacklevel: int = 3) -> None:

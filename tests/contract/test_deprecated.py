@@ -122,7 +122,7 @@ def test_an_argument_by_its_old_name(tmp_path):
     with pytest.warns(DeprecationWarning, match="spec of a param group is deprecated; use rules"):
         lingrad.wrap([group], "full()", lr=1e-2)
     with pytest.warns(DeprecationWarning, match=r"spec_or_rules of lingrad.explain is deprecated"):
-        lingrad.explain(model, spec_or_rules="svd(rank=2)")
+        lingrad.explain(torch.nn.Sequential(torch.nn.Linear(6, 4)), spec_or_rules="svd(rank=2)")
     with pytest.warns(DeprecationWarning, match=r"transform of lingrad.testing.assert_dual is deprecated"):
         assert_dual(transform="svd(rank=2)", lr=1e-2)
     with (

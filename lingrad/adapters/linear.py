@@ -40,7 +40,8 @@ class LayerAttachment(Attachment):
         self.attribute = attribute
         self.layer = Projection(sub, shared)
         self.holder = Coords(sub, active=False)
-        self._act: Callable[..., Tensor] = self._previous  # what the forward does; the previous one while detached
+        # what the forward does, the previous one while detached; of the class: a bound method would keep its object alive
+        self._act: Callable[..., Tensor] = type(self)._previous
         self._before: Any = None  # a forward that another program had put in the place of the class's own
         self._buried = False  # whether another program has put its forward in the place of this one
 
@@ -52,7 +53,7 @@ class LayerAttachment(Attachment):
         if not self._buried or there is None:
             self._before = there
             vars(self.module)["forward"] = self._forward
-        self._act = self._adapted if mode == "adapter" else self._tied
+        self._act = type(self)._adapted if mode == "adapter" else type(self)._tied
 
     @override
     def _keys(self) -> list[tuple[nn.Module, str, str]]:
@@ -60,7 +61,7 @@ class LayerAttachment(Attachment):
 
     @override
     def _disconnect(self) -> None:
-        self._act = self._previous
+        self._act = type(self)._previous
         self._buried = self.overridden  # it came after this one, and goes on calling it
         if not self._buried:
             del vars(self.module)["forward"]
@@ -79,7 +80,7 @@ class LayerAttachment(Attachment):
         return vars(self.module).get("forward") != self._forward
 
     def _forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        return self._act(*args, **kwargs)
+        return self._act(self, *args, **kwargs)
 
     def _tied(self, *args: Any, **kwargs: Any) -> Tensor:
         """The previous forward, tied to the coordinates, which are zero."""

@@ -207,13 +207,13 @@ class SubspaceOptimizer(Optimizer):
         return self._run.held()
 
     def exclude_from_decay(self, decaying: Callable[[str], bool]) -> None:
-        """Split the param groups so that some parameters do not decay, in a run that has made no step.
+        """Split the param groups so that some parameters do not decay.
 
         Args:
             decaying: Whether a parameter decays, by its name. What decays stays in its group; the rest goes to one of the same
                 hyper-parameters without decay, called ``<name>.no_decay`` where the group is split.
         """
-        self._run.groups[:] = split_groups(self._run.groups, decaying)
+        self.param_groups = split_groups(self.param_groups, decaying)
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -223,6 +223,7 @@ class SubspaceOptimizer(Optimizer):
     @param_groups.setter
     def param_groups(self, value: list[dict[str, Any]]) -> None:
         self._run.groups = value
+        self._run.stepper.rebuild()
 
     @property
     def state(self) -> defaultdict[Tensor, dict[str, Any]]:
@@ -235,6 +236,7 @@ class SubspaceOptimizer(Optimizer):
     @state.setter
     def state(self, value: defaultdict[Tensor, dict[str, Any]]) -> None:
         self._run.stepper.state = value
+        self._run.stepper.rebuild()
 
     @override
     def state_dict(self) -> dict[str, Any]:

@@ -53,7 +53,7 @@ class LayerAttachment(Attachment):
         if not self._buried or there is None:
             self._before = there
             vars(self.module)["forward"] = self._forward
-        self._act = type(self)._adapted if mode == "adapter" else type(self)._tied
+        self._act = type(self)._adapted
 
     @override
     def _keys(self) -> list[tuple[nn.Module, str, str]]:
@@ -82,19 +82,12 @@ class LayerAttachment(Attachment):
     def _forward(self, *args: Any, **kwargs: Any) -> Tensor:
         return self._act(self, *args, **kwargs)
 
-    def _tied(self, *args: Any, **kwargs: Any) -> Tensor:
-        """The previous forward, tied to the coordinates, which are zero."""
-        out, coords = self._previous(*args, **kwargs), self.sub.coords
-        return self._tie(out, args, kwargs) if torch.is_grad_enabled() and coords.requires_grad else out
-
+    # torch.compile breaks its graph in every function between `_forward` and an autograd function, so there is one only
     def _adapted(self, *args: Any, **kwargs: Any) -> Tensor:
         """The previous forward with S z added."""
-        return self._tie(self._previous(*args, **kwargs), args, kwargs, active=True)
-
-    def _tie(self, out: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any], *, active: bool = False) -> Tensor:
         x = args[0] if args else next(iter(kwargs.values()))
-        tied: Tensor = run(Tied, out, x, self.sub.coords, self.layer, active)
-        return tied
+        acted: Tensor = run(Tied, self._previous(*args, **kwargs), x, self.sub.coords, self.layer, True)
+        return acted
 
     def _previous(self, *args: Any, **kwargs: Any) -> Tensor:
         if self._before is not None:
@@ -114,16 +107,23 @@ class LinearAttachment(LayerAttachment):
         self.sub.coords.requires_grad_(weight.requires_grad)
         super()._connect(mode)
         weight.requires_grad_(False)
+        if mode == "optimizer":
+            self._act = type(self)._tied
 
     @override
     def _disconnect(self) -> None:
         super()._disconnect()
         self.sub.weight.param.requires_grad_(self.sub.coords.requires_grad)
 
-    @override
     def _tied(self, *args: Any, **kwargs: Any) -> Tensor:
+        """The previous forward, tied to the coordinates, which are zero."""
         self._frozen()
-        return super()._tied(*args, **kwargs)
+        out, coords = self._previous(*args, **kwargs), self.sub.coords
+        if not (torch.is_grad_enabled() and coords.requires_grad):
+            return out
+        x = args[0] if args else next(iter(kwargs.values()))
+        tied: Tensor = run(Tied, out, x, coords, self.layer, False)
+        return tied
 
     @override
     def _adapted(self, *args: Any, **kwargs: Any) -> Tensor:

@@ -63,7 +63,7 @@ class Attachment(ABC):
 
     def detach(self) -> None:
         """Disconnect and leave the model's structure as it was found; weights and coordinates are not touched."""
-        delattr(self.sub.weight.param, _MARK)
+        vars(self.sub.weight.param).pop(_MARK, None)  # there is none where another program has replaced the parameter
         while self._hooks:
             self._hooks.pop().remove()
         self._disconnect()

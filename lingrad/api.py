@@ -125,9 +125,9 @@ def adapt(
         share: See `wrap`.
         ledger: See `wrap`.
         self_contained: See `wrap`.
-        merge_every: Merge coordinates into the weights every so many steps, beside each refresh; None leaves it at those. With
+        merge_every: Merge coordinates into the weights every so many steps, not only at refreshes; None: at refreshes only. With
             1 it is optimizer mode's schedule on adapter mode's forward. The trajectory is the same.
-        keep_remainder: Where a weight is held in 4 or 8 bits, keep what a merge loses in the new coordinates, as far as their
+        keep_remainder: Where a weight is stored in 4 or 8 bits, keep what a merge loses in the new coordinates, as far as their
             basis holds it (LoQT's error compensation); see ``opt.merge_losses()``.
         **base_kwargs: See `wrap`.
 

@@ -42,16 +42,16 @@ class LayerAttachment(Attachment):
         self.holder = Coords(sub, active=False)
         # what the forward does, the previous one while detached; of the class: a bound method would keep its object alive
         self._act: Callable[..., Tensor] = type(self)._previous
-        self._before: Any = None  # a forward that another program had put in the place of the class's own
-        self._buried = False  # whether another program has put its forward in the place of this one
+        self._original: Any = None  # another program's forward that this one replaces; None for the class's own
+        self._covered = False  # whether another program has replaced this forward, and may call it
 
     @override
     def _connect(self, mode: Mode) -> None:
         self.holder.active = mode == "adapter" and not self.plain
         self.module.add_module(CHILD, self.holder)
         there = vars(self.module).get("forward")
-        if not self._buried or there is None:
-            self._before = there
+        if not self._covered or there is None:
+            self._original = there
             vars(self.module)["forward"] = self._forward
         self._act = type(self)._adapted
 
@@ -62,11 +62,11 @@ class LayerAttachment(Attachment):
     @override
     def _disconnect(self) -> None:
         self._act = type(self)._previous
-        self._buried = self.overridden  # it came after this one, and goes on calling it
-        if not self._buried:
+        self._covered = self.overridden  # the later forward may still call this one
+        if not self._covered:
             del vars(self.module)["forward"]
-            if self._before is not None:
-                vars(self.module)["forward"] = self._before
+            if self._original is not None:
+                vars(self.module)["forward"] = self._original
         delattr(self.module, CHILD)
 
     @override
@@ -90,8 +90,8 @@ class LayerAttachment(Attachment):
         return acted
 
     def _previous(self, *args: Any, **kwargs: Any) -> Tensor:
-        if self._before is not None:
-            given: Tensor = self._before(*args, **kwargs)
+        if self._original is not None:
+            given: Tensor = self._original(*args, **kwargs)
             return given
         out: Tensor = type(self.module).forward(self.module, *args, **kwargs)
         return out
@@ -128,7 +128,7 @@ class LinearAttachment(LayerAttachment):
     @override
     def _adapted(self, *args: Any, **kwargs: Any) -> Tensor:
         weight, coords = self._frozen(), self.sub.coords
-        if self._before is not None:
+        if self._original is not None:
             return super()._adapted(*args, **kwargs)
         x = args[0] if args else next(iter(kwargs.values()))
         bias, trains = self.module._parameters.get("bias"), torch.is_grad_enabled() and coords.requires_grad
@@ -168,9 +168,9 @@ class PackedAttachment(LayerAttachment):
     def require(self, mode: Mode) -> None:
         if mode == "optimizer":
             raise ModeError(
-                f"{self.sub.name} is held in {self.packed.kind}, and optimizer mode merges at every step: each would quantise "
-                "the weight again and lose every update smaller than half a step of its grid. Use lingrad.adapt, which merges "
-                "at refreshes, or leave the weight out by a rule: 'none'"
+                f"{self.sub.name} is stored as {self.packed.kind}, and optimizer mode merges at every step: each would "
+                "quantise the weight again and lose every update smaller than half a step of its grid. Use lingrad.adapt, which "
+                "merges at refreshes, or leave the weight out by a rule: 'none'"
             )
 
     @override

@@ -37,7 +37,7 @@ class Target:
         transform: Its transform.
         layout: How it is read as a matrix.
         route: ``projected`` where the gradient is born small (linear layers), ``quantized`` where so it is and the weight is
-            held in 4 or 8 bits, ``weight`` where it is projected afterwards.
+            stored in 4 or 8 bits, ``weight`` where it is projected afterwards.
         owners: Every (module, attribute) that holds it.
     """
 
@@ -89,7 +89,7 @@ class _Candidate:
 
 
 def resolve_model(model: nn.Module, rules: Rules) -> Plan:
-    """Decide for every trainable parameter of a model, and for the weights of linear layers that are held in 4 or 8 bits.
+    """Decide for every trainable parameter of a model, and for the weights of linear layers that are stored in 4 or 8 bits.
 
     Args:
         model: The model; not changed.
@@ -231,7 +231,7 @@ def _plan(candidates: list[_Candidate], chosen: list[Transform | None]) -> Plan:
             raise SpecError(f"{name} is complex, and transforms are real; leave it out by a rule: 'none'")
         owners = tuple(candidate.owners)
         if candidate.is_packed and len(owners) != 1:
-            raise SpecError(f"{name} is held in 4 or 8 bits and shared by several layers; leave it out by a rule: 'none'")
+            raise SpecError(f"{name} is stored in 4 or 8 bits and shared by several layers; leave it out by a rule: 'none'")
         layout = layout_of(candidate.param, owners[0][0] if owners else None, name)
         try:
             transform.ranks(layout.shape)

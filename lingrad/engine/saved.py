@@ -46,7 +46,7 @@ class Saved:
         if not (isinstance(state_dict, Mapping) and {"state", "param_groups"} <= state_dict.keys()):
             held = list(state_dict)[:3] if isinstance(state_dict, Mapping) else type(state_dict).__name__
             raise CheckpointError(
-                f"this is no optimizer's state_dict, which has 'state' and 'param_groups', but {held}; "
+                f"this is not an optimizer's state_dict: it has {held}, and no 'state' and 'param_groups'; "
                 "pass what opt.state_dict() gave, not the whole file or a model's"
             )
         upgraded = upgrade(state_dict)

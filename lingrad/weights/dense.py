@@ -51,7 +51,7 @@ class DenseWeight(Weight):
 
     @override
     def add_(self, current: LinearMap, coords: Tensor) -> None:
-        weight = self.param
+        weight: Tensor = self.param
         if self.owners and not isinstance(weight, nn.Parameter):
             module, attribute = self.owners[0]
             raise ModeError(

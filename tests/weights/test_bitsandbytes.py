@@ -281,7 +281,7 @@ class TestRefusals:
     def test_optimizer_mode(self, kind):
         name = kind.partition("-")[0]
         with pytest.raises(
-            ModeError, match=f"0.weight is held in {name}, and optimizer mode merges at every step.*lingrad.adapt"
+            ModeError, match=f"0.weight is stored as {name}, and optimizer mode merges at every step.*lingrad.adapt"
         ):
             lingrad.wrap(net(kind), rules("svd(rank=4)"))
 
@@ -299,7 +299,7 @@ class TestRefusals:
     def test_options(self):
         with pytest.raises(SpecError, match="merge_every merges more often than refreshes do"):
             lingrad.adapt(net("nf4"), rules("svd(rank=4)"), merge_every=2)
-        with pytest.raises(SpecError, match="keep_remainder is for weights that are held in 4 or 8 bits"):
+        with pytest.raises(SpecError, match="keep_remainder is for weights that are stored in 4 or 8 bits"):
             lingrad.adapt(nn.Sequential(nn.Linear(8, 8)), {"*": "svd(rank=4)"}, keep_remainder=True)
         with pytest.raises(SpecError, match="keep_remainder must be True or False, not 1"):
             lingrad.adapt(net("nf4"), rules("svd(rank=4)"), keep_remainder=1)
@@ -308,7 +308,7 @@ class TestRefusals:
         model = net("nf4")
         model.add_module("again", model[0].__class__(IN, MIDDLE))
         model.again.weight = model[0].weight
-        with pytest.raises(SpecError, match="0.weight is held in 4 or 8 bits and shared by several layers"):
+        with pytest.raises(SpecError, match="0.weight is stored in 4 or 8 bits and shared by several layers"):
             lingrad.adapt(model, {"0": "svd(rank=4)"})
 
     def test_what_no_rule_takes_stays_as_it_is(self):

@@ -169,8 +169,8 @@ class PackedAttachment(LayerAttachment):
         if mode == "optimizer":
             raise ModeError(
                 f"{self.sub.name} is stored as {self.packed.kind}, and optimizer mode merges at every step: each would "
-                "quantise the weight again and lose every update smaller than half a step of its grid. Use lingrad.adapt, which "
-                "merges at refreshes, or leave the weight out by a rule: 'none'"
+                "quantise the weight again and lose every update smaller than half a step of its grid. Use lingrad.adapt, "
+                "which merges at refreshes, or leave the weight out by a rule: 'none'"
             )
 
     @override

@@ -10,7 +10,6 @@ from statistics import median
 from typing import Any
 
 import torch
-from lingrad.subspaces.gather import products
 from torch import Tensor, nn
 
 from benchmarks import measure
@@ -20,6 +19,7 @@ from benchmarks.steps import batches
 from lingrad.config import spec
 from lingrad.gradients.local import DenseGradient, FactoredGradient
 from lingrad.models import build_llama, next_token_loss
+from lingrad.subspaces.basis import products
 from lingrad.transforms import Transform, When
 
 TRANSFORMS = (

@@ -57,7 +57,7 @@ class Run:
             held: list[Any] = [value for state in optimizer.state.values() for value in state.values()]
             held += [getattr(value, "ortho_matrix", None) for value in held]  # projectors of others
             held += getattr(optimizer, "tensors", list)()  # of one that keeps them elsewhere
-            held += [tensor for sub in getattr(optimizer, "subspaces", ()) for tensor in (*sub.tensors(), sub.coords)]
+            held += [tensor for sub in getattr(optimizer, "subspaces", ()) for tensor in (*sub.basis.tensors(), sub.coords)]
             for value in held:
                 if isinstance(value, Tensor) and value.numel():
                     distinct[value.untyped_storage()._cdata] = value

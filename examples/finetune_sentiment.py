@@ -185,7 +185,7 @@ def main():
                 for folder in (base, adapter):
                     shutil.rmtree(folder, ignore_errors=True)
                 build(options.model, seed).save_pretrained(base)
-                lingrad.peft.export(lingrad.hf.optimizer_of(trainer), adapter, base=base, quiet=True)
+                lingrad.peft.export(lingrad.hf.optimizer_of(trainer), adapter, start=base, quiet=True)
                 row["alone"] = evaluate_alone(adapter, base, args, data)
             rows[name].append(row)
             print(f"seed {seed}  {name:24}  {row['accuracy']:.3f}  {seconds:4.0f} s", flush=True)

@@ -119,7 +119,7 @@ def main():
     written["after"] = continued(model, tokenizer)
 
     shutil.rmtree(adapter, ignore_errors=True)
-    lingrad.peft.export(lingrad.hf.optimizer_of(trainer), adapter, base=quantized(base))
+    lingrad.peft.export(lingrad.hf.optimizer_of(trainer), adapter, start=quantized(base))
 
     alone = PeftModel.from_pretrained(quantized(base), adapter).eval()
     far = float((logits(alone, tokenizer) - expected).abs().max())

@@ -1,4 +1,4 @@
-"""The two ways in: `wrap` for optimizer mode, `adapt` for adapter mode, with the same arguments."""
+"""The two entry points: `wrap` for optimizer mode, `adapt` for adapter mode, with the same arguments."""
 
 from __future__ import annotations
 
@@ -6,11 +6,13 @@ from typing import Any
 
 from lingrad.config.rules import Rules
 from lingrad.config.settings import Carry, Compat, Share
+from lingrad.deprecated import renamed_keywords
 from lingrad.engine.build import Trainable
 from lingrad.engine.optimizer import SubspaceOptimizer
 from lingrad.optimizers.base import BaseLike
 
 
+@renamed_keywords(spec_or_rules="rules")
 def wrap(
     model: Trainable,
     rules: Rules,
@@ -32,32 +34,32 @@ def wrap(
 
     Args:
         model: The model; or named parameters, ``model.named_parameters()``; or a list of param groups, dicts with named
-            ``params``, an optional ``spec`` and any hyper-parameter. Linear layers of a model get a projected backward;
+            ``params``, optional ``rules`` and any hyper-parameter. Linear layers of a model get a projected backward;
             where only parameters are given, hooks project their gradients.
         rules: A config string such as ``svd(rank=128, every=200)``, for every Linear weight but the output head's;
             or rules, ``{"*.attn.*": "svd(rank=64)", "*": "none"}``: globs over module names, the first match wins. What no
-            rule matches trains in full through the same base.
+            rule matches trains in full with the same base.
         base: The optimizer of the coordinates: a name (see ``lingrad.optimizers.names()``), a ``torch.optim.Optimizer`` class,
             or a factory ``f(params, **base_kwargs)``.
         weight_decay: Decoupled decay of every parameter, W <- (1 - lr * weight_decay) W, whatever the base.
         scale: Multiplies the learning rate of the coordinates, not their decay (GaLore's ``scale``).
         carry: What happens to the base's moments at a refresh: ``keep``, ``reset``, or ``rotate`` into the new basis.
         seed: Seed of everything random; each weight derives its own from it and its name.
-        compat: ``galore`` follows galore_torch's arithmetic to the last digit.
-        layerwise: Step each weight inside the backward, as soon as its gradient is there, and free that: no two gradients need
-            exist at once. Every backward is then a step, to be finished by ``step()``; there is no accumulation over
-            micro-batches, no clipping by a norm and no loss scaling.
-        stagger: Refresh the weights in turns, spread over the steps between two refreshes of one, so that no step pays for all.
-            Until its first turn a weight is trained in a random basis.
+        compat: ``galore`` follows galore_torch's arithmetic exactly.
+        layerwise: Step each weight inside the backward as soon as its gradient is computed, then free the gradient: no two need
+            exist at once. Every backward is then a step, which ``step()`` completes; accumulation over micro-batches, clipping
+            by a norm and loss scaling are not supported.
+        stagger: Refresh the weights in turn, spread over the steps of a period, so that no step pays for all of them. Until its
+            first refresh a weight is trained in a random basis.
         share: ``input`` gives linear layers that read the same input (q, k, v; gate, up; `lingrad.config.sharing`) one right
-            basis, chosen for all their gradients together, and one saved x @ Q.
-        ledger: Keep, in the memory of the host, the basis (or its seed) and the coordinates of everything that is merged, so
-            that the whole run is known as a low-rank change of the weights it started from; see ``opt.changes()``.
-        self_contained: Have ``opt.state_dict()`` hold, in adapter mode, coordinates and the weights they belong to, and
-            ``model.state_dict()`` be that of the plain model, W + S z: the checkpoints of programs that know nothing of
-            adapters are then complete models and resume bit for bit. Load the model first, then the optimizer.
-        **base_kwargs: Options of the base, such as ``lr``, ``betas``, ``momentum``; of any base also ``moments="8bit"``, which
-            holds its moments in 8 bits between steps.
+            basis, chosen from all their gradients, and one saved x @ Q.
+        ledger: Record in host memory the basis (or its seed) and the coordinates of every merge, so that the run is known as a
+            low-rank change of its initial weights; see ``opt.changes()``.
+        self_contained: In adapter mode, store coordinates and the weights they belong to in ``opt.state_dict()``, and make
+            ``model.state_dict()`` that of the plain model, W + S z: checkpoints of programs without support for adapters are
+            then complete models and resume bit for bit. Load the model first, then the optimizer.
+        **base_kwargs: Options of the base, such as ``lr``, ``betas``, ``momentum``. Any base also takes ``moments="8bit"``,
+            which stores its moments in 8 bits between steps.
 
     Returns:
         The optimizer, in optimizer mode.
@@ -65,7 +67,7 @@ def wrap(
     Raises:
         SpecError: A spec, rule, base or option is wrong.
         ShapeError: A rank is too large for a weight.
-        DualityError: The base's update reads the parameter, so no adapter could follow it.
+        DualityError: The base's update reads the parameter, so the two modes would differ.
         DependencyError: The base needs a package that is not installed.
         ModeError: The model is wrapped already.
     """
@@ -88,6 +90,7 @@ def wrap(
     )
 
 
+@renamed_keywords(spec_or_rules="rules")
 def adapt(
     model: Trainable,
     rules: Rules,
@@ -112,7 +115,7 @@ def adapt(
     The trajectory of W is that of `wrap` with the same arguments (Torroba-Hennigen et al., ICML 2025, arXiv 2502.13811).
 
     Args:
-        model: The model; see `wrap`. Bare parameters cannot be adapted: the forward must change.
+        model: The model; see `wrap`. Parameters alone cannot be adapted, because the forward changes.
         rules: See `wrap`.
         base: See `wrap`.
         weight_decay: See `wrap`.
@@ -125,10 +128,10 @@ def adapt(
         share: See `wrap`.
         ledger: See `wrap`.
         self_contained: See `wrap`.
-        merge_every: Merge coordinates into the weights every so many steps, not only at refreshes; None: at refreshes only. With
-            1 it is optimizer mode's schedule on adapter mode's forward. The trajectory is the same.
-        keep_remainder: Where a weight is stored in 4 or 8 bits, keep what a merge loses in the new coordinates, as far as their
-            basis holds it (LoQT's error compensation); see ``opt.merge_losses()``.
+        merge_every: Merge coordinates into the weights every so many steps, in addition to each refresh; None merges at
+            refreshes only. 1 is optimizer mode's schedule with adapter mode's forward. The trajectory is the same.
+        keep_remainder: Where a weight is stored in 4 or 8 bits, add the rounding error of a merge to the new coordinates, as
+            far as their basis can express it (LoQT's error compensation); see ``opt.merge_losses()``.
         **base_kwargs: See `wrap`.
 
     Returns:

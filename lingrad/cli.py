@@ -205,9 +205,9 @@ def estimate(
     _finish(json, found.to_json, lambda: typer.echo(found))
 
 
-@app.command(epilog=_example("lingrad convert BASE TUNED --out LORA --max-error 0.01"))
+@app.command(epilog=_example("lingrad convert START TUNED --out LORA --max-error 0.01"))
 def convert(
-    base: Annotated[Path, typer.Argument(metavar="BASE", help="Folder of the model that the training started from.")],
+    start: Annotated[Path, typer.Argument(metavar="START", help="Folder of the model that the training started from.")],
     tuned: Annotated[Path, typer.Argument(metavar="TUNED", help="Folder of the trained model.")],
     out: NewAdapter,
     rank: Rank = None,
@@ -217,18 +217,18 @@ def convert(
     uniform_rank: UniformRank = False,
     full_svd: Annotated[bool, typer.Option("--full-svd", help="Full decompositions instead of random projections.")] = False,
     logits: Logits = False,
-    decayed_base: Annotated[Path | None, typer.Option(help="Write BASE with its weight decay applied to this folder.")] = None,
+    decayed_start: Annotated[Path | None, typer.Option(help="Write START with its decay applied to this folder.")] = None,
     json: Json = None,
 ) -> None:
     """Turn the difference of two models into an adapter for PEFT. For a lingrad run with a ledger use lingrad export."""
     _check(json)
     options: dict[str, Any] = {"rank": rank, "energy": energy, "max_error": max_error, "dtype": dtype, "logits": logits}
-    options |= {"uniform_rank": uniform_rank, "full_svd": full_svd, "decayed_base": decayed_base}
-    report = convert_commands.convert(base, tuned, out, **options)
+    options |= {"uniform_rank": uniform_rank, "full_svd": full_svd, "decayed_start": decayed_start}
+    report = convert_commands.convert(start, tuned, out, **options)
     _finish(json, report.json, lambda: typer.echo(f"{report.table()}\nWritten: {out}"))
 
 
-@app.command(epilog=_example("lingrad export RUN --out LORA --start BASE"))
+@app.command(epilog=_example("lingrad export RUN --out LORA --start START"))
 def export(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a checkpoint: the model and optimizer.pt.")],
     out: NewAdapter,
@@ -237,24 +237,24 @@ def export(
     dtype: Factors = None,
     uniform_rank: UniformRank = False,
     logits: Logits = False,
-    decayed_base: Annotated[Path | None, typer.Option(help="Write START with its weight decay applied to this folder.")] = None,
+    decayed_start: Annotated[Path | None, typer.Option(help="Write START with its decay applied to this folder.")] = None,
     json: Json = None,
 ) -> None:
     """Turn a checkpoint of lingrad into an adapter for PEFT. The run needs ledger=True; nothing is searched for."""
     _check(json)
     options: dict[str, Any] = {"rank": rank, "dtype": dtype, "uniform_rank": uniform_rank, "logits": logits}
-    report = convert_commands.export(run, out, start=start, decayed_base=decayed_base, **options)
+    report = convert_commands.export(run, out, start=start, decayed_start=decayed_start, **options)
     _finish(json, report.json, lambda: typer.echo(f"{report.table()}\nWritten: {out}"))
 
 
-@app.command(epilog=_example("lingrad merge BASE LORA --out MERGED"))
+@app.command(epilog=_example("lingrad merge START LORA --out MERGED"))
 def merge(
-    base: Annotated[Path, typer.Argument(metavar="BASE", help="Folder of the base model.")],
+    start: Annotated[Path, typer.Argument(metavar="START", help="Folder of the model that the adapter is for.")],
     adapter: Annotated[Path, typer.Argument(metavar="ADAPTER", help="Folder of the adapter.")],
     out: Annotated[Path, typer.Option(help="Folder of the merged model; must not exist.")],
 ) -> None:
-    """Merge an adapter into its base model, and write the result."""
-    typer.echo(f"Written: {convert_commands.merge(base, adapter, out)}")
+    """Merge an adapter into the model it is for, and write the result."""
+    typer.echo(f"Written: {convert_commands.merge(start, adapter, out)}")
 
 
 @app.command(epilog=_example("lingrad version"))

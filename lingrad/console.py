@@ -13,7 +13,7 @@ _NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")  # a part of a dotted name that is
 
 
 def layers(name: str) -> str:
-    """A dotted name with the numbers of layers replaced by ``*``: equal for parameters that differ in these alone."""
+    """A dotted name with its layer numbers replaced by ``*``; names that differ in nothing else become equal."""
     return _NUMBER.sub("*", name)
 
 
@@ -27,7 +27,7 @@ def align(rows: Sequence[Sequence[str]], right: Sequence[bool]) -> list[list[str
     """Pad the cells of every column to one width.
 
     Args:
-        rows: Cells, each row as long as the others.
+        rows: Cells; all rows have the same length.
         right: Which columns are right-aligned.
 
     Returns:
@@ -37,11 +37,28 @@ def align(rows: Sequence[Sequence[str]], right: Sequence[bool]) -> list[list[str
     return [[c.rjust(w) if r else c.ljust(w) for c, w, r in zip(row, widths, right, strict=True)] for row in rows]
 
 
+def columns(rows: Sequence[Sequence[str]], right: Sequence[bool], *, rule: bool = False) -> list[str]:
+    """The lines of a table for a terminal, with two spaces between columns.
+
+    Args:
+        rows: Cells; all rows have the same length.
+        right: Which columns are right-aligned.
+        rule: Whether a line of dashes follows the first row, the header.
+
+    Returns:
+        A line per row.
+    """
+    cells = align(rows, right) if rows else []
+    if rule:
+        cells.insert(1, ["-" * len(cell) for cell in cells[0]])
+    return ["  ".join(row).rstrip() for row in cells]
+
+
 def markdown(rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table with aligned columns.
 
     Args:
-        rows: Cells, each row as long as the others; the first is the header. The first column is
+        rows: Cells; all rows have the same length, and the first is the header. The first column is
             left-aligned, the others are right-aligned.
 
     Returns:
@@ -63,21 +80,21 @@ def progress(title: str, unit: str, *, least: int = 1) -> Iterator[Tick]:
     Args:
         title: What is being done.
         unit: What is counted.
-        least: Off a terminal, work of fewer units prints nothing.
+        least: Fewest units for which lines are printed, if standard error is not a terminal.
 
     Yields:
         A function to call after each unit. Raises `DependencyError` if rich is not installed.
     """
     console = optional("rich.console", "showing progress", "cli").Console(stderr=True)
     rich = import_module("rich.progress")
-    columns = (
+    parts = (
         rich.TextColumn("{task.description}"),
         rich.BarColumn(bar_width=24),
         rich.MofNCompleteColumn(),
         rich.TimeRemainingColumn(),
         rich.TextColumn("{task.fields[note]}"),
     )
-    with rich.Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+    with rich.Progress(*parts, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(title, total=None, note="")
         printed = 0
 

@@ -5,12 +5,16 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache
+from functools import cache, wraps
 from importlib import import_module
+from inspect import signature
 from types import ModuleType
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 from lingrad.errors import SpecError
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 # --- names in Python ---
 
@@ -105,7 +109,7 @@ def renamed_attributes(module: str, names: Mapping[str, str]) -> Callable[[str],
     return find
 
 
-def renamed_option(options: dict[str, Any], old: str, new: str, where: str) -> None:
+def renamed_option(options: dict[str, Any], old: str, new: str, where: str, *, stacklevel: int = 3) -> None:
     """Take an option by its old name.
 
     Args:
@@ -113,6 +117,7 @@ def renamed_option(options: dict[str, Any], old: str, new: str, where: str) -> N
         old: The old name.
         new: The new name.
         where: Whose option it is, for messages.
+        stacklevel: Of the warning, as for ``warnings.warn``.
 
     Raises:
         SpecError: Both are given.
@@ -121,8 +126,34 @@ def renamed_option(options: dict[str, Any], old: str, new: str, where: str) -> N
         return
     if new in options:
         raise SpecError(f"{where} got {old}, which is now called {new}, and {new}; leave {old} out", option=old)
-    warnings.warn(f"{old} of {where} is deprecated; use {new}", DeprecationWarning, stacklevel=3)
+    warnings.warn(f"{old} of {where} is deprecated; use {new}", DeprecationWarning, stacklevel=stacklevel)
     options[new] = options.pop(old)
+
+
+def renamed_keywords(**names: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """A decorator for a function some of whose arguments have changed their names.
+
+    Args:
+        **names: Old name=new name.
+
+    Returns:
+        The decorator; the function then takes the old names too, each with a warning, and raises `SpecError` for both at once.
+    """
+
+    def decorate(function: Callable[P, R]) -> Callable[P, R]:
+        where = f"{function.__module__.rpartition('.')[0]}.{function.__name__}"  # the package that exports it
+
+        @wraps(function)
+        def taking(*args: P.args, **kwargs: P.kwargs) -> R:
+            for old in names.keys() & kwargs.keys():
+                given = {**signature(function).bind_partial(*args).arguments, **kwargs}
+                renamed_option(given, old, names[old], where, stacklevel=3)
+                kwargs[names[old]] = kwargs.pop(old)
+            return function(*args, **kwargs)
+
+        return taking
+
+    return decorate
 
 
 def _warn(old: str, new: str, stacklevel: int) -> None:
@@ -131,13 +162,17 @@ def _warn(old: str, new: str, stacklevel: int) -> None:
 
 # --- the command line ---
 
-_OPTIONS = {"memory": {"--spec": "--rules", "--seq": "--length"}, "train": {"--spec": "--rules"}}
+_OPTIONS = {
+    "memory": {"--spec": "--rules", "--seq": "--length"},
+    "train": {"--spec": "--rules"},
+    "convert": {"--decayed-base": "--decayed-start"},
+}
 _MEMORY = ("simulate", "fit", "compare", "estimate")
 _MODES = {"--compare": "compare", "--max-batch": "fit", "--closed-form": "estimate"}
 # accepted before, without effect
 _IGNORED = {"compare": ("--mode",), "fit": ("--batch",), "estimate": ("--checkpointing", "--stagger", "--expandable")}
 # options of convert that take a value
-_VALUED = ("--out", "--rank", "--energy", "--max-error", "--dtype", "--decayed-base", "--json")
+_VALUED = ("--out", "--rank", "--energy", "--max-error", "--dtype", "--decayed-start", "--json")
 
 
 def command_line(given: Sequence[str]) -> list[str]:
@@ -191,8 +226,8 @@ def _memory(words: list[str]) -> list[str]:
 
 
 def _export(words: list[str]) -> list[str]:
-    """``lingrad convert [BASE] RUN --exact`` is ``lingrad export RUN [--start BASE]``."""
-    _say("lingrad convert --exact", "lingrad export RUN --start BASE")
+    """``lingrad convert [START] RUN --exact`` is ``lingrad export RUN [--start START]``."""
+    _say("lingrad convert --exact", "lingrad export RUN --start START")
     folders: list[str] = []
     options: list[str] = []
     valued = False
@@ -203,6 +238,6 @@ def _export(words: list[str]) -> list[str]:
             folders.append(word)
         valued = not valued and word in _VALUED
     if len(folders) == 2:
-        base, run = folders
-        folders = [run, "--start", base]
+        start, run = folders
+        folders = [run, "--start", start]
     return [*folders, *(word for word in options if word != "--exact")]

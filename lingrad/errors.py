@@ -1,4 +1,4 @@
-"""Every error lingrad raises on purpose, and the helpers that phrase one."""
+"""The errors that lingrad raises, and helpers for their messages."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class SpecError(LingradError, ValueError):
 
     Args:
         message: What was wrong, what was expected and what to do.
-        option: The option the message is about, so that a parser can point at it.
+        option: The option that the message is about, so that a parser can point at it.
     """
 
     def __init__(self, message: str, *, option: str | None = None) -> None:
@@ -30,11 +30,11 @@ class ShapeError(LingradError, ValueError):
 
 
 class DualityError(LingradError, ValueError):
-    """What was asked for has no exact twin in the other mode; the message names the cause and the remedy."""
+    """The request has no exact counterpart in the other mode; the message names the cause and the remedy."""
 
 
 class ModeError(LingradError, RuntimeError):
-    """An operation was asked for in a mode, at a time or on a model that cannot serve it."""
+    """An operation is not supported in this mode, at this point of a run, or for this model."""
 
 
 class CheckpointError(LingradError, ValueError):
@@ -46,11 +46,11 @@ class DataError(LingradError, ValueError):
 
 
 class ExportError(LingradError, ValueError):
-    """A trained change cannot be written in the form that was asked for, or was not reproduced by it; nothing was written."""
+    """A trained change cannot be written in the requested form, or that form does not reproduce it; nothing was written."""
 
 
 class MemoryModelError(LingradError, RuntimeError):
-    """The memory of a run cannot be told without running it on a real device, or cannot be measured on this one."""
+    """The memory of a run cannot be determined without a real device, or cannot be measured on this one."""
 
 
 class DependencyError(LingradError, ImportError):
@@ -65,7 +65,7 @@ def did_you_mean(word: str, names: Iterable[str]) -> str:
         names: The names that would have been valid.
 
     Returns:
-        ``"; did you mean 'x'?"``, or a full stop when nothing is near.
+        ``"; did you mean 'x'?"``, or a full stop if no name is close.
     """
     by_lower = {name.lower(): name for name in names}
     near = get_close_matches(word.lower(), list(by_lower), n=1, cutoff=0.5)
@@ -88,7 +88,7 @@ def require(condition: bool, option: str, message: str) -> None:
 
 
 def require_one_of(value: object, allowed: Sequence[object], option: str) -> None:
-    """Raise a `SpecError` about an option unless its value is one of some words.
+    """Raise a `SpecError` about an option unless its value is one of those allowed.
 
     Args:
         value: The value given.

@@ -100,7 +100,7 @@ class Lingrad(Method):
     @override
     def label(self) -> str:
         text = spec.format(self.rules) if isinstance(self.rules, Transform) else self.rules
-        return f"{self.mode} mode, {text}, {name_of(self.base)}"
+        return f"{self.mode} mode, {text}, {optimizers.name_of(self.base)}"
 
     @override
     def prepare(self, model: nn.Module, *, layerwise: bool = False) -> Training:
@@ -125,7 +125,7 @@ class FullRank(Method):
     @property
     @override
     def label(self) -> str:
-        return f"full {name_of(self.base)}"
+        return f"full {optimizers.name_of(self.base)}"
 
     @override
     def prepare(self, model: nn.Module, *, layerwise: bool = False) -> Training:
@@ -153,7 +153,7 @@ class Lora(Method):
     @property
     @override
     def label(self) -> str:
-        return f"LoRA (rank {self.rank}{', A frozen' if self.one_sided else ''}), {name_of(self.base)}"
+        return f"LoRA (rank {self.rank}{', A frozen' if self.one_sided else ''}), {optimizers.name_of(self.base)}"
 
     @override
     def prepare(self, model: nn.Module, *, layerwise: bool = False) -> Training:
@@ -210,11 +210,6 @@ class GaloreTorch(Method):
             return optimizer
 
         return _with(model, build, [[param] for param in (*others, *projected)], layerwise)
-
-
-def name_of(base: optimizers.BaseLike) -> str:
-    """The name of a base in messages."""
-    return base if isinstance(base, str) else getattr(base, "__name__", type(base).__name__)
 
 
 def _trainable(model: nn.Module) -> list[Tensor]:

@@ -1,4 +1,4 @@
-"""Models to train or to look at: Llamas of all sizes, and any transformers config on the meta device."""
+"""Models to train or to inspect: Llamas of several sizes, and any transformers config on the meta device."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class LlamaShape:
         intermediate: Width of the MLP.
         layers: Number of layers.
         heads: Attention heads.
-        length: Longest window.
-        groups: Heads of keys and values, where they are fewer; 0 for as many as ``heads``.
+        length: Longest sequence, in tokens.
+        groups: Key and value heads, if they are fewer; 0 means as many as ``heads``.
     """
 
     vocabulary: int = 256
@@ -53,7 +53,7 @@ def build_llama(shape: LlamaShape, *, seed: int, dtype: torch.dtype = torch.floa
     Args:
         shape: Its size.
         seed: Seed of the weights; the global generator is left as it was.
-        dtype: Of the weights; the same numbers in every dtype.
+        dtype: Of the weights, whose values are the same in every dtype up to rounding.
 
     Returns:
         The model.
@@ -80,7 +80,7 @@ def build_llama(shape: LlamaShape, *, seed: int, dtype: torch.dtype = torch.floa
 def norm_in_own_dtype(model: nn.Module) -> None:
     """Replace transformers' RMSNorm, which rounds its input to float32 whatever the model's dtype, by torch's.
 
-    A float64 comparison needs it: two runs that agree to 1e-16 part by 1e-8 where such a rounding goes the other way.
+    Comparisons in float64 need it: where values that agree to 1e-16 round to different float32, the runs then differ by 1e-8.
 
     Args:
         model: A Llama of transformers, changed in place.
@@ -102,7 +102,7 @@ def next_token_loss(model: nn.Module, ids: Tensor) -> Tensor:
         ids: Token ids, int64 [rows, length].
 
     Returns:
-        Nats a token, 0-d.
+        Nats per token, 0-d.
     """
     logits = model(input_ids=ids).logits
     return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
@@ -118,7 +118,7 @@ def open_model(name: str) -> nn.Module:
         The model; nothing is downloaded and no weight is read.
 
     Raises:
-        DataError: There is no such config, or it is not one of transformers.
+        DataError: There is no such config, or transformers cannot build a model from it.
     """
     with torch.device("meta"):
         known = {"demo": LlamaShape(), **LLAMAS}
@@ -131,7 +131,7 @@ def open_model(name: str) -> nn.Module:
                 "a folder that holds one (models are read from disk only)"
             )
         transformers = _transformers()
-        try:  # a config is the user's own text, and what a model does with a wrong one is anybody's guess
+        try:  # a model may raise any exception on an invalid config
             config = transformers.AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
             architecture = (config.architectures or [None])[0]
             cls = getattr(transformers, architecture or "", None)

@@ -1,8 +1,8 @@
 """Data parallelism: what the processes of one run must agree on.
 
-Coordinates are ordinary parameters, whose gradients DistributedDataParallel averages like any others. What it does not see is
-averaged here: the gradient a refresh reads, and coordinate gradients that a hook projects. Every process belongs to the run
-once ``torch.distributed`` is initialized with more than one; with one, or none, nothing here does anything.
+Coordinates are ordinary parameters, so DistributedDataParallel averages their gradients. It does not see the gradient that a
+refresh reads, nor coordinate gradients that a hook projects: those are averaged here. All processes of ``torch.distributed``
+belong to the run; with one process, nothing here has an effect.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from lingrad.errors import ModeError
 
 
 def ranks() -> int:
-    """The number of processes that share each step."""
-    return distributed.get_world_size() if together() else 1
+    """The number of processes of the run."""
+    return distributed.get_world_size() if initialized() else 1
 
 
-def together() -> bool:
-    """Whether torch.distributed runs, even with one process only."""
+def initialized() -> bool:
+    """Whether torch.distributed is initialized, even with one process only."""
     return distributed.is_available() and distributed.is_initialized()
 
 
@@ -35,37 +35,37 @@ def average(tensor: Tensor) -> Tensor:
     return mean
 
 
-def share(tensors: Iterable[Tensor]) -> None:
-    """Give every rank the first one's values, in place: processes with other thread counts factorise in another order."""
+def broadcast(tensors: Iterable[Tensor]) -> None:
+    """Give every rank the values of rank 0, in place: with another number of threads a factorization rounds differently."""
     if ranks() > 1:
         for tensor in tensors:
-            whole = tensor.contiguous()
-            distributed.broadcast(whole, src=0)
-            tensor.copy_(whole)
+            values = tensor.contiguous()
+            distributed.broadcast(values, src=0)
+            tensor.copy_(values)
 
 
 def refuse_wrapped(model: nn.Module) -> None:
-    """Make sure that DistributedDataParallel is not round a model yet.
+    """Make sure that a model is not in DistributedDataParallel yet.
 
     Args:
         model: The model.
 
     Raises:
-        ModeError: It is; it would wait for gradients of weights that are frozen now.
+        ModeError: It is; DistributedDataParallel would wait for gradients of weights that are frozen now.
     """
     if isinstance(model, DistributedDataParallel):
         raise ModeError(
-            "this model is in DistributedDataParallel already, which would wait for the gradients of weights that are frozen "
+            "this model is in DistributedDataParallel already, which would wait for gradients of weights that are frozen "
             "now; pass the model itself to lingrad first, then build DistributedDataParallel(model)"
         )
 
 
 def exclude(model: nn.Module, params: Iterable[nn.Parameter]) -> None:
-    """Tell a DistributedDataParallel that is built later to leave some parameters to us.
+    """Have a DistributedDataParallel that is built later ignore some parameters.
 
     Args:
         model: The model.
-        params: Parameters whose gradients are averaged here; none to take it back.
+        params: Parameters whose gradients are averaged here; they replace those of the last call.
     """
     if ranks() == 1:
         return

@@ -1,4 +1,4 @@
-"""Small things about tensors: a shape and a dtype without the numbers, storages, casts."""
+"""Helpers for tensors: a shape and a dtype without data, casts, sizes in bytes, storages."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 class TensorSpec(NamedTuple):
-    """A tensor that stays in memory.
+    """The shape and the dtype of a stored tensor.
 
     Args:
         shape: Its shape.
@@ -23,12 +23,12 @@ class TensorSpec(NamedTuple):
 
     @property
     def nbytes(self) -> int:
-        """Its bytes."""
+        """Its size in bytes."""
         return prod(self.shape) * self.dtype.itemsize
 
 
 def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """``tensor.to(dtype)``, which takes its time to find that there is nothing to do."""
+    """``tensor.to(dtype)``, without the cost of a call that changes nothing."""
     return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
@@ -38,16 +38,16 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 
 
 def nbytes(*tensors: Tensor) -> int:
-    """Bytes of the elements of some tensors; memory that two of them share counts twice."""
+    """Bytes of the elements of some tensors; memory that two of them share is counted twice."""
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def storage(tensor: Tensor) -> int:
-    """What is equal for tensors that share their memory, and differs for others while they are alive."""
+    """A key of its storage: equal for tensors that share memory, different for any others that are alive."""
     key: int = tensor.untyped_storage()._cdata
     return key
 
 
 def distinct(tensors: Iterable[Tensor]) -> list[Tensor]:
-    """One tensor for each storage, empty ones left out; of several that share one the last, in the order of the first."""
+    """One tensor per storage, in the order of first appearance: the last of those that share it. Empty tensors are dropped."""
     return list({storage(tensor): tensor for tensor in tensors if tensor.numel()}.values())

@@ -105,7 +105,7 @@ def main() -> None:
             tool(folder, "cosmic-ray", "exec", f"{session}.toml", f"{session}.sqlite")
             results = [result for item, result in dump(folder, session) if (session, item["job_id"]) in taken and result]
             alive = [result["diff"] for result in results if result["test_outcome"] != "killed"]
-            print("\n".join(f"SURVIVED\n{diff}" for diff in alive), flush=True)
+            print("".join(f"SURVIVED\n{diff}\n" for diff in alive), end="", flush=True)
             tried, survivors = tried + len(results), survivors + len(alive)
     print(f"{tried} mutants, {survivors} survived; {time.monotonic() - begin:.0f} s")
     sys.exit(bool(survivors))

@@ -30,13 +30,13 @@ def make_weight(target: Target) -> Weight:
     return DenseWeight(target.layout, target.param, target.owners)
 
 
-def make_attachment(target: Target, sub: Subspace, shared: SharedInput, *, plain: bool = False) -> Attachment:
+def make_attachment(target: Target, sub: Subspace, shared: SharedInput | None, *, plain: bool = False) -> Attachment:
     """The connection a target takes.
 
     Args:
         target: The weight, its owners and its route.
         sub: Its subspace.
-        shared: The input that layers on the same basis may share.
+        shared: The input that layers on the same basis may share; None where there is only this one.
         plain: Whether the model's state_dict is to be that of the plain model in adapter mode too.
 
     Returns:

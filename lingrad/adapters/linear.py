@@ -30,11 +30,13 @@ class LayerAttachment(Attachment):
         sub: The subspace of the layer's weight.
         module: The layer; its ``forward`` maps x [..., n] to x W^T + b [..., m] and uses the weight in no other way.
         attribute: The weight's name in the layer.
-        shared: The input that layers with the same basis may share.
+        shared: The input that it may share with other layers on its basis; None where it has that for itself.
         plain: See `Attachment`.
     """
 
-    def __init__(self, sub: Subspace, module: nn.Module, attribute: str, shared: SharedInput, *, plain: bool = False) -> None:
+    def __init__(
+        self, sub: Subspace, module: nn.Module, attribute: str, shared: SharedInput | None, *, plain: bool = False
+    ) -> None:
         super().__init__(sub, plain=plain)
         self.module = module
         self.attribute = attribute
@@ -71,8 +73,9 @@ class LayerAttachment(Attachment):
 
     @override
     def forget(self) -> None:
-        super().forget()
-        self.layer.shared.forget()
+        self.sub.forget()
+        if self.layer.shared is not None:
+            self.layer.shared.forget()
 
     @property
     @override
@@ -159,7 +162,7 @@ class PackedAttachment(LayerAttachment):
         plain: See `Attachment`; the plain model then has W + S z quantised, which loses what a merge would.
     """
 
-    def __init__(self, sub: Subspace, weight: PackedWeight, shared: SharedInput, *, plain: bool = False) -> None:
+    def __init__(self, sub: Subspace, weight: PackedWeight, shared: SharedInput | None, *, plain: bool = False) -> None:
         super().__init__(sub, weight.module, "weight", shared, plain=plain)
         self.packed = weight
         self._opened: Any = None

@@ -64,7 +64,7 @@ class SharedInput:
         Returns:
             ``current.reduce(x)``.
         """
-        if len(self._layers) == 1 or given.is_inference():
+        if given.is_inference():
             return current.reduce(x)
         last = self._last
         if last is None or not last.matches(layer, current, x, given):
@@ -83,15 +83,15 @@ class Projection(NamedTuple):
 
     Args:
         sub: The subspace of the layer's weight.
-        shared: The input that it may share with other layers.
+        shared: The input that it may share with other layers; None where it has that for itself.
     """
 
     sub: Subspace
-    shared: SharedInput
+    shared: SharedInput | None
 
     def reduce(self, current: LinearMap, x: Tensor, given: Tensor) -> Tensor:
         """All that the map needs of x, which is ``given`` in another dtype."""
-        return self.shared.reduce(self.sub.name, current, x, given)
+        return current.reduce(x) if self.shared is None else self.shared.reduce(self.sub.name, current, x, given)
 
 
 class _Saved:
@@ -108,7 +108,7 @@ class _Saved:
                 f"the basis of {self.sub.name} was refreshed between this forward and its backward; "
                 "run step() after the backward of every forward of the step"
             )
-        return self.sub.map()
+        return self.sub.basis.map()
 
     def project(self, current: LinearMap, out_grad: Tensor, reduced_grad: Tensor, x: Tensor) -> Tensor:
         """The gradient of the coordinates; what a refresh reads of the gradient is recorded."""
@@ -128,7 +128,7 @@ class Tied(torch.autograd.Function):
     @staticmethod
     @override
     def forward(ctx: Any, out: Tensor, x: Tensor, coords: Tensor, layer: Projection, active: bool) -> Tensor:
-        sub, current = layer.sub, layer.sub.map()
+        sub, current = layer.sub, layer.sub.basis.map()
         due = sub.basis.due
         given, x = x, cast(x, out.dtype)  # under autocast the layer computed in out's dtype, and so does its gradient
         reduced = layer.reduce(current, x, given) if active or not due else x
@@ -161,7 +161,7 @@ class Adapted(torch.autograd.Function):
         ctx: Any, x: Tensor, bias: Tensor | None, coords: Tensor, weight: Tensor, layer: Projection, trains: bool
     ) -> Tensor:
         sub, layout = layer.sub, layer.sub.weight.layout
-        current, matrix, due = sub.map(), layout.matrix(weight), sub.basis.due
+        current, matrix, due = sub.basis.map(), layout.matrix(weight), sub.basis.due
         tokens = x.numel() // max(1, x.shape[-1])
         ctx.forms_sum = coords.dtype == weight.dtype and current.lifts_cheaper(tokens, layout.shape)
         out = nn.functional.linear(x, _sum(current, matrix, coords) if ctx.forms_sum else matrix, bias)

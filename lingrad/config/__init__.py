@@ -1,1 +1,1 @@
-"""What is written down: config strings, rules, which weights they mean."""
+"""Config strings, rules, the weights that they select, and the options of a run."""

@@ -1,4 +1,4 @@
-"""What a spec or rules would do to a model, as a table; nothing is trained and no tensor is made."""
+"""What a spec or rules would do to a model, as a table; nothing is trained and no tensor is created."""
 
 from __future__ import annotations
 
@@ -9,26 +9,27 @@ from torch import nn
 
 from lingrad.config import spec
 from lingrad.config.rules import Rules
-from lingrad.config.sharing import Place, Share, places
+from lingrad.config.settings import Share
+from lingrad.config.sharing import GroupedTarget, group_targets
 from lingrad.config.targets import resolve_model
-from lingrad.console import align, layers
+from lingrad.console import columns, layers
 
 HEADERS = ("parameter", "weight", "transform", "coords", "basis", "gradient", "trained")
 
 
 @dataclass(frozen=True)
 class Line:
-    """One parameter, or several alike.
+    """One parameter, or several that differ in layer numbers only.
 
     Args:
-        name: The parameter's name; ``*`` stands for a layer's number where several are alike.
+        name: The parameter's name; ``*`` stands for the layer numbers of several.
         count: How many parameters the line stands for.
-        weight: The shape it is read as, such as ``1024 x 4096``.
+        weight: Its shape as a matrix, such as ``1024 x 4096``.
         transform: Its config string, or ``in full``.
         coords: The shape of its coordinates.
         basis: The shapes of its bases in memory.
-        gradient: Where its gradient is born: ``projected`` in the layer's backward, by a ``hook``, or in ``full``.
-        trained: Numbers the base optimizer steps, over all ``count``.
+        gradient: Where its gradient is computed: ``projected`` in the layer's backward, by a ``hook``, or in ``full``.
+        trained: Elements that the base optimizer steps, over all ``count``.
     """
 
     name: str
@@ -46,9 +47,9 @@ class Explanation:
     """The resolution of rules against a model.
 
     Args:
-        lines: One for each parameter, or for each group of like ones.
-        parameters: Trainable numbers of the model.
-        trained: Numbers the base optimizer steps.
+        lines: One for each parameter, or for all that differ in layer numbers only.
+        parameters: Elements of the trainable parameters.
+        trained: Elements that the base optimizer steps.
     """
 
     lines: tuple[Line, ...]
@@ -60,31 +61,26 @@ class Explanation:
         for line in self.lines:
             name = f"{line.name} (x {line.count})" if line.count > 1 else line.name
             cells.append((name, line.weight, line.transform, line.coords, line.basis, line.gradient, f"{line.trained:,}"))
-        header, *rest = align(cells, right=[name == "trained" for name in HEADERS])
-        rule = ["-" * len(cell) for cell in header]
-        text = ["  ".join(row) for row in (header, rule, *rest)]
+        text = columns(cells, right=[name == "trained" for name in HEADERS], rule=True)
         share = self.trained / self.parameters if self.parameters else 0.0
-        text.append(f"{self.trained:,} of {self.parameters:,} numbers are stepped by the base optimizer ({share:.1%})")
+        text.append(f"{self.trained:,} of {self.parameters:,} elements are stepped by the base optimizer ({share:.1%})")
         return "\n".join(text)
 
 
-def explain(
-    model: nn.Module, spec_or_rules: Rules, *, share: Share | None = None, every_parameter: bool = False
-) -> Explanation:
+def explain(model: nn.Module, rules: Rules, *, share: Share | None = None, every_parameter: bool = False) -> Explanation:
     """Show what `lingrad.wrap` would do.
 
     Args:
-        model: The model; the meta device will do.
-        spec_or_rules: As for `lingrad.wrap`.
+        model: The model; it may be on the meta device.
+        rules: As for `lingrad.wrap`.
         share: As for `lingrad.wrap`.
-        every_parameter: Give each parameter its own line, instead of one to the parameters that differ in nothing but the
-            numbers in their names.
+        every_parameter: Give each parameter its own line, instead of one for all that differ in layer numbers only.
 
     Returns:
         A table; its ``str`` is for reading. Errors are those of `lingrad.wrap`.
     """
-    plan = resolve_model(model, spec_or_rules)
-    targets = {place.target.name: _transformed(place) for place in places(plan.targets, share)}
+    plan = resolve_model(model, rules)
+    targets = {grouped.target.name: _line(grouped) for grouped in group_targets(plan.targets, share)}
     untouched = {name: _untouched(name, param) for name, param in plan.full}
     order = [name for name, _ in model.named_parameters() if name in targets or name in untouched]
     lines = [targets.get(name) or untouched[name] for name in order]
@@ -93,11 +89,11 @@ def explain(
     return Explanation(tuple(lines if every_parameter else _alike(lines)), parameters, trained)
 
 
-def _transformed(place: Place) -> Line:
-    target, coords, shape = place.target, place.coords, place.target.layout.shape
-    bases = [_by(s) for s in target.transform.basis_shapes(place.shape) if s is not None]
-    if not place.leads:
-        bases = [f"that of {place.group[0].name.removesuffix('.weight').rpartition('.')[2]}"]
+def _line(grouped: GroupedTarget) -> Line:
+    target, coords, shape = grouped.target, grouped.coords, grouped.target.layout.shape
+    bases = [_by(s) for s in target.transform.basis_shapes(grouped.shape) if s is not None]
+    if not grouped.is_first:
+        bases = [f"that of {grouped.group[0].name.removesuffix('.weight').rpartition('.')[2]}"]
     gradient = "hook" if target.route == "weight" else "projected"
     text = spec.format(target.transform)
     return Line(target.name, 1, _by(shape), text, _by(coords), ", ".join(bases) or "-", gradient, coords[0] * coords[1])

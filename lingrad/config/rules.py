@@ -53,7 +53,7 @@ def parse_rules(rules: Rules) -> Transform | dict[str, Transform | None]:
 
 
 def _outside_brackets(text: str, separators: str) -> list[str]:
-    """Split a text at separators that stand in no brackets: those of a spec are its own."""
+    """Split a text at the separators that are outside brackets; those inside belong to a spec."""
     parts, depth = [""], 0
     for char in text:
         depth += (char == "(") - (char == ")")

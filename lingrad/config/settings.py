@@ -16,14 +16,13 @@ Carry = Literal["keep", "reset", "rotate"]  # what a refresh does to moments
 Share = Literal["input"]  # which weights share a basis: linear layers that read one input
 Compat = Literal["galore"]  # another program's arithmetic
 
-
 # A checkpoint may be loaded with other values of these; any other option changes what it means.
 _FREE = ("weight_decay", "scale", "layerwise", "merge_every")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """Every option of `lingrad.wrap` and `lingrad.adapt` but model, rules, base and the base's own; documented there.
+    """The options of `lingrad.wrap` and `lingrad.adapt`, documented there; without model, rules, base and the base's options.
 
     Raises:
         SpecError: An option is wrong, or two of them exclude each other.
@@ -96,14 +95,14 @@ class Settings:
             options: Options of a run and of its base optimizer.
 
         Returns:
-            The settings, and the options that are left, which belong to the base or to nothing.
+            The settings, and the remaining options: those of the base, and unknown ones.
         """
         own = {name: value for name, value in options.items() if name in cls.names()}
         return cls(**own), {name: value for name, value in options.items() if name not in own}
 
 
 def check_not_negative(option: str, value: Any) -> None:
-    """Make sure that a hyper-parameter is a finite number, 0 or more; a 0-d tensor will do.
+    """Make sure that a hyper-parameter is a finite number, 0 or more; it may be a 0-d tensor.
 
     Args:
         option: Its name.

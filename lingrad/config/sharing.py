@@ -1,21 +1,20 @@
-"""Linear layers that act on one input: one right basis Q and one saved X Q can serve them all.
+"""Linear layers that act on one input can share one right basis Q and one saved X Q.
 
-Their weights [m_i, n] are read as one tall weight [sum of m_i, n], for which the transform chooses its basis; coordinates
-stay apart, [m_i, r] each. Nothing in the duality asks that the inputs be the same: where they are not, the basis is still
-shared, and each layer reduces its own.
+Their weights [m_i, n] are read as one tall weight [sum of m_i, n], for which the transform chooses its basis; each has its own
+coordinates [m_i, r]. The duality does not need the inputs to be equal: if they differ, the basis is still shared, and each
+layer reduces its own input.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
+from lingrad.config.settings import Share
 from lingrad.config.targets import Target
 from lingrad.errors import ShapeError, SpecError
 
-Share = Literal["input"]
-
-# Names of layers that read the same input, in the packages people train; all of one module.
+# Names of the layers of one module that read the same input, in widely used packages.
 FAMILIES = (
     ("q_proj", "k_proj", "v_proj"),
     ("query", "key", "value"),
@@ -29,20 +28,20 @@ FAMILIES = (
 )
 
 
-class Place(NamedTuple):
-    """A weight among those that share its basis.
+class GroupedTarget(NamedTuple):
+    """A weight, and the group of weights that share its basis.
 
     Args:
         target: The weight.
-        group: All of them, in the order of the model; the first one leads. One, where nothing is shared.
+        group: The weights with this basis, in the order of the model; only this one if nothing is shared.
     """
 
     target: Target
     group: tuple[Target, ...]
 
     @property
-    def leads(self) -> bool:
-        """Whether the basis, and what is saved of the input, is counted here."""
+    def is_first(self) -> bool:
+        """Whether it is the first of its group: the one for which the basis and the saved input are counted."""
         return self.target is self.group[0]
 
     @property
@@ -57,16 +56,16 @@ class Place(NamedTuple):
         return (p if len(self.group) == 1 else self.target.layout.shape[0]), q
 
 
-def places(targets: Sequence[Target], share: Share | None) -> list[Place]:
+def group_targets(targets: Sequence[Target], share: Share | None) -> list[GroupedTarget]:
     """The targets, each with those that share its basis.
 
     Args:
-        targets: In the order of the model.
-        share: ``input``, or None to keep all apart.
+        targets: The targets, in the order of the model.
+        share: ``input``, or None for a basis each.
 
     Returns:
-        A place for each target, in their order. Layers are grouped where their module has them under the names of one of
-        `FAMILIES`, their transforms are equal, and its basis of the tall weight is on the right side.
+        One for each target, in their order. Layers form a group if their module has them under the names of one of `FAMILIES`,
+        their transforms are equal, and the basis of the tall weight is on the right side.
     """
     groups: dict[object, list[Target]] = {}
     keys = [_key(target) if share else target.name for target in targets]
@@ -75,20 +74,22 @@ def places(targets: Sequence[Target], share: Share | None) -> list[Place]:
     found = []
     for target, key in zip(targets, keys, strict=True):
         group = tuple(groups[key])
-        found.append(Place(target, group if len(group) == 1 or _on_the_right(Place(target, group)) else (target,)))
+        found.append(
+            GroupedTarget(target, group if len(group) == 1 or _on_the_right(GroupedTarget(target, group)) else (target,))
+        )
     return found
 
 
-def require_shared(found: Sequence[Place]) -> None:
+def require_shared(found: Sequence[GroupedTarget]) -> None:
     """Make sure that something is shared.
 
     Args:
-        found: What `places` found.
+        found: What `group_targets` returned.
 
     Raises:
         SpecError: Nothing is.
     """
-    if not any(len(place.group) > 1 for place in found):
+    if not any(len(grouped.group) > 1 for grouped in found):
         known = "; ".join(", ".join(family) for family in FAMILIES)
         raise SpecError(
             "share='input' finds nothing to share: it takes linear layers of one module with one transform, whose basis is on "
@@ -105,9 +106,9 @@ def _key(target: Target) -> object:
     return parent, family, target.layout.shape[1], target.transform
 
 
-def _on_the_right(place: Place) -> bool:
+def _on_the_right(grouped: GroupedTarget) -> bool:
     try:
-        left, right = place.target.transform.ranks(place.shape)
+        left, right = grouped.target.transform.ranks(grouped.shape)
     except ShapeError:
         return False
     return left is None and right is not None

@@ -1,8 +1,8 @@
 """Config strings: ``svd(rank=128, every=200)`` to and from frozen dataclasses.
 
 The grammar is ``name(option=value, ...)``; a value is a number, a bare word, a quoted word, or again a ``name(...)``. Python's
-own parser reads it and a whitelist of nodes is kept; nothing is evaluated. `parse` and `format` are inverses: the string that
-`format` gives is canonical (options in the order of their definition, defaults left out).
+own parser reads it, and a whitelist of nodes is accepted; nothing is evaluated. `parse` and `format` are inverses: the string
+that `format` returns is canonical (options in the order of their definition, defaults left out).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from lingrad import optimizers
 from lingrad.errors import SpecError, did_you_mean
 from lingrad.transforms import registry
 from lingrad.transforms.base import Transform
-from lingrad.transforms.options import default, kinds, written
+from lingrad.transforms.options import default, format_value, kinds
 
 _WORDS = {"true": True, "false": False, "none": None}
 
@@ -31,7 +31,7 @@ def parse(text: str) -> Transform:
 
     Raises:
         SpecError: The string is malformed, or names an unknown transform, option or value. The message carries the string
-            with a caret under the place, and the nearest valid name.
+            with a caret under the error, and the nearest valid name.
     """
     return _Reader(text).transform()
 
@@ -48,7 +48,7 @@ def format(transform: Transform) -> str:  # noqa: A001 - the inverse of parse; r
     Raises:
         SpecError: The transform's class is not registered.
     """
-    if "name" not in vars(type(transform)):  # a parent's name is that of another class
+    if "name" not in vars(type(transform)):  # an inherited name is that of another class
         raise SpecError(
             f"{type(transform).__name__} is not registered, and has no name for config strings and checkpoints; put "
             "@lingrad.register('a_name') on the class"
@@ -57,26 +57,26 @@ def format(transform: Transform) -> str:  # noqa: A001 - the inverse of parse; r
     for option in dataclasses.fields(transform):
         value = getattr(transform, option.name)
         if value != default(option):
-            options.append(f"{option.name}={_write(value)}")
+            options.append(f"{option.name}={_format_option(value)}")
     return f"{transform.name}({', '.join(options)})"
 
 
-def _write(value: Any) -> str:
+def _format_option(value: Any) -> str:
     if isinstance(value, Transform):
         return format(value)
     if isinstance(value, optimizers.Choice):
-        options = ", ".join(f"{key}={written(item)}" for key, item in value.options)
+        options = ", ".join(f"{key}={format_value(item)}" for key, item in value.options)
         return f"{value.name}({options})" if options else value.name
-    return written(value)
+    return format_value(value)
 
 
 class _Reader:
-    """One config string on its way to a transform; knows where in the string everything stands."""
+    """Reads one config string; an error points at its column."""
 
     def __init__(self, text: str) -> None:
         if not isinstance(text, str):
             raise SpecError(f"a config string was expected, such as 'svd(rank=128)', not {text!r}")
-        self.text = text.replace("\n", " ").strip()  # one line, so that a column is a place
+        self.text = text.replace("\n", " ").strip()  # one line, so that a column is a position
 
     def transform(self) -> Transform:
         try:
@@ -90,20 +90,22 @@ class _Reader:
         if isinstance(node, ast.Name):  # a bare name is a transform with its defaults
             return self._build(node, node, [])
         if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Name):
-            self._fail_at(node, "expected a transform, name(option=value, ...)", f"Known: {', '.join(registry.names())}.")
+            self._fail_at(
+                node, "expected a transform, name(option=value, ...)", f"Known: {', '.join(registry.transform_names())}."
+            )
         if node.args:
             self._fail_at(node.args[0], "options are written option=value")
         return self._build(node, node.func, node.keywords)
 
     def _build(self, whole: ast.expr, name: ast.Name, keywords: list[ast.keyword]) -> Transform:
         try:
-            cls = registry.find(name.id)
+            cls = registry.find_transform(name.id)
         except SpecError as error:
             self._fail_at(name, str(error))
         options = {option.name: option for option in dataclasses.fields(cls)}
         takes = f"{name.id} takes: {', '.join(options) or 'no options'}."
         values: dict[str, Any] = {}
-        places: dict[str, ast.AST] = {}
+        nodes: dict[str, ast.AST] = {}
         for keyword in keywords:
             option = keyword.arg
             if option is None:
@@ -114,7 +116,7 @@ class _Reader:
             if option in values:
                 self._fail(f"option '{option}' is given twice", self._column(keyword), len(option))
             values[option] = self._value(keyword.value, kinds(cls)[option])
-            places[option] = keyword.value
+            nodes[option] = keyword.value
         missing = [
             option.name for option in options.values() if default(option) is dataclasses.MISSING and option.name not in values
         ]
@@ -123,7 +125,7 @@ class _Reader:
         try:
             return cls(**values)
         except SpecError as error:
-            self._fail_at(places.get(error.option or "", whole), str(error))
+            self._fail_at(nodes.get(error.option or "", whole), str(error))
 
     def _value(self, node: ast.expr, alternatives: tuple[Any, ...]) -> Any:
         if any(isinstance(kind, type) and issubclass(kind, Transform) for kind in alternatives):

@@ -1,6 +1,6 @@
 """Which parameters are transformed, and how: a bare spec or rules by module name, resolved against a model.
 
-Nothing here makes a tensor: a model on the meta device resolves as any other.
+No tensor is created, so that the model may be on the meta device.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from lingrad.weights.layout import Layout, is_conv1d, layout_of
 
 Route = Literal["projected", "packed", "weight"]
 
-# Names under which models hold their output layer, where get_output_embeddings() does not tell.
+# Names of output layers, in models without get_output_embeddings().
 _HEADS = {"lm_head", "head", "classifier", "score", "qa_outputs", "fc_out", "output", "output_projection"}
 
 
@@ -36,9 +36,9 @@ class Target:
         param: The parameter.
         transform: Its transform.
         layout: How it is read as a matrix.
-        route: ``projected`` where the gradient is born small (linear layers), ``quantized`` where so it is and the weight is
-            stored in 4 or 8 bits, ``weight`` where it is projected afterwards.
-        owners: Every (module, attribute) that holds it.
+        route: ``projected`` for a linear layer, whose backward computes the projected gradient; ``packed`` for one whose weight
+            is stored in 4 or 8 bits; ``weight`` if the gradient of the weight is projected by a hook.
+        owners: Every (module, attribute) that is this parameter.
     """
 
     name: str
@@ -49,8 +49,8 @@ class Target:
     owners: tuple[tuple[nn.Module, str], ...] = ()
 
     @property
-    def like(self) -> Tensor:
-        """The weight, for device and dtype; an empty tensor in its place where it is quantised."""
+    def template(self) -> Tensor:
+        """A tensor with the device and the dtype of the weight: the weight itself, or an empty one if it is packed."""
         if self.route != "packed":
             return self.param
         dtype = torch.float32 if self.param.is_meta else packed_of(self.owners[0][0], self.name).dtype
@@ -72,7 +72,7 @@ class Plan:
 
 @dataclass
 class _Candidate:
-    """A trainable parameter, all its names, and who owns it."""
+    """A trainable parameter, all its names, and the modules that own it."""
 
     names: list[str]
     param: nn.Parameter
@@ -80,7 +80,7 @@ class _Candidate:
 
     @property
     def is_packed(self) -> bool:
-        """Whether it holds codes of 4 or 8 bits."""
+        """Whether it contains codes of 4 or 8 bits."""
         return any(is_packed(module) and attribute == "weight" for module, attribute in self.owners)
 
     def known_as(self) -> set[str]:
@@ -89,7 +89,7 @@ class _Candidate:
 
 
 def resolve_model(model: nn.Module, rules: Rules) -> Plan:
-    """Decide for every trainable parameter of a model, and for the weights of linear layers that are stored in 4 or 8 bits.
+    """Decide for every trainable parameter of a model, and for linear layers' weights in 4 or 8 bits.
 
     Args:
         model: The model; not changed.
@@ -112,7 +112,7 @@ def resolve_model(model: nn.Module, rules: Rules) -> Plan:
             if not candidates:
                 raise SpecError(f"nothing to train: every parameter of {type(model).__name__} is frozen")
             raise SpecError(
-                f"no trainable Linear layer was found in {type(model).__name__} besides its output head; "
+                f"no trainable Linear layer was found in {type(model).__name__} apart from its output head; "
                 f"name the weights to transform by rules, such as {{'*.proj': '{spec.format(parsed)}'}}"
             )
     else:
@@ -121,7 +121,7 @@ def resolve_model(model: nn.Module, rules: Rules) -> Plan:
 
 
 def resolve_parameters(named: Iterable[tuple[str, nn.Parameter]], rules: Rules) -> Plan:
-    """Decide for parameters whose modules are not known; a bare spec means every one with two or more dimensions.
+    """Decide for parameters without their modules; a bare spec means every one with two or more dimensions.
 
     Args:
         named: (name, parameter) pairs.
@@ -162,9 +162,9 @@ def _is_linear_weight(candidate: _Candidate) -> bool:
 
 
 def _output_head(model: nn.Module) -> set[nn.Module]:
-    told = getattr(model, "get_output_embeddings", lambda: None)()
-    if isinstance(told, nn.Module):
-        return {told}
+    declared = getattr(model, "get_output_embeddings", lambda: None)()
+    if isinstance(declared, nn.Module):
+        return {declared}
     found = set()
     for name, module in model.named_modules():
         *path, last = name.split(".")
@@ -202,15 +202,15 @@ def _match(candidates: list[_Candidate], rules: Mapping[str, Transform | None]) 
 
 
 def _near(glob: str, candidates: list[_Candidate]) -> str:
-    """End a sentence about a glob that matches nothing: the same glob with its misspelt part mended, and an example."""
+    """End a sentence about a glob that matches nothing: the same glob with its misspelt part corrected, and an example."""
     words = {word.lower(): word for c in candidates for name in c.known_as() for word in name.split(".")}
-    mended = []
+    corrected = []
     for part in glob.split("."):
         bare = part.strip("*?")
         known = any(fnmatchcase(word, part) for word in words.values())
         near = [] if known else get_close_matches(bare.lower(), words, n=1, cutoff=0.5)
-        mended.append(part.replace(bare, words[near[0]]) if near and bare else part)
-    guess = ".".join(mended)
+        corrected.append(part.replace(bare, words[near[0]]) if near and bare else part)
+    guess = ".".join(corrected)
     names = {name for c in candidates if c.param.dim() >= 2 for name in c.known_as()}
     tried = (guess, f"*.{guess}", f"*.{guess}.*", f"*{guess}*")
     hit = next((f"; did you mean '{g}'?" for g in tried if any(fnmatchcase(name, g) for name in names)), ".")
@@ -244,8 +244,8 @@ def _plan(candidates: list[_Candidate], chosen: list[Transform | None]) -> Plan:
 def _route(owners: tuple[tuple[nn.Module, str], ...]) -> Route:
     if len(owners) == 1 and is_packed(owners[0][0]):
         return "packed"
-    # Projected backward is for layers known to use their weight in their own forward only, and owned once. A subclass of
-    # Linear may do otherwise: nn.MultiheadAttention reads the weight of its out_proj without calling it.
+    # A projected backward is for weights with one owner that uses them in its own forward only. A subclass of Linear may do
+    # otherwise: nn.MultiheadAttention reads the weight of its out_proj without calling it.
     if len(owners) != 1 or owners[0][1] != "weight":
         return "weight"
     return "projected" if type(owners[0][0]) is nn.Linear or is_conv1d(owners[0][0]) else "weight"

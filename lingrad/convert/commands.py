@@ -8,14 +8,14 @@ from typing import Any
 from lingrad.console import progress
 from lingrad.convert import models, run
 from lingrad.convert.merge import merge as merge_
-from lingrad.convert.report import Report
+from lingrad.peft.report import AdapterReport
 
 
-def convert(base: Path, tuned: Path, out: Path, **options: Any) -> Report:
+def convert(start: Path, tuned: Path, out: Path, **options: Any) -> AdapterReport:
     """`lingrad.convert.convert` with a progress bar.
 
     Args:
-        base: The base model's folder.
+        start: The starting model's folder.
         tuned: The tuned model's folder.
         out: The adapter's folder.
         **options: See `lingrad.convert.convert`.
@@ -24,10 +24,10 @@ def convert(base: Path, tuned: Path, out: Path, **options: Any) -> Report:
         The report.
     """
     with progress("converting", "tensor", least=100) as tick:
-        return models.convert(base, tuned, out, tick=tick, **options)
+        return models.convert(start, tuned, out, tick=tick, **options)
 
 
-def export(checkpoint: Path, out: Path, *, start: Path | None = None, **options: Any) -> Report:
+def export(checkpoint: Path, out: Path, *, start: Path | None = None, **options: Any) -> AdapterReport:
     """`lingrad.convert.convert_run` with a progress bar.
 
     Args:
@@ -40,14 +40,14 @@ def export(checkpoint: Path, out: Path, *, start: Path | None = None, **options:
         The report.
     """
     with progress("exporting", "tensor", least=100) as tick:
-        return run.convert_run(checkpoint, out, base=start, tick=tick, **options)
+        return run.convert_run(checkpoint, out, start=start, tick=tick, **options)
 
 
-def merge(base: Path, adapter: Path, out: Path) -> Path:
+def merge(start: Path, adapter: Path, out: Path) -> Path:
     """`lingrad.convert.merge` with a progress bar.
 
     Args:
-        base: The base model's folder.
+        start: The starting model's folder.
         adapter: The adapter's folder.
         out: The merged model's folder.
 
@@ -55,4 +55,4 @@ def merge(base: Path, adapter: Path, out: Path) -> Path:
         The merged model's folder.
     """
     with progress("merging", "tensor", least=100) as tick:
-        return merge_(base, adapter, out, tick=tick)
+        return merge_(start, adapter, out, tick=tick)

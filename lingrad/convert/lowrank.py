@@ -1,16 +1,16 @@
-"""Finding the low rank of a change D = TUNED - kept * BASE, with a residual that is computed and not estimated.
+"""The low-rank factors of a change D = TUNED - decay * START, with a residual that is computed, not estimated.
 
 A randomized range finder (Halko, Martinsson, Tropp, SIAM Review 53, 2011, algorithms 4.1 to 4.4) grows an orthonormal Q in
-blocks, each as wide as all before, with one power iteration; after each block |D - Q Q^T D|_F is summed up entry by entry in
-float64. D is never stored: every pass reads rows of both weights anew, so that memory holds Q, Q^T D and a few rows.
+blocks, each as wide as all before, with one power iteration; after each block |D - Q Q^T D|_F is summed entry by entry in
+float64. D is never stored: every pass reads rows of both weights again, so only Q, Q^T D and a few rows are in memory.
 
-Where nobody says how much is wanted, the rank is that down to the *rounding floor*. Storing TUNED in its dtype leaves noise of
-norm nu, nu^2 = sum of ulp(entry)^2 / 12, and training rounds at every step, some sqrt(steps) nu in all. What a rank leaves over
-counts as rounding where its norm is at most 1.2 nu; or where it is at most 256 nu and looks like noise, `looks_like_noise`.
+Without a goal the rank is the smallest one down to the *rounding floor*. Storing TUNED in its dtype adds noise of norm nu,
+nu^2 = sum of ulp(entry)^2 / 12, and training rounds at every step, about sqrt(steps) nu in all. What a rank leaves counts as
+rounding if its norm is at most 1.2 nu; or if it is at most 256 nu and looks like noise, `looks_like_noise`.
 
-Decoupled decay multiplies weights by kept < 1, which makes D full rank: (kept - 1) BASE + what was learned. It is recognised by
-what a Q leaves over: where that lies along BASE, kept is moved to the least-squares fit outside the ranges found, Q is iterated
-on the new D, and so on while the rest shrinks.
+Decoupled decay multiplies weights by decay < 1, which makes D full rank: (decay - 1) START + what was learned. It is recognised
+by what a Q leaves: where that correlates with START, decay is moved to the least-squares fit outside the ranges found, Q is
+iterated on the new D, and so on while the remainder shrinks.
 """
 
 from __future__ import annotations
@@ -20,24 +20,24 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lingrad.convert.difference import Difference, Rest
+from lingrad.convert.difference import Difference, Remainder
 from lingrad.errors import require
 from lingrad.maps.factors import Factors
 
 FIRST = 16  # columns of the first block
 ONE_ROUNDING = 1.2  # as a norm, allowing for chance and for a program that rounds twice
 MOST_ROUNDINGS = 256.0  # as a norm: of 65,536 independent roundings of every entry
-BOLD = 0.01  # the share of |D|_F that takes more to be called noise
+LARGE = 0.01  # the share of |D|_F above which more directions must be known before it counts as noise
 FLAT, SPREAD, DEEP = 1.25, 0.6, 0.1  # allowing for chance, and for entries whose roundings are not of one size
-ALONG = 0.25  # the correlation with BASE from which a rest is looked at for decay
+ALONG = 0.25  # the correlation of a remainder with START from which decay is looked for
 
 
 @dataclass(frozen=True)
 class Goal:
-    """How much of a change is wanted; one of the three, or none for all of it, down to the rounding floor.
+    """How much of a change to find: one of the three, or none for all of it, down to the rounding floor.
 
     Args:
-        rank: So many columns, or fewer where fewer hold all.
+        rank: This many columns, or fewer where fewer hold all of the change.
         energy: The least share of |D|_F^2.
         max_error: The largest |D - left @ right|_F / |D|_F.
 
@@ -53,22 +53,22 @@ class Goal:
         """Check the three."""
         given = [name for name in ("rank", "energy", "max_error") if getattr(self, name) is not None]
         require(len(given) < 2, given[-1] if given else "", f"{' and '.join(given)} are different goals; give one of them")
-        whole = self.rank is None or (type(self.rank) is int and self.rank >= 1)
-        require(whole, "rank", f"rank must be a whole number, at least 1, not {self.rank!r}")
+        fits = self.rank is None or (type(self.rank) is int and self.rank >= 1)
+        require(fits, "rank", f"rank must be a whole number, at least 1, not {self.rank!r}")
         for name in ("energy", "max_error"):
             value = getattr(self, name)
             require(value is None or 0 < value < 1, name, f"{name} must lie between 0 and 1, not {value}")
         least = self.max_error is None or self.max_error >= 1e-15
-        require(least, "max_error", f"max_error must be at least 1e-15, what float64 can tell, not {self.max_error}")
+        require(least, "max_error", f"max_error must be at least 1e-15, the resolution of float64, not {self.max_error}")
 
     @property
     def exact(self) -> bool:
-        """Whether all of the change is wanted."""
+        """Whether all of the change is to be found."""
         return self == Goal()
 
     @property
     def words(self) -> str:
-        """The goal as a phrase."""
+        """The goal as a phrase for people."""
         for name in ("rank", "energy", "max_error"):
             if getattr(self, name) is not None:
                 return f"{name.replace('_', ' ')} {getattr(self, name):g}"
@@ -84,20 +84,21 @@ class Goal:
 
 @dataclass(frozen=True)
 class Found:
-    """A change as factors, and what is known of it.
+    """A change as factors, with what they leave.
 
     Args:
         factors: left [m, r] and right [r, n], float64, singular values divided evenly.
-        kept: The share of BASE in TUNED; 1 without decay.
-        norm: |TUNED - BASE|_F.
-        rest: |D - left @ right|_F / |TUNED - BASE|_F, where D is TUNED - kept * BASE if all was wanted, and TUNED - BASE else.
-        floor: What rounding TUNED to its dtype once leaves, nu / |TUNED - BASE|_F.
+        decay: The factor by which decoupled decay has multiplied START; 1 without decay.
+        norm: |TUNED - START|_F.
+        residual: |D - left @ right|_F / |TUNED - START|_F; D is TUNED - decay * START if the goal was all of it, else
+            TUNED - START.
+        floor: What rounding TUNED to its dtype once leaves, nu / |TUNED - START|_F.
     """
 
     factors: Factors
-    kept: float
+    decay: float
     norm: float
-    rest: float
+    residual: float
     floor: float
 
 
@@ -105,61 +106,61 @@ def detect(change: Difference, goal: Goal, seed: int, *, full_svd: bool = False)
     """Find the factors of a change.
 
     Args:
-        change: The change; its ``kept`` is moved where decay is recognised.
-        goal: How much is wanted. Decay is looked for where it is all; any other goal is about TUNED - BASE as it is.
+        change: The change; its ``decay`` is set where decay is recognised.
+        goal: How much to find. Decay is looked for if that is all; any other goal is about TUNED - START itself.
         seed: Of the random blocks.
         full_svd: Take the singular value decomposition of D, formed in float64, instead of a range finder.
 
     Returns:
-        What was found; None where TUNED equals BASE.
+        What was found; None where TUNED equals START.
     """
     m, n = change.shape
     q, r = torch.zeros(m, 0, dtype=torch.float64), torch.zeros(0, n, dtype=torch.float64)
-    start = change.rest(q, r)
+    start = change.sums()
     if start.energy == 0.0:
         return None
     generator = torch.Generator().manual_seed(seed)
     while True:
         width = min(m, n) if full_svd else _wider(q.shape[1], min(m, n))
-        block = _whole(change) if full_svd else _more(change, q, width - q.shape[1], generator)
+        block = _left_vectors(change) if full_svd else _more(change, q, width - q.shape[1], generator)
         q, r = torch.cat([q, block], 1), torch.cat([r, change.transposed(block).t()])
-        rest = change.rest(q, r)
+        remaining = change.remainder(q, r)
         if goal.exact and width < min(m, n):
-            q, r, rest = _settle(change, q, r, rest)
-            if change.kept != 1.0 and abs(change.kept - 1.0) * rest.base**0.5 <= start.rounding**0.5 / 4:
-                change.kept = 1.0  # told from 1 by no more than chance
+            q, r, remaining = _settle(change, q, r, remaining)
+            if change.decay != 1.0 and abs(change.decay - 1.0) * remaining.start**0.5 <= start.rounding**0.5 / 4:
+                change.decay = 1.0  # the difference from 1 is within noise
                 r = change.transposed(q).t()
-                rest = change.rest(q, r)
+                remaining = change.remainder(q, r)
         values = torch.linalg.svdvals(torch.linalg.qr(r.t())[1])
-        rank = _enough(goal, values, rest.energy, start, change.shape)
+        rank = _enough(goal, values, remaining.energy, start, change.shape)
         if rank is not None or width == min(m, n):
             break
-    if width == min(m, n) and change.kept != 1.0:  # not of low rank whatever is kept
-        change.kept = 1.0
+    if width == min(m, n) and change.decay != 1.0:  # not of low rank with any decay
+        change.decay = 1.0
         r = change.transposed(q).t()
         rank = _enough(goal, torch.linalg.svdvals(torch.linalg.qr(r.t())[1]), 0.0, start, change.shape)
     factors = _divided(q, r, width if rank is None else rank)
-    left = change.rest(factors.left, factors.right)
-    kept = change.kept if goal.exact else _kept(change, factors, left)
+    left = change.remainder(factors.left, factors.right)
+    decay = change.decay if goal.exact else _decay_of(change, factors, left)
     norm = start.energy**0.5
-    return Found(factors, kept, norm, (left.energy / start.energy) ** 0.5, start.rounding**0.5 / norm)
+    return Found(factors, decay, norm, (left.energy / start.energy) ** 0.5, start.rounding**0.5 / norm)
 
 
 def _wider(width: int, most: int) -> int:
-    """The next width of a basis: twice the last, and past the half of what there is half of the rest."""
+    """The next width of a basis: twice the last; beyond half of all directions, half of those that remain."""
     if most - width <= max(4, most // 16):
         return most
     return min(max(FIRST, 2 * width), max(most // 2, (width + most) // 2), most)
 
 
-def _enough(goal: Goal, values: Tensor, outside: float, start: Rest, shape: tuple[int, int]) -> int | None:
-    """The smallest rank that serves a goal, at least 1; None where the basis is too small to tell.
+def _enough(goal: Goal, values: Tensor, outside: float, start: Remainder, shape: tuple[int, int]) -> int | None:
+    """The smallest rank that reaches a goal, at least 1; None where the basis is too small to decide.
 
     Args:
         goal: The goal.
         values: Singular values inside the basis, [p].
         outside: |D - Q Q^T D|_F^2.
-        start: What was there before.
+        start: The sums before anything was found.
         shape: (m, n).
 
     Returns:
@@ -188,8 +189,8 @@ def looks_like_noise(rank: int, values: Tensor, tails: Tensor, shape: tuple[int,
     """Whether what a rank leaves is spread over directions as independent entries of one size would be (Marchenko and Pastur).
 
     Its largest singular value must not stand out of the bulk; and outside its leading half, as outside all directions that are
-    known, there must be the energy that such a matrix has there. Too few directions tell nothing; of a rest that is a good part
-    of D half of all directions must be known.
+    known, there must be the energy that such a matrix has there. Too few directions decide nothing; if the remainder is a good
+    part of D, half of all directions must be known.
 
     Args:
         rank: The rank, k.
@@ -201,8 +202,8 @@ def looks_like_noise(rank: int, values: Tensor, tails: Tensor, shape: tuple[int,
         Whether it is.
     """
     m, n = (size - rank for size in shape)
-    known = min(len(values) - rank, min(m, n) - max(4, min(m, n) // 8))  # of the last few chance decides
-    needed = min(m, n) // 2 if tails[rank] > BOLD**2 * tails[0] else max(6, min(rank // 8, 32))
+    known = min(len(values) - rank, min(m, n) - max(4, min(m, n) // 8))  # the last few are decided by chance
+    needed = min(m, n) // 2 if tails[rank] > LARGE**2 * tails[0] else max(6, min(rank // 8, 32))
     if known < needed or values[rank] > FLAT * (tails[rank] / (m * n)) ** 0.5 * (m**0.5 + n**0.5):
         return False
     splits = ((min(known, min(m, n) // 2), SPREAD), (known, DEEP))
@@ -220,42 +221,45 @@ def _outside_share(m: int, n: int, leading: int) -> float:
 
 
 def _more(change: Difference, q: Tensor, width: int, generator: torch.Generator) -> Tensor:
-    """An orthonormal block [m, width] outside q that holds the leading directions of what q leaves of D."""
+    """An orthonormal block [m, width], orthogonal to q, of the leading directions of what q leaves of D."""
     y = change.times(torch.randn(change.shape[1], width, generator=generator, dtype=torch.float64))
     z = torch.linalg.qr(change.transposed(_outside(y, q)))[0]
     return _outside(change.times(z), q)
 
 
 def _outside(y: Tensor, q: Tensor) -> Tensor:
-    """An orthonormal basis of y outside q; twice is enough."""
+    """An orthonormal basis of y, orthogonal to q; two passes are enough."""
     for _ in range(2):
         y = torch.linalg.qr(y - q @ (q.t() @ y))[0]
     return y
 
 
-def _settle(change: Difference, q: Tensor, r: Tensor, rest: Rest) -> tuple[Tensor, Tensor, Rest]:
-    """Move ``change.kept`` to where the rest no longer lies along BASE, and the basis with it."""
+def _settle(change: Difference, q: Tensor, r: Tensor, remaining: Remainder) -> tuple[Tensor, Tensor, Remainder]:
+    """Move ``change.decay`` to where the remainder no longer correlates with START, and the basis with it."""
     for _ in range(12):
-        if rest.energy <= rest.rounding or abs(rest.along) < ALONG / 4 * (rest.base * rest.energy) ** 0.5:
+        if (
+            remaining.energy <= remaining.rounding
+            or abs(remaining.along) < ALONG / 4 * (remaining.start * remaining.energy) ** 0.5
+        ):
             break
         v = torch.linalg.qr(r.t())[0]
         outside = change.outside(q, v)
         chance = 6 / ((change.shape[0] - q.shape[1]) * (change.shape[1] - q.shape[1])) ** 0.5  # of independent entries
-        if outside <= 0 or abs(rest.along) < max(ALONG, chance) * (outside * rest.energy) ** 0.5:
+        if outside <= 0 or abs(remaining.along) < max(ALONG, chance) * (outside * remaining.energy) ** 0.5:
             break
-        was, change.kept = change.kept, change.kept + rest.along / outside
+        was, change.decay = change.decay, change.decay + remaining.along / outside
         moved = torch.linalg.qr(change.times(torch.linalg.qr(change.transposed(q))[0]))[0]
         inner = change.transposed(moved).t()
-        after = change.rest(moved, inner)
-        if after.energy >= rest.energy:
-            change.kept = was
+        after = change.remainder(moved, inner)
+        if after.energy >= remaining.energy:
+            change.decay = was
             break
-        q, r, rest = moved, inner, after
-    return q, r, rest
+        q, r, remaining = moved, inner, after
+    return q, r, remaining
 
 
-def _kept(change: Difference, factors: Factors, left: Rest) -> float:
-    """The share of BASE, told from a rest that factors of a part leave; nothing else is done about it."""
+def _decay_of(change: Difference, factors: Factors, left: Remainder) -> float:
+    """The factor of START, estimated from what factors of a part leave; it is reported, and changes nothing else."""
     q, v = (torch.linalg.qr(side)[0] for side in (factors.left, factors.right.t()))
     outside = change.outside(q, v)
     if outside <= 0 or abs(left.along) < 2 * ALONG * (outside * left.energy) ** 0.5:
@@ -263,7 +267,7 @@ def _kept(change: Difference, factors: Factors, left: Rest) -> float:
     return 1.0 + left.along / outside
 
 
-def _whole(change: Difference) -> Tensor:
+def _left_vectors(change: Difference) -> Tensor:
     """All left singular vectors of D."""
     dense = torch.cat([block for _, block, _ in change.blocks()])
     left: Tensor = torch.linalg.svd(dense, full_matrices=False)[0]

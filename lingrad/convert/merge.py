@@ -1,4 +1,4 @@
-"""Plain models out of a base and what an adapter or a report says of it, shard by shard and tensor by tensor."""
+"""Model folders computed from another one, shard by shard and tensor by tensor: with an adapter merged, or decayed."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from torch import Tensor
 
 from lingrad.console import Tick
 from lingrad.convert.tensors import param_of, tied_names
+from lingrad.deprecated import renamed_keywords
 from lingrad.errors import CheckpointError, DataError
 from lingrad.files.atomic import new_folder
-from lingrad.files.model_folder import INDEX, ModelFolder
+from lingrad.files.model_folder import INDEX, WEIGHTS, ModelFolder
 from lingrad.files.tensorfile import Piece, write_tensors
 from lingrad.models import open_model
 from lingrad.peft.read import read_adapter
@@ -21,15 +22,17 @@ from lingrad.peft.read import read_adapter
 _WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx"}
 
 
-def merge(base: str | Path, adapter: str | Path, out: str | Path, *, tick: Tick | None = None) -> Path:
-    """Write the plain model that PEFT's ``merge_and_unload`` makes of a base and an adapter, to the bit in float32.
+@renamed_keywords(base="start")
+def merge(start: str | Path, adapter: str | Path, out: str | Path, *, tick: Tick | None = None) -> Path:
+    """Write the plain model that PEFT's ``merge_and_unload`` makes of a starting model and an adapter, to the bit in float32.
 
-    Read and written tensor by tensor: memory holds the adapter and the largest weight.
+    Weights are read and written one by one: the adapter and the largest weight are in memory.
 
     Args:
-        base: The base model's folder.
+        start: The folder of the model that the adapter is for.
         adapter: The adapter's folder, a LoRA with its weights in safetensors.
-        out: The model's folder; must not exist. Its weights lie in files as the base's do; config and tokenizer are copied.
+        out: The folder of the merged model; must not exist. Its files are like those of ``start``; config and tokenizer are
+            copied.
         tick: Called after each tensor: how many are done, of how many, its name.
 
     Returns:
@@ -37,46 +40,46 @@ def merge(base: str | Path, adapter: str | Path, out: str | Path, *, tick: Tick 
 
     Raises:
         DataError: A folder cannot be used, ``out`` exists or cannot be written.
-        CheckpointError: The adapter is for another model, or changes a weight that the base's files do not have.
+        CheckpointError: The adapter is for another model, or changes a weight that its files do not have.
     """
-    folder, model = ModelFolder(Path(base)), open_model(str(Path(base).absolute()))
+    folder, model = ModelFolder(Path(start)), open_model(str(Path(start).absolute()))
     found = read_adapter(Path(adapter), model)
     params = {name: param_of(model, name) for name in folder.names}
     known = {*params.values()}
     tied = tied_names(model, folder)
     aliases = dict(model.named_parameters(remove_duplicate=False))
-    held = {id(aliases[param]) for param in known if param in aliases}
+    stored = {id(aliases[param]) for param in known if param in aliases}
     for name in (*found.low_rank, *found.full):
-        if name not in known and id(aliases.get(name)) not in held:
+        if name not in known and id(aliases.get(name)) not in stored:
             raise CheckpointError(
-                f"the adapter changes '{name}', and no file of '{base}' holds it; give the model it was made for"
+                f"the adapter changes '{name}', and no file of '{start}' contains it; give the model it was made for"
             )
     if tied & {name for name, param in params.items() if param in found.low_rank}:
-        raise CheckpointError(f"the adapter changes one side of weights that are tied, and '{base}' stores both")
+        raise CheckpointError(f"the adapter changes one of two tied weights, and '{start}' stores both")
 
     saved = {id(aliases[param]): param for param in found.full if param in aliases}
 
     def merged(name: str) -> Tensor:
         weight, param = folder.read(name), params[name]
         if param not in found.low_rank and param not in found.full:
-            param = saved.get(id(aliases.get(param)), "")  # the adapter may call one tensor of several names by another
+            param = saved.get(id(aliases.get(param)), "")  # the adapter may have it under another of its names
             if not param:
                 return weight
         changed = found.apply(param, weight)
         if not bool(changed.isfinite().all()):
-            raise DataError(f"'{name}' of '{base}' with the adapter has numbers that are not finite")
+            raise DataError(f"'{name}' of '{start}' with the adapter has elements that are not finite")
         return changed
 
     return write_model(folder, Path(out), merged, tick)
 
 
-def write_model(like: ModelFolder, out: Path, make: Callable[[str], Tensor], tick: Tick | None = None) -> Path:
-    """Write a model folder with the files of another one and new values.
+def write_model(template: ModelFolder, out: Path, make: Callable[[str], Tensor], tick: Tick | None = None) -> Path:
+    """Write a model folder with the same files as another one and new values.
 
     Args:
-        like: The other one.
+        template: The other one.
         out: The folder; must not exist.
-        make: Name -> value, of the dtype and shape that ``like`` has.
+        make: Name -> value, of the dtype and shape in ``template``.
         tick: Called after each tensor.
 
     Returns:
@@ -91,16 +94,18 @@ def write_model(like: ModelFolder, out: Path, make: Callable[[str], Tensor], tic
         nonlocal done
         tensor, done = make(name), done + 1
         if tick is not None:
-            tick(done, len(like.names), name)
+            tick(done, len(template.names), name)
         return tensor
 
     try:
         with new_folder(out) as folder:
-            for name, file in like.files.items():
+            for name, file in template.files.items():
                 pieces = {key: Piece(entry.dtype, entry.shape, partial(count, key)) for key, entry in file.entries.items()}
                 write_tensors(folder / name, pieces, file.metadata)
-            for source in sorted(like.path.iterdir()):
-                index = source.name.endswith(".index.json") and (like.index is None or source.name != INDEX)  # of other files
+            for source in sorted(template.path.iterdir()):
+                index = source.name.endswith(".index.json") and (
+                    WEIGHTS in template.files or source.name != INDEX
+                )  # it lists other files
                 if source.is_file() and source.suffix not in _WEIGHTS and not index:
                     shutil.copyfile(source, folder / source.name)
     except OSError as error:

@@ -1,4 +1,4 @@
-"""Each tensor of two model folders: which parameter it is, how it is read as a matrix, and in what form its change is kept."""
+"""Each tensor of two model folders: which parameter it is, how it is read as a matrix, and in what form its change is saved."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from lingrad.convert.difference import Difference
 from lingrad.errors import DataError, ExportError, SpecError
 from lingrad.files.model_folder import ModelFolder
 from lingrad.maps.factors import Factors
-from lingrad.peft.slots import places, why_not
+from lingrad.peft.slots import aliases, why_not
 from lingrad.weights.layout import is_conv1d, layout_of
 
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True)
-class Pair:
+class TensorPair:
     """One tensor, in both folders.
 
     Args:
         name: Its name in the files.
         param: Its name in the model.
-        shape: (m, n) of the matrix it is in the order of its numbers; None where its change is kept as it is.
+        shape: (m, n) of the matrix it is in row-major order; None where its value is saved in full.
         transposed: Whether that matrix is [in, out].
     """
 
@@ -35,89 +35,90 @@ class Pair:
     shape: tuple[int, int] | None = None
     transposed: bool = False
 
-    def difference(self, base: ModelFolder, tuned: ModelFolder) -> Difference:
-        """TUNED - BASE as a matrix.
+    def difference(self, start: ModelFolder, tuned: ModelFolder) -> Difference:
+        """TUNED - START as a matrix.
 
         Args:
-            base: One folder.
+            start: The one folder.
             tuned: The other.
 
         Returns:
-            The difference; nothing of it is read yet.
+            The difference; nothing is read yet.
 
         Raises:
-            DataError: The numbers are of a dtype that is no weight's, as in a quantised model.
+            DataError: The dtype is not one of weights, as in a quantised model.
         """
-        shape = self.shape or _flat(base.entry(self.name).shape)
-        for folder in (base, tuned):
+        shape = self.shape or _flat(start.entry(self.name).shape)
+        for folder in (start, tuned):
             dtype = folder.entry(self.name).dtype
             if dtype not in _FLOATS:
                 raise DataError(
-                    f"'{self.name}' is {dtype} in '{folder.path}': its change cannot be told, as of quantised weights; give "
-                    "folders with weights in float32, bfloat16, float16 or float64"
+                    f"'{self.name}' is {dtype} in '{folder.path}': its change cannot be computed, as for quantised weights; "
+                    "give folders with weights in float32, bfloat16, float16 or float64"
                 )
         n = shape[1]
 
-        def rows(start: int, stop: int) -> tuple[Tensor, Tensor]:
-            return tuned.rows(self.name, n, start, stop), base.rows(self.name, n, start, stop)
+        def rows(first: int, stop: int) -> tuple[Tensor, Tensor]:
+            return tuned.rows(self.name, n, first, stop), start.rows(self.name, n, first, stop)
 
         return Difference(shape, tuned.entry(self.name).dtype, rows, name=f"'{self.name}'")
 
-    def turned(self, factors: Factors) -> Factors:
-        """Factors of the matrix as it is stored <-> of the layout's, [out, in]."""
+    def reorient(self, factors: Factors) -> Factors:
+        """Factors of the matrix as it is stored <-> factors of the layout's matrix, [out, in]."""
         return factors.T if self.transposed else factors
 
-    def equal(self, base: ModelFolder, tuned: ModelFolder) -> bool:
+    def equal(self, start: ModelFolder, tuned: ModelFolder) -> bool:
         """Whether it has the same values in both."""
-        dtypes = {folder.entry(self.name).dtype for folder in (base, tuned)}
+        dtypes = {folder.entry(self.name).dtype for folder in (start, tuned)}
         if len(dtypes) == 2 and not dtypes <= {*_FLOATS}:
             return False
-        m, n = _flat(base.entry(self.name).shape)
+        m, n = _flat(start.entry(self.name).shape)
         step = max(1, (1 << 20) // max(1, n))
         return all(
-            bool((tuned.rows(self.name, n, i, min(m, i + step)) == base.rows(self.name, n, i, min(m, i + step))).all())
+            bool((tuned.rows(self.name, n, i, min(m, i + step)) == start.rows(self.name, n, i, min(m, i + step))).all())
             for i in range(0, m, step)
         )
 
 
-def pairs(model: nn.Module, base: ModelFolder, tuned: ModelFolder, chosen: Collection[str] | None = None) -> list[Pair]:
-    """What each tensor of both folders is.
+def pairs(model: nn.Module, start: ModelFolder, tuned: ModelFolder, chosen: Collection[str] | None = None) -> list[TensorPair]:
+    """Match the tensors of both folders with the model's parameters.
 
     Args:
         model: The model of their config, on the meta device.
-        base: One folder.
+        start: The one folder.
         tuned: The other.
-        chosen: The parameters whose change is of low rank; None for those a bare spec transforms, convolutions and experts.
+        chosen: The parameters whose change is of low rank; None for those that a config string without rules transforms,
+            convolutions and experts.
 
     Returns:
-        A pair for each tensor, in the order of names.
+        A pair for each tensor that both have, sorted by name.
 
     Raises:
-        DataError: A tensor is not of the shape that the config gives it.
+        DataError: A tensor does not have the shape in the config.
     """
     every, own = dict(model.named_parameters()), model.state_dict()
-    wide = _wide(model) if chosen is None else {name: every[name] for name in chosen}
+    wide = _low_rank(model) if chosen is None else {name: every[name] for name in chosen}
     found = []
-    for name in sorted({*base.names} & {*tuned.names}):
+    for name in sorted({*start.names} & {*tuned.names}):
         param = param_of(model, name)
-        numbers = tuned.entry(name).dtype in _FLOATS  # of what is quantised shapes tell nothing; it is refused where it differs
-        if param and numbers and tuned.entry(name).shape != tuple(own[param].shape):
+        weights = tuned.entry(name).dtype in _FLOATS  # shapes of codes are others; they are refused where they differ
+        if param and weights and tuned.entry(name).shape != tuple(own[param].shape):
             raise DataError(
                 f"'{name}' is {list(tuned.entry(name).shape)} in '{tuned.path}', and {list(own[param].shape)} by its config; "
-                "the folder holds the weights of one model and the config of another"
+                "the folder has the weights of one model and the config of another"
             )
         if param not in wide:
-            found.append(Pair(name, param))
+            found.append(TensorPair(name, param))
             continue
         module = model.get_submodule(param.rpartition(".")[0])
         layout = layout_of(wide[param], module, param)
-        turned = is_conv1d(module)
-        found.append(Pair(name, param, layout.shape[::-1] if turned else layout.shape, turned))
+        transposed = is_conv1d(module)
+        found.append(TensorPair(name, param, layout.shape[::-1] if transposed else layout.shape, transposed))
     return found
 
 
 def param_of(model: nn.Module, name: str) -> str:
-    """The model's name for a tensor of a file, which may have been saved with or without the name of the inner model.
+    """The model's name for a tensor in a file, which may have been saved with or without the name of the inner model.
 
     Args:
         model: The model.
@@ -133,20 +134,20 @@ def param_of(model: nn.Module, name: str) -> str:
 
 
 def tied_names(model: nn.Module, folder: ModelFolder) -> set[str]:
-    """The names in a folder that are another tensor of it, by the model's ties."""
+    """The names in a folder that are tied to each other in the model."""
     seen: dict[str, str] = {}
     again = set()
     params = dict(model.named_parameters(remove_duplicate=False))
     for name in folder.names:
         param = param_of(model, name)
-        first = places(model, param)[0] if param in params else name
+        first = aliases(model, param)[0] if param in params else name
         if first in seen:
             again |= {name, seen[first]}
         seen[first] = name
     return again
 
 
-def require_place(model: nn.Module, pair: Pair) -> None:
+def require_parameter(model: nn.Module, pair: TensorPair) -> None:
     """Make sure that the model has a parameter for a tensor that changed.
 
     Args:
@@ -159,19 +160,19 @@ def require_place(model: nn.Module, pair: Pair) -> None:
     if not pair.param:
         raise ExportError(
             f"'{pair.name}' changed, and {type(model).__name__}, the model of this config, has no such parameter; no "
-            "adapter could hold the change. Where transformers writes this model's files under other names, save both folders "
-            "under those of the parameters: safetensors.torch.save_model(model, 'model.safetensors'), with the config.json"
+            "adapter can have the change. If transformers writes this model's files under other names, save both folders under "
+            "the names of the parameters: safetensors.torch.save_model(model, 'model.safetensors'), with the config.json"
         )
 
 
-def _wide(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters whose change is sought as a low rank: those a bare spec transforms, convolutions and fused experts."""
+def _low_rank(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters to find low-rank changes of: those a config string transforms, convolutions and fused experts."""
     params = dict(model.named_parameters())
     try:
         plan = resolve_model(model, "svd(rank=1, clip=true)")
         chosen = {target.name: target.param for target in plan.targets}
         chosen |= {name: param for name, param in plan.full if param.dim() > 2}
-    except SpecError:  # nothing but a head
+    except SpecError:  # the model has nothing but a head
         chosen = {name: param for name, param in params.items() if param.dim() > 2}
     refused = why_not(model, list(chosen))
     return {name: param for name, param in chosen.items() if name not in refused}

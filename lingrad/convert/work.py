@@ -1,74 +1,68 @@
-"""Finished modules of an unfinished conversion: a hidden folder beside the one to be, so that a kill loses one module."""
+"""The finished tensors of an unfinished conversion, in a hidden folder next to the result, so that a kill loses one tensor."""
 
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
+import filelock
 from torch import Tensor
 
 from lingrad.errors import DataError
 from lingrad.files.atomic import refuse_existing, write_whole
-from lingrad.files.tensorfile import TensorFile, whole, write_tensors
+from lingrad.files.tensorfile import TensorFile, in_memory, write_tensors
 from lingrad.maps.factors import Factors
 
-try:  # not on Windows
-    import fcntl
-except ImportError:
-    fcntl = None  # type: ignore[assignment]
-
 MANIFEST, LOCK = "manifest.json", "lock.lingrad"
-_OURS = re.compile(r"lock\.lingrad|finished|\.?(\d{5}\.safetensors|manifest\.json)(\..*)?")  # and their temporary files
+_OURS = re.compile(r"lock\.lingrad(\..*)?|finished|\.?(\d{5}\.safetensors|manifest\.json)(\..*)?")  # and their temporary files
 
 
 @dataclass(frozen=True)
-class Record:
-    """What became of one tensor.
+class ChangeRecord:
+    """The change of one tensor.
 
     Args:
         name: Its name in the weight files.
-        kind: ``equal``, ``full`` (saved as it is in TUNED) or ``low_rank``.
+        kind: ``equal``, ``full`` (saved in full) or ``low_rank``.
         shape: Its shape.
         rank: Columns of its factors.
-        kept: The share of BASE in TUNED, where decoupled decay was recognised; 1 elsewhere.
-        norm: |TUNED - BASE|_F.
-        rest: What the factors leave, as a share of ``norm``; of TUNED - kept * BASE where all of it was wanted.
-        floor: What rounding TUNED to its dtype once leaves, as a share of ``norm``.
+        decay: The factor by which decoupled weight decay has multiplied START; 1 where none was recognised.
+        norm: |TUNED - START|_F.
+        residual: What the factors leave, as a share of ``norm``; of TUNED - decay * START where all of that was asked for.
+        floor: What rounding TUNED to its dtype once leaves, as a share of ``norm``; None where it was not measured.
     """
 
     name: str
     kind: str
     shape: tuple[int, ...]
     rank: int = 0
-    kept: float = 1.0
+    decay: float = 1.0
     norm: float = 0.0
-    rest: float = 0.0
-    floor: float = 0.0
+    residual: float = 0.0
+    floor: float | None = None
 
 
-class Parts:
+class WorkFolder:
     """The hidden folder of one conversion.
 
     Args:
-        out: The folder to be.
-        identity: What is converted, and how: plain values. A folder left by the same conversion is gone on with.
+        out: The folder that the conversion will write.
+        identity: What is converted, and how: plain values. A folder left by the same conversion is resumed.
 
     Raises:
-        DataError: The folder was left by another conversion, is used by one that runs, or is something else.
+        DataError: The folder was left by another conversion, is in use by a running one, or is something else.
     """
 
     def __init__(self, out: Path, identity: Mapping[str, Any]) -> None:
         self.folder = out.parent / f".{out.name}.partial"
-        self._records: dict[int, Record] = {}
         text = json.dumps(identity, indent=2, sort_keys=True)
         manifest = self.folder / MANIFEST
-        self.folder.mkdir(parents=True, exist_ok=True)
         self._lock = self._locked(out)
         try:
             refuse_existing(out)  # another process may have finished it
@@ -86,16 +80,16 @@ class Parts:
             raise
 
     def close(self) -> None:
-        """Let another process go on from here."""
-        self._lock.close()
+        """Let another process resume from here."""
+        self._lock.release()
 
     @property
     def finished(self) -> Path:
-        """Where the finished folder is put together."""
+        """Where the result is assembled."""
         return self.folder / "finished"
 
-    def find(self, index: int) -> Record | None:
-        """The record of a tensor that is done; a file that is not whole counts for nothing.
+    def find(self, index: int) -> ChangeRecord | None:
+        """The record of a tensor that is done; an incomplete file is ignored.
 
         Args:
             index: The tensor's number.
@@ -105,23 +99,22 @@ class Parts:
         """
         try:
             fields = json.loads(TensorFile(self._path(index)).metadata["record"])
-            self._records[index] = Record(**fields | {"shape": tuple(fields["shape"])})
+            return ChangeRecord(**fields | {"shape": tuple(fields["shape"])})
         except (DataError, KeyError, TypeError, ValueError):
             return None
-        return self._records[index]
 
-    def keep(self, index: int, record: Record, factors: Factors | None = None) -> None:
-        """Note that a tensor is done.
+    def store(self, index: int, record: ChangeRecord, factors: Factors | None = None) -> None:
+        """Store a tensor that is done.
 
         Args:
             index: The tensor's number.
-            record: What became of it.
+            record: Its change.
             factors: Its factors.
         """
         tensors: dict[str, Tensor] = {}
         if factors is not None:
             tensors = {"left": factors.left, "right": factors.right}
-        write_tensors(self._path(index), whole(tensors), {"record": json.dumps(asdict(record), sort_keys=True)})
+        write_tensors(self._path(index), in_memory(tensors), {"record": json.dumps(asdict(record), sort_keys=True)})
 
     def factors(self, index: int) -> Factors:
         """The factors of a tensor that is done."""
@@ -129,12 +122,12 @@ class Parts:
         return Factors(file.read("left"), file.read("right"))
 
     def _clear(self) -> None:
-        """Remove what a process that was killed while it made or removed the folder has left, and nothing else."""
+        """Remove what is left of a process that was killed while it made or removed the folder, and nothing else."""
         found = sorted(self.folder.iterdir())
         for path in found:
             if _OURS.fullmatch(path.name) is None:
                 raise DataError(
-                    f"'{self.folder}' is where unfinished work is kept, and holds '{path.name}', which is none; move it, or "
+                    f"'{self.folder}' is for unfinished work, and contains '{path.name}', which is something else; move it, or "
                     "name another folder with --out"
                 )
         for path in found:
@@ -143,24 +136,25 @@ class Parts:
             elif path.name != LOCK:
                 path.unlink()
 
-    def _locked(self, out: Path) -> BinaryIO:
-        """The lock's file, open; the lock goes with the process, however it ends."""
+    def _locked(self, out: Path) -> filelock.BaseFileLock:
+        """The lock, acquired; the operating system releases it when the process ends, however it ends."""
+        path = self.folder / LOCK
+        lock = filelock.FileLock(path)
         while True:
-            file = (self.folder / LOCK).open("ab")
+            self.folder.mkdir(parents=True, exist_ok=True)
             try:
-                if fcntl is not None:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                file.close()
-                raise DataError(f"another process is writing '{out}' now; wait for it, or name another folder") from None
-            except OSError:  # a file system without locks
-                return file
-            try:
-                if os.path.samestat(os.fstat(file.fileno()), (self.folder / LOCK).stat()):
-                    return file
-            except FileNotFoundError:  # who held it has finished, and removed the folder
-                self.folder.mkdir(parents=True, exist_ok=True)
-            file.close()
+                lock.acquire(blocking=False)
+            except filelock.Timeout:
+                if path.exists():
+                    raise DataError(f"another process is writing '{out}' now; wait for it, or name another folder") from None
+                continue  # the other process has finished, and removed the folder
+            except FileNotFoundError:
+                continue
+            except (OSError, NotImplementedError):  # a file system without locks
+                return lock
+            if path.exists():
+                return lock
+            lock.release()  # the folder was removed between the opening of the file and its locking
 
     def _path(self, index: int) -> Path:
         return self.folder / f"{index:05d}.safetensors"
@@ -176,6 +170,36 @@ class Parts:
         for key in sorted({*was, *identity}):
             if was.get(key) != identity.get(key):
                 raise DataError(
-                    f"'{self.folder}' holds unfinished work of another conversion, which differs in '{key}': {was.get(key)} "
+                    f"'{self.folder}' has unfinished work of another conversion, which differs in '{key}': {was.get(key)} "
                     f"there, {identity.get(key)} now; {remedy}"
                 )
+
+
+@contextmanager
+def unfinished(out: Path, identity: Mapping[str, Any]) -> Iterator[WorkFolder]:
+    """The hidden folder of a conversion, removed once the block has published its result.
+
+    Args:
+        out: The folder that the conversion will write.
+        identity: What is converted, and how.
+
+    Yields:
+        The hidden folder.
+
+    Raises:
+        DataError: It was left by another conversion, or cannot be written.
+    """
+    try:
+        work = WorkFolder(out, identity)
+    except OSError as error:
+        raise DataError(f"cannot write '{out}': {error}") from error
+    try:
+        try:
+            yield work
+            shutil.rmtree(work.folder)
+        finally:
+            work.close()
+    except OSError as error:
+        raise DataError(
+            f"cannot write '{out}': {error}; what was finished is stored, and the same command resumes from it"
+        ) from error

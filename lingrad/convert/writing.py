@@ -1,4 +1,4 @@
-"""Finished modules put together: the adapter's files, read again and compared, and the report beside them."""
+"""Finished tensors assembled to an adapter: its files are written, read again and compared, and the report is added."""
 
 from __future__ import annotations
 
@@ -7,181 +7,256 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from lingrad.console import Tick
-from lingrad.convert import verify
 from lingrad.convert.lowrank import Goal
 from lingrad.convert.merge import write_model
-from lingrad.convert.report import FILE, Report, Row
-from lingrad.convert.tensors import Pair
-from lingrad.convert.work import Parts, Record
+from lingrad.convert.notes import notes
+from lingrad.convert.output import Output
+from lingrad.convert.tensors import TensorPair
+from lingrad.convert.work import ChangeRecord, WorkFolder, unfinished
 from lingrad.errors import DataError, ExportError
-from lingrad.files.atomic import write_whole
+from lingrad.files.atomic import publish
 from lingrad.files.model_folder import ModelFolder
+from lingrad.files.tensorfile import TensorFile
 from lingrad.maps.factors import Factors
-from lingrad.peft.write import write_adapter
+from lingrad.peft import verify
+from lingrad.peft.report import AdapterReport, ChangedTensor, Writer
+from lingrad.peft.slots import Slot
+from lingrad.peft.write import WEIGHTS, write_adapter
 
-Finder = Callable[[Pair], tuple[Record, Factors | None]]
+Finder = Callable[[TensorPair], tuple[ChangeRecord, Factors | None]]
 
 T = TypeVar("T")
 
 
-@dataclass
-class Job:
-    """One conversion.
+@dataclass(frozen=True)
+class Models:
+    """The two models of a conversion.
 
     Args:
-        base: One folder; None where what was learned is known without it.
-        tuned: The other.
+        start: The folder of one; None where the change is known without it.
+        tuned: The folder of the other.
         model: Their model, on the meta device.
         pairs: Its tensors.
-        work: Where finished ones are kept.
     """
 
-    base: ModelFolder | None
+    start: ModelFolder | None
     tuned: ModelFolder
     model: nn.Module
-    pairs: list[Pair]
-    work: Parts
+    pairs: list[TensorPair]
 
-    def find(self, find: Finder, tick: Tick | None) -> None:
-        """Find the change of every tensor that is not done yet.
 
-        Args:
-            find: Gives the record and the factors of one.
-            tick: Called after each.
-        """
-        for index, pair in enumerate(self.pairs):
+def make_adapter(source: Writer, models: Models, output: Output, find: Finder, identity: Mapping[str, Any]) -> AdapterReport:
+    """Find the changes that are not found yet, write the adapter, and give it its name.
+
+    Args:
+        source: What is converted, for the report.
+        models: The models.
+        output: What to write.
+        find: Gives the record and the factors of one tensor's change.
+        identity: What is converted, and how: an unfinished conversion is resumed where this is the same.
+
+    Returns:
+        The report.
+
+    Raises:
+        DataError: A folder cannot be written, or another conversion left its work or is running.
+    """
+    with unfinished(output.out, identity) as work:
+        job = _Job(models, output, work)
+        job.find(find)
+        with job.start_for() as start:
+            report = job.write(source, start)
+            publish(work.finished, output.out)
+    return replace(report, path=str(output.out))
+
+
+class Residuals(NamedTuple):
+    """What the factors in a file leave of a change.
+
+    Args:
+        residual: |TUNED - (START + B A)|_F / |TUNED - START|_F.
+        without_decay: |TUNED - (decay * START + B A)|_F / |TUNED - START|_F.
+        dtype: The dtype of the factors.
+    """
+
+    residual: float
+    without_decay: float
+    dtype: torch.dtype
+
+
+def residuals(
+    folder: Path, slot: Slot, pair: TensorPair, record: ChangeRecord, start: ModelFolder, tuned: ModelFolder
+) -> Residuals:
+    """What the factors in a file leave of a change, entry by entry in float64.
+
+    Args:
+        folder: The adapter's folder.
+        slot: Where the factors are.
+        pair: The tensor.
+        record: Its change, as it was found.
+        start: The one model folder.
+        tuned: The other.
+
+    Returns:
+        The residuals.
+    """
+    file = TensorFile(folder / WEIGHTS)
+    a, b = (file.read(key) for key in slot.keys)
+    factors = pair.reorient(slot.decode(a, b)).to(dtype=torch.float64)
+    change = pair.difference(start, tuned)
+    found = []
+    for decay in dict.fromkeys((1.0, record.decay)):
+        change.decay = decay
+        found.append(change.remainder(factors.left, factors.right).energy ** 0.5 / record.norm)
+    return Residuals(found[0], found[-1], a.dtype)
+
+
+@dataclass
+class _Job:
+    """One conversion, in its hidden folder."""
+
+    models: Models
+    output: Output
+    work: WorkFolder
+
+    def find(self, find: Finder) -> None:
+        """Find the change of every tensor that is not done yet."""
+        pairs, tick = self.models.pairs, self.output.tick
+        for index, pair in enumerate(pairs):
             if self.work.find(index) is None:
-                self.work.keep(index, *find(pair))
+                self.work.store(index, *find(pair))
             if tick is not None:
-                tick(index + 1, len(self.pairs), pair.name)
+                tick(index + 1, len(pairs), pair.name)
 
     @contextmanager
-    def base_for(self, decayed: Path | None, tick: Tick | None) -> Iterator[Path | None]:
-        """The base that the adapter is for; a decayed one is written first, and removed where what follows fails.
-
-        Args:
-            decayed: Where to write it; None for BASE itself.
-            tick: Called after each of its tensors.
+    def start_for(self) -> Iterator[Path | None]:
+        """The folder of the model that the adapter is for: START, or a decayed one, which is removed if the block fails.
 
         Yields:
-            Its folder; None where it is not known.
+            The folder; None where it is not known.
 
         Raises:
             ExportError: No decay was recognised.
         """
-        base = self.base
-        if decayed is None or base is None:
-            yield None if base is None else base.path
+        start, decayed = self.models.start, self.output.decayed_start
+        if decayed is None or start is None:
+            yield None if start is None else start.path
             return
-        kept = {pair.name: self._record(index).kept for index, pair in enumerate(self.pairs)}
-        if all(share == 1.0 for share in kept.values()):
-            raise ExportError("no decoupled decay was recognised, and BASE serves as it is; leave --decayed-base out")
+        factors = {pair.name: self._record(index).decay for index, pair in enumerate(self.models.pairs)}
+        if all(factor == 1.0 for factor in factors.values()):
+            raise ExportError(
+                "no decoupled decay was recognised, so the adapter is for START itself; leave --decayed-start out"
+            )
 
         def value(name: str) -> Tensor:
-            weight, share = base.read(name), kept.get(name, 1.0)
-            return weight if share == 1.0 else (weight.double() * share).to(weight.dtype)
+            weight, factor = start.read(name), factors.get(name, 1.0)
+            return weight if factor == 1.0 else (weight.double() * factor).to(weight.dtype)
 
-        write_model(base, decayed, value, tick)
+        write_model(start, decayed, value, self.output.tick)
         try:
             yield decayed
         except BaseException:
             shutil.rmtree(decayed, ignore_errors=True)
             raise
 
-    def write(self, goal: Goal, base: Path | None, uniform_rank: bool, logits: bool) -> Report:
-        """Write the adapter, read it again, compare, and write the report beside it.
+    def write(self, source: Writer, start: Path | None) -> AdapterReport:
+        """Write the adapter, read it again, compare, and add the report.
 
         Args:
-            goal: What was asked for.
-            base: The folder that the adapter is for.
-            uniform_rank: Whether all get the largest rank.
-            logits: Whether to compare logits.
+            source: What is converted.
+            start: The folder of the model that the adapter is for.
 
         Returns:
             The report.
 
         Raises:
-            ExportError: Nothing changed, or PEFT has no form for what did, or the file does not give it again.
+            ExportError: Nothing changed, PEFT has no form for what did, or the file does not reproduce it.
         """
-        records = {pair: self._record(index) for index, pair in enumerate(self.pairs)}
+        models, output, folder = self.models, self.output, self.work.finished
+        records = {pair: self._record(index) for index, pair in enumerate(models.pairs)}
         changed = {pair: record for pair, record in records.items() if record.kind != "equal"}
         if not changed:
-            raise ExportError(f"nothing in '{self.tuned.path}' has changed; there is nothing to convert")
-        low = {pair: record for pair, record in changed.items() if record.kind == "low_rank"}
-        most = max((record.rank for record in low.values()), default=0)
-        where = {pair.param: self.pairs.index(pair) for pair in low}
-
-        def factors(param: str) -> Factors:
-            found = self.work.factors(where[param])
-            return padded(found, most) if uniform_rank else found
-
-        files = {pair.param: pair.name for pair in self.pairs}
-        folder = self.work.finished
+            raise ExportError(f"nothing in '{models.tuned.path}' has changed; there is nothing to convert")
+        low = {pair.param: record for pair, record in changed.items() if record.kind == "low_rank"}
+        ranks = {param: record.rank for param, record in low.items()}
+        if output.uniform_rank:
+            ranks = dict.fromkeys(ranks, max(ranks.values(), default=0))
+        index = {pair.param: i for i, pair in enumerate(models.pairs)}
+        files = {pair.param: pair.name for pair in models.pairs}
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
-        full = [pair.param for pair in changed if pair not in low]
+        full = [pair.param for pair in changed if pair.param not in low]
         written = write_adapter(
             folder,
-            self.model,
-            Lazy(list(where), factors),
-            Lazy(full, lambda param: self.tuned.read(files[param]), files),
-            base=str(base or ""),
+            models.model,
+            Lazy(list(low), lambda param: padded(self.work.factors(index[param]), ranks[param])),
+            Lazy(full, lambda param: models.tuned.read(files[param]), files),
+            base=str(start or ""),
         )
-        slots = verify.check_structure(folder, self.model, list(where))
-        rows = []
-        lost = norm = 0.0
+        slots = verify.check_structure(folder, models.model, list(low))
+        rows, lost, norm = [], 0.0, 0.0
         for pair, record in changed.items():
-            row = Row(pair.param, record.kind, record.shape)
-            if pair in low:
-                if self.base is None:  # what was learned is known, and what it was added to is not
-                    left = verify.Residuals(record.rest, record.rest, self.work.factors(where[pair.param]).left.dtype)
-                else:
-                    left = verify.residuals(folder, slots[pair.param], pair, record, self.base, self.tuned)
-                _require_reached(goal, pair, record, left)
-                lost, norm = lost + (left.plain * record.norm) ** 2, norm + record.norm**2
-                row = replace(
-                    row,
-                    rank=most if uniform_rank else record.rank,
-                    kept=record.kept,
-                    residual=left.plain,
+            if pair.param not in low:
+                rows.append(ChangedTensor(pair.param, "full", record.shape, models.tuned.entry(pair.name).nbytes))
+                continue
+            if models.start is None:  # the change is known, and what it was added to is not
+                dtype = self.work.factors(index[pair.param]).left.dtype
+                left = Residuals(record.residual, record.residual, dtype)
+            else:
+                left = residuals(folder, slots[pair.param], pair, record, models.start, models.tuned)
+            _require_reached(output.goal, pair, record, left)
+            lost, norm = lost + (left.residual * record.norm) ** 2, norm + record.norm**2
+            rows.append(
+                ChangedTensor(
+                    pair.param,
+                    "low_rank",
+                    record.shape,
+                    written.factor_bytes[pair.param],
+                    rank=ranks[pair.param],
+                    residual=left.residual,
                     without_decay=left.without_decay,
+                    decay=record.decay,
                     floor=record.floor,
                     full_rank=record.rank >= min(pair.shape or record.shape),
                 )
-            rows.append(row)
-        report = Report(
-            rows=tuple(rows),
+            )
+        model_bytes = sum(file.path.stat().st_size for file in models.tuned.files.values())
+        report = AdapterReport(
+            source,
+            tuple(rows),
+            (lost / norm) ** 0.5 if norm else 0.0,
+            written.nbytes,
+            tuple(written.saved_modules),
+            tuple(written.alongside),
+            start=None if models.start is None else str(models.start.path),
+            outputs=verify.compare_logits(folder, start, models.tuned.path) if output.logits and start else None,
             equal=len(records) - len(changed),
-            residual=(lost / norm) ** 0.5 if norm else 0.0,
-            nbytes=written.nbytes,
-            model_bytes=sum(file.path.stat().st_size for file in self.tuned.files.values()),
-            goal=goal.words,
-            searched=goal.exact,
-            logits=verify.compare_logits(folder, base, self.tuned.path) if logits and base else None,
+            model_bytes=model_bytes,
+            goal=output.goal.words,
+            notes=notes(rows, output.goal, written.nbytes, model_bytes),
         )
-        write_whole(folder / FILE, report.json().encode())
+        report.write(folder)
         return report
 
-    def _record(self, index: int) -> Record:
+    def _record(self, index: int) -> ChangeRecord:
         found = self.work.find(index)
         if found is None:
-            raise DataError(f"a part of '{self.work.folder}' was changed while it was used; run the command again")
+            raise DataError(f"a file in '{self.work.folder}' was changed while it was in use; run the command again")
         return found
 
 
 class Lazy(Mapping[str, T], Generic[T]):
-    """A mapping that reads a value whenever it is asked for.
+    """A mapping that makes a value whenever it is looked up.
 
     Args:
-        names: The keys it tells of.
+        names: The keys to iterate over.
         make: Key -> value.
-        known: More keys that it has a value for.
+        known: More keys that have a value.
     """
 
     def __init__(self, names: list[str], make: Callable[[str], T], known: Mapping[str, Any] | None = None) -> None:
@@ -204,26 +279,23 @@ class Lazy(Mapping[str, T], Generic[T]):
 
 
 def padded(factors: Factors, rank: int) -> Factors:
-    """The same change with more columns: zeros."""
+    """The same change with columns of zeros up to a rank."""
     more = rank - factors.rank
     left, right = factors.left, factors.right
-
-    def zeros(m: int, n: int) -> Tensor:
-        return left.new_zeros(m, n)
-
-    return Factors(torch.cat([left, zeros(left.shape[0], more)], 1), torch.cat([right, zeros(more, right.shape[1])]))
+    zeros = left.new_zeros(left.shape[0], more), right.new_zeros(more, right.shape[1])
+    return Factors(torch.cat([left, zeros[0]], 1), torch.cat([right, zeros[1]])) if more else factors
 
 
-def _require_reached(goal: Goal, pair: Pair, record: Record, left: verify.Residuals) -> None:
-    """Make sure that what was written leaves what was found, but for the rounding of its factors."""
-    reached = left.without_decay if goal.exact else left.plain
+def _require_reached(goal: Goal, pair: TensorPair, record: ChangeRecord, left: Residuals) -> None:
+    """Make sure that what was written reaches the goal, and leaves what was found, but for the rounding of its factors."""
+    reached = left.without_decay if goal.exact else left.residual
     if goal.lost and reached > goal.lost**0.5 * (1 + 1e-6):
         raise ExportError(
-            f"'{pair.name}': factors in {left.dtype} leave {reached:.2e} of the change, at most {goal.lost**0.5:.2e} was asked "
-            "for; write them in fp32 (leave --dtype out), or ask for less"
+            f"'{pair.name}': factors in {left.dtype} leave {reached:.2e} of the change, and at most {goal.lost**0.5:.2e} was "
+            "asked for; write them in fp32 (leave --dtype out), or allow a larger error"
         )
-    if reached > record.rest + 2 * torch.finfo(left.dtype).eps:
+    if reached > record.residual + 2 * torch.finfo(left.dtype).eps:
         raise ExportError(
-            f"'{pair.name}': the file that was written leaves {reached:.2e} of the change, and {record.rest:.2e} was found; "
-            "a folder was changed meanwhile, or the disk is failing"
+            f"'{pair.name}': the written file leaves {reached:.2e} of the change, and {record.residual:.2e} was found; "
+            "a folder was changed during the conversion, or the disk is failing"
         )

@@ -13,8 +13,9 @@ from lingrad.adapters import Attachment, SharedInput, make_attachment, make_weig
 from lingrad.config import spec
 from lingrad.config.rules import Rules
 from lingrad.config.settings import Mode, Settings, check_not_negative
-from lingrad.config.sharing import Place, places, require_shared
+from lingrad.config.sharing import GroupedTarget, group_targets, require_shared
 from lingrad.config.targets import Plan, resolve_model, resolve_parameters
+from lingrad.deprecated import renamed_option
 from lingrad.engine.arithmetic import Arithmetic, arithmetic, as_published
 from lingrad.engine.checkpoint import identity
 from lingrad.engine.layerwise import Layerwise
@@ -39,7 +40,7 @@ def resolve_groups(model: Trainable, rules: Rules) -> list[tuple[Plan, dict[str,
     """Resolve what the user passed, group by group.
 
     Args:
-        model: A model, named parameters, or dicts with named ``params``, an optional ``spec``, and hyper-parameters.
+        model: A model, named parameters, or dicts with named ``params``, optional ``rules``, and hyper-parameters.
         rules: The spec or rules of groups that bring none of their own.
 
     Returns:
@@ -58,12 +59,14 @@ def resolve_groups(model: Trainable, rules: Rules) -> list[tuple[Plan, dict[str,
     resolved: list[tuple[Plan, dict[str, Any]]] = []
     seen: set[object] = set()
     for group in groups:
-        options = {key: value for key, value in group.items() if key not in ("params", "spec")}
+        options = {key: value for key, value in group.items() if key != "params"}
+        renamed_option(options, "spec", "rules", "a param group")
+        own_rules = options.pop("rules", rules)
         named = list(group["params"])
         for item in named:
             if not (isinstance(item, tuple) and len(item) == 2 and isinstance(item[0], str) and isinstance(item[1], Tensor)):
                 raise SpecError(
-                    "expected a model, model.named_parameters(), or groups {'params': ..., 'spec': ...} whose params are "
+                    "expected a model, model.named_parameters(), or groups {'params': ..., 'rules': ...} whose params are "
                     f"(name, parameter) pairs, since seeds, rules and checkpoints refer to names; not {_short(item)}"
                 )
             refuse_attached(*item)
@@ -71,7 +74,7 @@ def resolve_groups(model: Trainable, rules: Rules) -> list[tuple[Plan, dict[str,
                 if key in seen:
                     raise SpecError(f"the {what} '{item[0]}' is given twice")
                 seen.add(key)
-        resolved.append((resolve_parameters(named, cast("Rules", group.get("spec", rules))), options))
+        resolved.append((resolve_parameters(named, cast("Rules", own_rules)), options))
     if not any(plan.targets or plan.full for plan, _ in resolved):
         raise SpecError("nothing to train: no parameter was given that requires a gradient")
     return resolved
@@ -183,13 +186,13 @@ def build(model: Trainable, rules: Rules, base: BaseLike, mode: Mode, options: M
     degrees = checks.moment_degrees(found) if settings.carry == "rotate" else {}
     steps_as = arithmetic(settings.compat, found.name)
     if settings.layerwise:
-        checks.check_keeps_nothing_for_all(found)
+        checks.check_no_shared_state(found)
     if found.quantizer is not None:
-        checks.check_keeps_nothing_for_all(found, f"moments='{found.quantizer.kind}'")
+        checks.check_no_shared_state(found, f"moments='{found.quantizer.kind}'")
     if isinstance(model, nn.Module):
         parallel.refuse_wrapped(model)
     plans = resolve_groups(model, rules)
-    placed = [places(plan.targets, settings.share) for plan, _ in plans]
+    placed = [group_targets(plan.targets, settings.share) for plan, _ in plans]
     if settings.share is not None:
         require_shared([place for every in placed for place in every])
     attachments: list[Attachment] = []
@@ -225,23 +228,24 @@ def start(run: Run, mode: Mode) -> None:
         run: The run.
         mode: The mode.
     """
-    parallel.share(attachment.sub.weight.param.data for attachment in run.attachments if attachment.averages)
+    parallel.broadcast(attachment.sub.weight.param.data for attachment in run.attachments if attachment.averages)
     run.attach(mode)
     schedule(run)
 
 
-def _attachments(placed: Sequence[Place], settings: Settings) -> list[Attachment]:
+def _attachments(placed: Sequence[GroupedTarget], settings: Settings) -> list[Attachment]:
     """The subspace of every target, on a basis of its own or a shared one, and its connection to the model."""
-    bases: dict[str, tuple[Basis, SharedInput, int]] = {}  # by the first of the weights: with the rows used so far
+    bases: dict[str, tuple[Basis, SharedInput | None, int]] = {}  # by the first of the weights: with the rows used so far
     found = []
     for place in placed:
         target, first = place.target, place.group[0]
         weight, rows = make_weight(target), target.layout.shape[0]
         if first.name not in bases:
-            transform, like = as_published(settings.compat, first.transform), first.like
+            transform, like = as_published(settings.compat, first.transform), first.template
             seed = derive_seed(settings.seed, first.name)
             basis = Basis(first.name, transform, place.shape, seed=seed, run_seed=settings.seed, like=like)
-            bases[first.name] = basis, SharedInput({member.name for member in place.group}), 0
+            names = {member.name for member in place.group}
+            bases[first.name] = basis, SharedInput(names) if len(names) > 1 else None, 0
         basis, shared, start = bases[first.name]
         bases[first.name] = basis, shared, start + rows
         ledger = Ledger(basis.transform, records=settings.ledger)

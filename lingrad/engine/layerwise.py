@@ -1,4 +1,4 @@
-"""Stepping each parameter inside the backward, as soon as its gradient is complete, so that no two gradients are in memory together.
+"""Stepping each parameter inside the backward, as soon as its gradient is complete, so that no two are in memory together.
 
 The idea is that of fused or per-layer weight updates (Lv et al., "Full Parameter Fine-tuning for Large Language Models with
 Limited Resources", 2023, arXiv 2306.09782, section 3.1). Schedules, decay, refreshes and the step counter are those of any
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lingrad.errors import ModeError
-from lingrad.parallel import together
+from lingrad.parallel import initialized
 from lingrad.subspaces.subspace import Subspace
 
 
@@ -85,7 +85,7 @@ class Layerwise:
         """
         if self._run is None:
             return
-        if together():
+        if initialized():
             raise ModeError(
                 "layerwise=True steps a weight before torch.distributed could average its gradient; leave layerwise out where "
                 "there is a process group"

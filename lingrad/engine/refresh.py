@@ -18,13 +18,13 @@ from lingrad.gradients import FactoredGradient, Gradient
 from lingrad.gradients.averaged import averaged
 from lingrad.gradients.stacked import StackedGradient
 from lingrad.maps import LinearMap
-from lingrad.parallel import average, ranks, share
+from lingrad.parallel import average, broadcast, ranks
 from lingrad.subspaces import trees
 from lingrad.subspaces.basis import Basis, Probes, Proposal
 from lingrad.subspaces.subspace import Subspace
 from lingrad.tensors import cast
 from lingrad.transforms import Probe, Sketch
-from lingrad.transforms.sketch import forget_draws, sketched
+from lingrad.transforms.sketch import free_test_matrices, sketched
 
 NOT_FINITE = "the gradient at a refresh is not finite; the old basis stays until the next one"
 
@@ -86,7 +86,7 @@ def renew(run: Run) -> None:
     for basis, energy in measured:
         basis.energy = _number(energy)
     if bases:
-        forget_draws()
+        free_test_matrices()
 
 
 @torch.no_grad()
@@ -246,7 +246,7 @@ def _gathered(subs: Sequence[Subspace], probes: Sequence[Probe]) -> Sketch | Non
 
 def _proposed(basis: Basis, state: Any) -> Proposal:
     if basis.transform.reads != "nothing":
-        share(trees.tensors(state))
+        broadcast(trees.tensors(state))
     return basis.proposed(state)
 
 

@@ -13,16 +13,22 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from lingrad.config.sharing import GroupedTarget
 from lingrad.errors import CheckpointError
-from lingrad.subspaces.ledger import Ledger
+from lingrad.maps.factors import Factors
+from lingrad.subspaces import trees
+from lingrad.subspaces.ledger import Ledger, total
+from lingrad.tensors import wide
 from lingrad.transforms import Transform
 
 FORMAT = 4
 PREFIX = "subspace."
 ENERGY = f"{PREFIX}energy"
 NOT_MEASURED = -1.0  # the energy of a basis that no refresh has measured
+COORDS = f"{PREFIX}stored.coords"
 
 # What format 3 called parts of some keys.
 _RENAMED = {"left_memory": "left_optimizer", "right_memory": "right_optimizer"}
@@ -46,7 +52,7 @@ class Saved:
         if not (isinstance(state_dict, Mapping) and {"state", "param_groups"} <= state_dict.keys()):
             held = list(state_dict)[:3] if isinstance(state_dict, Mapping) else type(state_dict).__name__
             raise CheckpointError(
-                f"this is not an optimizer's state_dict: it has {held}, and no 'state' and 'param_groups'; "
+                f"this is not an optimizer's state_dict: it needs 'state' and 'param_groups', and has {held}; "
                 "pass what opt.state_dict() gave, not the whole file or a model's"
             )
         upgraded = upgrade(state_dict)
@@ -58,8 +64,13 @@ class Saved:
         """Whether it was written by lingrad's optimizer."""
         return bool(self.groups) and all("kind" in group and "param_names" in group for group in self.groups)
 
+    @property
+    def formats(self) -> list[Any]:
+        """The format that each param group says it has."""
+        return [group.get("format") for group in self.groups]
+
     def of_run(self, key: str) -> Any:
-        """What the first param group says of the run: ``format``, ``mode``, ``share`` and so on; None where it does not."""
+        """What the first param group says of the run: ``mode``, ``share`` and so on; None where it does not."""
         return self.groups[0].get(key)
 
     def names(self, *, coords: bool) -> dict[str, Any]:
@@ -69,29 +80,61 @@ class Saved:
             coords: Which of the two.
 
         Returns:
-            Name -> index.
+            Name -> config string of a transformed parameter, None of one that trains in full.
 
         Raises:
             CheckpointError: A group does not name each of its parameters.
         """
         found: dict[str, Any] = {}
         for group in self.groups:
-            texts = [group["param_names"], *([group.get("specs")] if group["kind"] == "coords" else [])]
-            if any(not isinstance(text, list) or len(text) != len(group["params"]) for text in texts):
-                raise CheckpointError("it is damaged: a param group does not name each parameter")
-            if (group["kind"] == "coords") is coords:
-                found |= dict(zip(group["param_names"], group["params"], strict=True))
+            is_coords = group["kind"] == "coords"
+            names, count = group["param_names"], len(group["params"])
+            specs = group.get("specs") if is_coords else [None] * count
+            if not (isinstance(names, list) and isinstance(specs, list)) or not len(names) == len(specs) == count:
+                raise CheckpointError("a param group does not name each parameter")
+            if is_coords is coords:
+                found |= dict(zip(names, specs, strict=True))
         return found
-
-    def specs(self) -> dict[str, str]:
-        """The config string of every transformed parameter."""
-        groups = (group for group in self.groups if group["kind"] == "coords")
-        return {name: text for group in groups for name, text in zip(group["param_names"], group["specs"], strict=True)}
 
     def entries(self, name: str) -> Mapping[str, Any]:
         """The entries of one parameter."""
-        every = self.names(coords=True) | self.names(coords=False)
-        return self.state.get(every[name], {})
+        named = ((n, i) for group in self.groups for n, i in zip(group["param_names"], group["params"], strict=True))
+        return self.state.get(dict(named)[name], {})
+
+    def has_ledger(self, name: str) -> bool:
+        """Whether the merges of a transformed parameter are recorded."""
+        return f"{PREFIX}ledger.decay" in self.entries(name)
+
+    def has_coords(self, name: str) -> bool:
+        """Whether the coordinates of a transformed parameter are in the state."""
+        return COORDS in self.entries(name)
+
+    def change(self, weight: GroupedTarget, dtype: torch.dtype) -> tuple[Factors | None, float]:
+        """What the run has made of one weight, from its ledger.
+
+        Args:
+            weight: The weight, with those that share its basis.
+            dtype: Its dtype.
+
+        Returns:
+            The factors, None where nothing was added; and by what decay has multiplied the weight.
+
+        Raises:
+            CheckpointError: An entry is missing or of another kind.
+        """
+        name, transform, first = weight.target.name, weight.target.transform, weight.group[0].name
+        entries = self.entries(name)
+        template = transform.init(weight.shape, seed=0, device=torch.device("cpu"), dtype=dtype)
+        coords = torch.zeros(weight.coords, dtype=wide(dtype))
+        ledger = read_ledger(transform, entries, template, coords, name)
+        if COORDS in entries:
+            coords = trees.checked(coords, entries, COORDS, name)
+        open_ = ledger.open(coords)
+        last = None
+        if open_.any():
+            state = trees.restore(template, self.entries(first), f"{PREFIX}state", name)
+            last = transform.map(state).factors(open_)
+        return total(ledger.closed(), last), ledger.decay
 
 
 def upgrade(state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -112,7 +155,7 @@ def upgrade(state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
     return {**state_dict, "state": found, "param_groups": [{**group, "format": FORMAT} for group in groups]}
 
 
-def written(*, step: int, refreshes: int, state: Mapping[str, Any]) -> dict[str, Any]:
+def resumed_entries(*, step: int, refreshes: int, state: Mapping[str, Any]) -> dict[str, Any]:
     """Entries that replace those of a fresh run, to resume a run of another program.
 
     Args:

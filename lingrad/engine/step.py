@@ -38,8 +38,7 @@ def step(run: Run, closure: Callable[[], Any] | None = None) -> Any:
         with torch.enable_grad():
             loss = closure()
     for group in run.groups:
-        for param in group["params"]:
-            run.stepper.follow(group, param)
+        run.stepper.follow(group, group["params"])
     dry = run.is_dry_run()
     if run.layerwise is not None:
         run.layerwise.flush()
@@ -64,7 +63,7 @@ def step_one(run: Run, param: Tensor) -> None:
     """
     attachment = run.attachment_of(param)
     group = next(group for group in run.groups if any(param is other for other in group["params"]))
-    run.stepper.follow(group, param)
+    run.stepper.follow(group, [param])
     attachments = [] if attachment is None else [attachment]
     _change(run, attachments)
     _advance(run, [run.stepper.single(group, param)], attachments)

@@ -143,20 +143,23 @@ class Stepper:
         self._built.clear()
         self._single.clear()
 
-    def follow(self, group: Group, param: Tensor) -> None:
-        """Cast and move the state of a parameter where model.to has cast or moved that since the last step.
+    def follow(self, group: Group, params: list[Tensor]) -> None:
+        """Cast and move the state of parameters where model.to has cast or moved these since the last step.
 
         Which kernels an optimizer uses depends on the device: after a move optimizers are built again.
 
         Args:
-            group: The parameter's group.
-            param: The parameter.
+            group: The parameters' group.
+            params: The parameters.
         """
-        now = (param.dtype, param.device)
-        dtype, device = self._followed.setdefault(id(param), now)
-        if (dtype, device) == now:
-            return
-        self._followed[id(param)] = now
+        for param in params:
+            now = (param.dtype, param.device)
+            was = self._followed.setdefault(id(param), now)
+            if was != now:
+                self._followed[id(param)] = now
+                self._move(group, param, *was)
+
+    def _move(self, group: Group, param: Tensor, dtype: torch.dtype, device: torch.device) -> None:
         entries = self.state.get(param, {})
         fresh = self.base_of(group["kind"]).state_of(param) if entries else {}
         if device != param.device:

@@ -1,1 +1,1 @@
-"""Files and folders: written whole, read with their headers checked."""
+"""Files and folders: written atomically, read with their headers checked."""

@@ -1,4 +1,4 @@
-"""Writing files and folders whole: what is there is complete, or what was there before."""
+"""Atomic writes of files and folders: a path has the complete new content, or what was there before."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from lingrad.errors import DataError
 
 @contextmanager
 def new_file(path: Path) -> Iterator[BinaryIO]:
-    """Write a file by way of a temporary one beside it, which takes its name when the block ends without an error.
+    """Write a file through a temporary one next to it, which is renamed when the block ends without an error.
 
     Args:
-        path: The file; replaced if it is there.
+        path: The file; replaced if it exists.
 
     Yields:
-        The temporary file, open. It is removed where the block fails; errors of the operating system come as they are.
+        The temporary file, open. It is removed if the block fails; errors of the operating system are not translated.
     """
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
@@ -35,11 +35,11 @@ def new_file(path: Path) -> Iterator[BinaryIO]:
 
 
 def write_whole(path: Path, data: bytes) -> Path:
-    """Write a file as a whole; see `new_file`.
+    """Write a file atomically; see `new_file`.
 
     Args:
-        path: The file; replaced if it is there.
-        data: What it shall hold.
+        path: The file; replaced if it exists.
+        data: Its content.
 
     Returns:
         The path.
@@ -51,16 +51,16 @@ def write_whole(path: Path, data: bytes) -> Path:
 
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """Write a folder by way of a hidden one beside it, which takes its name when the block ends without an error.
+    """Write a folder through a hidden one next to it, which is renamed when the block ends without an error.
 
     Args:
         path: The folder; must not exist, so that nothing is overwritten.
 
     Yields:
-        The hidden folder, empty. It is removed where the block fails; a process that is killed leaves it, hidden.
+        The hidden folder, empty. It is removed if the block fails; a killed process leaves it, hidden.
 
     Raises:
-        DataError: There is something at the path.
+        DataError: The path exists.
     """
     refuse_existing(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -75,13 +75,13 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 
 def refuse_existing(path: Path) -> None:
-    """Make sure that there is nothing at a path.
+    """Make sure that a path does not exist.
 
     Args:
         path: The path.
 
     Raises:
-        DataError: There is.
+        DataError: It exists.
     """
     try:
         there = path.exists() or path.is_symlink()
@@ -92,11 +92,11 @@ def refuse_existing(path: Path) -> None:
 
 
 def publish(finished: Path, path: Path) -> None:
-    """Give a finished folder its name, its contents on the disk first.
+    """Rename a finished folder, after its contents have been flushed to disk.
 
     Args:
-        finished: The folder, beside ``path``.
-        path: Its name to be; raises `DataError` where somebody made it in the meantime.
+        finished: The folder, next to ``path``.
+        path: Its new name; raises `DataError` if it has come into existence meanwhile.
     """
     for file in (*finished.rglob("*"), finished):
         handle = os.open(file, os.O_RDONLY)

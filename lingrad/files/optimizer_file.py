@@ -1,4 +1,4 @@
-"""Optimizer states in torch's own files, read without executing anything that a file may ask for."""
+"""Optimizer states in files written by torch.save, read without executing anything in them."""
 
 from __future__ import annotations
 
@@ -14,22 +14,23 @@ FILE = "optimizer.pt"
 
 
 class Inert:
-    """An object of another program: the attributes it was saved with, and no code."""
+    """An object of another program: its saved attributes, without its code."""
 
 
 def load_state(path: Path, inert: Sequence[str] = ()) -> dict[str, Any]:
     """Read an optimizer's state dict.
 
     Args:
-        path: The file, or the folder of a checkpoint that has it as ``optimizer.pt``.
-        inert: Full names of classes whose objects are read as `Inert`; any class besides those of torch's own list is refused.
+        path: The file, or a checkpoint's folder that contains it as ``optimizer.pt``.
+        inert: Full names of classes whose objects are read as `Inert`; all classes but these and those that torch allows are
+            refused.
 
     Returns:
         ``state`` and ``param_groups``, tensors on the CPU.
 
     Raises:
         DataError: There is no such file.
-        CheckpointError: It is damaged, is no optimizer's state, or asks for code to be run.
+        CheckpointError: It is damaged, is not an optimizer's state, or asks to run code.
     """
     file = path / FILE if path.is_dir() else path
     if not file.is_file():
@@ -37,17 +38,17 @@ def load_state(path: Path, inert: Sequence[str] = ()) -> dict[str, Any]:
     try:
         with torch.serialization.safe_globals([(Inert, name) for name in inert]):
             found = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # what a damaged or hostile file raises is anybody's guess
+    except Exception as error:  # a damaged or hostile file may raise any exception
         first = next((line for line in str(error).splitlines() if "Unsupported" in line or "GLOBAL" in line), str(error))
         raise CheckpointError(
-            f"'{file}' cannot be read as plain tensors and numbers, and nothing else is: it is cut off, of another program, or "
-            f"asks for code to be run ({type(error).__name__}: {first.strip()[:200]})"
+            f"'{file}' cannot be read as plain tensors and numbers, and nothing else is read: it is truncated, was written by "
+            f"another program, or asks to run code ({type(error).__name__}: {first.strip()[:200]})"
         ) from None
     parts = (found.get("state"), found.get("param_groups")) if isinstance(found, dict) else (None, None)
     if not isinstance(parts[0], dict) or not isinstance(parts[1], list):
-        raise CheckpointError(f"'{file}' is no optimizer's state dict, which has 'state' and 'param_groups'")
-    whole = all(isinstance(entries, dict) for entries in parts[0].values()) and all(map(_is_group, parts[1]))
-    if not whole:
+        raise CheckpointError(f"'{file}' is not an optimizer's state dict, which has 'state' and 'param_groups'")
+    intact = all(isinstance(entries, dict) for entries in parts[0].values()) and all(map(_is_group, parts[1]))
+    if not intact:
         raise CheckpointError(
             f"'{file}' is damaged: expected dicts in 'state', and in 'param_groups' dicts with a list 'params'"
         )

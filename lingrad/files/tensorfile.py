@@ -1,7 +1,7 @@
-"""Safetensors files, tensor by tensor: a header that is checked to the byte, rows read and tensors written one at a time.
+"""Safetensors files, tensor by tensor: the header is checked to the byte, tensors are read and written one at a time.
 
-The format is eight bytes with the header's length, a JSON header that gives each tensor's dtype, shape and place, and the data.
-Nothing of a file is trusted before its header fits its length exactly; no more of it is in memory than what was asked for.
+The format is eight bytes with the header's length, a JSON header with each tensor's dtype, shape and offsets, and the data.
+Nothing in a file is trusted before its header fits its length exactly; only what was asked for is in memory.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _LARGEST_HEADER = 100_000_000  # as in the safetensors package
 
 
-class Entry(NamedTuple):
-    """Where one tensor lies.
+class TensorEntry(NamedTuple):
+    """One tensor in a file.
 
     Args:
         dtype: Its dtype.
@@ -54,12 +54,12 @@ class Entry(NamedTuple):
 
     @property
     def nbytes(self) -> int:
-        """Its length."""
+        """Its size in bytes."""
         return prod(self.shape) * self.dtype.itemsize
 
 
 class Piece(NamedTuple):
-    """A tensor to be written, made when its turn comes.
+    """A tensor to write, made when it is written.
 
     Args:
         dtype: Its dtype.
@@ -73,18 +73,18 @@ class Piece(NamedTuple):
 
 
 class TensorFile:
-    """A safetensors file whose header was checked; tensors are read when asked for.
+    """A safetensors file with a checked header; tensors are read when asked for.
 
     Args:
         path: The file.
 
     Attributes:
         path: The file.
-        entries: Name -> where and what.
-        metadata: The header's texts.
+        entries: Name -> dtype, shape and position.
+        metadata: The strings in the header.
 
     Raises:
-        DataError: The file is missing or cut off, or its header does not fit it.
+        DataError: The file is missing or truncated, or its header does not fit it.
     """
 
     def __init__(self, path: Path) -> None:
@@ -101,27 +101,27 @@ class TensorFile:
         self.entries, self.metadata = _parse(path, header, size)
 
     def read(self, name: str) -> Tensor:
-        """A tensor, in memory of its own."""
+        """A tensor, in its own memory."""
         entry = self.entries[name]
         return self._read(entry, entry.begin, prod(entry.shape)).view(entry.shape)
 
     def rows(self, name: str, columns: int, start: int, stop: int) -> Tensor:
-        """Some rows of a tensor that is read as a matrix.
+        """Some rows of a tensor that is read as a matrix [m, n].
 
         Args:
             name: Its name.
-            columns: n, of the matrix [m, n] that its numbers are in their order.
+            columns: n; the elements are in row-major order.
             start: The first row.
             stop: The row after the last.
 
         Returns:
-            [stop - start, n], in memory of its own.
+            [stop - start, n], in its own memory.
         """
         entry = self.entries[name]
         found = self._read(entry, entry.begin + start * columns * entry.dtype.itemsize, (stop - start) * columns)
         return found.view(stop - start, columns)
 
-    def _read(self, entry: Entry, begin: int, count: int) -> Tensor:
+    def _read(self, entry: TensorEntry, begin: int, count: int) -> Tensor:
         found = torch.empty(count, dtype=entry.dtype)
         with self.path.open("rb") as file:
             file.seek(begin)
@@ -131,18 +131,18 @@ class TensorFile:
 
 
 def write_tensors(path: Path, pieces: Mapping[str, Piece], metadata: Mapping[str, str] | None = None) -> Path:
-    """Write a safetensors file one tensor after the other, by way of a temporary file beside it.
+    """Write a safetensors file one tensor after the other, through a temporary file next to it.
 
     Args:
         path: The file; replaced if it is there.
         pieces: Name -> tensor. Equal pieces and metadata give equal bytes.
-        metadata: Texts for the header.
+        metadata: Strings for the header.
 
     Returns:
-        The path. Errors of the operating system come as they are; nothing half-written is left.
+        The path. Errors of the operating system are not translated; no incomplete file is left.
 
     Raises:
-        DataError: A tensor is of a dtype the format does not have, or not what its piece says.
+        DataError: The format does not have the dtype of a tensor, or a tensor does not match its piece.
     """
     order = sorted(pieces, key=lambda name: (-pieces[name].dtype.itemsize, name))  # each begins at a multiple of its dtype
     header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
@@ -160,7 +160,7 @@ def write_tensors(path: Path, pieces: Mapping[str, Piece], metadata: Mapping[str
         for name in order:
             tensor, (dtype, shape, _) = pieces[name].make(), pieces[name]
             if (tensor.dtype, tuple(tensor.shape)) != (dtype, tuple(shape)):
-                raise DataError(f"'{name}' came as {tensor.dtype} {tuple(tensor.shape)}, announced as {dtype} {shape}")
+                raise DataError(f"'{name}' is {tensor.dtype} {tuple(tensor.shape)}; its piece has {dtype} {tuple(shape)}")
             flat = tensor.detach().cpu().contiguous()
             if flat.numel():
                 file.write(_memory(flat))
@@ -168,8 +168,8 @@ def write_tensors(path: Path, pieces: Mapping[str, Piece], metadata: Mapping[str
     return path
 
 
-def whole(tensors: Mapping[str, Tensor]) -> dict[str, Piece]:
-    """Pieces of tensors that are in memory already."""
+def in_memory(tensors: Mapping[str, Tensor]) -> dict[str, Piece]:
+    """Pieces of tensors that are already in memory."""
 
     def piece(tensor: Tensor) -> Piece:
         return Piece(tensor.dtype, tuple(tensor.shape), lambda: tensor)
@@ -177,27 +177,27 @@ def whole(tensors: Mapping[str, Tensor]) -> dict[str, Piece]:
     return {name: piece(tensor) for name, tensor in tensors.items()}
 
 
-def _parse(path: Path, header: bytes, size: int) -> tuple[dict[str, Entry], dict[str, str]]:
-    """Read a header; every byte of the file must belong to one tensor, and every name be said once."""
+def _parse(path: Path, header: bytes, size: int) -> tuple[dict[str, TensorEntry], dict[str, str]]:
+    """Read a header; every byte of the file must belong to exactly one tensor, and every name occur once."""
     try:
         found = json.loads(header.decode(), object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
-        raise _damaged(path, f"its header is no JSON that names each tensor once ({error})") from error
+        raise _damaged(path, f"its header is not JSON that names each tensor once ({error})") from error
     if not isinstance(found, dict):
-        raise _damaged(path, "its header is no JSON object")
+        raise _damaged(path, "its header is not a JSON object")
     metadata = found.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
-        raise _damaged(path, "the metadata of its header are not texts")
-    entries: dict[str, Entry] = {}
-    places = []
+        raise _damaged(path, "the metadata in its header are not strings")
+    entries: dict[str, TensorEntry] = {}
+    extents = []
     for name, value in found.items():
         dtype, shape, offsets = _fields(path, name, value)
-        entries[name] = Entry(dtype, tuple(shape), 8 + len(header) + offsets[0])
+        entries[name] = TensorEntry(dtype, tuple(shape), 8 + len(header) + offsets[0])
         if offsets[1] - offsets[0] != entries[name].nbytes:
-            raise _damaged(path, f"'{name}' is {list(shape)} {dtype}, and its place holds {offsets[1] - offsets[0]:,} bytes")
-        places.append((offsets[0], offsets[1], name))
+            raise _damaged(path, f"'{name}' is {list(shape)} {dtype}, and its offsets span {offsets[1] - offsets[0]:,} bytes")
+        extents.append((offsets[0], offsets[1], name))
     end = 0
-    for begin, stop, name in sorted(places):
+    for begin, stop, name in sorted(extents):
         if begin != end:
             raise _damaged(path, f"'{name}' begins at byte {begin:,} of the data; expected {end:,}")
         end = stop
@@ -214,9 +214,9 @@ def _fields(path: Path, name: str, value: Any) -> tuple[torch.dtype, list[int], 
         raise DataError(f"{path}: '{name}' has the dtype {dtype!r}; expected one of {', '.join(DTYPES)}")
     for numbers in (shape, offsets):
         if not isinstance(numbers, list) or any(type(number) is not int or not 0 <= number < 2**63 for number in numbers):
-            raise _damaged(path, f"shape and place of '{name}' are {shape} and {offsets}")
+            raise _damaged(path, f"shape and offsets of '{name}' are {shape} and {offsets}")
     if len(offsets) != 2:
-        raise _damaged(path, f"the place of '{name}' is {offsets}")
+        raise _damaged(path, f"the offsets of '{name}' are {offsets}")
     return DTYPES[dtype], shape, offsets
 
 
@@ -229,10 +229,10 @@ def _unique(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _memory(tensor: Tensor) -> memoryview:
-    """The bytes of a contiguous tensor on the CPU, good while it lives; numpy is no dependency, and has no bfloat16."""
+    """The bytes of a contiguous tensor on the CPU, valid as long as the tensor; numpy is not needed, and has no bfloat16."""
     size = tensor.numel() * tensor.element_size()
     return memoryview((ctypes.c_ubyte * size).from_address(tensor.data_ptr())).cast("B")
 
 
 def _damaged(path: Path, what: str) -> DataError:
-    return DataError(f"{path} is cut off, damaged, or no safetensors file: {what}; copy or save it again")
+    return DataError(f"{path} is truncated, damaged, or not a safetensors file: {what}; copy or save it again")

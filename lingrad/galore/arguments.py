@@ -1,4 +1,4 @@
-"""The Trainer's own GaLore, said in lingrad's words: ``optim``, ``optim_target_modules`` and ``optim_args``."""
+"""The arguments of the Trainer's own GaLore, translated: ``optim``, ``optim_target_modules`` and ``optim_args``."""
 
 from __future__ import annotations
 
@@ -9,54 +9,45 @@ from typing import Any
 from torch import nn
 
 from lingrad.config import spec
-from lingrad.errors import SpecError, did_you_mean, optional
+from lingrad.errors import SpecError, did_you_mean, optional, require
+from lingrad.galore.names import BASES, DEFAULTS, LAYERWISE, SIDES
 from lingrad.transforms import SVD
-
-_BASES = {"galore_adamw": "adamw", "galore_adamw_8bit": "adamw8bit", "galore_adafactor": "adafactor"}
-_LAYERWISE = "_layerwise"
-_SIDES = {"std": "short", "reverse_std": "long", "right": "right", "left": "left", "full": "both"}
-_DEFAULTS = {"rank": "128", "update_proj_gap": "200", "scale": "0.25", "proj_type": "std"}  # the Trainer's
-
-
-def is_galore(optim: str) -> bool:
-    """Whether a name of ``optim`` is one of the Trainer's own GaLore."""
-    return optim.removesuffix(_LAYERWISE) in _BASES
 
 
 @dataclass(frozen=True)
 class GaloreTargets:
-    """Rules that wait for a model: which of its layers ``optim_target_modules`` means, as the Trainer matches names.
+    """Rules to be resolved with a model: the layers that ``optim_target_modules`` selects, by the Trainer's own matching.
 
     Args:
         spec: The transform, as a config string.
-        modules: A regular expression for whole names, ``all-linear``, or names, parts of names and expressions.
+        modules: A regular expression for full names, ``all-linear``, or a tuple of names, parts of names and expressions.
     """
 
     spec: str
     modules: str | tuple[str, ...]
 
     def __call__(self, model: nn.Module) -> dict[str, str]:
-        """The rules for a model: every chosen weight by its name.
+        """The rules for a model: each selected weight by its name.
 
         Args:
             model: The model.
 
         Returns:
-            Parameter name -> spec; what is not among them trains in full.
+            Parameter name -> spec; all others train in full.
 
         Raises:
-            SpecError: No trainable linear layer is meant.
+            SpecError: No trainable linear layer is selected.
         """
-        meant = optional("transformers.trainer_utils", "lingrad.hf", "hf").check_target_module_exists
+        matches = optional("transformers.trainer_utils", "lingrad.hf", "hf").check_target_module_exists
         modules = self.modules if isinstance(self.modules, str) else list(self.modules)
         everything = isinstance(modules, str) and modules.replace("_", "-") == "all-linear"
         linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-        chosen = {f"{name}.weight" for name in linear if everything or meant(modules, name)}
-        # a weight that is tied to another is known by the other's name, and is not meant
+        chosen = {f"{name}.weight" for name in linear if everything or matches(modules, name)}
+        # a weight that is tied to another one has the other's name, and is not selected
         rules = {name: self.spec for name, param in model.named_parameters() if name in chosen and param.requires_grad}
         if not rules:
             raise SpecError(
-                f"optim_target_modules={modules!r} means no trainable linear layer of {type(model).__name__}, which has "
+                f"optim_target_modules={modules!r} selects no trainable linear layer of {type(model).__name__}, which has "
                 f"{', '.join(linear[:3]) or 'none'}{', ...' if len(linear) > 3 else ''}",
                 option="optim_target_modules",
             )
@@ -71,32 +62,42 @@ def from_galore_args(args: Any, *, as_published: bool = False) -> tuple[GaloreTa
         rules, options = lingrad.hf.from_galore_args(args)
         Trainer(model, args, ..., **lingrad.hf.trainer_kwargs(rules, args, **options))
 
-    The Trainer's own drops ``weight_decay``, betas and epsilon of its arguments, cannot be resumed and, layerwise, knows no
-    schedule; lingrad honours all of them.
+    The Trainer's own GaLore ignores ``weight_decay``, betas and epsilon of the arguments, cannot resume, and ignores the
+    schedule if layerwise; lingrad honors them and resumes.
 
     Args:
         args: TrainingArguments with ``optim="galore_..."``, ``optim_target_modules`` and ``optim_args``.
-        as_published: Do what the Trainer's own does to the last digit: galore_torch's arithmetic, no decay, betas (0.9, 0.999)
-            and eps 1e-6, whatever the arguments say. For ``galore_adamw`` only.
+        as_published: Follow the Trainer's own GaLore to rounding: galore_torch's arithmetic, no decay, betas (0.9, 0.999) and
+            eps 1e-6, regardless of the arguments. For ``galore_adamw`` only.
 
     Returns:
-        Rules for `trainer_kwargs`, and its other arguments: ``base``, ``scale`` and, where asked for, ``layerwise``.
+        The rules for `trainer_kwargs`, and its other arguments: ``base``, ``scale`` and, if ``optim`` has it, ``layerwise``.
 
     Raises:
-        SpecError: ``args`` ask for another optimizer or for something unknown.
+        SpecError: ``args`` are no TrainingArguments, or have another optimizer or unknown options.
     """
+    needed = ("optim", "optim_args", "optim_target_modules")
+    require(
+        all(hasattr(args, name) for name in needed),
+        "args",
+        f"args must be the TrainingArguments of the Trainer, not {args!r}",
+    )
     optim = str(getattr(args.optim, "value", args.optim))
-    name = optim.removesuffix(_LAYERWISE)
-    if name not in _BASES:
-        why = "; APOLLO's update is no linear map of the gradient, and has no twin here" if name.startswith("apollo") else ""
-        raise SpecError(
-            f"optim={optim!r} is none of {', '.join(_BASES)}, or one of these with '{_LAYERWISE}'{why}", option="optim"
+    name = optim.removesuffix(LAYERWISE)
+    if name not in BASES:
+        why = (
+            "; APOLLO's update is not a linear map of the gradient, and has no counterpart here"
+            if name.startswith("apollo")
+            else ""
         )
-    found = {**_DEFAULTS, **_parse(args.optim_args)}
-    side = found["proj_type"]
-    if side not in _SIDES:
         raise SpecError(
-            f"proj_type must be one of {', '.join(_SIDES)}, not {side!r}{did_you_mean(side, _SIDES)}", option="proj_type"
+            f"optim={optim!r} is none of {', '.join(BASES)}, or one of these with '{LAYERWISE}'{why}", option="optim"
+        )
+    found = {**DEFAULTS, **_parse(args.optim_args)}
+    side = found["proj_type"]
+    if side not in SIDES:
+        raise SpecError(
+            f"proj_type must be one of {', '.join(SIDES)}, not {side!r}{did_you_mean(side, SIDES)}", option="proj_type"
         )
     modules = args.optim_target_modules
     if not modules or not (
@@ -110,11 +111,11 @@ def from_galore_args(args: Any, *, as_published: bool = False) -> tuple[GaloreTa
     transform = SVD(
         rank=_number("rank", found["rank"], int),
         every=_number("update_proj_gap", found["update_proj_gap"], int),
-        side=_SIDES[side],  # type: ignore[arg-type]
-        clip=True,  # a slice of all singular vectors, in galore_torch
+        side=SIDES[side],  # type: ignore[arg-type]
+        clip=True,  # galore_torch takes a slice of all singular vectors
     )
-    options: dict[str, Any] = {"base": _BASES[name], "scale": _number("scale", found["scale"], float)}
-    if optim.endswith(_LAYERWISE):
+    options: dict[str, Any] = {"base": BASES[name], "scale": _number("scale", found["scale"], float)}
+    if optim.endswith(LAYERWISE):
         options["layerwise"] = True
     if as_published:
         if options["base"] != "adamw":
@@ -132,10 +133,10 @@ def _parse(text: str | None) -> dict[str, str]:
         key, equals, value = part.partition("=")
         if not equals or "=" in value:
             raise SpecError(f"optim_args is written 'rank=64, scale=0.1', not {text!r}", option="optim_args")
-        if key not in _DEFAULTS:
+        if key not in DEFAULTS:
             raise SpecError(
-                f"optim_args has '{key}', which GaLore does not know{did_you_mean(key, _DEFAULTS)} "
-                f"It knows {', '.join(_DEFAULTS)}.",
+                f"optim_args has '{key}', which is not an option of GaLore{did_you_mean(key, DEFAULTS)} "
+                f"Its options are {', '.join(DEFAULTS)}.",
                 option="optim_args",
             )
         if key in found:
@@ -158,4 +159,4 @@ def _check_expressions(modules: str | list[str]) -> None:
         try:
             re.compile(text)
         except re.error as error:
-            raise SpecError(f"optim_target_modules has {text!r}, which is no regular expression: {error}") from None
+            raise SpecError(f"optim_target_modules has {text!r}, which is not a regular expression: {error}") from None

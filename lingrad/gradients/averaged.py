@@ -1,4 +1,4 @@
-"""The mean over processes of a gradient of which each has its part."""
+"""The mean of a gradient over the processes of a run."""
 
 from __future__ import annotations
 
@@ -8,58 +8,40 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from lingrad.gradients.base import Gradient
+from lingrad.gradients.base import Delegated, Gradient
 from lingrad.gradients.local import DenseGradient
 from lingrad.parallel import average, ranks
 
 
 @final
-class AveragedGradient(Gradient):
-    """The mean over ranks of a gradient of which each has its part; every product costs one all-reduce of its result.
+class AveragedGradient(Delegated):
+    """The mean over ranks of their gradients; every product costs one all-reduce of its result.
 
     Args:
-        local: This rank's part, [m, n].
+        source: The gradient of this rank, [m, n].
     """
-
-    def __init__(self, local: Gradient) -> None:
-        self.local = local
 
     @property
     @override
     def shape(self) -> tuple[int, int]:
-        return self.local.shape
-
-    @property
-    @override
-    def dtype(self) -> torch.dtype:
-        return self.local.dtype
-
-    @property
-    @override
-    def device(self) -> torch.device:
-        return self.local.device
-
-    @property
-    @override
-    def nbytes(self) -> int:
-        return self.local.nbytes
+        return self.source.shape
 
     @property
     @override
     def T(self) -> AveragedGradient:
-        return AveragedGradient(self.local.T)
+        return AveragedGradient(self.source.T)
 
     @override
     def product(self, left: Tensor | None, right: Tensor | None) -> Tensor:
-        return average(self.local.product(left, right))
+        return average(self.source.product(left, right))
 
     @override
     def select(self, rows: Tensor | None, columns: Tensor | None) -> AveragedGradient:
-        return AveragedGradient(self.local.select(rows, columns))
+        return AveragedGradient(self.source.select(rows, columns))
 
     @override
     def dense(self) -> Tensor:
-        return average(self.local.dense())
+        return average(self.source.dense())
 
     @override
     def norm(self) -> Tensor:
@@ -68,9 +50,9 @@ class AveragedGradient(Gradient):
 
     @override
     def to(self, dtype: torch.dtype) -> AveragedGradient:
-        return AveragedGradient(self.local.to(dtype))
+        return AveragedGradient(self.source.to(dtype))
 
 
 def averaged(local: Gradient) -> Gradient:
-    """The mean over ranks of a gradient; the gradient itself in one process."""
+    """The mean over ranks of their gradients; the gradient itself in one process."""
     return local if ranks() == 1 else AveragedGradient(local)

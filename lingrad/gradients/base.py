@@ -1,4 +1,4 @@
-"""What a gradient is: a matrix that is known by its products.
+"""The gradient of a weight: a matrix that is known by its products.
 
 Layout: a weight is W [m, n] = [out, in], the order of ``torch.nn.Linear``, and its gradient G has the same shape.
 """
@@ -9,10 +9,11 @@ from abc import ABC, abstractmethod
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 
 class Gradient(ABC):
-    """A matrix G [m, n] given by what it does.
+    """A matrix G [m, n] that is defined by its products; it need not be formed.
 
     Laws, for any ``left`` [m, p] and ``right`` [n, q]:
 
@@ -34,12 +35,12 @@ class Gradient(ABC):
     @property
     @abstractmethod
     def device(self) -> torch.device:
-        """Where the factors or the matrix live."""
+        """The device of the factors or of the matrix."""
 
     @property
     @abstractmethod
     def nbytes(self) -> int:
-        """Bytes of the tensors this object keeps alive."""
+        """Bytes of the tensors that this object keeps alive."""
 
     @property
     @abstractmethod
@@ -72,7 +73,7 @@ class Gradient(ABC):
 
     @abstractmethod
     def dense(self) -> Tensor:
-        """The matrix itself, [m, n]; formed when it is not held."""
+        """The matrix itself, [m, n]; formed if it is not stored."""
 
     @abstractmethod
     def norm(self) -> Tensor:
@@ -89,3 +90,29 @@ class Gradient(ABC):
     def rmatmul(self, left: Tensor) -> Tensor:
         """``left.T @ G``: [m, p] -> [p, n]."""
         return self.product(left, None)
+
+
+class Delegated(Gradient):
+    """A gradient that is computed from another one: its dtype, its device and its bytes.
+
+    Args:
+        source: The other gradient.
+    """
+
+    def __init__(self, source: Gradient) -> None:
+        self.source = source
+
+    @property
+    @override
+    def dtype(self) -> torch.dtype:
+        return self.source.dtype
+
+    @property
+    @override
+    def device(self) -> torch.device:
+        return self.source.device
+
+    @property
+    @override
+    def nbytes(self) -> int:
+        return self.source.nbytes

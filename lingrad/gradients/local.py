@@ -1,7 +1,7 @@
-"""Gradients of a weight matrix, known by their products.
+"""Gradients of one weight in one process: a matrix, or the two factors that a linear layer's backward has.
 
 Layout: a weight is W [m, n] = [out, in], the order of ``torch.nn.Linear``, and its gradient G has the same shape. For a
-linear layer y = x W^T that saw T tokens, G = dY^T X with dY [T, m] and X [T, n]: every product a transform asks for costs
+linear layer y = x W^T that saw T tokens, G = dY^T X with dY [T, m] and X [T, n]: every product that a transform needs costs
 O(T r (m + n)) from the two factors, and the m x n matrix need not exist.
 """
 
@@ -14,12 +14,12 @@ from torch import Tensor
 from typing_extensions import override
 
 from lingrad.gradients.base import Gradient
-from lingrad.tensors import cast, wide
+from lingrad.tensors import cast, nbytes, wide
 
 
 @final
 class DenseGradient(Gradient):
-    """A gradient held as a matrix.
+    """A gradient stored as a matrix.
 
     Args:
         matrix: G [m, n].
@@ -46,7 +46,7 @@ class DenseGradient(Gradient):
     @property
     @override
     def nbytes(self) -> int:
-        return self.matrix.numel() * self.matrix.element_size()
+        return nbytes(self.matrix)
 
     @property
     @override
@@ -73,8 +73,8 @@ class DenseGradient(Gradient):
 
     @override
     def norm(self) -> Tensor:
-        # of the norms of rows, or of columns where these are what lies together: one sum of so many squares in float32 is
-        # right to 1e-3 only
+        # the norm of the rows' norms (of the columns', if columns are contiguous): a single sum of so many squares in float32
+        # is accurate to 1e-3 only
         along = int(self.matrix.stride(0) > self.matrix.stride(1))
         lines = torch.linalg.vector_norm(self.matrix, dim=along, dtype=wide(self.dtype))
         norm: Tensor = torch.linalg.vector_norm(lines)
@@ -87,7 +87,7 @@ class DenseGradient(Gradient):
 
 @final
 class FactoredGradient(Gradient):
-    """A gradient held as G = out_grad^T @ input, as a linear layer's backward finds it.
+    """A gradient stored as its factors, G = out_grad^T @ input, both of which a linear layer's backward has.
 
     Args:
         out_grad: dY [T, m].
@@ -116,7 +116,7 @@ class FactoredGradient(Gradient):
     @property
     @override
     def nbytes(self) -> int:
-        return sum(t.numel() * t.element_size() for t in (self.out_grad, self.input))
+        return nbytes(self.out_grad, self.input)
 
     @property
     @override
@@ -152,16 +152,16 @@ class FactoredGradient(Gradient):
 
     @property
     def smaller_than_dense(self) -> bool:
-        """Whether the two factors hold fewer numbers than the matrix would."""
+        """Whether the two factors have fewer elements than the matrix."""
         m, n = self.shape
         return self.out_grad.shape[0] * (m + n) < m * n
 
 
 def accumulate(total: Gradient | None, part: Gradient) -> Gradient:
-    """Add the gradient of one more micro-batch, in whichever form takes less memory.
+    """Add the gradient of one more micro-batch, in the form that takes less memory.
 
     Args:
-        total: What was accumulated so far; may be written into. None at the first micro-batch.
+        total: The sum so far; may be written into. None at the first micro-batch.
         part: The gradient to add, [m, n].
 
     Returns:
@@ -185,6 +185,6 @@ def accumulate(total: Gradient | None, part: Gradient) -> Gradient:
 
 
 def _formed(grad: Gradient) -> Tensor:
-    """The matrix; in float16 a factored one's entries may overflow where its projection does not, so that it is widened."""
+    """The matrix; of float16 factors in float32, since its entries may overflow where its projection does not."""
     half = isinstance(grad, FactoredGradient) and grad.dtype == torch.float16
     return (grad.to(torch.float32) if half else grad).dense()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from lingrad.gradients.base import Gradient
+from lingrad.gradients.base import Delegated, Gradient
 from lingrad.gradients.local import DenseGradient
 
 
@@ -80,54 +80,36 @@ class StackedGradient(Gradient):
 
 
 @final
-class _Transposed(Gradient):
-    """The transpose of a gradient, by its own products."""
-
-    def __init__(self, whole: Gradient) -> None:
-        self.whole = whole
+class _Transposed(Delegated):
+    """The transpose of a gradient, computed from the gradient's own products."""
 
     @property
     @override
     def shape(self) -> tuple[int, int]:
-        m, n = self.whole.shape
+        m, n = self.source.shape
         return n, m
 
     @property
     @override
-    def dtype(self) -> torch.dtype:
-        return self.whole.dtype
-
-    @property
-    @override
-    def device(self) -> torch.device:
-        return self.whole.device
-
-    @property
-    @override
-    def nbytes(self) -> int:
-        return self.whole.nbytes
-
-    @property
-    @override
     def T(self) -> Gradient:
-        return self.whole
+        return self.source
 
     @override
     def product(self, left: Tensor | None, right: Tensor | None) -> Tensor:
-        return self.whole.product(right, left).t()
+        return self.source.product(right, left).t()
 
     @override
     def select(self, rows: Tensor | None, columns: Tensor | None) -> Gradient:
-        return self.whole.select(columns, rows).T
+        return self.source.select(columns, rows).T
 
     @override
     def dense(self) -> Tensor:
-        return self.whole.dense().t()
+        return self.source.dense().t()
 
     @override
     def norm(self) -> Tensor:
-        return self.whole.norm()
+        return self.source.norm()
 
     @override
     def to(self, dtype: torch.dtype) -> Gradient:
-        return _Transposed(self.whole.to(dtype))
+        return _Transposed(self.source.to(dtype))

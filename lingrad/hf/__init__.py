@@ -1,6 +1,6 @@
 """transformers' Trainer and TRL's SFTTrainer with lingrad's optimizer; reached as ``lingrad.hf``.
 
-Importing this imports neither: they are looked up when something of them is needed.
+Importing this imports neither of them: they are imported when they are needed.
 """
 
 from __future__ import annotations

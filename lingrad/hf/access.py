@@ -1,4 +1,4 @@
-"""From a trainer to the optimizer inside it, and back to a plain model."""
+"""The optimizer inside a trainer, its metrics, and the plain model at the end."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lingrad.errors import ModeError
 
 
 def find_optimizer(trainer: Any) -> SubspaceOptimizer | None:
-    """The optimizer of lingrad's under whatever accelerate has put round it; None where there is none.
+    """Lingrad's optimizer, without accelerate's wrapper; None where there is none.
 
     Args:
         trainer: A Trainer.
@@ -28,7 +28,7 @@ def find_optimizer(trainer: Any) -> SubspaceOptimizer | None:
 
 
 def optimizer_of(trainer: Any) -> SubspaceOptimizer:
-    """The optimizer of lingrad's that a trainer trains with, without what accelerate has put round it.
+    """Lingrad's optimizer in a trainer, without accelerate's wrapper.
 
     Args:
         trainer: A Trainer whose ``train()`` has begun, or that was given an optimizer.
@@ -41,21 +41,21 @@ def optimizer_of(trainer: Any) -> SubspaceOptimizer:
     """
     found = find_optimizer(trainer)
     if found is None:
-        held = getattr(trainer, "optimizer", None)
+        other = getattr(trainer, "optimizer", None)
         why = (
             "it has none yet: the Trainer makes it when train() begins"
-            if held is None
-            else f"it has a {type(getattr(held, 'optimizer', held)).__name__}; pass it **lingrad.hf.trainer_kwargs(...)"
+            if other is None
+            else f"it has a {type(getattr(other, 'optimizer', other)).__name__}; pass it **lingrad.hf.trainer_kwargs(...)"
         )
-        raise ModeError(f"this trainer has no optimizer of lingrad's; {why}")
+        raise ModeError(f"this trainer has no lingrad optimizer; {why}")
     return found
 
 
 def finish(trainer: Any) -> nn.Module:
-    """End the training: merge all coordinates and leave the trainer's model as it was found, plain.
+    """End the training: merge all coordinates and restore the plain model.
 
-    The trainer goes on evaluating, predicting and saving; another ``train()`` begins anew. An adapter is written by
-    ``save_model`` before this, not after.
+    The trainer can still evaluate, predict and save; another ``train()`` starts a new run. Call ``save_model`` for an adapter
+    before this, not after.
 
     Args:
         trainer: A Trainer that has trained with lingrad's optimizer.
@@ -65,22 +65,22 @@ def finish(trainer: Any) -> nn.Module:
     """
     optimizer_of(trainer).detach()
     trainer.optimizer = trainer.lr_scheduler = None
-    trainer.model_wrapped = trainer.model  # DistributedDataParallel knows coordinates that are gone
+    trainer.model_wrapped = trainer.model  # DistributedDataParallel still has the removed coordinates
     model: nn.Module = trainer.model
     return model
 
 
 @torch.no_grad()
 def metrics(optimizer: SubspaceOptimizer) -> dict[str, float]:
-    """What `TrainerMixin` adds to the logs of training.
+    """The figures that `TrainerMixin` adds to the logs of training.
 
     Args:
         optimizer: The optimizer.
 
     Returns:
-        ``lingrad/refreshes``: changes of basis so far, mean over weights. ``lingrad/captured_energy``: the share of its
+        ``lingrad/refreshes``: changes of basis so far, mean over weights. ``lingrad/captured_energy``: the share of the
         gradient that a basis captured when it was chosen, mean over weights; left out where none was measured.
-        ``lingrad/coords_norm``: the norm of all coordinates together, 0 in optimizer mode, which merges them in each step.
+        ``lingrad/coords_norm``: the norm of all coordinates together, 0 in optimizer mode, which merges them at every step.
         ``lingrad/state_bytes``: bytes of coordinates, bases and moments.
     """
     subs = optimizer.subspaces

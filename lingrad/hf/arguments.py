@@ -1,7 +1,6 @@
-"""TrainingArguments -> the optimizer: what they say is done, and what could not be done is refused.
+"""From TrainingArguments to the optimizer: what they ask for applies, and what would have no effect is refused.
 
-The Trainer makes its optimizer late, when ``train()`` begins; so what is read of the arguments is read then, and what is wrong
-with them is said at once.
+The Trainer creates its optimizer late, when ``train()`` begins, so the arguments are read then; they are checked at once.
 """
 
 from __future__ import annotations
@@ -20,13 +19,15 @@ from lingrad import optimizers
 from lingrad.api import adapt, wrap
 from lingrad.config.rules import Rules, parse_rules
 from lingrad.config.settings import Carry, Mode, Settings
+from lingrad.deprecated import renamed_keywords
 from lingrad.engine.optimizer import SubspaceOptimizer
 from lingrad.errors import ModeError, SpecError, optional, require, require_one_of
-from lingrad.galore.arguments import GaloreTargets, is_galore
+from lingrad.galore.arguments import GaloreTargets
+from lingrad.galore.names import is_galore
 
 AnyRules = Rules | Callable[[nn.Module], Rules]
 
-# What ``optim`` calls each base, so that saying the same thing twice is no contradiction.
+# The names of each base optimizer in ``optim``, so that naming the same one twice is not a contradiction.
 _SAME = {
     "adamw": {"adamw_torch", "adamw_torch_fused"},
     "adafactor": {"adafactor"},
@@ -38,8 +39,9 @@ _SAME = {
 }
 
 
+@renamed_keywords(spec_or_rules="rules")
 def trainer_kwargs(
-    spec_or_rules: AnyRules,
+    rules: AnyRules,
     args: Any,
     *,
     mode: Mode = "optimizer",
@@ -50,52 +52,51 @@ def trainer_kwargs(
     ledger: bool | None = None,
     **options: Any,
 ) -> dict[str, Any]:
-    """Keywords that make a Trainer train with lingrad: ``Trainer(model, args, ..., **lingrad.hf.trainer_kwargs(spec, args))``.
+    """Keywords that make a Trainer train with lingrad: ``Trainer(model, args, ..., **lingrad.hf.trainer_kwargs(rules, args))``.
 
-    Learning rate, schedule, warm-up, weight decay (of no norm and no bias, as the Trainer has it), betas, epsilon, clipping,
+    Learning rate, schedule, warm-up, weight decay (by the Trainer's rule, not on norms and biases), betas, epsilon, clipping,
     accumulation, checkpointing and precision are those of ``args``. Checkpoints are complete and resume bit for bit in both
     modes.
 
     Args:
-        spec_or_rules: As for `lingrad.wrap`; or a function from the model to that, such as `from_galore_args` gives.
-        args: The TrainingArguments (or SFTConfig, ...) that the trainer gets too.
+        rules: As for `lingrad.wrap`; or a function of the model that returns them, such as `from_galore_args` gives. Required.
+        args: The TrainingArguments (or SFTConfig, ...) that are also passed to the trainer. Required.
         mode: ``optimizer`` or ``adapter``.
-        base: As for `lingrad.wrap`; ``args.optim`` may say the same, or stay at its default.
+        base: As for `lingrad.wrap`; ``args.optim`` may name the same one, or have its default.
         scale: As for `lingrad.wrap`.
         carry: As for `lingrad.wrap`.
         seed: Seed of everything random; ``args.seed`` unless given.
-        ledger: As for `lingrad.wrap`; on in adapter mode unless given, so that an adapter can be written at the end.
-        **options: Whatever else `lingrad.wrap` or `lingrad.adapt` takes, and options of the base. What is given here goes
-            before what ``args`` say.
+        ledger: As for `lingrad.wrap`; by default on in adapter mode, so that an adapter can be written at the end.
+        **options: Other options of `lingrad.wrap` or `lingrad.adapt`, and of the base. They override ``args``.
 
     Returns:
         ``{"optimizer_cls_and_kwargs": ...}``.
 
     Raises:
-        SpecError: A spec, rule or option is wrong; or ``args`` ask for something that would have no effect.
-        ModeError: ``args`` ask for something that cannot be had: sharding, DataParallel, layerwise steps with accumulation.
+        SpecError: A config string, rule or option is wrong; or ``args`` have something that would have no effect.
+        ModeError: ``args`` have something that is not supported: sharding, DataParallel, layerwise steps with accumulation.
         DependencyError: transformers, or the package of the base, is not installed.
     """
     optional("transformers", "lingrad.hf", "hf")
     require_one_of(mode, get_args(Mode), "mode")
     require_one_of(carry, get_args(Carry), "carry")
-    translated = isinstance(spec_or_rules, GaloreTargets)
-    if not callable(spec_or_rules):
-        parse_rules(spec_or_rules)
+    require(ledger in (None, True, False), "ledger", f"ledger must be True, False or None, not {ledger!r}")
+    if not callable(rules):
+        parse_rules(rules)
     for name in ("self_contained", "model"):
-        require(name not in options, name, f"'{name}' is what lingrad.hf sets; leave it out")
-    _check_args(args, base, translated=translated)
+        require(name not in options, name, f"'{name}' is set by lingrad.hf; leave it out")
+    _check_args(args, base, translated=isinstance(rules, GaloreTargets))
     _check_layerwise(args, layerwise=bool(options.get("layerwise")))
     _check_parallel(args)
     given = {"scale": scale, "carry": carry, "seed": seed, **options}
     _, of_base = Settings.split(options)
     optimizers.find(base, {**_of_the_base(args, base), **of_base}, decay=False, others=Settings.names())
-    settings = {"args": args, "rules": spec_or_rules, "mode": mode, "base": base, "ledger": ledger, "options": given}
+    settings = {"args": args, "rules": rules, "mode": mode, "base": base, "ledger": ledger, "options": given}
     return {"optimizer_cls_and_kwargs": (Factory, settings)}
 
 
 class Factory:
-    """What the Trainer calls, ``Factory()(model, **settings)``, because it is no Optimizer: it then hands out the model."""
+    """Called by the Trainer as ``Factory()(model, **settings)``: it passes the model to what is not an Optimizer class."""
 
     def __call__(
         self,
@@ -119,26 +120,26 @@ class Factory:
             base: See `trainer_kwargs`.
             ledger: See `trainer_kwargs`.
             options: The other arguments of `lingrad.wrap`.
-            decaying: Names of the parameters that decay; those that the Trainer would choose unless given.
+            decaying: Names of the parameters that decay; by default those that the Trainer chooses.
 
         Returns:
             The optimizer, in ``mode``.
 
         Raises:
-            ModeError: The model is sharded, or uses a transformed weight behind the back of its layer.
+            ModeError: The model is sharded, or uses a transformed weight without calling its layer.
         """
         if any(type(param).__name__ == "DTensor" for param in model.parameters()):
             raise ModeError("this model is sharded, which lingrad cannot train yet; use DistributedDataParallel")
         if decaying is None:
             trainer = optional("transformers", "lingrad.hf", "hf").Trainer
             decaying = trainer.get_decay_parameter_names(None, model)
-        plain: Rules = rules(model) if callable(rules) else rules
+        resolved: Rules = rules(model) if callable(rules) else rules
         settings = {"lr": args.learning_rate, "weight_decay": args.weight_decay, **_of_the_base(args, base), **options}
         settings["seed"] = args.seed if settings["seed"] is None else settings["seed"]
         if mode == "adapter":
-            optimizer = adapt(model, plain, base, ledger=ledger is not False, self_contained=True, **settings)
+            optimizer = adapt(model, resolved, base, ledger=ledger is not False, self_contained=True, **settings)
         else:
-            optimizer = wrap(model, plain, base, ledger=bool(ledger), **settings)
+            optimizer = wrap(model, resolved, base, ledger=bool(ledger), **settings)
         try:
             _check_head(model, optimizer, args)
             _check_reached(model, optimizer)
@@ -161,8 +162,8 @@ def _check_args(args: Any, base: optimizers.BaseLike, *, translated: bool) -> No
     training_arguments = optional("transformers", "lingrad.hf", "hf").TrainingArguments
     if not isinstance(args, training_arguments):
         raise SpecError(
-            f"args must be the TrainingArguments that the Trainer gets, not a {type(args).__name__}: "
-            "lingrad.hf.trainer_kwargs(spec, args)",
+            f"args must be the TrainingArguments of the Trainer, not a {type(args).__name__}: "
+            "lingrad.hf.trainer_kwargs(rules, args)",
             option="args",
         )
     if translated:
@@ -181,7 +182,7 @@ def _check_args(args: Any, base: optimizers.BaseLike, *, translated: bool) -> No
         raise SpecError(f"optim={optim!r} would have no effect: the base is {_named(base)}; {remedy}", option="optim")
     for name, instead in (
         ("optim_args", "pass options of the base to lingrad.hf.trainer_kwargs"),
-        ("optim_target_modules", "rules say which modules are transformed: {'*.self_attn.*': 'svd(rank=64)'}"),
+        ("optim_target_modules", "rules select the modules to transform: {'*.self_attn.*': 'svd(rank=64)'}"),
     ):
         if getattr(args, name, None) is not None:
             raise SpecError(f"{name}={getattr(args, name)!r} would have no effect; {instead}", option=name)
@@ -195,15 +196,15 @@ def _check_layerwise(args: Any, *, layerwise: bool) -> None:
             args.gradient_accumulation_steps != 1,
             "makes every backward a step; it cannot go with gradient_accumulation_steps other than 1",
         ),
-        (getattr(args, "fp16", False), "steps before a gradient scaler could object; use bf16 instead of fp16"),
-        (args.world_size > 1, "steps a weight before the processes could average its gradient; use one process"),
+        (getattr(args, "fp16", False), "steps before a gradient scaler can check for overflow; use bf16 instead of fp16"),
+        (args.world_size > 1, "steps a weight before the processes have averaged its gradient; use one process"),
     ):
         if wrong:
             raise ModeError(f"layerwise=True {why}, or leave layerwise out")
     if args.max_grad_norm:
         warnings.warn(
             f"max_grad_norm={args.max_grad_norm} has no effect with layerwise=True, where no two gradients exist at once; "
-            "TrainingArguments(max_grad_norm=0) says so",
+            "TrainingArguments(max_grad_norm=0) avoids this warning",
             UserWarning,
             stacklevel=3,
         )
@@ -216,23 +217,23 @@ def _check_parallel(args: Any) -> None:
         ("DeepSpeed", bool(args.deepspeed) or os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() in on),
     ):
         if used:
-            raise ModeError(f"lingrad cannot train with {name} yet; leave it out, and several processes share each step by DDP")
+            raise ModeError(f"lingrad cannot train with {name} yet; leave it out, and use several processes with DDP")
     if args.n_gpu > 1:
         raise ModeError(
-            f"the Trainer would put {args.n_gpu} GPUs into one DataParallel, whose copies of the model train nothing; "
-            "start one process for each with 'accelerate launch' or 'torchrun', or show one only: CUDA_VISIBLE_DEVICES=0"
+            f"the Trainer would put {args.n_gpu} GPUs into one DataParallel, whose copies of the model are not trained; "
+            "start one process for each with 'accelerate launch' or 'torchrun', or use one only: CUDA_VISIBLE_DEVICES=0"
         )
 
 
 def _of_the_base(args: Any, base: optimizers.BaseLike) -> dict[str, Any]:
-    """Betas and epsilon of the arguments: for every Adam, and wherever somebody has chosen them."""
+    """Betas and epsilon of the arguments: for every Adam, and for other bases where they were changed from the defaults."""
     found = optimizers.find(base, {}, decay=False)
-    own, beside = (set() if part is None else _options_of(part.factory) for part in (found, found.fallback))
+    own, fallback = (set() if part is None else _options_of(part.factory) for part in (found, found.fallback))
     betas = _changed(args, "adam_beta1") or _changed(args, "adam_beta2")
     epsilon = _changed(args, "adam_epsilon")
     adam = {"betas", "eps"} <= own
     for chosen, taken, words in (
-        (betas, "betas" in own | beside, f"adam_beta1={args.adam_beta1}, adam_beta2={args.adam_beta2}"),
+        (betas, "betas" in own | fallback, f"adam_beta1={args.adam_beta1}, adam_beta2={args.adam_beta2}"),
         (epsilon, adam, f"adam_epsilon={args.adam_epsilon}"),
     ):
         if chosen and not taken:
@@ -241,7 +242,7 @@ def _of_the_base(args: Any, base: optimizers.BaseLike) -> dict[str, Any]:
                 "TrainingArguments, and pass options of the base to lingrad.hf.trainer_kwargs"
             )
     options: dict[str, Any] = {}
-    if adam or (betas and "betas" in own | beside):
+    if adam or (betas and "betas" in own | fallback):
         options["betas"] = (args.adam_beta1, args.adam_beta2)
     if adam:
         options["eps"] = args.adam_epsilon
@@ -253,11 +254,11 @@ def _options_of(factory: Callable[..., Optimizer]) -> set[str]:
 
 
 def _named(base: optimizers.BaseLike) -> str:
-    return repr(base) if isinstance(base, str) else getattr(base, "__name__", type(base).__name__)
+    return repr(base) if isinstance(base, str) else optimizers.name_of(base)
 
 
 def _check_head(model: nn.Module, optimizer: SubspaceOptimizer, args: Any) -> None:
-    """TRL's SFTTrainer and liger's kernels multiply by the head's weight themselves, which a projected backward never sees."""
+    """Refuse a transformed head that TRL's SFTTrainer or liger's kernels multiply by without calling its layer."""
     forward = vars(model).get("forward")
     fused = forward is not None and "fused_lm_head" in signature(forward, follow_wrapped=False).parameters
     if not (fused or getattr(args, "use_liger_kernel", False)):
@@ -279,6 +280,6 @@ def _check_reached(model: nn.Module, optimizer: SubspaceOptimizer) -> None:
     for sub in optimizer.subspaces:
         if id(sub.coords) not in known:
             raise ModeError(
-                f"the coordinates of {sub.name} have no place in the model, where the Trainer would zero and clip their "
-                f"gradient; train it in full by a rule that comes first: {{'{sub.name}': 'none', ...}}"
+                f"the coordinates of {sub.name} are not among the model's parameters, where the Trainer would zero and clip "
+                f"their gradient; train it in full by a rule that comes first: {{'{sub.name}': 'none', ...}}"
             )

@@ -1,8 +1,8 @@
-"""Checkpoint folders of the Trainer: which are complete.
+"""Checkpoint folders of the Trainer: which of them are complete.
 
-The Trainer writes straight into ``checkpoint-N``: the model, the optimizer, the schedule, the state of the generators, and
-``trainer_state.json`` last. A process that is killed meanwhile leaves a folder that looks like any other, and
-``resume_from_checkpoint=True`` takes it.
+The Trainer writes directly into ``checkpoint-N``: the model, the optimizer, the schedule, the state of the random generators,
+and ``trainer_state.json`` last. If it is killed meanwhile, an incomplete folder is left that ``resume_from_checkpoint=True``
+would use.
 """
 
 from __future__ import annotations
@@ -14,9 +14,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from lingrad.errors import CheckpointError, optional
+from lingrad.errors import CheckpointError, DataError
+from lingrad.files.model_folder import WEIGHTS, weight_files
+from lingrad.files.tensorfile import TensorFile
 
 _NAME = re.compile(r"checkpoint-(\d+)")
+_PICKLED = "pytorch_model.bin"  # never loaded here, but the Trainer may have written it
 
 
 def last_checkpoint(output_dir: str | Path) -> str | None:
@@ -26,7 +29,7 @@ def last_checkpoint(output_dir: str | Path) -> str | None:
         output_dir: The run's ``output_dir``; need not exist.
 
     Returns:
-        The folder, or None where there is no complete one. Errors of the operating system come as they are.
+        The folder, or None where there is no complete one. Errors of the operating system are not translated.
     """
     folder = Path(output_dir)
     found = {int(match[1]): path for path in folder.glob("checkpoint-*") if (match := _NAME.fullmatch(path.name))}
@@ -43,13 +46,13 @@ def check_checkpoint(folder: str | Path) -> None:
         folder: A folder ``checkpoint-N``.
 
     Raises:
-        CheckpointError: It is not; the message names what is missing or cut short, and the last complete one beside it.
+        CheckpointError: It is not; the message names what is missing or truncated, and the last complete one.
     """
     folder = Path(folder)
     fault = missing_from(folder)
     if fault:
         other = last_checkpoint(folder.parent)
-        remedy = f"the last complete one is '{other}'" if other else "there is no complete one beside it"
+        remedy = f"the last complete one is '{other}'" if other else "there is no complete one in the same folder"
         raise CheckpointError(f"the checkpoint '{folder}' cannot be resumed from: {fault}; {remedy}")
 
 
@@ -60,22 +63,19 @@ def missing_from(folder: Path) -> str:
         folder: The folder.
 
     Returns:
-        The first fault, as half a sentence; nothing where it is complete.
+        The first fault, as a part of a sentence; empty where it is complete.
     """
     if not folder.is_dir():
         return "there is no such folder"
-    weights = [path for path in (folder / "model.safetensors", folder / "pytorch_model.bin") if path.is_file()]
-    for index in (folder / "model.safetensors.index.json", folder / "pytorch_model.bin.index.json"):
-        if index.is_file() and not weights:
-            try:
-                weights = [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
-            except (ValueError, KeyError, AttributeError):
-                return f"{index.name} is cut short or no index of weights"
+    try:
+        weights = weight_files(folder) or weight_files(folder, _PICKLED)
+    except DataError as error:
+        return str(error)
     if not weights:
-        return "there is no model.safetensors"
+        return f"there is no {WEIGHTS}"
     rng = sorted(folder.glob("rng_state*.pth")) or [folder / "rng_state.pth"]
     checked: list[tuple[Path, Callable[[Path], Any]]] = [
-        *((path, _open_safetensors if path.suffix == ".safetensors" else _open_zip) for path in weights),
+        *((folder / name, TensorFile if name.endswith(".safetensors") else _open_zip) for name in weights),
         *((path, _open_zip) for path in (folder / "optimizer.pt", folder / "scheduler.pt", *rng)),
         (folder / "trainer_state.json", _read_state),  # written last
     ]
@@ -84,22 +84,13 @@ def missing_from(folder: Path) -> str:
             return f"there is no {path.name}"
         try:
             read(path)
-        except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
-            return f"{path.name} is cut short or damaged ({error})"
+        except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:  # a DataError is a ValueError
+            return f"{path.name} is truncated or damaged ({error})"
     return ""
 
 
-def _open_safetensors(path: Path) -> None:
-    safetensors = optional("safetensors", "reading a checkpoint of the Trainer", "hf")
-    try:
-        with safetensors.safe_open(path, "pt") as file:  # compares the length with what the header says
-            file.keys()
-    except safetensors.SafetensorError as error:
-        raise ValueError(str(error)) from error
-
-
 def _open_zip(path: Path) -> None:
-    zipfile.ZipFile(path).close()  # reads the directory, which stands at the end
+    zipfile.ZipFile(path).close()  # reads the directory, which is at the end
 
 
 def _read_state(path: Path) -> None:

@@ -1,4 +1,4 @@
-"""What an optimizer's factory cannot do for a trainer: metrics in its logs, clipping by us, adapters beside saved models."""
+"""What needs a trainer of its own: metrics in the logs, lingrad's clipping, and adapters next to saved models."""
 
 from __future__ import annotations
 
@@ -24,25 +24,25 @@ from lingrad.peft.export import export
 
 READY_MADE = {"LingradTrainer": ("transformers", "Trainer", "hf"), "LingradSFTTrainer": ("trl", "SFTTrainer", "trl")}
 
-ADAPTER = "adapter"  # the folder beside a saved model
+ADAPTER = "adapter"  # a folder inside that of the saved model
 
 _Trainer: Any = object  # whatever comes after this class in a trainer's bases
 
 
 class TrainerMixin(_Trainer):  # type: ignore[misc]
-    """Goes before a trainer's class: ``class MyTrainer(lingrad.hf.TrainerMixin, Trainer)``.
+    """To be put before a trainer's class: ``class MyTrainer(lingrad.hf.TrainerMixin, Trainer)``.
 
     - ``lingrad/*`` in the logs of training; see `lingrad.hf.metrics`.
-    - ``max_grad_norm`` clips as ``opt.clip_grad_norm_`` does: on a refresh step by the norm in the basis the step will use.
+    - ``max_grad_norm`` clips as ``opt.clip_grad_norm_`` does: on a refresh step by the norm in the new basis.
     - ``save_model`` in adapter mode writes the plain model, and in ``adapter/`` a PEFT adapter that reproduces it.
-    - ``train(resume_from_checkpoint=True)`` takes the last complete checkpoint, and a broken one is refused with the reason.
-    - A model that bitsandbytes has quantized is let in, although it has no PEFT adapter.
+    - ``train(resume_from_checkpoint=True)`` uses the last complete checkpoint; a broken one is refused with the reason.
+    - A model quantized by bitsandbytes is accepted, although it has no PEFT adapter.
 
-    With any other optimizer it changes nothing.
+    With another optimizer it changes nothing.
 
     Attributes:
-        adapter_in_checkpoints: Whether checkpoints too, and not ``save_model`` only, get an adapter.
-        adapter_options: Options of `lingrad.peft.export` for it: ``{"base": "folder"}``, the model the run started from.
+        adapter_in_checkpoints: Whether checkpoints get an adapter too, not only what ``save_model`` writes.
+        adapter_options: Options of `lingrad.peft.export`: ``{"start": "folder"}``, the model the run started from.
     """
 
     adapter_in_checkpoints: bool = False
@@ -52,7 +52,7 @@ class TrainerMixin(_Trainer):  # type: ignore[misc]
     _no_adapter = ""  # why there can be none
 
     def __init__(self, model: Any = None, *args: Any, **kwargs: Any) -> None:
-        given = kwargs.pop("optimizer_cls_and_kwargs", None)  # which not every trainer's class hands on
+        given = kwargs.pop("optimizer_cls_and_kwargs", None)  # not every trainer's class passes it on
         with quantized_allowed(model):
             super().__init__(model, *args, **kwargs)
         if given is not None:
@@ -62,10 +62,10 @@ class TrainerMixin(_Trainer):  # type: ignore[misc]
         _check_plain(find_optimizer(self))
 
     def create_optimizer(self, model: nn.Module | None = None) -> Any:
-        """Make the optimizer, with what this trainer's own ``get_decay_parameter_names`` says of decay.
+        """Make the optimizer; which parameters decay is up to the trainer's ``get_decay_parameter_names``.
 
         Args:
-            model: The model, where it is not the trainer's.
+            model: The model; the trainer's by default.
 
         Returns:
             The optimizer.
@@ -80,7 +80,7 @@ class TrainerMixin(_Trainer):  # type: ignore[misc]
         """Train; see the Trainer.
 
         Args:
-            resume_from_checkpoint: A folder; or True for the last complete checkpoint in ``output_dir``.
+            resume_from_checkpoint: A folder, or True for the last complete checkpoint in ``output_dir``.
             *args: See the Trainer.
             **kwargs: See the Trainer.
 
@@ -89,13 +89,13 @@ class TrainerMixin(_Trainer):  # type: ignore[misc]
         """
         if self._uses_lingrad() and resume_from_checkpoint:
             if resume_from_checkpoint is True:
-                resume_from_checkpoint = last_checkpoint(self.args.output_dir) or True  # the Trainer says that there is none
+                resume_from_checkpoint = last_checkpoint(self.args.output_dir) or True  # the Trainer raises if there is none
             else:
                 check_checkpoint(resume_from_checkpoint)
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Log, with ``lingrad/*`` among what is logged of training.
+        """Log; what is logged during training gets ``lingrad/*`` added.
 
         Args:
             logs: What is logged.
@@ -120,17 +120,17 @@ class TrainerMixin(_Trainer):  # type: ignore[misc]
         return self._norm(optimizer, float("inf")) if grad_norm is None else grad_norm
 
     def _norm(self, optimizer: SubspaceOptimizer, max_norm: float) -> Tensor | None:
-        """The norm before clipping; None where gradients never exist together, so that none is logged."""
+        """The norm before clipping; None if layerwise, where gradients never exist together and none is logged."""
         if optimizer.settings.layerwise:
             return None
         self.accelerator.unscale_gradients()
         return optimizer.clip_grad_norm_(max_norm)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save the plain model and, in adapter mode, a PEFT adapter beside it, in ``adapter/``.
+        """Save the plain model and, in adapter mode, a PEFT adapter in its folder, in ``adapter/``.
 
         Args:
-            output_dir: The folder; ``args.output_dir`` unless given.
+            output_dir: The folder; ``args.output_dir`` by default.
             _internal_call: Whether this is for a checkpoint; see ``adapter_in_checkpoints``.
         """
         self._writes_adapter = not _internal_call or self.adapter_in_checkpoints
@@ -158,7 +158,7 @@ class TrainerMixin(_Trainer):  # type: ignore[misc]
         load_renamed(self.model, best)
         if optimizer.mode != "adapter":
             return
-        if (best / "optimizer.pt").is_file():  # coordinates, and what had been merged by then, go with the weights
+        if (best / "optimizer.pt").is_file():  # coordinates and ledger belong to the weights
             optimizer.load_state_dict(torch.load(best / "optimizer.pt", map_location="cpu", weights_only=True))
         else:
             self._no_adapter = f"the best model was loaded from '{best}', which has no optimizer.pt (save_only_model)"
@@ -170,13 +170,13 @@ class TrainerMixin(_Trainer):  # type: ignore[misc]
 
 @contextmanager
 def quantized_allowed(model: Any) -> Iterator[None]:
-    """While a Trainer is made, let it take a model that is quantized and has no PEFT adapter: lingrad trains one of its own.
+    """Let a Trainer be made with a quantized model that has no PEFT adapter: lingrad trains its own adapter.
 
-    The Trainer asks in its ``__init__`` only. `TrainerMixin` does this by itself; round a stock trainer it is
+    The Trainer checks this only in its ``__init__``. `TrainerMixin` uses this itself; with a plain trainer write
     ``with lingrad.hf.quantized_allowed(model): trainer = Trainer(model, ...)``.
 
     Args:
-        model: The model; any other is left alone.
+        model: The model; one that is not quantized is left as it is.
 
     Yields:
         Nothing.
@@ -204,12 +204,12 @@ def ready_made(name: str) -> Any:
         The class.
     """
     module, base, extra = READY_MADE[name]
-    stock = getattr(optional(module, f"lingrad.hf.{name}", extra), base)
-    return type(name, (TrainerMixin, stock), {"__module__": __name__, "__doc__": f"{base} with `TrainerMixin`."})
+    trainer = getattr(optional(module, f"lingrad.hf.{name}", extra), base)
+    return type(name, (TrainerMixin, trainer), {"__module__": __name__, "__doc__": f"{base} with `TrainerMixin`."})
 
 
 def _check_plain(optimizer: SubspaceOptimizer | None) -> None:
-    """What a trainer saves must be the plain model, W + S z, and not W with coordinates beside it."""
+    """Make sure that a trainer saves the plain model, W + S z, and not W without the coordinates."""
     if optimizer is not None and optimizer.mode == "adapter" and not optimizer.settings.self_contained:
         raise ModeError(
             "this optimizer is in adapter mode and was made without self_contained=True: the models and checkpoints that the "
@@ -219,7 +219,7 @@ def _check_plain(optimizer: SubspaceOptimizer | None) -> None:
 
 @contextmanager
 def _own_forward(model: nn.Module) -> Iterator[None]:
-    """Set aside a forward that accelerate (autocast) or TRL has put in the place of a model's own: PEFT computes without it."""
+    """Remove a forward by which accelerate (autocast) or TRL has replaced the model's, which PEFT does not use."""
     replaced = vars(model).pop("forward", None)
     try:
         yield
@@ -229,24 +229,23 @@ def _own_forward(model: nn.Module) -> Iterator[None]:
 
 
 def _write_adapter(optimizer: SubspaceOptimizer, folder: Path, no_adapter: str, options: Mapping[str, Any]) -> None:
-    """Export beside, then take the place of the adapter of an earlier save; say why where it cannot be."""
+    """Export to a temporary folder, then replace the adapter of an earlier save; warn where there can be no adapter."""
     fresh = folder.with_name(f".{folder.name}.new")
     shutil.rmtree(fresh, ignore_errors=True)
     why = no_adapter
     if not why and folder.exists() and not (folder / "adapter_config.json").is_file():
-        why = f"there is something at '{folder}' that is no adapter, and it is not overwritten"
+        why = f"'{folder}' is not an adapter's folder, and is not overwritten"
     if not why:
         try:
             export(optimizer, fresh, **{"quiet": True, **options})
         except LingradError as error:
             why = str(error)
-    if (folder / "adapter_config.json").is_file():  # of the model that was saved here before
+    if (folder / "adapter_config.json").is_file():  # written by an earlier save
         shutil.rmtree(folder)
     if why:
         warnings.warn(
-            f"'{folder.parent}' holds the whole model, but no adapter: {why}. "
-            f"'lingrad convert BASE {folder.parent} --out DIR' makes one from the weights before and after, and says how near "
-            "it comes",
+            f"'{folder.parent}' has the full model, but no adapter: {why}. 'lingrad convert START {folder.parent} --out DIR' "
+            "makes one from the weights before and after training, and reports how close it is",
             UserWarning,
             stacklevel=5,
         )

@@ -1,10 +1,10 @@
-"""Linear maps from a small space of coordinates to a weight: the one place that knows their products.
+"""Linear maps from a small space of coordinates to a weight; all products with bases are computed here.
 
 Layout: a weight is W [m, n] = [out, in]; coordinates are z [p, q]. A left basis P is [m, p], a right basis Q is [n, q],
 and ``lift(z) = P z Q^T``, a missing factor meaning the identity (then p = m, or q = n).
 
-The duality needs nothing but linearity (Torroba-Hennigen et al., ICML 2025, arXiv 2502.13811, section 3): orthonormal
-columns are welcome, never required.
+The duality needs linearity only (Torroba-Hennigen et al., ICML 2025, arXiv 2502.13811, section 3); bases need not have
+orthonormal columns.
 """
 
 from lingrad.maps.base import LinearMap as LinearMap

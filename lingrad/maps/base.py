@@ -1,4 +1,4 @@
-"""What every map offers, and the laws it keeps."""
+"""The interface of a linear map, and its laws."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lingrad.gradients.base import Gradient
 from lingrad.gradients.local import DenseGradient
 from lingrad.maps.factors import Factors
 
-ITERATIONS = 100  # of conjugate gradients at most; bases are well conditioned, and need one to twenty
+ITERATIONS = 100  # of conjugate gradients, at most; a well-conditioned basis needs 1 to 20
 
 
 class LinearMap(ABC):
@@ -44,20 +44,20 @@ class LinearMap(ABC):
     @property
     @abstractmethod
     def tensors(self) -> tuple[Tensor, ...]:
-        """The tensors the map holds."""
+        """The tensors that the map stores."""
 
     @property
     def inner(self) -> LinearMap:
-        """The map that is left for ``reduce(x)`` in place of x; this map itself where nothing can be reduced."""
+        """The map that acts on ``reduce(x)`` instead of x; this map itself if nothing can be reduced."""
         return self
 
     def reduce(self, x: Tensor) -> Tensor:
-        """All that the map's products need of a layer input: [..., n] -> [..., q] where a right factor allows it."""
+        """What the map's products need of a layer input: [..., n] -> [..., q] if a right factor allows it."""
         return x
 
     @property
     def core(self) -> LinearMap:
-        """The map that is left for ``reduce(x)`` and ``T.reduce(dY)`` in place of x and dY."""
+        """The map that acts on ``reduce(x)`` and ``T.reduce(dY)`` instead of x and dY."""
         return self.inner.T.inner.T
 
     def apply(self, x: Tensor, coords: Tensor) -> Tensor:
@@ -77,13 +77,13 @@ class LinearMap(ABC):
         weight.add_(self.lift(coords))
 
     def lifts_cheaper(self, tokens: int, shape: tuple[int, int]) -> bool:
-        """Whether a layer that acts as W + S z has fewer products to compute if it forms that matrix.
+        """Whether a layer with the weight W + S z computes less if it forms that matrix.
 
-        It then forms it in its forward and again in its backward; else it applies the map to the tokens and to their
-        gradients. What the gradient of the coordinates takes anyway, x and dY reduced, is not counted.
+        It then forms it in the forward and again in the backward; otherwise it applies the map to the tokens and to their
+        gradients. The reductions of x and dY are not counted, since the gradient of the coordinates needs them in any case.
 
         Args:
-            tokens: How many.
+            tokens: Number of tokens.
             shape: (m, n).
 
         Returns:
@@ -98,7 +98,7 @@ class LinearMap(ABC):
             coords: z [p, q].
 
         Returns:
-            The two; one of them the identity unless a map knows thinner ones.
+            The two. Here one of them is the identity; a map with thinner factors overrides this.
         """
         lifted = self.lift(coords)
         m, n = lifted.shape
@@ -106,7 +106,7 @@ class LinearMap(ABC):
         return Factors(lifted, eye) if m >= n else Factors(eye, lifted)
 
     def norm(self, coords: Tensor) -> Tensor:
-        """|S z|_F, 0-d; without the lift where the map allows it."""
+        """|S z|_F, 0-d; without forming the lift if the map allows it."""
         norm: Tensor = torch.linalg.vector_norm(self.lift(coords))
         return norm
 
@@ -117,11 +117,11 @@ class LinearMap(ABC):
             matrix: [m, n], at least float32.
 
         Returns:
-            z [p, q]; of an orthonormal map it is ``project(matrix)``, found in one iteration. Of a map whose condition is so
-            bad that 100 are not enough, coordinates that are nearer than zero.
+            z [p, q]; for an orthonormal map ``project(matrix)``, after one iteration. If a map is so ill-conditioned that 100
+            iterations are not enough, z is only nearer than zero.
         """
-        left = matrix.clone()
-        step = slope = self.project(left).to(matrix.dtype)
+        residual = matrix.clone()
+        step = slope = self.project(residual).to(matrix.dtype)
         found, size = torch.zeros_like(slope), float(slope.square().sum())
         floor = size * (4 * torch.finfo(matrix.dtype).eps) ** 2
         for _ in range(min(slope.numel(), ITERATIONS)):
@@ -130,18 +130,18 @@ class LinearMap(ABC):
             if size <= floor or steepness == 0.0:
                 break
             length = size / steepness
-            found, left = found + length * step, left.sub_(lift, alpha=length)
-            slope = self.project(left).to(matrix.dtype)
+            found, residual = found + length * step, residual.sub_(lift, alpha=length)
+            slope = self.project(residual).to(matrix.dtype)
             size, before = float(slope.square().sum()), size
             step = slope + size / before * step
         return found
 
     def transport(self, old: LinearMap, coords: Tensor) -> Tensor:
-        """S^T S_old z: coordinates of another map's lift under this one (the ``rotate`` carry), [p, q]."""
+        """S^T S_old z: another map's lift, projected by this one (``carry="rotate"``), [p, q]."""
         return self.project(old.lift(coords))
 
     def transport_squares(self, old: LinearMap, squares: Tensor) -> Tensor:
-        """The matching transport of elementwise second moments: (C o C) v for C = S^T S_old, which keeps v >= 0.
+        """The corresponding transport of elementwise second moments: (C o C) v for C = S^T S_old, which keeps v >= 0.
 
         This is the variance of C g for a g with uncorrelated entries of variance v.
 
@@ -150,7 +150,7 @@ class LinearMap(ABC):
             squares: v [p, q], non-negative.
 
         Raises:
-            DualityError: The map has no cheap elementwise square; one that has returns [p, q], non-negative.
+            DualityError: The map has no cheap elementwise square. One that has returns [p, q], non-negative.
         """
         raise DualityError(
             f"carry='rotate' needs the square of S_new^T S_old, which {type(self).__name__} does not offer; "
@@ -159,5 +159,5 @@ class LinearMap(ABC):
 
 
 def as_gradient(grad: Gradient | Tensor) -> Gradient:
-    """Read a plain matrix [m, n] as a gradient."""
+    """A matrix [m, n] as a gradient; a gradient is returned as it is."""
     return DenseGradient(grad) if isinstance(grad, Tensor) else grad

@@ -1,4 +1,4 @@
-"""A change of one weight as a product of two thin matrices, and what can be done without forming it."""
+"""A change of one weight as a product of two thin matrices, and operations that do not form it."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lingrad.errors import ShapeError
+from lingrad.tensors import nbytes
 
 
 @dataclass(frozen=True, eq=False)
@@ -20,7 +21,7 @@ class Factors:
         right: [r, n].
 
     Raises:
-        ShapeError: The two do not fit together.
+        ShapeError: The two have no product.
     """
 
     left: Tensor
@@ -46,8 +47,8 @@ class Factors:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of both."""
-        return sum(t.numel() * t.element_size() for t in (self.left, self.right))
+        """Bytes of both factors."""
+        return nbytes(self.left, self.right)
 
     @property
     def T(self) -> Factors:  # noqa: N802 - the name torch and numpy give a transpose
@@ -64,20 +65,20 @@ class Factors:
 
 
 def stack(parts: Sequence[Factors]) -> Factors:
-    """The sum of changes of one weight: columns beside columns, rows below rows, nothing lost.
+    """The exact sum of changes of one weight: columns next to columns, rows below rows.
 
     Args:
-        parts: At least one, of one shape.
+        parts: One change or more, of one shape.
 
     Returns:
         Factors whose rank is the sum of theirs.
 
     Raises:
-        ShapeError: There is none, or their shapes differ.
+        ShapeError: There are none, or their shapes differ.
     """
     shapes = {part.shape for part in parts}
     if len(shapes) != 1:
-        raise ShapeError(f"changes of one shape were expected, and found {sorted(shapes) or 'none'}")
+        raise ShapeError(f"expected changes of one shape, found {sorted(shapes) or 'none'}")
     if len(parts) == 1:
         return parts[0]
     return Factors(torch.cat([part.left for part in parts], 1), torch.cat([part.right for part in parts], 0))
@@ -88,21 +89,21 @@ def compress(factors: Factors, *, rank: int | None = None, tolerance: float = 0.
 
     Args:
         factors: The change.
-        rank: The most columns that may stay; None for as many as it takes.
-        tolerance: Singular values up to this share of the largest are dropped; never fewer than those that float64 cannot
-            tell from zero. At least one column stays.
+        rank: Largest rank of the result; None means no limit.
+        tolerance: Singular values up to this fraction of the largest are dropped, and in any case those at the rounding error
+            of float64. At least one column remains.
 
     Returns:
         The factors, with singular values divided evenly between the two sides, in the dtype of ``factors``; and the norm of
-        what was dropped, as a share of that of the whole (0 where the change is zero).
+        what was dropped relative to the norm of the change (0 if the change is zero).
     """
     dtype = factors.left.dtype
     (q, r), (s, t) = (torch.linalg.qr(side.double()) for side in (factors.left, factors.right.t()))
     u, values, vh = torch.linalg.svd(r @ t.t(), full_matrices=False)
     floor = max(tolerance, max(factors.shape) * torch.finfo(torch.float64).eps)
-    kept = max(1, int((values > floor * values[0]).sum()))
-    kept = kept if rank is None else min(kept, rank)
-    root = values[:kept].sqrt()
+    count = max(1, int((values > floor * values[0]).sum()))
+    count = count if rank is None else min(count, rank)
+    root = values[:count].sqrt()
     total = float(values.norm())
-    dropped = float(values[kept:].norm()) / total if total else 0.0
-    return Factors(((q @ u[:, :kept]) * root).to(dtype), (root[:, None] * (s @ vh[:kept].t()).t()).to(dtype)), dropped
+    dropped = float(values[count:].norm()) / total if total else 0.0
+    return Factors(((q @ u[:, :count]) * root).to(dtype), (root[:, None] * (s @ vh[:count].t()).t()).to(dtype)), dropped

@@ -15,13 +15,13 @@ from lingrad.maps.base import LinearMap, as_gradient
 from lingrad.maps.factors import Factors
 from lingrad.tensors import cast
 
-BLOCK = 2**22  # numbers of a lift that are formed at a time
+BLOCK = 2**22  # elements of a lift that are formed at a time
 
 
 @final
 @dataclass(frozen=True, eq=False)
 class KroneckerMap(LinearMap):
-    """``lift(z) = left @ z @ right.T``: left, right and two-sided bases are the same lines with a None.
+    """``lift(z) = left @ z @ right.T``; a one-sided map has None on the other side.
 
     Args:
         left: P [m, p], or None for the identity.
@@ -43,7 +43,7 @@ class KroneckerMap(LinearMap):
     def factors(self, coords: Tensor) -> Factors:
         left, right = (None if side is None else cast(side, coords.dtype) for side in (self.left, self.right))
         if left is not None and right is not None:
-            thin = left.shape[1] <= right.shape[1]  # the product of the middle goes to the side that stays thinner
+            thin = left.shape[1] <= right.shape[1]  # the rank is the smaller of the two
             return Factors(left, coords @ right.t()) if thin else Factors(left @ coords, right.t())
         if left is not None:
             return Factors(left, coords)
@@ -70,7 +70,7 @@ class KroneckerMap(LinearMap):
 
     @cached_property
     def _inner(self) -> KroneckerMap:
-        return KroneckerMap(self.left, None)  # itself, kept by itself, would never be freed by its count of references
+        return KroneckerMap(self.left, None)  # never self: a map cached on itself is a cycle that reference counts never free
 
     @property
     @override
@@ -121,8 +121,8 @@ class KroneckerMap(LinearMap):
     def add_lift_(self, weight: Tensor, coords: Tensor) -> None:
         factors = self._factors(coords)
         if len(factors) == 1 or any(f.dtype != weight.dtype for f in factors):
-            # mixed dtypes: lifted in the coords' dtype and rounded once, in the sum; in blocks of rows, since the lift of a
-            # bfloat16 weight takes twice its memory
+            # mixed dtypes: lifted in the coords' dtype and rounded once, in the sum; in blocks of rows, since a float32 lift
+            # takes twice the memory of a bfloat16 weight
             rows = max(1, BLOCK // weight.shape[1])
             for start in range(0, len(weight), rows):
                 block = slice(start, start + rows)

@@ -1,4 +1,4 @@
-"""Bases as choices of rows and columns."""
+"""Bases that select rows and columns."""
 
 from __future__ import annotations
 

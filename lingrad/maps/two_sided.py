@@ -77,7 +77,7 @@ def two_sided(left: LinearMap, right: LinearMap) -> LinearMap:
         right: A map with no left factor.
 
     Returns:
-        One `KroneckerMap` where both are, since its products are the cheaper ones; otherwise a `TwoSidedMap`.
+        A `KroneckerMap` if both are, since its products are cheaper; otherwise a `TwoSidedMap`.
     """
     if isinstance(left, KroneckerMap) and isinstance(right, KroneckerMap):
         return KroneckerMap(left.left, right.right)

@@ -13,7 +13,7 @@ import torch
 
 from lingrad.config.rules import parse_rules
 from lingrad.config.settings import Mode
-from lingrad.console import align
+from lingrad.console import columns
 from lingrad.errors import DependencyError, MemoryModelError, SpecError, require, require_one_of
 from lingrad.memory import runs
 from lingrad.memory.estimate import Estimate
@@ -125,7 +125,7 @@ class Comparison:
             verdict = "" if report.fits is None else "fits" if report.fits else "does NOT fit"
             reserved = "-" if report.reserved is None else readable(report.reserved)
             rows.append((label, readable(report.peak), readable(report.steady), reserved, verdict))
-        lines = ["  ".join(row).rstrip() for row in align(rows, right=[False, True, True, True, False])]
+        lines = columns(rows, right=[False, True, True, True, False])
         return "\n".join([*lines, *(f"left out: {label} ({why})" for label, why in self.left_out.items())])
 
     def to_json(self) -> str:

@@ -14,15 +14,15 @@ from torch import nn
 
 from lingrad import optimizers
 from lingrad.config.rules import Rules
-from lingrad.config.settings import Mode, Settings
-from lingrad.config.sharing import Place, Share, places
+from lingrad.config.settings import Mode, Settings, Share
+from lingrad.config.sharing import GroupedTarget, group_targets
 from lingrad.config.targets import resolve_model
-from lingrad.console import align
+from lingrad.console import columns
 from lingrad.errors import require_one_of
 from lingrad.files.atomic import write_whole
 from lingrad.memory.log import CATEGORIES
 from lingrad.memory.units import readable
-from lingrad.tensors import TensorSpec, wide
+from lingrad.tensors import TensorSpec, nbytes, storage, wide
 from lingrad.weights.bitsandbytes import packed_of
 
 SHARED = "(shared by all)"
@@ -99,9 +99,8 @@ class Estimate:
         rows.append(("between steps", f"{self.steady:,}", readable(self.steady)))
         if "activations" in totals:
             rows.append(("saved by transformed layers", f"{totals['activations']:,}", readable(totals["activations"])))
-        header, *lines = align(rows, right=[False, True, True])
         text = [f"{self.parameters:,} parameters, {self.trained:,} elements are stepped by the base optimizer", ""]
-        return "\n".join([*text, *("  ".join(line).rstrip() for line in (header, *lines))])
+        return "\n".join([*text, *columns(rows, right=[False, True, True])])
 
     def to_json(self, path: str | Path | None = None) -> str:
         """The estimate as JSON.
@@ -148,34 +147,33 @@ def estimate(
     require_one_of(mode, get_args(Mode), "mode")
     _, base_options = Settings.split(options)
     found = optimizers.find(base, base_options, decay=False, others=Settings.names())
-    rest = found.fallback or found
+    fallback = found.fallback or found
     plan = resolve_model(model, rules)
-    placed = {id(place.target.param): place for place in places(plan.targets, share)}
+    grouped = {id(each.target.param): each for each in group_targets(plan.targets, share)}
     full = {id(param) for _, param in plan.full}
     rows = []
     trained = quantised = 0
     seen: set[int] = set()
     for name, param in model.named_parameters():
-        nbytes = param.numel() * param.element_size()
-        place = placed.get(id(param))
-        if place is not None:
-            moments = found.moments(place.coords, wide(place.target.like.dtype))
-            rows.append(_transformed(place, moments, mode, _new(place, seen), tokens=tokens, layerwise=layerwise))
-            trained += prod(place.coords)
+        own = grouped.get(id(param))
+        if own is not None:
+            moments = found.moments(own.coords, wide(own.target.template.dtype))
+            rows.append(_transformed(own, moments, mode, _new(own, seen), tokens=tokens, layerwise=layerwise))
+            trained += prod(own.coords)
         elif id(param) in full:
-            moments = rest.moments(tuple(param.shape), param.dtype)
-            rows.append(ParameterBytes(name, weight=nbytes, gradient=0 if layerwise else nbytes, moments=_sum(moments)))
+            size, moments = nbytes(param), fallback.moments(tuple(param.shape), param.dtype)
+            rows.append(ParameterBytes(name, weight=size, gradient=0 if layerwise else size, moments=_sum(moments)))
             trained += param.numel()
         else:
-            rows.append(ParameterBytes(name, frozen=nbytes))
+            rows.append(ParameterBytes(name, frozen=nbytes(param)))
             continue
         quantised += any(moment.dtype == torch.uint8 for moment in moments)
-    buffers = {buffer.untyped_storage()._cdata: (name, buffer) for name, buffer in model.named_buffers()}
+    buffers = {storage(buffer): (name, buffer) for name, buffer in model.named_buffers()}
     rows += [ParameterBytes(name, buffer=buffer.untyped_storage().nbytes()) for name, buffer in buffers.values()]
     if found.name in CODE_BOOKS and quantised:
         rows.append(ParameterBytes(SHARED, moments=CODE_BOOKS[found.name] * (quantised if layerwise else 1)))
     elements = sum(
-        prod(placed[id(param)].target.layout.shape) if id(param) in placed else param.numel() for param in model.parameters()
+        prod(grouped[id(param)].target.layout.shape) if id(param) in grouped else param.numel() for param in model.parameters()
     )
     return Estimate(tuple(rows), elements, trained)
 
@@ -184,29 +182,29 @@ def _sum(tensors: list[TensorSpec]) -> int:
     return sum(tensor.nbytes for tensor in tensors)
 
 
-def _new(place: Place, seen: set[int]) -> int:
+def _new(grouped: GroupedTarget, seen: set[int]) -> int:
     """Bytes of a weight that are not in `seen` yet: quantised weights may share code books."""
-    target = place.target
+    target = grouped.target
     tensors = packed_of(target.owners[0][0], target.name).tensors() if target.route == "packed" else [target.param]
-    fresh = {t.untyped_storage()._cdata: t for t in tensors if t.untyped_storage()._cdata not in seen}
+    fresh = {storage(tensor): tensor for tensor in tensors if storage(tensor) not in seen}
     seen |= fresh.keys()
-    return sum(tensor.numel() * tensor.element_size() for tensor in fresh.values())
+    return nbytes(*fresh.values())
 
 
 def _transformed(
-    place: Place, moments: list[TensorSpec], mode: Mode, weight: int, *, tokens: int, layerwise: bool
+    grouped: GroupedTarget, moments: list[TensorSpec], mode: Mode, weight: int, *, tokens: int, layerwise: bool
 ) -> ParameterBytes:
-    target, like = place.target, place.target.like
-    p, q = place.coords
-    dtype = wide(like.dtype)
-    nbytes = p * q * dtype.itemsize
-    saved = q * tokens * like.element_size() if target.route != "weight" and place.leads else 0
+    target, template = grouped.target, grouped.target.template
+    p, q = grouped.coords
+    dtype = wide(template.dtype)
+    size = p * q * dtype.itemsize
+    saved = q * tokens * template.element_size() if target.route != "weight" and grouped.is_first else 0
     return ParameterBytes(
         target.name,
         weight=weight,
-        coords=nbytes if mode == "adapter" else dtype.itemsize,
-        coords_gradient=0 if layerwise else nbytes,
-        basis=_sum(target.transform.storage(place.shape, like.dtype)) if place.leads else 0,
+        coords=size if mode == "adapter" else dtype.itemsize,
+        coords_gradient=0 if layerwise else size,
+        basis=_sum(target.transform.storage(grouped.shape, template.dtype)) if grouped.is_first else 0,
         moments=_sum(moments),
         activations=saved,
     )

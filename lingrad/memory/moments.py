@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lingrad.console import align
+from lingrad.console import columns
 from lingrad.engine.optimizer import SubspaceOptimizer
 from lingrad.optimizers.base import Base
 from lingrad.optimizers.eight_bit import SCALES, SMALLEST
@@ -79,7 +79,7 @@ class MomentReport:
         if self.books:
             rows.append(("", "", "", f"{self.books:,}", "code books"))
         head = "after the first step there will be\n" if self.expected else ""
-        lines = ["  ".join(line).rstrip() for line in align(rows, right=[True] * 4 + [False])]
+        lines = columns(rows, right=[True] * 4 + [False])
         return head + "\n".join(lines)
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from lingrad.console import align
+from lingrad.console import columns
 from lingrad.files.atomic import write_whole
 from lingrad.memory.cuda.allocator import replay
 from lingrad.memory.cuda.snapshot import to_snapshot, write_snapshot
@@ -106,12 +106,11 @@ class MemoryReport:
             text.append(f"the allocator takes {readable(self.reserved)} from the device{rounded}")
         if self.capacity is not None:
             text.append(f"{'fits' if self.fits else 'does NOT fit'} in {readable(self.capacity)}")
-        header, *lines = align(rows, right=[False, True, True, True])
-        text += ["", "  ".join(header), "  ".join("-" * len(cell) for cell in header), *("  ".join(line) for line in lines), ""]
+        text += ["", *columns(rows, right=[False, True, True, True], rule=True), ""]
         text.append("peak by phase  " + ", ".join(f"{phase} {readable(n)}" for phase, n in self.by_phase.items()))
         text += ["", "largest at the peak"]
         tops = [(readable(top.nbytes), top.category, top.op or "(before the run)", top.phase) for top in self.top]
-        text += ["  " + "  ".join(line).rstrip() for line in align(tops, right=[True, False, False, False])] if tops else []
+        text += ["  " + line for line in columns(tops, right=[True, False, False, False])]
         if self.assumptions:
             text += ["", "assumed", *(f"  - {assumption}" for assumption in self.assumptions)]
         return "\n".join(text)

@@ -1,7 +1,8 @@
-"""Base optimizers: what steps the coordinates and whatever trains in full."""
+"""Base optimizers, which step the coordinates and the parameters that train in full."""
 
 from lingrad.optimizers.base import Base as Base
 from lingrad.optimizers.base import BaseLike as BaseLike
 from lingrad.optimizers.base import Choice as Choice
 from lingrad.optimizers.base import find as find
+from lingrad.optimizers.base import name_of as name_of
 from lingrad.optimizers.base import names as names

@@ -1,6 +1,6 @@
-"""Base optimizers: stock classes, found by name, that step the coordinates and whatever trains in full.
+"""Base optimizers: existing classes, found by name, that step the coordinates and the parameters that train in full.
 
-A base is used as it is; nothing here subclasses one. What the duality asks of it `lingrad.optimizers.checks` finds out.
+A base is used unmodified; nothing here subclasses one. `lingrad.optimizers.checks` tests what the duality requires of it.
 """
 
 from __future__ import annotations
@@ -18,52 +18,52 @@ from torch.optim import optimizer as torch_optimizer
 
 from lingrad.errors import DualityError, SpecError, did_you_mean, optional
 from lingrad.optimizers.eight_bit import QuantizedOptimizer, Quantizer, find_quantizer
-from lingrad.optimizers.table import STOCK, Row, Stock
+from lingrad.optimizers.table import BUILT_IN, BuiltIn, StateRow
 from lingrad.tensors import TensorSpec
 
-_OURS = ("moments", "min_8bit_size")  # options of any base that are not its own
+_OF_ANY_BASE = ("moments", "min_8bit_size")  # options of every base, read by lingrad
 
 BaseLike = str | type[Optimizer] | Callable[..., Optimizer]
 
 
 @dataclass(frozen=True)
 class Base:
-    """A base optimizer that is chosen but not yet built.
+    """A base optimizer that is chosen but not built yet.
 
     Args:
-        name: What messages call it.
+        name: Its name in messages.
         factory: The optimizer class, or any callable ``factory(params, **options)``.
         options: Keyword arguments for the factory.
-        fallback: The base that steps untransformed parameters, where this one cannot; None means this one.
-        row: Its row in the memory ledger, if it has one.
-        quantizer: How its moments are held between steps, where not as they are.
+        fallback: The base that steps the parameters that train in full; None means this one.
+        row: Its state for a parameter, as the memory estimate counts it; None means that of a dry run.
+        quantizer: How its moments are stored between steps; None means unquantised.
     """
 
     name: str
     factory: Callable[..., Optimizer]
     options: Mapping[str, Any] = field(default_factory=dict)
     fallback: Base | None = None
-    row: Row | None = None
+    row: StateRow | None = None
     quantizer: Quantizer | None = None
 
     @property
     def unquantised(self) -> Base:
-        """The same base with its moments as they are."""
+        """The same base with unquantised moments."""
         return self if self.quantizer is None else replace(self, quantizer=None)
 
     def moments(self, shape: tuple[int, ...], dtype: torch.dtype) -> list[TensorSpec]:
-        """What the base keeps of one parameter on its device, tensor by tensor: its row in the memory ledger.
+        """The optimizer state of one parameter on its device, as the memory estimate counts it.
 
         Args:
             shape: The parameter's shape.
             dtype: Its dtype.
 
         Returns:
-            The tensors, as on CUDA; of a base without a row of its own, those of a step on the meta device. What all
-            parameters share, such as the code book of 8-bit moments, is not among them.
+            Its tensors, as on CUDA; for a base without ``row``, those of a step on the meta device. Tensors that all
+            parameters share, such as the code book of 8-bit moments, are not included.
         """
         if self.quantizer is not None:
-            return self.quantizer.stored(self.unquantised.moments(shape, dtype))
+            return self.quantizer.encoded_specs(self.unquantised.moments(shape, dtype))
         if self.row is not None:
             return self.row(shape, dtype, self.options)
         found = self.state_of(torch.empty(shape, dtype=dtype, device="meta"))
@@ -76,11 +76,11 @@ class Base:
             params: Parameters or param groups, as any ``torch.optim.Optimizer`` takes them.
 
         Returns:
-            The stock optimizer; fused where torch offers it and nobody asked otherwise; in a wrapper where its moments are
-            quantised.
+            The optimizer; fused if torch supports it and no option says otherwise; in a `QuantizedOptimizer` if its moments
+            are quantised.
 
         Raises:
-            SpecError: The factory refuses its options, or makes no optimizer.
+            SpecError: The factory refuses its options, or returns no optimizer.
         """
         params = list(params)
         options = dict(self.options)
@@ -93,30 +93,30 @@ class Base:
             given = ", ".join(f"{key}={value!r}" for key, value in self.options.items())
             raise SpecError(f"base '{self.name}' refused its options ({given}): {error or type(error).__name__}") from error
         if not isinstance(optimizer, Optimizer):
-            raise SpecError(f"base '{self.name}' made a {type(optimizer).__name__}; expected a torch.optim.Optimizer")
+            raise SpecError(f"base '{self.name}' returned a {type(optimizer).__name__}; expected a torch.optim.Optimizer")
         return optimizer if self.quantizer is None else QuantizedOptimizer(optimizer, self.quantizer)
 
     def unfused(self) -> Base:
-        """The same base without a fused kernel, which compilers do not see into; a choice of the user's stays."""
+        """The same base without a fused kernel, which compilers cannot trace; an option that the user set stays."""
         chosen = {"fused", "foreach", "capturable", "differentiable"} & self.options.keys()
         fallback = None if self.fallback is None else self.fallback.unfused()
         options = self.options if chosen or not _fused_on(self.factory) else {**self.options, "fused": False}
         return replace(self, options=options, fallback=fallback)
 
     def state_of(self, param: Tensor) -> dict[str, Any]:
-        """What the optimizer keeps of a parameter after its first step, of no meaning but in names, dtypes and shapes.
+        """The optimizer state of a parameter after a first step; only its names, dtypes and shapes have a meaning.
 
         Args:
-            param: The parameter; not touched.
+            param: The parameter; not modified.
 
         Returns:
             Its state entries.
         """
-        trial = nn.Parameter(torch.zeros_like(param))
-        trial.grad = torch.zeros_like(trial)
-        optimizer = self.build([trial])
+        dummy = nn.Parameter(torch.zeros_like(param))
+        dummy.grad = torch.zeros_like(dummy)
+        optimizer = self.build([dummy])
         optimizer.step()
-        return dict(optimizer.state[trial])
+        return dict(optimizer.state[dummy])
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,7 @@ class Choice:
         """Find the base.
 
         Args:
-            **defaults: Options that hold unless the choice names them itself.
+            **defaults: Options that are used unless the choice sets them.
 
         Returns:
             The base, its options checked.
@@ -144,8 +144,8 @@ class Choice:
 
 
 def names() -> list[str]:
-    """The names `find` knows."""
-    return sorted(STOCK)
+    """The names that `find` accepts."""
+    return sorted(BUILT_IN)
 
 
 def find(base: BaseLike, options: Mapping[str, Any], *, decay: bool = True, others: Collection[str] = ()) -> Base:
@@ -153,59 +153,66 @@ def find(base: BaseLike, options: Mapping[str, Any], *, decay: bool = True, othe
 
     Args:
         base: A name from `names`, a ``torch.optim.Optimizer`` class, or a callable ``factory(params, **options)``.
-        options: Keyword arguments for it; of any base also ``moments``, ``8bit`` or ``8bit_linear``, which holds its moments as
-            `lingrad.optimizers.eight_bit` says, and ``min_8bit_size``, from how many numbers of a tensor on (4096).
+        options: Keyword arguments for it. Any base also takes ``moments``, ``8bit`` or ``8bit_linear``, to store its moments as
+            `lingrad.optimizers.eight_bit` describes, and ``min_8bit_size``, the fewest elements of a tensor that is quantised
+            (4096).
         decay: False switches off the decay inside the base, because the engine decays.
-        others: Names of options that the caller takes itself, to tell the nearest of all where one is misspelt.
+        others: Names of options that the caller takes; a misspelt option is compared with these too.
 
     Returns:
         The base, its options checked against its signature.
 
     Raises:
         SpecError: The name or one of the options is unknown.
-        DualityError: A factory brings a decay of its own.
-        DependencyError: The package that holds the base is not installed.
+        DualityError: A factory has a weight decay of its own.
+        DependencyError: The package of the base is not installed.
     """
-    stock = Stock("")
+    built_in = BuiltIn("")
     if isinstance(base, str):
-        if base not in STOCK:
+        if base not in BUILT_IN:
             raise SpecError(
                 f"unknown base optimizer '{base}'{did_you_mean(base, names())} "
                 f"Known: {', '.join(names())}; or pass an optimizer class or a factory."
             )
-        name, stock = base, STOCK[base]
-        factory: Callable[..., Optimizer] = _load(name, stock)
+        name, built_in = base, BUILT_IN[base]
+        factory: Callable[..., Optimizer] = _load(name, built_in)
     elif callable(base):
-        name, factory = getattr(base, "__name__", type(base).__name__), base
+        name, factory = name_of(base), base
     else:
         raise SpecError(f"base must be a name, an optimizer class or a factory, not {base!r}")
-    accepted = _options_of(factory)
-    beside = _options_of(_load(stock.fallback, STOCK[stock.fallback])) if stock.fallback is not None else ()
-    ours = {key: value for key, value in options.items() if key in _OURS and not any(key in of for of in (accepted, beside))}
-    options = {key: value for key, value in options.items() if key not in ours}
-    _check_options(name, [*accepted, *beside], options, others)
-    merged = {**stock.options, **{k: v for k, v in options.items() if _takes(accepted, k)}}
+    fallback = built_in.fallback
+    accepted = _option_names(factory)
+    known = [*accepted, *(() if fallback is None else _option_names(_load(fallback, BUILT_IN[fallback])))]
+    general = {key: value for key, value in options.items() if key in _OF_ANY_BASE and key not in known}
+    options = {key: value for key, value in options.items() if key not in general}
+    _check_options(name, known, options, others)
+    merged = {**built_in.options, **{k: v for k, v in options.items() if _takes(accepted, k)}}
     if not decay and "weight_decay" in accepted:
         _refuse_own_decay(name, factory)
         merged["weight_decay"] = 0.0
-    found = Base(name, factory, merged, row=stock.moments)
-    found = replace(found, quantizer=find_quantizer(ours, name, found.build))
-    if stock.fallback is None:
+    found = Base(name, factory, merged, row=built_in.moments)
+    found = replace(found, quantizer=find_quantizer(general, name, found.build))
+    if fallback is None:
         return found
-    # one learning rate serves both; any other option belongs to the base itself, or else to the one beside it
-    kept = {k: v for k, v in options.items() if k == "lr" or k not in accepted}
-    return replace(found, fallback=find(stock.fallback, {**kept, **ours}, decay=decay))
+    # both have one learning rate; any other option belongs to the base if it takes it, otherwise to the fallback
+    left = {k: v for k, v in options.items() if k == "lr" or k not in accepted}
+    return replace(found, fallback=find(fallback, {**left, **general}, decay=decay))
 
 
-def _load(name: str, stock: Stock) -> Callable[..., Optimizer]:
-    module, _, attribute = stock.path.rpartition(".")
-    factory: Callable[..., Optimizer] = getattr(optional(module, f"base '{name}'", stock.extra), attribute)
+def name_of(base: BaseLike) -> str:
+    """The name of a base in messages: the one given, or that of the class or factory."""
+    return base if isinstance(base, str) else getattr(base, "__name__", type(base).__name__)
+
+
+def _load(name: str, built_in: BuiltIn) -> Callable[..., Optimizer]:
+    module, _, attribute = built_in.path.rpartition(".")
+    factory: Callable[..., Optimizer] = getattr(optional(module, f"base '{name}'", built_in.extra), attribute)
     return factory
 
 
 @cache
-def _options_of(factory: Callable[..., Optimizer]) -> tuple[str, ...]:
-    """The names of a factory's options, without its first parameter, params; ``**`` where it takes any."""
+def _option_names(factory: Callable[..., Optimizer]) -> tuple[str, ...]:
+    """The names of a factory's options, without its first parameter, params; ``**`` if it takes any."""
     parameters = list(inspect.signature(factory).parameters.values())[1:]
     return tuple("**" if p.kind is inspect.Parameter.VAR_KEYWORD else p.name for p in parameters)
 
@@ -219,25 +226,25 @@ def _check_options(name: str, accepted: list[str], options: Mapping[str, Any], o
     for option in options:
         if not _takes(accepted, option):
             raise SpecError(
-                f"base '{name}' takes no option '{option}'{did_you_mean(option, [*known, *_OURS, *others])} "
+                f"base '{name}' takes no option '{option}'{did_you_mean(option, [*known, *_OF_ANY_BASE, *others])} "
                 f"It takes: {', '.join(known)}." + (f" A run takes: {', '.join(others)}." if others else ""),
                 option=option,
             )
 
 
 def _refuse_own_decay(name: str, factory: Callable[..., Optimizer]) -> None:
-    """A class has a default decay that nobody chose, and gets 0; somebody chose that of a factory."""
+    """Refuse the weight decay of a factory, which was chosen; that of a class is only a default, and is set to 0."""
     chosen = inspect.signature(factory).parameters["weight_decay"].default
     if not isinstance(factory, type) and chosen not in (0, inspect.Parameter.empty):
         raise DualityError(
-            f"base '{name}' has weight_decay={chosen}; a decay inside the base would part the two modes. "
+            f"base '{name}' has weight_decay={chosen}; a decay inside the base would make the two modes differ. "
             "Leave it out there and give it to the engine: lingrad.wrap(..., weight_decay=...)"
         )
 
 
 def _fused_on(factory: Callable[..., Optimizer]) -> set[str]:
-    """The devices on which torch has a fused kernel of a class that is worth its while."""
-    # not SGD: its fused kernel fails where a parameter gets its first gradient late, or a sparse one
+    """The devices on which a class has a fused kernel that is faster."""
+    # not SGD: its fused kernel fails if a parameter's first gradient comes late or is sparse
     if not (isinstance(factory, type) and issubclass(factory, (torch.optim.Adam, torch.optim.Adagrad))):
         return set()
     devices = set(torch_optimizer._get_fused_kernels_supported_devices()) & {"cpu", "cuda", "meta"}  # type: ignore[attr-defined]

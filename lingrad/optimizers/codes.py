@@ -1,8 +1,8 @@
-"""Block-wise 8-bit codes, in plain torch: the code books, and numbers to codes and back.
+"""Block-wise 8-bit codes, in plain torch: code books, quantization and dequantization.
 
 The scheme is that of Dettmers, Lewis, Shleifer, Zettlemoyer, "8-bit Optimizers via Block-wise Quantization" (ICLR 2022,
 arXiv 2110.02861, section 2): a block is divided by its largest magnitude, and each quotient replaced by the index of the
-nearest of 256 values. Comparisons, one division and one multiplication a number, all of them rounded alike everywhere: a
+nearest of 256 values. An element takes comparisons, one division and one multiplication, which all devices round alike: a
 tensor has the same codes on every device.
 """
 
@@ -16,38 +16,38 @@ from torch import Tensor, nn
 
 from lingrad.tensors import wide
 
-Kind = Literal["8bit", "8bit_linear"]
+CodeKind = Literal["8bit", "8bit_linear"]
 
 BLOCK = 256
 
-BUCKET = 2**22  # numbers that are decoded or encoded at a time; a multiple of BLOCK
+BUCKET = 2**22  # elements that are decoded or encoded at a time; a multiple of BLOCK
 
 _DECADES = 7
 
 
-class Book(NamedTuple):
+class CodeBook(NamedTuple):
     """The values that codes stand for.
 
     Args:
         values: [256], float32, in order.
-        middles: Where a quotient goes over to the next code, [255]; one that is equal stays below.
+        middles: Boundaries between neighbouring codes, [255]; a quotient that equals one gets the lower code.
     """
 
     values: Tensor
     middles: Tensor
 
 
-def code_book(kind: Kind, *, signed: bool, device: torch.device | str = "cpu") -> Book:
-    """The 256 values of quotients.
+def code_book(kind: CodeKind, *, signed: bool, device: torch.device | str = "cpu") -> CodeBook:
+    """The code book of a kind.
 
-    Without a sign nothing but zero is rounded to zero: such numbers are divided by, and zeros among them would make steps of
-    any size (Li, Chen, Zhu, "Memory Efficient Optimizers with 4-bit States", NeurIPS 2023, arXiv 2309.01507).
+    Without a sign only zero is rounded to zero: updates are divided by such values, and a zero could make a step of any size
+    (Li, Chen, Zhu, "Memory Efficient Optimizers with 4-bit States", NeurIPS 2023, arXiv 2309.01507).
 
     Args:
         kind: ``8bit`` is dynamic: each of seven decades below 1 is cut into equal cells, twice as many as the decade below it,
-            and its values are their midpoints; with 0 and 1. ``8bit_linear`` is evenly spaced.
+            whose midpoints are values; 0 and 1 are added. ``8bit_linear`` is evenly spaced.
         signed: Whether there are negative values; without them there are twice as many cells.
-        device: Where the book is wanted; it is computed on the CPU.
+        device: Of the result; it is computed on the CPU.
 
     Returns:
         The book.
@@ -56,11 +56,11 @@ def code_book(kind: Kind, *, signed: bool, device: torch.device | str = "cpu") -
     middles = (values[1:] + values[:-1]) / 2
     if not signed:
         middles[0] = 0.0
-    return Book(values.to(device), middles.to(device))
+    return CodeBook(values.to(device), middles.to(device))
 
 
 @cache
-def _values(kind: Kind, *, signed: bool) -> tuple[float, ...]:
+def _values(kind: CodeKind, *, signed: bool) -> tuple[float, ...]:
     if kind == "8bit_linear":
         steps = range(-127, 128) if signed else range(256)
         found = [i / steps[-1] for i in steps]
@@ -73,12 +73,12 @@ def _values(kind: Kind, *, signed: bool) -> tuple[float, ...]:
     return tuple(sorted(values))
 
 
-def quantize(values: Tensor, book: Book) -> tuple[Tensor, Tensor]:
-    """The nearest code of every number, and the blocks' scales.
+def quantize(values: Tensor, book: CodeBook) -> tuple[Tensor, Tensor]:
+    """The nearest code of every element, and the scale of every block.
 
     Args:
-        values: Any shape; a number that is not finite takes its block with it.
-        book: What `code_book` gave, on the same device.
+        values: Any shape; an element that is not finite spoils its block.
+        book: The code book, on the same device.
 
     Returns:
         Codes in the shape of ``values``, uint8, and the largest magnitude of each block [ceil(numel / 256)] in its dtype.
@@ -97,16 +97,16 @@ def quantize(values: Tensor, book: Book) -> tuple[Tensor, Tensor]:
     return codes.view(values.shape), scales
 
 
-def dequantize(codes: Tensor, scales: Tensor, book: Book) -> Tensor:
-    """The numbers that codes stand for.
+def dequantize(codes: Tensor, scales: Tensor, book: CodeBook) -> Tensor:
+    """The values that codes stand for.
 
     Args:
         codes: uint8, any shape.
-        scales: Of their blocks.
-        book: That they were quantised with.
+        scales: The scale of each block.
+        book: The code book that they were quantised with.
 
     Returns:
-        Their shape, in the dtype of the scales.
+        Values in the shape of the codes and in the dtype of the scales.
     """
     flat = codes.view(-1)
     values = scales.new_empty(flat.shape)

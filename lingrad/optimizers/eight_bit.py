@@ -1,9 +1,6 @@
-"""8-bit moments for any base: between steps each is held as one byte a number with a scale for every 256, in plain torch.
+"""8-bit moments for any base, in plain torch: between steps an element is stored as one byte, with a scale for every 256.
 
-The scheme is that of Dettmers, Lewis, Shleifer, Zettlemoyer, "8-bit Optimizers via Block-wise Quantization" (ICLR 2022,
-arXiv 2110.02861, section 2): a block is divided by its largest magnitude, and each quotient replaced by the index of the
-nearest of 256 values. Comparisons, one division and one multiplication a number, all of them rounded alike everywhere: a
-tensor has the same codes on every device.
+The scheme is that of block-wise quantization (Dettmers et al., ICLR 2022, arXiv 2110.02861); see `lingrad.optimizers.codes`.
 """
 
 from __future__ import annotations
@@ -19,27 +16,26 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lingrad.errors import SpecError, require, require_one_of
-from lingrad.optimizers.codes import BLOCK, BUCKET, Book, Kind, code_book, dequantize, quantize
+from lingrad.optimizers.codes import BLOCK, BUCKET, CodeBook, CodeKind, code_book, dequantize, quantize
 from lingrad.tensors import TensorSpec
 
-SMALLEST = 4096  # numbers of a tensor from which it is quantised, as in bitsandbytes (its min_8bit_size)
-SCALES = ".scales"  # what follows an entry's name in that of its scales
+SMALLEST = 4096  # elements; a smaller tensor is not quantised, as in bitsandbytes (its min_8bit_size)
+SCALES = ".scales"  # suffix of the name of an entry's scales
 
-
-Books = dict[tuple[bool, torch.device], "Book"]  # by sign and device; of one step, so that nothing of them stays in memory
+Books = dict[tuple[bool, torch.device], CodeBook]  # by sign and device; made for one step, so that none stays in memory
 
 
 @dataclass(frozen=True)
 class Quantizer:
-    """How the moments of one base are held between steps.
+    """How the moments of one base are stored between steps.
 
     Args:
-        kind: Which values the codes stand for.
-        smallest: Tensors of fewer numbers stay as they are.
+        kind: The kind of the code book.
+        smallest: Tensors with fewer elements are not quantised.
         unsigned: Entries of the base that are never negative; the others have a sign.
     """
 
-    kind: Kind
+    kind: CodeKind
     smallest: int
     unsigned: frozenset[str] = frozenset()
 
@@ -48,53 +44,53 @@ class Quantizer:
         return isinstance(value, Tensor) and value.is_floating_point() and value.numel() >= self.smallest
 
     def encode(self, entries: Mapping[str, Any], books: Books | None = None) -> dict[str, Any]:
-        """A base's entries for one parameter as they are held: codes under their names, scales beside them.
+        """The optimizer state of one parameter as it is stored: codes under the entries' names, and scales next to them.
 
         Args:
-            entries: The entries, as the base keeps them.
-            books: Code books that were made already.
+            entries: The state, as the base has it.
+            books: Code books to use; missing ones are added.
 
         Returns:
-            Plain tensors, and whatever is not quantised.
+            Plain tensors, and the entries that are not quantised.
         """
-        held: dict[str, Any] = {}
+        encoded: dict[str, Any] = {}
         for key, value in entries.items():
             if self.takes(value):
-                held[key], held[key + SCALES] = quantize(value, self._book(key, value.device, books))
+                encoded[key], encoded[key + SCALES] = quantize(value, self._book(key, value.device, books))
             else:
-                held[key] = value
-        return held
+                encoded[key] = value
+        return encoded
 
-    def decode(self, held: Mapping[str, Any], books: Books | None = None) -> dict[str, Any]:
-        """The inverse of `encode`, to rounding.
+    def decode(self, encoded: Mapping[str, Any], books: Books | None = None) -> dict[str, Any]:
+        """The inverse of `encode`, up to rounding.
 
         Args:
-            held: What that gave.
-            books: Code books that were made already.
+            encoded: A result of `encode`.
+            books: Code books to use; missing ones are added.
 
         Returns:
             The entries in the base's own dtypes.
         """
         entries: dict[str, Any] = {}
-        for key, value in held.items():
-            if key + SCALES in held:
-                entries[key] = dequantize(value, held[key + SCALES], self._book(key, value.device, books))
-            elif not (key.endswith(SCALES) and key.removesuffix(SCALES) in held):
+        for key, value in encoded.items():
+            if key + SCALES in encoded:
+                entries[key] = dequantize(value, encoded[key + SCALES], self._book(key, value.device, books))
+            elif not (key.endswith(SCALES) and key.removesuffix(SCALES) in encoded):
                 entries[key] = value
         return entries
 
-    def stored(self, kept: list[TensorSpec]) -> list[TensorSpec]:
-        """What is held instead of a base's tensors, for the memory ledger."""
-        held: list[TensorSpec] = []
-        for tensor in kept:
+    def encoded_specs(self, state: list[TensorSpec]) -> list[TensorSpec]:
+        """The tensors that are stored in place of a base's own, for the memory estimate."""
+        encoded: list[TensorSpec] = []
+        for tensor in state:
             count = tensor.nbytes // tensor.dtype.itemsize
             if not tensor.dtype.is_floating_point or count < self.smallest:
-                held.append(tensor)
+                encoded.append(tensor)
             else:
-                held += [TensorSpec(tensor.shape, torch.uint8), TensorSpec((-(-count // BLOCK),), tensor.dtype)]
-        return held
+                encoded += [TensorSpec(tensor.shape, torch.uint8), TensorSpec((-(-count // BLOCK),), tensor.dtype)]
+        return encoded
 
-    def _book(self, key: str, device: torch.device, books: Books | None) -> Book:
+    def _book(self, key: str, device: torch.device, books: Books | None) -> CodeBook:
         books = {} if books is None else books
         signed = key not in self.unsigned
         if (signed, device) not in books:
@@ -103,25 +99,25 @@ class Quantizer:
 
 
 class QuantizedOptimizer(Optimizer):
-    """A stock optimizer whose moments are decoded for its step, some parameters at a time, and encoded again after it.
+    """An optimizer whose moments are decoded for its step, some parameters at a time, and encoded again after it.
 
     Args:
-        stock: The optimizer, unmodified; its param groups are shared.
-        quantizer: How its moments are held.
+        base: The optimizer, unmodified; its param groups are shared.
+        quantizer: How its moments are stored.
     """
 
-    def __init__(self, stock: Optimizer, quantizer: Quantizer) -> None:
-        self.stock = stock
+    def __init__(self, base: Optimizer, quantizer: Quantizer) -> None:
+        self.base = base
         self.quantizer = quantizer
-        super().__init__(stock.param_groups, stock.defaults)
-        for param, entries in stock.state.items():
+        super().__init__(base.param_groups, base.defaults)
+        for param, entries in base.state.items():
             self.state[param] = quantizer.encode(entries)
-        stock.state = defaultdict(dict)
+        base.state = defaultdict(dict)
 
     @override
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One step of the stock optimizer.
+        """One step of the base optimizer.
 
         Args:
             closure: Evaluates the model and returns the loss, as in torch.
@@ -136,32 +132,32 @@ class QuantizedOptimizer(Optimizer):
         books: Books = {}
         for group, params in self._buckets():
             part = {**group, "params": params}
-            self.stock.param_groups = [part]
-            held = {param: self.state[param] for param in params if self.state.get(param)}
-            decoded = {param: self.quantizer.decode(entries, books) for param, entries in held.items()}
-            self.stock.state = defaultdict(dict, decoded)
+            self.base.param_groups = [part]
+            encoded = {param: self.state[param] for param in params if self.state.get(param)}
+            decoded = {param: self.quantizer.decode(entries, books) for param, entries in encoded.items()}
+            self.base.state = defaultdict(dict, decoded)
             try:
-                self.stock.step()
+                self.base.step()
                 group.update({key: value for key, value in part.items() if key != "params"})
-                for param, entries in self.stock.state.items():
+                for param, entries in self.base.state.items():
                     self.state[param] = self.quantizer.encode(entries, books)
             finally:
-                self.stock.param_groups, self.stock.state = self.param_groups, defaultdict(dict)
+                self.base.param_groups, self.base.state = self.param_groups, defaultdict(dict)
         return loss
 
     def _buckets(self) -> Iterator[tuple[dict[str, Any], list[Tensor]]]:
-        """Parameters with a gradient, as many of a group as do not exceed the bucket, but at least one."""
+        """Parameters with a gradient: at a time as many of one group as have `BUCKET` elements or fewer, but at least one."""
         for group in self.param_groups:
             bucket: list[Tensor] = []
-            numbers = 0
+            elements = 0
             for param in group["params"]:
                 if param.grad is None:
                     continue
-                if bucket and numbers + param.numel() > BUCKET:
+                if bucket and elements + param.numel() > BUCKET:
                     yield group, bucket
-                    bucket, numbers = [], 0
+                    bucket, elements = [], 0
                 bucket.append(param)
-                numbers += param.numel()
+                elements += param.numel()
             if bucket:
                 yield group, bucket
 
@@ -170,12 +166,12 @@ def find_quantizer(options: Mapping[str, Any], name: str, build: Callable[[list[
     """Read the options ``moments`` and ``min_8bit_size``.
 
     Args:
-        options: These two, as far as they were given.
+        options: These two, if given.
         name: The base's name, for messages.
         build: Builds the base.
 
     Returns:
-        How to hold its moments; None for as they are.
+        How to store its moments; None means unquantised.
 
     Raises:
         SpecError: A value is wrong, or the base has no moments to quantise.
@@ -183,21 +179,25 @@ def find_quantizer(options: Mapping[str, Any], name: str, build: Callable[[list[
     kind = options.get("moments")
     smallest = options.get("min_8bit_size", SMALLEST)
     if kind is None:
-        require("min_8bit_size" not in options, "min_8bit_size", "min_8bit_size is of moments='8bit', which is not asked for")
+        require(
+            "min_8bit_size" not in options, "min_8bit_size", "min_8bit_size is an option of moments='8bit', which is not set"
+        )
         return None
-    require_one_of(kind, get_args(Kind), "moments")
+    require_one_of(kind, get_args(CodeKind), "moments")
     fits = type(smallest) is int and smallest >= 2
     require(fits, "min_8bit_size", f"min_8bit_size must be a whole number, 2 or more, not {smallest!r}")
-    entries = {key: value for key, value in _tried(name, build).items() if isinstance(value, Tensor) and value.numel() > 1}
+    entries = {
+        key: value for key, value in _dry_run_state(name, build).items() if isinstance(value, Tensor) and value.numel() > 1
+    }
     moments = {key: value for key, value in entries.items() if value.is_floating_point()}
     own = [key for key, value in entries.items() if value.dtype in (torch.uint8, torch.int8)]
-    require(not own, "moments", f"base '{name}' keeps '{', '.join(own)}' in 8 bits by itself; leave moments out")
-    require(bool(moments), "moments", f"base '{name}' keeps no moments with these options; leave moments='{kind}' out")
+    require(not own, "moments", f"base '{name}' stores '{', '.join(own)}' in 8 bits already; leave moments out")
+    require(bool(moments), "moments", f"base '{name}' has no moments with these options; leave moments='{kind}' out")
     return Quantizer(kind, smallest, frozenset(key for key, value in moments.items() if not bool((value < 0).any())))
 
 
-def _tried(name: str, build: Callable[[list[Tensor]], Optimizer]) -> dict[str, Any]:
-    """What a base keeps of a parameter after some steps on gradients of both signs."""
+def _dry_run_state(name: str, build: Callable[[list[Tensor]], Optimizer]) -> dict[str, Any]:
+    """The optimizer state of a parameter after a few steps on gradients of both signs."""
     param = nn.Parameter(torch.zeros(64, 64, device="cpu"))
     generator = torch.Generator().manual_seed(0)
     optimizer = build([param])

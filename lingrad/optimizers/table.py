@@ -1,4 +1,4 @@
-"""The base optimizers that have names: where each lives, and its row in the memory ledger."""
+"""The base optimizers that have names: where each is defined, and its state as the memory estimate counts it."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ import torch
 
 from lingrad.tensors import TensorSpec, wide
 
-# Shape, dtype and the base's options -> what it keeps of such a parameter on CUDA
-Row = Callable[[tuple[int, ...], torch.dtype, Mapping[str, Any]], list[TensorSpec]]
+# Shape, dtype and the base's options -> the optimizer state of such a parameter on CUDA
+StateRow = Callable[[tuple[int, ...], torch.dtype, Mapping[str, Any]], list[TensorSpec]]
 
 
 @dataclass(frozen=True)
-class Stock:
-    """Where a named base lives, and the options that make it fit."""
+class BuiltIn:
+    """Where a named base is defined, and the options that make it read only gradients."""
 
     path: str
     options: Mapping[str, Any] = field(default_factory=dict)
     extra: str = "all"
-    fallback: str | None = None  # the base for parameters this one cannot step
-    moments: Row | None = None  # its row in the memory ledger
+    fallback: str | None = None  # the base that steps the parameters that train in full, where this one cannot
+    moments: StateRow | None = None  # in the memory estimate
 
 
 def _adam(shape: tuple[int, ...], dtype: torch.dtype, options: Mapping[str, Any]) -> list[TensorSpec]:
-    kept = [TensorSpec(shape, dtype)] * (3 if options.get("amsgrad") else 2)
+    moments = [TensorSpec(shape, dtype)] * (3 if options.get("amsgrad") else 2)
     fused = options.get("fused", not ({"foreach", "differentiable"} & options.keys())) or options.get("capturable")
-    return [*kept, TensorSpec((), torch.float32)] if fused else kept  # otherwise the step is counted on the CPU
+    return [*moments, TensorSpec((), torch.float32)] if fused else moments  # otherwise the step is counted on the CPU
 
 
 def _sgd(shape: tuple[int, ...], dtype: torch.dtype, options: Mapping[str, Any]) -> list[TensorSpec]:
@@ -37,11 +37,11 @@ def _sgd(shape: tuple[int, ...], dtype: torch.dtype, options: Mapping[str, Any])
 
 
 def _rmsprop(shape: tuple[int, ...], dtype: torch.dtype, options: Mapping[str, Any]) -> list[TensorSpec]:
-    kept = [TensorSpec(shape, dtype)] * (1 + bool(options.get("momentum")) + bool(options.get("centered")))
-    return [*kept, TensorSpec((), torch.float32)] if options.get("capturable") else kept
+    moments = [TensorSpec(shape, dtype)] * (1 + bool(options.get("momentum")) + bool(options.get("centered")))
+    return [*moments, TensorSpec((), torch.float32)] if options.get("capturable") else moments
 
 
-def _one(shape: tuple[int, ...], dtype: torch.dtype, options: Mapping[str, Any]) -> list[TensorSpec]:
+def _one_moment(shape: tuple[int, ...], dtype: torch.dtype, options: Mapping[str, Any]) -> list[TensorSpec]:
     return [TensorSpec(shape, dtype)]
 
 
@@ -60,20 +60,20 @@ def _adamw8bit(shape: tuple[int, ...], dtype: torch.dtype, options: Mapping[str,
     return [TensorSpec(shape, torch.uint8), TensorSpec((blocks,), torch.float32)] * 2
 
 
-STOCK: dict[str, Stock] = {
-    "adamw": Stock("torch.optim.AdamW", moments=_adam),
-    "adam": Stock("torch.optim.Adam", moments=_adam),
-    "sgd": Stock("torch.optim.SGD", moments=_sgd),
-    "rmsprop": Stock("torch.optim.RMSprop", moments=_rmsprop),
-    "adagrad": Stock("torch.optim.Adagrad", moments=_one),
-    # Muon steps matrices only; its update is rescaled to AdamW's so that one learning rate serves both.
-    "muon": Stock("torch.optim.Muon", {"adjust_lr_fn": "match_rms_adamw"}, fallback="adamw", moments=_one),
-    "lion": Stock("lion_pytorch.Lion", extra="lion", moments=_one),
-    "adafactor": Stock(
+BUILT_IN: dict[str, BuiltIn] = {
+    "adamw": BuiltIn("torch.optim.AdamW", moments=_adam),
+    "adam": BuiltIn("torch.optim.Adam", moments=_adam),
+    "sgd": BuiltIn("torch.optim.SGD", moments=_sgd),
+    "rmsprop": BuiltIn("torch.optim.RMSprop", moments=_rmsprop),
+    "adagrad": BuiltIn("torch.optim.Adagrad", moments=_one_moment),
+    # Muon steps matrices only; its update is scaled like AdamW's, so that both can have one learning rate.
+    "muon": BuiltIn("torch.optim.Muon", {"adjust_lr_fn": "match_rms_adamw"}, fallback="adamw", moments=_one_moment),
+    "lion": BuiltIn("lion_pytorch.Lion", extra="lion", moments=_one_moment),
+    "adafactor": BuiltIn(
         "transformers.optimization.Adafactor",
         {"lr": 1e-3, "scale_parameter": False, "relative_step": False, "warmup_init": False},
         extra="hf",
         moments=_adafactor,
     ),
-    "adamw8bit": Stock("bitsandbytes.optim.AdamW8bit", extra="bnb", moments=_adamw8bit),
+    "adamw8bit": BuiltIn("bitsandbytes.optim.AdamW8bit", extra="bnb", moments=_adamw8bit),
 }

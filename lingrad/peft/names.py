@@ -1,8 +1,8 @@
-"""How PEFT matches the names in a config with those in a model, and lists of names that match what is meant and nothing else.
+"""How PEFT matches names in a config with those in a model, and lists of names that match the chosen ones and nothing else.
 
 Its three rules differ (`peft.tuners.tuners_utils`, `peft.utils.other`): a target is a module whose name equals an entry or ends
-with a dot and an entry, a saved module one whose name ends with an entry, dot or not, and what lies in a module of a saved
-name is no target.
+with a dot and an entry; a saved module is one whose name ends with an entry, with or without a dot; and nothing inside a module
+of a saved name is a target.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from lingrad.errors import ExportError
 
 
 def targeted(name: str, entry: str) -> bool:
-    """Whether an entry of ``target_modules`` or ``target_parameters`` means a name."""
+    """Whether an entry of ``target_modules`` or ``target_parameters`` matches a name."""
     return name == entry or name.endswith(f".{entry}")
 
 
 def saved(name: str, entry: str) -> bool:
-    """Whether an entry of ``modules_to_save`` means a module."""
+    """Whether an entry of ``modules_to_save`` matches a module."""
     return name.endswith(entry)
 
 
@@ -34,11 +34,11 @@ def target_modules(chosen: Collection[str], every: Collection[str]) -> list[str]
     """What to write as ``target_modules``.
 
     Args:
-        chosen: Names of the modules meant.
+        chosen: Names of the chosen modules.
         every: Names of all modules of the model.
 
     Returns:
-        Last parts of names where all modules of such a name are meant, full names elsewhere; a regular expression where a
+        Last parts of names where all modules of that name are chosen, full names elsewhere; a regular expression where a
         full name would match another module too.
     """
     entries = _entries(chosen, every)
@@ -51,7 +51,7 @@ def target_parameters(chosen: Collection[str], every: Collection[str]) -> list[s
     """What to write as ``target_parameters``.
 
     Args:
-        chosen: Names of the parameters meant.
+        chosen: Names of the chosen parameters.
         every: Names of all parameters of the model.
 
     Returns:
@@ -63,7 +63,7 @@ def target_parameters(chosen: Collection[str], every: Collection[str]) -> list[s
     entries = _entries(chosen, every)
     if entries is None:
         raise ExportError(
-            "PEFT's target_parameters cannot tell a parameter from another whose name ends with its name; "
+            "PEFT's target_parameters cannot distinguish a parameter from another whose name ends with its name; "
             f"the parameters are {', '.join(sorted(chosen))}"
         )
     return entries
@@ -73,12 +73,12 @@ def modules_to_save(chosen: Collection[str], every: Collection[str], targets: Co
     """What to write as ``modules_to_save``.
 
     Args:
-        chosen: Names of the modules meant.
-        every: Names of all modules, one for each place of a module that has several.
+        chosen: Names of the chosen modules.
+        every: Names of all modules, all names of a module that has several.
         targets: Names of modules with a low-rank change, which must not be excluded by it.
 
     Returns:
-        Last parts of names where they mean nothing else, full names elsewhere.
+        Last parts of names where they match nothing else, full names elsewhere.
 
     Raises:
         ExportError: PEFT would take other modules too, or keep a target from being one.
@@ -95,7 +95,7 @@ def modules_to_save(chosen: Collection[str], every: Collection[str], targets: Co
         wrong = others(entry)
         if wrong:
             raise ExportError(
-                f"'{name}' must be saved whole, and PEFT, which matches the ends of names, would take '{wrong[0]}' for it; "
+                f"'{name}' must be saved in full, and PEFT, which matches the ends of names, would take '{wrong[0]}' for it; "
                 "rename one of the two modules"
             )
         entries.add(entry)
@@ -135,7 +135,7 @@ def pattern_values(patterns: Mapping[str, Any], default: Any) -> Callable[[str],
 
 
 def _entries(chosen: Collection[str], every: Collection[str]) -> list[str] | None:
-    """Last parts of names, or full names, that mean what is chosen and nothing else; None where there are none such."""
+    """Last parts of names, or full names, that match what is chosen and nothing else; None where there are none."""
     chosen = set(chosen)
     others = {end for name in every if name not in chosen for end in (name, *_ends(name))}
     entries = {next((e for e in (name.rpartition(".")[2], name) if e not in others), None) for name in chosen}

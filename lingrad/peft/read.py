@@ -1,4 +1,4 @@
-"""An adapter's folder read without PEFT: every key must have its place in the model, and nothing is executed."""
+"""An adapter's folder read without PEFT: every key must belong to the model, and nothing is executed."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lingrad.errors import CheckpointError, DataError, ShapeError
 from lingrad.files.tensorfile import TensorFile
 from lingrad.maps.factors import Factors
 from lingrad.peft import names
-from lingrad.peft.slots import PREFIX, Side, Slot, places, slots
+from lingrad.peft.slots import PREFIX, LoraFactor, Slot, aliases, slots
 from lingrad.peft.write import CONFIG, FROZEN, WEIGHTS
 
 # Options of a LoRA that make it more than W + B A, or change W itself when PEFT loads it.
@@ -35,15 +35,15 @@ _MORE = (
     "kasa_config",
     "arrow_config",
 )
-_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")  # of the others some take the start away from W
+_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")  # some of the others subtract the initial B A from W
 
 
 @dataclass(frozen=True)
-class Pair:
+class LoraPair:
     """PEFT's factors of one parameter's change.
 
     Args:
-        slot: Where they belong.
+        slot: Where PEFT stores them.
         a: lora_A, as in the file.
         b: lora_B, as in the file.
         scaling: What PEFT multiplies B A by.
@@ -54,7 +54,7 @@ class Pair:
     a: Tensor
     b: Tensor
     scaling: float
-    frozen: Side | None = None
+    frozen: LoraFactor | None = None
 
     @property
     def rank(self) -> int:
@@ -74,12 +74,12 @@ class Adapter:
 
     Args:
         low_rank: Parameter -> its factors.
-        full: Parameter or buffer -> its value, of what was saved as it is. PEFT saves an embedding with its adapter: the value
-            then is that of the base.
+        full: Parameter or buffer -> its value, of what was saved in full. PEFT saves an embedding together with its adapter:
+            the value is then that of the base model.
         config: The adapter's config.
     """
 
-    low_rank: dict[str, Pair]
+    low_rank: dict[str, LoraPair]
     full: dict[str, Tensor]
     config: dict[str, Any]
 
@@ -97,7 +97,7 @@ class Adapter:
             weight: The base model's.
 
         Returns:
-            W + B A as PEFT merges it, in the dtype of ``weight``; a copy of it where the adapter has nothing to say.
+            W + B A as PEFT merges it, in the dtype of ``weight``; a copy of ``weight`` where the adapter does not change it.
 
         Raises:
             CheckpointError: The adapter is for a weight of another shape.
@@ -113,7 +113,7 @@ class Adapter:
         if tuple(weight.shape) != pair.slot.layout.weight_shape:
             raise CheckpointError(f"'{name}' is for {pair.slot.layout.weight_shape} in the adapter, {tuple(weight.shape)} here")
         short = weight.is_floating_point() and weight.dtype.itemsize < 4
-        wide = torch.float32 if short else weight.dtype  # in which PEFT multiplies and adds
+        wide = torch.float32 if short else weight.dtype  # the dtype in which PEFT multiplies and adds
         delta = pair.slot.delta(pair.slot.decode(pair.a.to(wide), pair.b.to(wide))) * pair.scaling
         return (found.to(wide) + delta.to(weight.device)).to(weight.dtype)
 
@@ -126,10 +126,10 @@ def read_adapter(folder: Path, model: nn.Module) -> Adapter:
         model: The plain model, on any device; no weight of it is read.
 
     Returns:
-        The adapter, its tensors as they are in the file.
+        The adapter, its tensors in the dtypes of the file.
 
     Raises:
-        DataError: The folder is not one of a LoRA, is damaged, or has its weights in a pickle, which is not opened.
+        DataError: The folder is not that of a LoRA, is damaged, or has its weights in a pickle, which is not opened.
         CheckpointError: It is an adapter of another model.
     """
     config = _read_config(folder)
@@ -138,16 +138,16 @@ def read_adapter(folder: Path, model: nn.Module) -> Adapter:
         if pickled is not None:
             raise DataError(
                 f"'{folder}' has its weights in {pickled}, a pickle, which may hold code and is not opened; "
-                f"load it with PEFT where you trust it, and save it again as {WEIGHTS}"
+                f"if you trust it, load it with PEFT and save it again as {WEIGHTS}"
             )
-        raise DataError(f"'{folder}' has no {WEIGHTS}: it is no adapter, or not all of one")
+        raise DataError(f"'{folder}' has no {WEIGHTS}: it is not an adapter's folder, or is incomplete")
     file = TensorFile(folder / WEIGHTS)
-    found = _places(model, config, set(file.entries))
+    found = _find_slots(model, config, set(file.entries))
     frozen, scaling = _frozen(file), _scalings(config)
     low_rank = {}
     for name, slot in found.items():
         a, b = (file.read(key) for key in slot.keys)
-        low_rank[name] = Pair(slot, a, b, scaling(slot, a, b), frozen.get(name))
+        low_rank[name] = LoraPair(slot, a, b, scaling(slot, a, b), frozen.get(name))
     factor_keys = {key for slot in found.values() for key in slot.keys}
     own = model.state_dict()
     full = {}
@@ -164,21 +164,21 @@ def read_adapter(folder: Path, model: nn.Module) -> Adapter:
     tensors = full | {name: pair.a for name, pair in low_rank.items()} | {f"{n} (B)": p.b for n, p in low_rank.items()}
     for name, tensor in tensors.items():
         if not bool(torch.isfinite(tensor).all()):
-            raise DataError(f"'{name}' in '{folder}' has numbers that are not finite")
+            raise DataError(f"'{name}' in '{folder}' has values that are not finite")
     return Adapter(low_rank, full, config)
 
 
 def _require_ties(model: nn.Module, full: Mapping[str, Tensor], ties: bool) -> None:
-    """Make sure that no adapter parts what is one tensor: PEFT gives each module it saves whole a copy of its own."""
+    """Make sure that tied weights stay equal: PEFT gives each module that it saves in full a copy of its own."""
     params = dict(model.named_parameters(remove_duplicate=False))
     for name in full:
-        every = places(model, name) if name in params else [name]
+        every = aliases(model, name) if name in params else [name]
         for other in every:
             same = torch.equal(full[other], full[name]) if other in full else ties
             if not same:
                 raise CheckpointError(
-                    f"'{name}' and '{other}' are one tensor in the model, and the adapter changes them apart, which a plain "
-                    "model of this config cannot hold; train the adapter with ensure_weight_tying=True, or with neither saved"
+                    f"'{name}' and '{other}' are one tensor in the model, and the adapter has different values for them, which "
+                    "a plain model of this config cannot have; train the adapter with ensure_weight_tying=True, or save neither"
                 )
 
 
@@ -189,7 +189,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}; expected the folder of a PEFT adapter") from error
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{path} is no JSON: {error}") from error
+        raise DataError(f"{path} is not JSON: {error}") from error
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         kind = config.get("peft_type") if isinstance(config, dict) else None
         raise DataError(f"{path} describes an adapter of type {kind!r}; only LORA is W + B A")
@@ -200,7 +200,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
     if start not in _STARTS:
         raise DataError(
             f"the adapter in '{folder}' has init_lora_weights={start!r}, with which PEFT changes the base weights as it "
-            "loads; convert it by PEFT to a plain LoRA (save_pretrained with path_initial_model_for_weight_conversion)"
+            "loads; convert it to a plain LoRA with PEFT (save_pretrained with path_initial_model_for_weight_conversion)"
         )
     targets = config.get("target_parameters") or []
     if not isinstance(targets, list) or not all(isinstance(target, str) for target in targets):
@@ -227,8 +227,8 @@ def _number(value: Any) -> bool:
     return type(value) in (int, float) and 0 < value < math.inf
 
 
-def _places(model: nn.Module, config: Mapping[str, Any], keys: set[str]) -> dict[str, Slot]:
-    """The slots whose factors a file has."""
+def _find_slots(model: nn.Module, config: Mapping[str, Any], keys: set[str]) -> dict[str, Slot]:
+    """The slots of the factors in a file."""
     modules = dict(model.named_modules())
     targets = config.get("target_parameters") or []
     chosen: list[str] = []
@@ -264,7 +264,7 @@ def _places(model: nn.Module, config: Mapping[str, Any], keys: set[str]) -> dict
 
 
 def _scalings(config: Mapping[str, Any]) -> Callable[[Slot, Tensor, Tensor], float]:
-    """What PEFT multiplies B A by, once the two are of the rank that the config says."""
+    """What PEFT multiplies B A by; the two must be of the rank in the config."""
     ranks, alphas = (
         names.pattern_values(config.get(f"{kind}_pattern") or {}, config[option])
         for kind, option in (("rank", "r"), ("alpha", "lora_alpha"))
@@ -282,7 +282,7 @@ def _scalings(config: Mapping[str, Any]) -> Callable[[Slot, Tensor, Tensor], flo
     return scaling
 
 
-def _frozen(file: TensorFile) -> dict[str, Side]:
+def _frozen(file: TensorFile) -> dict[str, LoraFactor]:
     try:
         found = json.loads(file.metadata.get(FROZEN, "{}"))
     except ValueError:

@@ -1,6 +1,6 @@
-"""Where PEFT keeps the low-rank change of a parameter, and in what shape; or why it has no place for one.
+"""Where PEFT stores the low-rank change of a parameter, and in what shape; or why it has no form for one.
 
-A change is ``left @ right`` [m, n] in the matrix of its layout, whatever way the weight is stored. PEFT's factors are, by kind:
+A change is ``left @ right`` [m, n] in the matrix of its layout, however the weight is stored. PEFT's factors are, by kind:
 
 | kind | weight | lora_A | lora_B |
 |---|---|---|---|
@@ -11,8 +11,8 @@ A change is ``left @ right`` [m, n] in the matrix of its layout, whatever way th
 | experts | [experts, out, in]; one right factor for all | [experts * r, in] | [out, r * experts] |
 | experts_in_out | [experts, in, out]; one right factor for all | [experts * r, in] | [out, r * experts] |
 
-Of fused experts the expert is the slow index of lora_A's rows and the fast one of lora_B's columns. Several parameters of one
-module are wrapped one round the other, the first innermost, which shows in their keys.
+For fused experts the expert is the slow index of lora_A's rows and the fast one of lora_B's columns. Wrappers of several
+parameters of one module are nested, the first innermost, which shows in their keys.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from lingrad.errors import ShapeError
 from lingrad.maps.factors import Factors
 from lingrad.weights.layout import Layout, is_conv1d, layout_of
 
-Side = Literal["A", "B"]  # PEFT's factors
-Basis = Literal["left", "right"]  # those of a change
-Kind = Literal["linear", "embedding", "conv", "parameter", "experts", "experts_in_out"]
+LoraFactor = Literal["A", "B"]  # PEFT's names
+FactorSide = Literal["left", "right"]  # of a change left @ right
+SlotKind = Literal["linear", "embedding", "conv", "parameter", "experts", "experts_in_out"]
 
 PREFIX = "base_model.model."
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -39,17 +39,17 @@ _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 @dataclass(frozen=True)
 class Slot:
-    """Where PEFT keeps the change of one parameter.
+    """Where PEFT stores the change of one parameter.
 
     Args:
         name: The parameter's name.
         kind: How its factors are laid out.
         layout: How lingrad reads it as a matrix.
-        wrappers: How many wrappers of other parameters of its module lie round its own.
+        wrappers: How many wrappers of other parameters of its module are around its own.
     """
 
     name: str
-    kind: Kind
+    kind: SlotKind
     layout: Layout
     wrappers: int = 0
 
@@ -60,7 +60,7 @@ class Slot:
 
     @property
     def target(self) -> str:
-        """What PEFT matches with rank_pattern and its like: the module's name, or the parameter's."""
+        """What PEFT matches with rank_pattern and alpha_pattern: the module's name, or the parameter's."""
         return self.name if self.by_parameter else self.module
 
     @property
@@ -81,14 +81,14 @@ class Slot:
         """How many experts are fused in the parameter."""
         return self.layout.weight_shape[0] if self.kind in ("experts", "experts_in_out") else 1
 
-    def side(self, basis: Basis) -> Side:
+    def factor_on(self, side: FactorSide) -> LoraFactor:
         """PEFT's name of the left or the right factor."""
         left_is_a = self.kind in ("embedding", "experts_in_out")
-        return "A" if (basis == "left") == left_is_a else "B"
+        return "A" if (side == "left") == left_is_a else "B"
 
-    def basis(self, side: Side) -> Basis:
-        """The inverse of `side`."""
-        return "left" if self.side("left") == side else "right"
+    def side_of(self, factor: LoraFactor) -> FactorSide:
+        """The inverse of `factor_on`."""
+        return "left" if self.factor_on("left") == factor else "right"
 
     def shapes(self, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """The shapes of lora_A and lora_B of a rank."""
@@ -131,7 +131,7 @@ class Slot:
         Args:
             a: lora_A.
             b: lora_B, of the shapes that `shapes` gives.
-            shared: Whether fused experts share their right factor; None where that is to be found out.
+            shared: Whether fused experts share their right factor; None to find out from the values.
 
         Returns:
             Factors of the same rank; where experts do not share their right factor, of the sum of their ranks.
@@ -169,7 +169,7 @@ def slots(model: nn.Module, names: Collection[str]) -> dict[str, Slot]:
         Name -> slot.
 
     Raises:
-        ShapeError: PEFT has none for one of them; see `why_not`.
+        ShapeError: PEFT has no slot for one of them; see `why_not`.
     """
     found: dict[str, Slot] = {}
     wrapped: dict[str, list[str]] = {}
@@ -190,7 +190,7 @@ def slots(model: nn.Module, names: Collection[str]) -> dict[str, Slot]:
 
 
 def why_not(model: nn.Module, names: Collection[str]) -> dict[str, str]:
-    """Which parameters PEFT has no low-rank form for, so that they can only be saved whole.
+    """Which parameters PEFT has no low-rank form for, so that they can only be saved in full.
 
     Args:
         model: Their model, on any device.
@@ -204,8 +204,8 @@ def why_not(model: nn.Module, names: Collection[str]) -> dict[str, str]:
     return {name: reason for name, (reason, slot) in found.items() if slot is None}
 
 
-def places(model: nn.Module, name: str) -> list[str]:
-    """All the names of a parameter, several where it is tied; in the model's order."""
+def aliases(model: nn.Module, name: str) -> list[str]:
+    """All names of a parameter, several where it is tied; in the model's order."""
     param = model.get_parameter(name)
     return [n for n, p in model.named_parameters(remove_duplicate=False) if p is param]
 
@@ -226,13 +226,13 @@ def _slot(model: nn.Module, owners: Owners, name: str) -> tuple[str, Slot | None
     module: Any = model.get_submodule(owner)
     known = owners[id(param)]
     if len(known) > 1:
-        return f"it is tied to {', '.join(n for n in known if n != name)}, and PEFT would change one of them only", None
+        return f"it is tied to {', '.join(n for n in known if n != name)}, and PEFT would change only one of them", None
     if not owner:
         return "it belongs to the model itself, which PEFT cannot wrap", None
     outer = model.get_submodule(owner.rpartition(".")[0])
     reader = next((m for m in (module, outer) if isinstance(m, nn.MultiheadAttention | nn.RNNBase)), None)
     if reader is not None:
-        return f"nn.{type(reader).__name__} reads it without calling a layer, so that PEFT's would not act", None
+        return f"nn.{type(reader).__name__} reads it without calling a layer, so PEFT's layer would have no effect", None
     layout = layout_of(param, module, name)
     if attribute == "weight" and (isinstance(module, nn.Linear) or is_conv1d(module)):
         return "", Slot(name, "linear", layout)
@@ -257,5 +257,5 @@ def _why_no_conv(module: nn.modules.conv._ConvNd) -> str:
     if module.groups > 1:
         return f"it is a convolution in {module.groups} groups, whose adapter PEFT cannot merge"
     if any(size != 1 for size in module.dilation) or module.padding_mode != "zeros":
-        return "PEFT's convolution adapters know no dilation and no padding but zeros"
+        return "PEFT's convolution adapters support no dilation and no padding other than zeros"
     return ""

@@ -1,4 +1,4 @@
-"""Is it what was trained? PEFT loads the adapter into a base model, and weights and outputs are compared with the run's."""
+"""Adapters as PEFT loads them: their structure, weights and outputs, to be compared with what was trained."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from lingrad.errors import ExportError, optional
+from lingrad.files.tensorfile import TensorFile
 from lingrad.peft.bare import devices_of
-from lingrad.peft.report import Row, ratio
-from lingrad.peft.slots import PREFIX, Slot
-from lingrad.peft.write import Plan, Written
+from lingrad.peft.report import ChangedTensor, OutputComparison, ratio
+from lingrad.peft.slots import PREFIX, Slot, slots
+from lingrad.peft.write import WEIGHTS, AdapterPlan, Written
 
 SEED = 0
 ROWS, LENGTH = 2, 16  # of generated token ids
@@ -28,7 +29,7 @@ class Inputs:
     Args:
         args: Positional arguments.
         kwargs: Arguments by name.
-        what: In words.
+        what: A description.
     """
 
     args: tuple[Any, ...]
@@ -49,14 +50,14 @@ class Inputs:
 
 
 def make_inputs(inputs: Any, model: nn.Module) -> Inputs | None:
-    """Inputs as they were given, or token ids drawn at random for a language model.
+    """Inputs as they were given, or random token ids for a language model.
 
     Args:
         inputs: A tensor, a tuple of positional arguments, a mapping of named ones, or None.
         model: The model.
 
     Returns:
-        The inputs; None where none were given and none can be made up.
+        The inputs; None where none were given and none can be generated.
     """
     if isinstance(inputs, Mapping):
         return Inputs((), dict(inputs), "the inputs given")
@@ -76,28 +77,28 @@ def make_inputs(inputs: Any, model: nn.Module) -> Inputs | None:
     return Inputs((), kwargs, f"{ROWS} x {length} random token ids")
 
 
-class Loaded:
-    """An adapter that PEFT has loaded into a base model, and whose every part was found in its place.
+class LoadedAdapter:
+    """An adapter that PEFT has loaded onto a model, with a wrapper exactly where the plan has one.
 
     Args:
-        base: The plain base model; PEFT changes its structure, not its weights.
+        model: The starting model, plain; PEFT changes its structure, not its weights.
         folder: The adapter's folder.
-        planned: What should be there.
+        planned: Where the adapter should be.
 
     Raises:
-        ExportError: PEFT did not load it, or not to the places meant.
+        ExportError: PEFT did not load it, or put it elsewhere.
     """
 
-    def __init__(self, base: nn.Module, folder: Path, planned: Plan) -> None:
+    def __init__(self, model: nn.Module, folder: Path, planned: AdapterPlan) -> None:
         peft = optional("peft", "checking an adapter by PEFT", "hf")
         self.planned = planned
-        with warnings.catch_warnings(), torch.random.fork_rng(devices=devices_of(base)):
-            warnings.simplefilter("ignore")  # what they would tell is checked below
+        with warnings.catch_warnings(), torch.random.fork_rng(devices=devices_of(model)):
+            warnings.simplefilter("ignore")  # what they would say is checked below
             try:
-                self.model: Any = peft.PeftModel.from_pretrained(base, str(folder)).eval()
-            except Exception as error:  # PEFT raises whatever the first thing that goes wrong raises
+                self.model: Any = peft.PeftModel.from_pretrained(model, str(folder)).eval()
+            except Exception as error:  # PEFT may raise any exception
                 raise ExportError(f"PEFT does not load the adapter: {error}") from error
-        self._check_places()
+        self._check_wrappers()
 
     def delta(self, slot: Slot) -> Tensor:
         """B A as PEFT has it, in the weight's shape."""
@@ -105,74 +106,191 @@ class Loaded:
         return found.detach()
 
     def tensor(self, name: str) -> Tensor:
-        """A tensor that was saved as it is."""
-        for module in self.planned.whole:
+        """A tensor that was saved in full."""
+        for module in self.planned.saved_modules:
             if name.startswith(f"{module}."):
-                wrapper = self._plain().get_submodule(module)
+                wrapper = self._bare().get_submodule(module)
                 found: Tensor = wrapper.modules_to_save["default"].state_dict()[name.removeprefix(f"{module}.")]
                 return found
-        beside: Tensor = self._plain().get_parameter(self.planned.key(name).removeprefix(PREFIX))
-        return beside.detach()
+        alongside: Tensor = self._bare().get_parameter(self.planned.key(name).removeprefix(PREFIX))
+        return alongside.detach()
 
     def without(self) -> Any:
-        """A context in which the model is the base."""
+        """A context in which the model is without the adapter."""
         return self.model.disable_adapter()
 
-    def _plain(self) -> Any:
+    def _bare(self) -> Any:
         return self.model.base_model.model
 
     def _layer(self, slot: Slot) -> Any:
-        return self._plain().get_submodule(slot.module + ".base_layer" * slot.wrappers)
+        return self._bare().get_submodule(slot.module + ".base_layer" * slot.wrappers)
 
-    def _check_places(self) -> None:
+    def _check_wrappers(self) -> None:
         layers, saved = set(), set()
-        for name, module in self._plain().named_modules():
+        for name, module in self._bare().named_modules():
             if hasattr(module, "modules_to_save") and hasattr(module, "original_module"):
                 saved.add(name)
             if hasattr(module, "get_delta_weight"):
                 layers.add(name)
         expected = {slot.module + ".base_layer" * slot.wrappers for slot in self.planned.slots.values()}
-        for kind, found, meant in (("an adapter", layers, expected), ("a copy", saved, set(self.planned.whole))):
+        for kind, found, meant in (("an adapter", layers, expected), ("a copy", saved, set(self.planned.saved_modules))):
             if found != meant:
                 lost, more = sorted(meant - found), sorted(found - meant)
                 where = f"none at {lost[0]}" if lost else f"one at {more[0]}, which has none"
-                raise ExportError(f"PEFT puts {kind} of a weight elsewhere than meant: {where}")
+                raise ExportError(f"PEFT puts {kind} of a weight in another module than lingrad wrote it for: {where}")
 
 
 def compare_weights(
-    loaded: Loaded,
+    loaded: LoadedAdapter,
     written: Written,
     now: Callable[[str], Tensor],
-    base: Callable[[str], Tensor],
-    kept: Mapping[str, float],
-) -> list[Row]:
+    start: Callable[[str], Tensor],
+    decay: Mapping[str, float],
+) -> tuple[list[ChangedTensor], float]:
     """Measure what PEFT's weights lack of the run's.
 
     Args:
         loaded: The adapter, loaded by PEFT.
         written: What was written.
         now: The run's weight by name, not rounded.
-        base: The weight without the adapter by name.
-        kept: What decay has left, by name.
+        start: The weight without the adapter by name.
+        decay: The factor by which weight decay has multiplied it, by name.
 
     Returns:
-        A row for each.
+        A row for each weight with factors, and the residual of all of them together.
     """
-    rows = []
+    rows, lost, total = [], 0.0, 0.0
     for name, slot in loaded.planned.slots.items():
         delta = loaded.delta(slot).double()
-        start, made = base(name).to(delta.device).double(), now(name).to(delta.device).double()
-        made = made - start
-        size = float(made.norm())
-        residual = ratio(float((made - delta).norm()), size)
+        before, made = start(name).to(delta.device).double(), now(name).to(delta.device).double()
+        made = made - before
+        size, left, norm = float(made.norm()), float((made - delta).norm()), float(before.norm())
+        lost, total = lost + left**2, total + size**2
         rows.append(
-            Row(name, written.ranks[name], ratio(size, float(start.norm())), residual, kept[name], written.factor_bytes[name])
+            ChangedTensor(
+                name,
+                "low_rank",
+                slot.layout.weight_shape,
+                written.factor_bytes[name],
+                rank=written.ranks[name],
+                residual=ratio(left, size),
+                decay=decay[name],
+                change=size / norm if norm else None,
+                full_rank=written.ranks[name] >= min(slot.layout.shape),
+            )
         )
-    return rows
+    return rows, ratio(lost, total) ** 0.5
+
+
+def compare_outputs(inputs: Inputs, trained: nn.Module, adapted: LoadedAdapter) -> OutputComparison | None:
+    """Compare the outputs of the trained model with those of the adapter.
+
+    Args:
+        inputs: What to run them on.
+        trained: The trained model.
+        adapted: The adapter, loaded by PEFT.
+
+    Returns:
+        What was found; None where the trained model gives no tensor of numbers.
+
+    Raises:
+        ExportError: PEFT's model gives none, or one of another shape.
+    """
+    expected = inputs.run(trained)
+    if expected is None:
+        return None
+    got = inputs.run(adapted.model)
+    with adapted.without():
+        before = inputs.run(adapted.model)
+    if got is None or before is None or got.shape != expected.shape:
+        raise ExportError("PEFT's model does not give outputs of the run's shape")
+    found, change = (float((value - expected).abs().max()) for value in (got, before))
+    return OutputComparison(inputs.what, found, float(expected.abs().max()), change)
+
+
+def check_structure(folder: Path, model: nn.Module, low_rank: Sequence[str]) -> dict[str, Slot]:
+    """Let PEFT build the adapter from its config, and compare the tensors that it expects with those in the file.
+
+    Args:
+        folder: The adapter's folder.
+        model: The plain model on the meta device; PEFT changes it.
+        low_rank: The parameters with factors.
+
+    Returns:
+        Where the factors of each are.
+
+    Raises:
+        ExportError: They differ.
+    """
+    found = slots(model, low_rank)
+    peft: Any = optional("peft", "checking an adapter", "hf")
+    config = peft.PeftConfig.from_pretrained(str(folder))
+    with torch.device("meta"):
+        adapted = peft.get_peft_model(model, config)
+    expected = {key: tuple(value.shape) for key, value in peft.get_peft_model_state_dict(adapted).items()}
+    written = {key: entry.shape for key, entry in TensorFile(folder / WEIGHTS).entries.items()}
+    if expected != written:
+        odd = sorted(key for key in {*expected, *written} if expected.get(key) != written.get(key))[0]
+        raise ExportError(
+            f"PEFT expects '{odd}' of shape {expected.get(odd)}, and {written.get(odd)} was written; please report this model"
+        )
+    return found
+
+
+def compare_logits(folder: Path, base: Path, tuned: Path) -> OutputComparison:
+    """Load both models into memory, START with the adapter through PEFT, and compare their logits on random tokens.
+
+    Args:
+        folder: The adapter's folder.
+        base: The base model's.
+        tuned: The tuned model's.
+
+    Returns:
+        What was found.
+    """
+    peft: Any = optional("peft", "comparing logits", "hf")
+    model = load_model(tuned)
+    inputs, expected = make_inputs(None, model), logits_of(model)
+    del model  # before the next one is loaded
+    found = logits_of(peft.PeftModel.from_pretrained(load_model(base), str(folder)))
+    what = "" if inputs is None else inputs.what
+    return OutputComparison(what, float((found - expected).abs().max()), float(expected.abs().max()))
+
+
+def load_model(path: Path) -> Any:
+    """The model of a folder, in the dtype it was saved in; nothing is downloaded, and no code of the folder's is run."""
+    transformers: Any = optional("transformers", "loading a model", "hf")
+    config = transformers.AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    cls = getattr(transformers, (config.architectures or [""])[0], transformers.AutoModel)
+    return cls.from_pretrained(path, dtype="auto", local_files_only=True, use_safetensors=True)
+
+
+def logits_of(model: Any) -> Tensor:
+    """The logits of a model on 2 x 16 random tokens, or as many as it takes; hidden states where it has no head.
+
+    Args:
+        model: The model.
+
+    Returns:
+        The logits, float64.
+
+    Raises:
+        ExportError: The model does not read tokens alone, or fails.
+    """
+    inputs = make_inputs(None, model)
+    try:
+        found = None if inputs is None else inputs.run(model)
+    except Exception as error:  # the model's own code may raise any exception
+        raise ExportError(
+            f"logits cannot be compared, {type(model).__name__} fails on random tokens: {error}; leave logits out"
+        ) from error
+    if found is None:
+        raise ExportError(f"logits cannot be compared, {type(model).__name__} does not read tokens alone; leave logits out")
+    return found
 
 
 def _tensor(output: Any) -> Tensor | None:
-    """What to compare of a model's output: its logits, or its first tensor of numbers."""
+    """What to compare of a model's output: its logits, or its first floating-point tensor."""
     if isinstance(output, Tensor):
         return output
     logits = getattr(output, "logits", None)

@@ -1,7 +1,6 @@
 """An adapter's folder: ``adapter_config.json`` and ``adapter_model.safetensors``, written and read without PEFT.
 
-What is written is a plain LoRA: rank and alpha of every module are equal, so that PEFT multiplies by 1 and W + B A comes out as
-lingrad has it.
+It is a plain LoRA: rank and alpha of every module are equal, so that PEFT multiplies by 1 and its W + B A is that of lingrad.
 """
 
 from __future__ import annotations
@@ -22,12 +21,12 @@ from lingrad.files.atomic import write_whole
 from lingrad.files.tensorfile import Piece, write_tensors
 from lingrad.maps.factors import Factors
 from lingrad.peft import names
-from lingrad.peft.slots import PREFIX, Side, Slot, places, slots, why_not
+from lingrad.peft.slots import PREFIX, LoraFactor, Slot, aliases, slots, why_not
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 FROZEN = "lingrad.frozen"  # in the metadata of the weights: parameter -> the factor that is a basis
 
-# Classes for whose tasks PEFT has a class that generates; for other tasks it would save modules of its own accord.
+# Classes with a task for which PEFT has a class that generates; for other tasks PEFT saves more modules than asked.
 _GENERATES = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 
 
@@ -37,8 +36,8 @@ class Written:
 
     Args:
         ranks: Parameter -> rank of its adapter.
-        whole: Names of the modules saved whole.
-        beside: Names of the parameters saved by themselves.
+        saved_modules: Names of the modules saved in full.
+        alongside: Names of the parameters saved alongside the adapters, without the rest of their module.
         factor_bytes: Parameter -> bytes of its factors.
         nbytes: Bytes of the weights' file.
         plan: How the changes were divided.
@@ -46,44 +45,45 @@ class Written:
     """
 
     ranks: dict[str, int]
-    whole: list[str]
-    beside: list[str]
+    saved_modules: list[str]
+    alongside: list[str]
     factor_bytes: dict[str, int]
     nbytes: int
-    plan: Plan = field(repr=False)
+    plan: AdapterPlan = field(repr=False)
     config: dict[str, Any] = field(repr=False)
 
 
 @dataclass(frozen=True)
-class Plan:
+class AdapterPlan:
     """How a set of changes is divided among PEFT's forms.
 
     Args:
         slots: Parameter -> slot of its low-rank change.
-        whole: Names of the modules saved whole, every place of one that is tied.
-        beside: Names of parameters written by themselves: biases of layers, and what belongs to modules that hold adapters.
+        saved_modules: Names of the modules saved in full, under all names where one is tied.
+        alongside: Names of the parameters saved alongside the adapters: biases of layers, and parameters of modules that
+            contain adapters.
         tied: Whether a saved module's weight is tied to another's.
     """
 
     slots: dict[str, Slot]
-    whole: list[str]
-    beside: list[str]
+    saved_modules: list[str]
+    alongside: list[str]
     tied: bool
 
     def key(self, name: str) -> str:
-        """The key of a tensor that is written as it is: PEFT wraps the modules of adapters, and those of a parameter anew."""
+        """The key of a tensor that is saved in full: PEFT wraps the modules of adapters, once for each parameter."""
         owner, _, attribute = name.rpartition(".")
-        wrappers = sum(slot.module == owner for slot in self.slots.values()) if name in self.beside else 0
+        wrappers = sum(slot.module == owner for slot in self.slots.values()) if name in self.alongside else 0
         return ".".join([PREFIX + owner, *["base_layer"] * wrappers, attribute]) if owner else PREFIX + name
 
     def tensors(self, model: nn.Module) -> list[str]:
-        """Names of the tensors that are written as they are, besides the factors: parameters and buffers."""
+        """Names of the tensors that are saved in full: parameters and buffers."""
         state = model.state_dict()
-        inside = [name for module in self.whole for name in state if name.startswith(f"{module}.")]
-        return list(dict.fromkeys([*inside, *self.beside]))
+        inside = [name for module in self.saved_modules for name in state if name.startswith(f"{module}.")]
+        return list(dict.fromkeys([*inside, *self.alongside]))
 
 
-def plan(model: nn.Module, low_rank: Mapping[str, int], full: Collection[str]) -> Plan:
+def plan(model: nn.Module, low_rank: Mapping[str, int], full: Collection[str]) -> AdapterPlan:
     """Divide changes among PEFT's forms.
 
     Args:
@@ -105,21 +105,23 @@ def plan(model: nn.Module, low_rank: Mapping[str, int], full: Collection[str]) -
     if not low_rank:
         raise ExportError("nothing has a low-rank change, and an adapter of PEFT needs one; save the model instead")
     for name, reason in why_not(model, low_rank).items():
-        raise ExportError(f"PEFT has no low-rank form for '{name}': {reason}. It can be saved whole, at the size of the weight")
+        raise ExportError(
+            f"PEFT has no low-rank form for '{name}': {reason}. It can be saved in full, at the size of the weight"
+        )
     found = slots(model, low_rank)
     adapted = {slot.module for slot in found.values()}
     saved: dict[str, None] = {}
-    beside, tied = [], False
+    alongside, tied = [], False
     for name in full:
-        every = places(model, name) if name in parameters else [name]
+        every = aliases(model, name) if name in parameters else [name]
         tied = tied or len(every) > 1
-        for place in every:
-            if _stands_alone(model, place, adapted, full):
-                beside.append(place)
+        for alias in every:
+            if _stands_alone(model, alias, adapted, full):
+                alongside.append(alias)
             else:
-                saved[place.rpartition(".")[0]] = None
+                saved[alias.rpartition(".")[0]] = None
     outermost = [m for m in saved if not any(m.startswith(f"{other}.") for other in saved)]
-    return Plan(found, outermost, beside, tied)
+    return AdapterPlan(found, outermost, alongside, tied)
 
 
 def write_adapter(
@@ -130,20 +132,20 @@ def write_adapter(
     *,
     base: str = "",
     dtype: torch.dtype | None = None,
-    frozen: Mapping[str, Side] | None = None,
+    frozen: Mapping[str, LoraFactor] | None = None,
 ) -> Written:
     """Write an adapter that PEFT loads.
 
     Args:
         folder: An existing folder, which gets the two files.
         model: The plain model: its modules, ties and class decide the form. It may be on the meta device where ``full`` has
-            all that is saved whole.
-        low_rank: Parameter -> change [m, n] of its layout's matrix. Like ``full`` it may read what it holds when it is asked,
-            so that no more than one tensor need be in memory; each is asked for more than once.
-        full: Parameter -> its value. Norms, embeddings, heads are saved with the whole of their modules, whose other parameters
-            and buffers may be given too and are taken from ``model`` otherwise.
+            all that is saved in full.
+        low_rank: Parameter -> change [m, n] of its layout's matrix. Both mappings may read a value when it is looked up, so
+            that one tensor at a time is in memory; each is looked up more than once.
+        full: Parameter -> its value. Norms, embeddings and heads are saved with their module in full; its other parameters and
+            buffers may be given too, and are taken from ``model`` otherwise.
         base: Name or folder of the model that the changes were made to; PEFT's ``base_model_name_or_path``.
-        dtype: Of the factors; None keeps that of each.
+        dtype: Of the factors; None for the dtype of each.
         frozen: Parameter -> which of its factors is a basis that was not trained, for `lingrad.peft.load`.
 
     Returns:
@@ -172,11 +174,11 @@ def write_adapter(
     sizes = {
         name: sum(prod(p.shape) * p.dtype.itemsize for p in map(pieces.get, s.keys) if p) for name, s in planned.slots.items()
     }
-    return Written(ranks, planned.whole, planned.beside, sizes, (folder / WEIGHTS).stat().st_size, planned, config)
+    return Written(ranks, planned.saved_modules, planned.alongside, sizes, (folder / WEIGHTS).stat().st_size, planned, config)
 
 
 def value_of(model: nn.Module, full: Mapping[str, Tensor], name: str) -> Tensor:
-    """The value of a tensor that is written as it is.
+    """The value of a tensor that is saved in full.
 
     Args:
         model: The plain model.
@@ -184,28 +186,28 @@ def value_of(model: nn.Module, full: Mapping[str, Tensor], name: str) -> Tensor:
         name: A parameter or buffer.
 
     Returns:
-        What ``full`` has for it, or for a parameter tied to it, or else what the model has; on the CPU.
+        That of ``full``, also under the name of a parameter tied to it, or else that of the model; on the CPU.
 
     Raises:
         ExportError: There is none, or it has another shape.
     """
     own, param = model.state_dict()[name], dict(model.named_parameters(remove_duplicate=False)).get(name)
-    names = [name, *(places(model, name) if param is not None else [])]
+    names = [name, *(aliases(model, name) if param is not None else [])]
     value = next((full[n] for n in names if n in full), own)
     if value.is_meta:
-        raise ExportError(f"'{name}' is in a module that is saved whole; its value must be given too")
+        raise ExportError(f"'{name}' is in a module that is saved in full; its value must be given too")
     if value.shape != own.shape:
         raise ExportError(f"'{name}' is {tuple(value.shape)}; expected {tuple(own.shape)} as in the model")
     return value.detach().cpu().contiguous()
 
 
 def _factor(low_rank: Mapping[str, Factors], slot: Slot, which: int, dtype: torch.dtype | None) -> Tensor:
-    """PEFT's A (0) or B (1) of a change, when its turn comes to be written."""
+    """PEFT's A (0) or B (1) of a change, made when it is written."""
     return slot.encode(low_rank[slot.name])[which].detach().to("cpu", dtype).contiguous()
 
 
 def _stands_alone(model: nn.Module, name: str, adapted: set[str], full: Collection[str]) -> bool:
-    """Whether a parameter is written by itself: a bias, or one whose module cannot be saved whole."""
+    """Whether a parameter is saved alongside: a bias, or one whose module cannot be saved in full."""
     owner, _, attribute = name.rpartition(".")
     module = model.get_submodule(owner)
     if attribute == "bias" and isinstance(module, nn.Linear) and f"{owner}.weight" not in full:
@@ -215,7 +217,7 @@ def _stands_alone(model: nn.Module, name: str, adapted: set[str], full: Collecti
     return isinstance(module, nn.ModuleList | nn.ModuleDict | nn.ParameterList | nn.ParameterDict)
 
 
-def _config(model: nn.Module, planned: Plan, ranks: Mapping[str, int], base: str) -> dict[str, Any]:
+def _config(model: nn.Module, planned: AdapterPlan, ranks: Mapping[str, int], base: str) -> dict[str, Any]:
     modules = [name for name, _ in model.named_modules(remove_duplicate=False) if name]
     parameters = [name for name, _ in model.named_parameters()]
     by_module = {slot.module for slot in planned.slots.values() if not slot.by_parameter}
@@ -225,8 +227,8 @@ def _config(model: nn.Module, planned: Plan, ranks: Mapping[str, int], base: str
     stored_in_out = any(
         slot.kind == "linear" and not isinstance(model.get_submodule(slot.module), nn.Linear) for slot in planned.slots.values()
     )
-    saved = names.modules_to_save(planned.whole, modules, adapted) if planned.whole else None
-    biased = {name.rpartition(".")[0] for name in planned.beside if name.endswith(".bias")}
+    saved = names.modules_to_save(planned.saved_modules, modules, adapted) if planned.saved_modules else None
+    biased = {name.rpartition(".")[0] for name in planned.alongside if name.endswith(".bias")}
     return {
         "peft_type": "LORA",
         "task_type": _task(model),
@@ -256,7 +258,7 @@ def _task(model: nn.Module) -> str | None:
 
 
 def _ties_embeddings(model: nn.Module) -> bool:
-    """Whether the head is tied to the embedding as PEFT can keep it: it makes every other place of that weight a Linear."""
+    """Whether the head is tied to the embedding in the way PEFT supports: every other module of that weight is a Linear."""
     config = getattr(model, "config", None)
     if not (getattr(config, "tie_word_embeddings", False) and getattr(model, "_tied_weights_keys", None)):
         return False

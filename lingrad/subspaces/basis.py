@@ -131,7 +131,7 @@ class Basis:
         now = clock >= 0 and (self.transform.due(clock) or (self.refreshes == 0 and self.transform.due(0)))
         # a basis that is learned from a sketch has changed at the end of the last step, any other changes in this one
         changes = self.refreshes != self.when.refreshes if self.transform.reads == "sketch" else now
-        self.when = self.when._replace(step=clock, refreshes=self.refreshes)
+        self.when = When(clock, self.refreshes, self.when.seed, self.when.shape, self.when.run_seed)
         self.due = now and self.transform.reads != "nothing"
         return Schedule(now and not self.due, changes)
 

@@ -26,7 +26,7 @@ from lingrad.tensors import wide
 from lingrad.weights.base import Remainder, Weight
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class Subspace:
     """The coordinates of one weight.
 
@@ -65,6 +65,9 @@ class Subspace:
         before, after = weakref.WeakMethod(self._before_accumulate), weakref.WeakMethod(self._after_accumulate)
         self.coords.register_hook(lambda _: call(before))
         self.coords.register_post_accumulate_grad_hook(lambda _: call(after))
+
+    def __repr__(self) -> str:
+        return f"Subspace({self.name!r}, {self.basis.transform}, coords={tuple(self.coords.shape)})"
 
     def map(self) -> LinearMap:
         """The map S of the basis in use."""
@@ -144,8 +147,9 @@ class Subspace:
             return None  # to quantise again would change the weight for nothing
         # what is released has been stepped
         self.ledger.merged = self.ledger.merged or release or bool(self.coords.any())
-        self.ledger.add(self.coords)
-        remainder = self.weight.add_(self.map(), self.coords)
+        if self.ledger.records:
+            self.ledger.add(self.coords)
+        remainder = self.weight.add_(self.basis.map(), self.coords)
         if release:
             self.release()
         if not self.released:
@@ -206,7 +210,7 @@ class Subspace:
 
     def release(self) -> None:
         """Give back the memory of coordinates that are zero: one zero stands for all. They can be read, not written."""
-        if not parallel.together():  # DistributedDataParallel writes into parameters
+        if not parallel.initialized():  # DistributedDataParallel writes into parameters
             zero = self._zero
             if zero is None or zero.dtype != self.coords.dtype or zero.device != self.coords.device:
                 zero = self._zero = self.coords.new_zeros(()).expand(self.coords.shape)

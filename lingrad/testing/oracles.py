@@ -1,7 +1,7 @@
-"""Oracles for maps, transforms and base optimizers: one call each, for this package's tests and for anybody else's.
+"""Oracles for maps, transforms and base optimizers: one call each, for the tests of this package and of others.
 
-They run on the CPU in float64 and raise AssertionError with what was expected and what was found. A transform of your own is
-shown to be right by ``assert_dual("name(rank=4, every=5)")``; its map, where it has a new one, by `assert_adjoint`.
+They run on the CPU in float64 and raise AssertionError with what was expected and what was found. Test a transform of your own
+with ``assert_dual("name(rank=4, every=5)")``, and a new map with `assert_adjoint`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from lingrad.errors import DualityError
 from lingrad.gradients.local import FactoredGradient
 from lingrad.maps import LinearMap
 from lingrad.optimizers import checks
-from lingrad.testing.training import Batches, Loss, every_kind, token_batches, token_loss, trajectories, weight_gap
+from lingrad.testing.training import Batches, BatchLoss, every_kind, token_batches, token_loss, trajectories, weight_gap
 from lingrad.transforms import Transform
 
 
@@ -28,7 +28,7 @@ def assert_adjoint(linear_map: LinearMap, shape: tuple[int, int], *, tolerance: 
     Args:
         linear_map: The map S, its tensors in float64.
         shape: (m, n), the weight's shape; small, since the whole matrix [m n, p q] is formed.
-        tolerance: Largest absolute difference; entries are of the size of the map's own.
+        tolerance: Largest absolute difference of any element.
     """
     m, n = shape
     out_grad, x = _draw(11, m, seed=1), _draw(11, n, seed=2)
@@ -78,7 +78,7 @@ def assert_adjoint(linear_map: LinearMap, shape: tuple[int, int], *, tolerance: 
 
 
 def assert_reads_only_gradients(base: optimizers.BaseLike, **options: Any) -> None:
-    """Check that a base optimizer's update does not depend on the parameter, as the duality asks.
+    """Check that a base optimizer's update does not depend on the parameter, as the duality requires.
 
     Args:
         base: A name, an optimizer class or a factory, as for `lingrad.wrap`.
@@ -94,12 +94,12 @@ def assert_reads_only_gradients(base: optimizers.BaseLike, **options: Any) -> No
 
 
 def assert_dual(
-    transform: Rules,
+    rules: Rules,
     base: optimizers.BaseLike = "adamw",
     *,
     build: Callable[[], nn.Module] | None = None,
     batches: Batches | None = None,
-    loss: Loss | None = None,
+    loss: BatchLoss | None = None,
     tolerance: float = 1e-12,
     clip: float | None = None,
     **options: Any,
@@ -110,9 +110,9 @@ def assert_dual(
     of Torroba-Hennigen et al. (ICML 2025, arXiv 2502.13811, section 3).
 
     Args:
-        transform: A config string, a transform, or rules; a bare one is used for every weight of two or more dimensions.
+        rules: A config string, a transform, or rules; a single transform is used for every weight of two or more dimensions.
         base: As for `lingrad.wrap`.
-        build: Makes the model; equal weights at every call. Default: `EveryKind`.
+        build: Makes the model, with the same weights at every call. Default: `EveryKind`.
         batches: For each step its micro-batches; default 12 steps of two for `EveryKind`.
         loss: (model, micro-batch) -> loss; default that of `EveryKind`.
         tolerance: Largest relative difference of any weight, |A - B|_F / |B|_F.
@@ -123,25 +123,23 @@ def assert_dual(
         The largest relative difference found.
     """
     build = build or every_kind
-    rules: Rules = {"*": transform} if isinstance(transform, str | Transform) else transform
+    what = f"{rules} with {base}"
     start = {name: param.detach().clone() for name, param in build().named_parameters()}
     wrapped, *others = trajectories(
         build,
-        rules,
+        {"*": rules} if isinstance(rules, str | Transform) else rules,
         base,
         batches or token_batches(12),
         loss or token_loss,
         clip=clip,
         **{"lr": 1e-2, "weight_decay": 0.1, "scale": 0.25} | options,
     )
-    assert all(w.isfinite().all() for w in wrapped.values()), f"{transform} with {base}: a weight is not finite"
-    assert weight_gap(wrapped, start)[1] > 1e-4, f"{transform} with {base}: nothing was trained"
+    assert all(w.isfinite().all() for w in wrapped.values()), f"{what}: a weight is not finite"
+    assert weight_gap(wrapped, start)[1] > 1e-4, f"{what}: nothing was trained"
     worst = 0.0
     for mode, weights in zip(("adapter mode", "a run that switches twice"), others, strict=True):
         far = weight_gap(weights, wrapped)[1]
-        assert far <= tolerance, (
-            f"{transform} with {base}: {mode} differs from optimizer mode by {far:.1e}, more than {tolerance:.0e}"
-        )
+        assert far <= tolerance, f"{what}: {mode} differs from optimizer mode by {far:.1e}, more than {tolerance:.0e}"
         worst = max(worst, far)
     return worst
 

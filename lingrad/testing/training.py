@@ -1,4 +1,4 @@
-"""How far two runs are apart."""
+"""Small training runs, and the distance between their weights."""
 
 from __future__ import annotations
 
@@ -12,9 +12,15 @@ from lingrad import api, optimizers
 from lingrad.config.rules import Rules
 from lingrad.engine.optimizer import SubspaceOptimizer
 
+Batches = Sequence[Sequence[Tensor]]  # steps of micro-batches
+
+BatchLoss = Callable[[nn.Module, Tensor], Tensor]
+
+TOKENS = 20
+
 
 def weight_gap(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> tuple[float, float]:
-    """How far two sets of weights are apart.
+    """The distance between two sets of weights.
 
     Args:
         a: Weights by name.
@@ -29,19 +35,12 @@ def weight_gap(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> tuple[float,
         return absolute, max(float(d.norm() / b[name].norm()) for name, d in differences.items())
 
 
-Batches = Sequence[Sequence[Tensor]]  # steps of micro-batches
-
-Loss = Callable[[nn.Module, Tensor], Tensor]
-
-TOKENS = 20
-
-
 def trajectories(
     build: Callable[[], nn.Module],
     rules: Rules,
     base: optimizers.BaseLike,
     batches: Batches,
-    loss: Loss,
+    loss: BatchLoss,
     *,
     switches: Sequence[int] | None = None,
     clip: float | None = None,
@@ -50,7 +49,7 @@ def trajectories(
     """The weights after a run in optimizer mode, one in adapter mode, and one that changes its mode.
 
     Args:
-        build: Makes the model; equal weights at every call.
+        build: Makes the model, with the same weights at every call.
         rules: As for `lingrad.wrap`.
         base: As for `lingrad.wrap`.
         batches: For each step its micro-batches.
@@ -79,7 +78,7 @@ def train(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     batches: Batches,
-    loss: Loss,
+    loss: BatchLoss,
     *,
     switches: Sequence[int] = (),
     clip: float | None = None,
@@ -89,7 +88,7 @@ def train(
 
     Args:
         model: The model.
-        optimizer: Its optimizer; one of lingrad's where there are switches or a clip.
+        optimizer: Its optimizer; switches and a clip are for lingrad's only.
         batches: For each step its micro-batches.
         loss: (model, micro-batch) -> loss.
         switches: Steps before which the mode changes.
@@ -153,7 +152,7 @@ class _Experts(nn.Module):
 
 
 class _OwnLinear(nn.Linear):
-    """A subclass of Linear, which lingrad does not take for one."""
+    """A subclass of Linear, which does not get a projected backward."""
 
 
 def every_kind(dtype: torch.dtype = torch.float64, middle: Callable[[], nn.Module] | None = None) -> EveryKind:

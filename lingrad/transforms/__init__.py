@@ -1,4 +1,4 @@
-"""How a basis is chosen and refreshed: one file a transform, found by its name in a config string."""
+"""How a basis is chosen and refreshed: one file per transform, with a name for config strings."""
 
 from typing import TYPE_CHECKING
 

@@ -1,6 +1,6 @@
 """What a transform is: an immutable choice of how the basis of a weight is chosen and refreshed.
 
-A transform holds no tensors, no optimizer and no mode. Its state is a NamedTuple of tensors, ints, None and dicts of them,
+A transform has no tensors, no optimizer and no mode. Its state is a NamedTuple of tensors, ints, None and dicts of them,
 passed in and out. `Transform` is the whole interface; `lingrad.transforms.side.SideTransform` is the base class of a transform
 that writes one method.
 """
@@ -21,7 +21,7 @@ from lingrad.transforms import options
 
 # What a refresh reads. ``gradient``: G itself; the new basis is used in the same step. ``sketch``: products of G with matrices
 # that are fixed before the step, summed over micro-batches without forming G; the new basis is used from the next step on,
-# because G is no longer there to be projected by it. ``nothing``: the basis is drawn before the step.
+# because G is no longer available to project. ``nothing``: the basis is drawn before the step.
 Reads = Literal["gradient", "sketch", "nothing"]
 
 Ranks = tuple[int | None, int | None]
@@ -162,7 +162,7 @@ class Transform(ABC):
 
     @property
     def stores_map(self) -> bool:
-        """Whether the map is kept between uses; False if it is made again at each use, to save memory."""
+        """Whether the map is stored between uses; False if it is computed again at each use, to save memory."""
         return True
 
     def coords_shape(self, shape: tuple[int, int]) -> tuple[int, int]:
@@ -190,7 +190,7 @@ class Transform(ABC):
             dtype: The weight's dtype.
 
         Returns:
-            Shape and dtype of each tensor of the state after the first refresh, and of the map if it is kept. The default is
+            Shape and dtype of each tensor of the state after the first refresh, and of the map if it is stored. The default is
             the basis matrices in the weight's dtype.
         """
         return [TensorSpec(basis, dtype) for basis in self.basis_shapes(shape) if basis is not None]

@@ -70,8 +70,8 @@ class Kron(Transform):
     @override
     def storage(self, shape: tuple[int, int], dtype: torch.dtype) -> list[TensorSpec]:
         # the basis of a factor that reads nothing is in the map only
-        kept = [factor for factor in self._factors if self.stores_map or factor.reads != "nothing"]
-        return [stored for factor in kept for stored in factor.storage(shape, dtype)]
+        stored = [factor for factor in self._factors if self.stores_map or factor.reads != "nothing"]
+        return [tensor for factor in stored for tensor in factor.storage(shape, dtype)]
 
     @override
     def init(self, shape: tuple[int, int], *, seed: int, device: torch.device, dtype: torch.dtype) -> KronState:
@@ -83,8 +83,7 @@ class Kron(Transform):
 
     @override
     def probes(self, state: KronState, when: When) -> tuple[Probe, ...]:
-        asked = [t.probes(s, when) for t, s, due in self._now(state, when) if due]
-        return tuple(probe for probes in asked for probe in probes)
+        return tuple(probe for t, s, due in self._now(state, when) if due for probe in t.probes(s, when))
 
     @override
     def learn(self, state: KronState, sketch: Sketch, when: When) -> KronState:
@@ -109,7 +108,7 @@ class Kron(Transform):
     @override
     def reads(self) -> Reads:
         found = {self.left.reads, self.right.reads}
-        return next(kind for kind in get_args(Reads) if kind in found)  # the first named gives the others what they need
+        return next(kind for kind in get_args(Reads) if kind in found)  # in that order each gives the later ones what they need
 
     @property
     @override

@@ -1,4 +1,4 @@
-"""The numerics that transforms share: seeded draws, orthonormal bases, leading singular vectors, stable signs."""
+"""The numerics that transforms share: seeded random matrices, orthonormal bases, leading singular vectors, stable signs."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def derive_seed(seed: int, *parts: object) -> int:
 
 def gaussian(rows: int, columns: int, *, seed: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     """Standard normal elements, [rows, columns]; drawn on the CPU, so that a seed gives the same on every device."""
-    if device.type == "meta":  # nothing is needed, and drawing a large model's bases would take minutes
+    if device.type == "meta":  # it has no data, and random bases of a large model would take minutes
         return torch.empty(rows, columns, dtype=torch.float32, device=device).to(dtype)
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(rows, columns, generator=generator, dtype=torch.float32, device="cpu").to(device=device, dtype=dtype)
@@ -59,11 +59,11 @@ def orthonormalize(columns: Tensor, *, seed: int) -> Tensor:
     independent = ~(diagonal <= floor)  # NaN stays for the caller to find
     if bool(independent.all()):
         return qr.q()
-    kept = independent.nonzero().flatten()
+    present = independent.nonzero().flatten()
     missing = independent.logical_not().nonzero().flatten()
     filler = gaussian(len(columns), len(missing), seed=seed, device=columns.device, dtype=columns.dtype)
-    q = _QR(torch.cat((columns.index_select(1, kept), filler), dim=1)).q()
-    return torch.empty_like(q).index_copy_(1, torch.cat((kept, missing)), q)
+    q = _QR(torch.cat((columns.index_select(1, present), filler), dim=1)).q()
+    return torch.empty_like(q).index_copy_(1, torch.cat((present, missing)), q)
 
 
 class _QR:
@@ -114,7 +114,7 @@ def align_signs(new: Tensor | None, old: Tensor | None) -> Tensor | None: ...
 def align_signs(new: Tensor | None, old: Tensor | None) -> Tensor | None:
     """Flip columns that point against the same column of the old basis.
 
-    A basis is defined only up to the signs of its columns; moments that are kept over a refresh depend on them.
+    A basis is defined only up to the signs of its columns; moments that a refresh carries over depend on them.
 
     Args:
         new: [size, rank], or None for a side without a basis.

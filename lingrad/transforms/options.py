@@ -36,7 +36,7 @@ def default(option: dataclasses.Field[Any]) -> Any:
 
 
 def check(config: Any) -> None:
-    """Check every option of a transform against its annotation; a whole number will do for a float.
+    """Check every option of a transform against its annotation; a whole number is accepted for a float.
 
     Args:
         config: A dataclass instance.
@@ -48,18 +48,18 @@ def check(config: Any) -> None:
             if get_origin(kind) is Literal and isinstance(value, str):
                 require_one_of(value, get_args(kind), option)
         fits = any(_fits(value, kind) for kind in alternatives)
-        names = " or ".join(map(_name, alternatives))
-        require(fits, option, f"{option} must be {names}, not {written(value)}")
+        names = " or ".join(map(_type_name, alternatives))
+        require(fits, option, f"{option} must be {names}, not {format_value(value)}")
 
 
-def written(value: Any) -> str:
+def format_value(value: Any) -> str:
     """A value as a config string writes it: bare words, ``true``, ``false``, ``none``, numbers, tuples."""
     if value is None or isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, str):
         return value if value.isidentifier() and value not in ("true", "false", "none") else repr(value)
     if isinstance(value, tuple):
-        return f"({', '.join(map(written, value))}{',' if len(value) == 1 else ''})"
+        return f"({', '.join(map(format_value, value))}{',' if len(value) == 1 else ''})"
     return repr(value)
 
 
@@ -73,7 +73,7 @@ def _fits(value: Any, kind: Any) -> bool:
     return isinstance(value, get_origin(kind) or kind)
 
 
-def _name(kind: Any) -> str:
+def _type_name(kind: Any) -> str:
     if get_origin(kind) is Literal:
         return "one of " + ", ".join(map(str, get_args(kind)))
     words = {int: "a whole number", float: "a number", bool: "true or false", type(None): "none", str: "a word"}

@@ -132,8 +132,8 @@ class PCA(SideTransform):
             return state._replace(left=left, right=right)
         before = ({}, {}) if when.refreshes == 1 else (state.left_optimizer, state.right_optimizer)
         (left, left_after), (right, right_after) = (
-            (basis, kept) if basis is None or grad is None else self._updated(basis, grad, kept, side, when)
-            for basis, grad, kept, side in zip(old, seen, before, ("left", "right"), strict=True)
+            (basis, own) if basis is None or grad is None else self._updated(basis, grad, own, side, when)
+            for basis, grad, own, side in zip(old, seen, before, ("left", "right"), strict=True)
         )
         return Learned(left, right, left_after, right_after)
 

@@ -40,7 +40,7 @@ class Power(SideTransform):
     """Subspace iteration on both sides at once: P <- qr(G Q), Q <- qr(G^T P), each with the other's old basis.
 
     Both old bases are fixed before the step, so that the products add up over micro-batches. If the weight has a basis on one
-    side only, the one on the other is a companion, kept for the next refresh. Its product is the coordinates' own gradient.
+    side only, the one on the other is a companion, stored for the next refresh. Its product is the coordinates' own gradient.
 
     Args:
         rank: Columns of each basis.

@@ -16,7 +16,7 @@ from lingrad.transforms.linalg import derive_seed, gaussian, orthonormalize
 from lingrad.transforms.registry import register
 from lingrad.transforms.side import BasisTransform
 
-Kind = Literal["gaussian", "rademacher", "orthonormal", "rows"]
+Distribution = Literal["gaussian", "rademacher", "orthonormal", "rows"]
 
 
 class Drawn(NamedTuple):
@@ -27,7 +27,7 @@ class Drawn(NamedTuple):
     n: int
     p: int | None  # columns of the left basis; None if that side has none
     q: int | None
-    like: Tensor  # empty; it has the device and dtype of the bases
+    like: Tensor  # empty, with the device and dtype of the bases
 
 
 @register("random")
@@ -46,8 +46,7 @@ class Random(BasisTransform):
         clip: Lower the rank to min(m, n) where it does not fit.
         kind: ``gaussian`` N(0, 1/m), ``rademacher`` +-1/sqrt(m), ``orthonormal`` (QR of a Gaussian), or ``rows``: a random
             choice of rows (of columns, on the right side) of the weight, whose map gathers and scatters.
-        store: Keep the basis in memory between refreshes; false draws it again at each use, which takes time instead of
-            memory.
+        store: Store the basis between refreshes; false draws it again at each use, which takes time instead of memory.
 
     Raises:
         SpecError: An option is out of range.
@@ -55,7 +54,7 @@ class Random(BasisTransform):
 
     reads = "nothing"
 
-    kind: Kind = "gaussian"
+    kind: Distribution = "gaussian"
     store: bool = True
 
     @property
@@ -83,24 +82,24 @@ class Random(BasisTransform):
 
     @override
     def map(self, state: Drawn) -> LinearMap:
-        draw = _choose if self.kind == "rows" else self._basis
+        draw = _choose_rows if self.kind == "rows" else self._basis
         left, right = (
-            None if rank is None else draw(size, rank, seed=derive_seed(state.seed, side), like=state.like)
+            None if rank is None else draw(size, rank, seed=derive_seed(state.seed, side), template=state.like)
             for side, size, rank in (("left", state.m, state.p), ("right", state.n, state.q))
         )
         return SelectionMap(left, right, (state.m, state.n)) if self.kind == "rows" else KroneckerMap(left, right)
 
-    def _basis(self, size: int, rank: int, *, seed: int, like: Tensor) -> Tensor:
-        drawn = gaussian(size, rank, seed=seed, device=like.device, dtype=wide(like.dtype))
+    def _basis(self, size: int, rank: int, *, seed: int, template: Tensor) -> Tensor:
+        drawn = gaussian(size, rank, seed=seed, device=template.device, dtype=wide(template.dtype))
         if self.kind == "orthonormal":
             drawn = orthonormalize(drawn, seed=seed)
         elif self.kind == "rademacher":
             drawn = torch.where(drawn < 0, -1.0, 1.0).to(drawn.dtype) / size**0.5
         else:
             drawn = drawn / size**0.5
-        return drawn.to(like.dtype)
+        return drawn.to(template.dtype)
 
 
-def _choose(size: int, rank: int, *, seed: int, like: Tensor) -> Tensor:
+def _choose_rows(size: int, rank: int, *, seed: int, template: Tensor) -> Tensor:
     chosen = torch.randperm(size, generator=torch.Generator().manual_seed(seed), device="cpu")[:rank]
-    return chosen.sort().values.to(like.device)
+    return chosen.sort().values.to(template.device)

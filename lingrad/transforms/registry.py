@@ -38,7 +38,7 @@ def register(name: str) -> Callable[[T], T]:
     if not (isinstance(name, str) and name.isidentifier()) or name in ("true", "false", "none"):
         raise SpecError(f"a transform is registered under a word, as in @register('mine'), not {name!r}")
 
-    def keep(cls: T) -> T:
+    def add(cls: T) -> T:
         if not (isinstance(cls, type) and issubclass(cls, Transform)):
             raise SpecError(f"@register('{name}') is for subclasses of lingrad.Transform, not {cls!r}")
         if inspect.isabstract(cls):
@@ -54,7 +54,7 @@ def register(name: str) -> Callable[[T], T]:
         _registered[name] = cls
         return cls
 
-    return keep
+    return add
 
 
 def _require_free_names(cls: type[Transform]) -> None:
@@ -70,13 +70,13 @@ def _require_free_names(cls: type[Transform]) -> None:
                 )
 
 
-def names() -> list[str]:
+def transform_names() -> list[str]:
     """Names of all transforms: those registered, and those that installed packages offer."""
     return sorted({*_registered, *_offered()})
 
 
-def find(name: str) -> type[Transform]:
-    """Look a transform up.
+def find_transform(name: str) -> type[Transform]:
+    """Find a transform by name.
 
     Args:
         name: Its name in config strings.
@@ -93,8 +93,8 @@ def find(name: str) -> type[Transform]:
             raise SpecError(f"the entry point '{name}' of group {GROUP} must name a Transform class, not {cls!r}")
         register(name)(cls)
     if name not in _registered:
-        known = f"Known: {', '.join(names())}; one of your own, once its module is imported."
-        raise SpecError(f"unknown transform '{name}'{did_you_mean(name, names())} {known}")
+        known = f"Known: {', '.join(transform_names())}; one of your own, once its module is imported."
+        raise SpecError(f"unknown transform '{name}'{did_you_mean(name, transform_names())} {known}")
     return _registered[name]
 
 

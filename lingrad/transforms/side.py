@@ -17,7 +17,7 @@ from typing_extensions import override
 from lingrad.errors import ShapeError, SpecError, require
 from lingrad.gradients.base import Gradient
 from lingrad.maps import KroneckerMap, LinearMap
-from lingrad.tensors import wide
+from lingrad.tensors import nbytes, wide
 from lingrad.transforms.base import Probe, Ranks, Sketch, Transform, When
 from lingrad.transforms.linalg import derive_seed, orthonormalize, start_basis
 from lingrad.transforms.sketch import by_side, range_probes, sketched
@@ -26,7 +26,7 @@ Side = Literal["short", "long", "left", "right", "both"]
 
 
 class Sides(NamedTuple):
-    """A left and a right basis, None on a side that has none: the state of a transform that keeps nothing else.
+    """A left and a right basis, None on a side that has none: the state of a transform that stores nothing else.
 
     Args:
         left: [m, p], or None.
@@ -62,7 +62,7 @@ class BasisTransform(Transform):
 
     @override
     def ranks(self, shape: tuple[int, int]) -> Ranks:
-        """The ranks of the left and the right basis; the one place where ``side`` meets a shape.
+        """The ranks of the left and the right basis; ``side`` is resolved here only.
 
         Args:
             shape: (m, n), the weight's shape.
@@ -111,7 +111,7 @@ class BasisTransform(Transform):
 
 @dataclass(frozen=True, kw_only=True)
 class SideTransform(BasisTransform):
-    """A transform that says how the basis of one side is found; derive from it to write your own.
+    """A transform that defines how the basis of one side is computed; derive from it to write your own.
 
     A subclass defines `basis`. It is called for each side that has a basis, with that side in the rows, so that left and right
     are one and the same code. The class attribute ``reads`` says what it is given:
@@ -188,9 +188,13 @@ class SideTransform(BasisTransform):
         Returns:
             The new bases, in the dtypes of the old ones.
         """
-        left = None if old.left is None or seen[0] is None else self.basis(seen[0], old.left, when._replace(side="left"))
-        right = None if old.right is None or seen[1] is None else self.basis(seen[1], old.right, when._replace(side="right"))
-        return self._fitted(Sides(left, right), old)
+        return Sides(self._side(seen[0], old.left, when, "left"), self._side(seen[1], old.right, when, "right"))
+
+    def _side(self, seen: Gradient | None, old: Tensor | None, when: When, side: Literal["left", "right"]) -> Tensor | None:
+        """The new basis of one side; cast before the other one is computed, for the sake of memory."""
+        if old is None or seen is None:
+            return None
+        return self._fit(self.basis(seen, old, when._replace(side=side)), old, side)
 
     @override
     def init(self, shape: tuple[int, int], *, seed: int, device: torch.device, dtype: torch.dtype) -> Any:
@@ -233,9 +237,9 @@ class SideTransform(BasisTransform):
         if new is None and old is None:
             return None
         if old is None or not isinstance(new, Tensor) or new.shape != old.shape or not new.is_floating_point():
-            raise ShapeError(f"{self.name} returned {_described(new)} as its {side} basis; expected {_expected(old)}")
+            raise ShapeError(f"{self.name} returned {_described(new)} as its {side} basis; expected {_expected_basis(old)}")
         new = new.to(old.dtype)
-        owned = new.is_contiguous() and new.untyped_storage().nbytes() == new.numel() * new.element_size()
+        owned = new.is_contiguous() and new.untyped_storage().nbytes() == nbytes(new)
         return new if owned else new.clone(memory_format=torch.contiguous_format)  # a slice would keep all columns in memory
 
 
@@ -245,5 +249,5 @@ def _described(found: object) -> str:
     return "None" if found is None else f"a {type(found).__name__}"
 
 
-def _expected(old: Tensor | None) -> str:
+def _expected_basis(old: Tensor | None) -> str:
     return "None, since that side has none" if old is None else f"the old one's shape, {tuple(old.shape)}, in a floating dtype"

@@ -2,7 +2,7 @@
 
 For a Gaussian Omega [n, k], G Omega nearly spans the leading left singular vectors of G (Halko, Martinsson, Tropp 2011,
 section 4.1), and E[G Omega Omega^T G^T] is G G^T up to a factor. Products are linear in G, so those of micro-batches and of
-processes can be added, and they are small: k elements a row.
+processes can be added, and they are small: k elements per row.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def by_side(bases: Sequence[Tensor | None], sketch: Sketch) -> tuple[Gradient | 
 def test_matrix(rows: int, columns: int, *, seed: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     """Gaussian columns of unit length in expectation, [rows, columns]; not to be written into.
 
-    The last few are cached until `forget_draws`, since the weights of a step share them.
+    The last few are cached until `free_test_matrices`, since the weights of a step share them.
 
     Args:
         rows: Rows.
@@ -84,6 +84,6 @@ def test_matrix(rows: int, columns: int, *, seed: int, device: torch.device, dty
     return start_basis(rows, columns, seed=seed, device=device, dtype=dtype)
 
 
-def forget_draws() -> None:
+def free_test_matrices() -> None:
     """Free the test matrices of a step that is over."""
     test_matrix.cache_clear()

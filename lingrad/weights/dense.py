@@ -59,7 +59,7 @@ class DenseWeight(Weight):
                 "into a computed tensor), and its updates would be lost; make it an nn.Parameter again first"
             )
         matrix = self.layout.matrix(weight)
-        if storage(matrix) == storage(weight):
+        if matrix is weight or storage(matrix) == storage(weight):
             current.add_lift_(matrix, coords)
         else:  # the strides allowed no view, as in a channels_last convolution
             weight.add_(self.layout.restore(current.lift(coords)))

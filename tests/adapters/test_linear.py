@@ -8,10 +8,8 @@ from torch.utils.checkpoint import checkpoint
 import lingrad
 from lingrad.errors import ModeError
 from tests.support.models import gap, gpt2, llama, text_batches, text_loss, train, zoo, zoo_batches, zoo_loss
+from tests.support.runs import MODES, each_mode
 from tests.support.watch import NoTensorOfShape
-
-MODES = {"optimizer": lingrad.wrap, "adapter": lingrad.adapt}
-each_mode = pytest.mark.parametrize("mode", MODES)
 
 
 def linear(bias=True, dtype=torch.float64, m=6, n=8):

@@ -40,7 +40,7 @@ def test_explain_shows_the_resolution():
         "projected",
         "132,096",
     ]
-    assert lines[-1] == "725,760 of 2,504,448 numbers are stepped by the base optimizer (29.0%)"
+    assert lines[-1] == "725,760 of 2,504,448 elements are stepped by the base optimizer (29.0%)"
 
 
 def test_explain_with_rules_and_every_parameter():
@@ -66,7 +66,7 @@ def test_explain_reads_a_config_from_disk_and_makes_no_weights(tmp_path):
     for place in (tmp_path, tmp_path / "config.json"):
         result = CliRunner().invoke(app, ["explain", "svd(rank=1024)", "--model", str(place)])
         assert result.exit_code == 0, result.output
-        assert "of 68,976,648,192 numbers" in result.stdout  # 70B; its weights would not fit here
+        assert "of 68,976,648,192 elements" in result.stdout  # 70B; its weights would not fit here
 
 
 def test_explain_counts_what_the_optimizer_trains():

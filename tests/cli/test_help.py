@@ -185,8 +185,8 @@ def test_old_command_lines_of_memory_work_and_say_what_to_write(lingrad, old, ne
         ),
         (["convert", "RUN", "--exact", "--out", "x"], ["export", "RUN", "--out", "x"]),
         (
-            ["convert", "BASE", "--rank", "4", "RUN", "--out=x", "--exact"],
-            ["export", "RUN", "--start", "BASE", "--rank", "4", "--out=x"],
+            ["convert", "START", "--rank", "4", "RUN", "--out=x", "--exact"],
+            ["export", "RUN", "--start", "START", "--rank", "4", "--out=x"],
         ),
     ],
 )
@@ -204,7 +204,7 @@ def test_old_command_lines_are_translated(capsys, old, new):
         ["memory", "--help"],
         ["memory", "fit", "--model", "demo", "--batch", "3"],
         ["explain", "svd(rank=4)"],
-        ["convert", "BASE", "TUNED", "--out", "x"],
+        ["convert", "START", "TUNED", "--out", "x"],
     ],
 )
 def test_present_command_lines_are_left_alone(capsys, words):

@@ -209,7 +209,7 @@ def test_no_linear_layer():
     with pytest.raises(SpecError) as caught:
         resolve_model(nn.Sequential(nn.Conv2d(1, 2, 3)), "svd(rank=1)")
     assert str(caught.value) == (
-        "no trainable Linear layer was found in Sequential besides its output head; "
+        "no trainable Linear layer was found in Sequential apart from its output head; "
         "name the weights to transform by rules, such as {'*.proj': 'svd(rank=1)'}"
     )
 
@@ -234,7 +234,7 @@ class TestNamedParameters:
     def test_groups_bring_their_own_specs_and_hyper_parameters(self):
         model = zoo()
         groups = [
-            {"params": [("conv.weight", model.conv.weight)], "spec": "svd(rank=2)", "lr": 0.5, "scale": 2.0},
+            {"params": [("conv.weight", model.conv.weight)], "rules": "svd(rank=2)", "lr": 0.5, "scale": 2.0},
             {"params": [("biased.weight", model.biased.weight), ("biased.bias", model.biased.bias)], "weight_decay": 0.2},
         ]
         optimizer = lingrad.wrap(groups, "random(rank=3)", lr=0.1)

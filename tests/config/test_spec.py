@@ -173,7 +173,7 @@ rank must be a whole number, not é
 def test_refused(text, message):
     with pytest.raises(SpecError) as caught:
         spec.parse(text)
-    assert str(caught.value) == message.replace("KNOWN", ", ".join(registry.names()))
+    assert str(caught.value) == message.replace("KNOWN", ", ".join(registry.transform_names()))
 
 
 def test_not_a_string():
@@ -293,7 +293,7 @@ class TestRegistry:
         missing = "due and init and map and period and ranks and refresh"
         with pytest.raises(SpecError, match=f"Empty does not define {missing}, which every Transform must"):
             registry.register("mine")(Empty)
-        assert "mine" not in registry.names()
+        assert "mine" not in registry.transform_names()
 
     def test_a_class_that_is_no_dataclass_is_made_one(self, monkeypatch):
         monkeypatch.setattr(registry, "_registered", dict(registry._registered))
@@ -347,7 +347,7 @@ class TestRegistry:
         lingrad.wrap(model, Mine(rank=2)).detach()
 
     def test_names(self):
-        assert {"svd", "power", "random", "pca", "kron", "full"} <= set(registry.names())
+        assert {"svd", "power", "random", "pca", "kron", "full"} <= set(registry.transform_names())
 
     def test_a_taken_name_is_refused(self):
         with pytest.raises(SpecError, match="the transform name 'svd' is taken by lingrad.transforms.svd.SVD"):

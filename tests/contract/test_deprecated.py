@@ -5,11 +5,12 @@ import sys
 from dataclasses import dataclass
 
 import pytest
+import torch
 
 import lingrad
 from lingrad import memory, optimizers, transforms
 from lingrad.deprecated import renamed_option
-from lingrad.errors import SpecError
+from lingrad.errors import DataError, SpecError
 from lingrad.testing import assert_dual
 from lingrad.transforms import SideTransform, registry
 
@@ -96,6 +97,25 @@ def test_an_option_by_its_old_name():
     assert options == {"start": 1, "rank": 2}
     with pytest.raises(SpecError, match="which is now called start"):
         renamed_option({"base": 1, "start": 2}, "base", "start", "export")
+
+
+def test_an_argument_by_its_old_name(tmp_path):
+    model = torch.nn.Sequential(torch.nn.Linear(6, 4))
+    with pytest.warns(DeprecationWarning, match=r"spec_or_rules of lingrad.wrap is deprecated; use rules") as caught:
+        optimizer = lingrad.wrap(model, spec_or_rules="svd(rank=2)", lr=1e-2)
+    assert caught[0].filename == __file__
+    assert [sub.name for sub in optimizer.subspaces] == ["0.weight"]
+    with pytest.raises(SpecError, match="got spec_or_rules, which is now called rules, and rules; leave spec_or_rules out"):
+        lingrad.adapt(model, "svd(rank=2)", spec_or_rules="svd(rank=2)")
+    with (
+        pytest.warns(DeprecationWarning, match="base of lingrad.convert.merge "),
+        pytest.raises(DataError, match="nowhere"),
+    ):
+        lingrad.convert.merge(base=tmp_path / "nowhere", adapter=tmp_path, out=tmp_path / "out")
+    named = list(torch.nn.Linear(6, 4).named_parameters())
+    group = {"params": named, "spec": "svd(rank=2)"}
+    with pytest.warns(DeprecationWarning, match="spec of a param group is deprecated; use rules"):
+        lingrad.wrap([group], "full()", lr=1e-2)
 
 
 def test_importing_the_package_warns_of_nothing():

@@ -47,7 +47,7 @@ def test_the_combinations_hold_every_pair_and_every_name():
     for i, j in itertools.combinations(range(5), 2):
         pairs, every = ({(repr(c.axes[i]), repr(c.axes[j])) for c in found} for found in (PAIRS, CASES))
         assert pairs == every
-    assert {case.rules.partition("(")[0] for case in PAIRS} == set(registry.names())
+    assert {case.rules.partition("(")[0] for case in PAIRS} == set(registry.transform_names())
     assert {case.base for case in PAIRS} == set(optimizers.names())
     assert {case.carry for case in PAIRS} == {"keep", "reset", "rotate"}
 

@@ -7,7 +7,8 @@ import torch
 
 from lingrad.testing.training import every_kind
 from tests.support.models import gap, zoo_batches, zoo_loss
-from tests.support.small import EVERYTHING, EXACT, MODES, close, each_mode, named, teach
+from tests.support.runs import MODES, each_mode
+from tests.support.small import EVERYTHING, EXACT, close, named, teach
 
 
 def leaves_nothing_behind(model):

@@ -12,7 +12,8 @@ from torch import nn
 from lingrad.errors import SpecError
 from lingrad.testing.training import TOKENS, every_kind
 from tests.support.models import gap, three_ways, zoo_batches, zoo_loss
-from tests.support.small import EVERYTHING, EXACT, MODES, each_mode, inputs, named, squared, stack, teach
+from tests.support.runs import MODES, each_mode
+from tests.support.small import EVERYTHING, EXACT, inputs, named, squared, stack, teach
 
 
 class TiedLanguageModel(nn.Module):

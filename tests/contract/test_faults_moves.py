@@ -14,7 +14,8 @@ import lingrad
 from lingrad.errors import LingradError, ModeError
 from lingrad.testing.training import every_kind
 from tests.support.models import gap, zoo_batches, zoo_loss
-from tests.support.small import EVERYTHING, MODES, close, each_mode, inputs, named, squared, stack, teach
+from tests.support.runs import MODES, each_mode
+from tests.support.small import EVERYTHING, close, inputs, named, squared, stack, teach
 
 CASTS = [
     # (from, to, tolerance): float32 rounds by 6e-8 and bfloat16 by 4e-3, in each of five steps and each of a few operations

@@ -18,20 +18,9 @@ from lingrad import optimizers
 from lingrad.errors import DependencyError
 from tests.support import cases
 from tests.support.cases import Case
-from tests.support.gpu import (
-    ACROSS,
-    DEVICE,
-    LINEAR,
-    MODES,
-    RUN,
-    TOLERANCE,
-    assert_equal_bits,
-    assert_lives_on,
-    each_mode,
-    moved,
-    weights_of,
-)
+from tests.support.gpu import ACROSS, DEVICE, RUN, TOLERANCE, assert_lives_on, moved
 from tests.support.models import gap, llama, text_batches, three_ways, train, zoo, zoo_batches, zoo_loss
+from tests.support.runs import LINEAR, MODES, assert_equal_bits, each_mode, weights_of
 
 
 @pytest.fixture

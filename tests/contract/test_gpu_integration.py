@@ -2,7 +2,6 @@
 
 import contextlib
 import copy
-import io
 
 import pytest
 import torch
@@ -12,22 +11,9 @@ from torch.utils.checkpoint import checkpoint
 import lingrad
 from lingrad import optimizers
 from lingrad.errors import DependencyError
-from tests.support.gpu import (
-    ACROSS,
-    DEVICE,
-    EVERY_KIND,
-    LINEAR,
-    MODES,
-    RUN,
-    TOLERANCE,
-    assert_equal_bits,
-    assert_lives_on,
-    changes_of,
-    each_mode,
-    moved,
-    weights_of,
-)
+from tests.support.gpu import ACROSS, DEVICE, RUN, TOLERANCE, assert_lives_on, changes_of, moved
 from tests.support.models import gap, llama, text_batches, text_loss, train, zoo, zoo_batches, zoo_loss
+from tests.support.runs import EVERY_KIND, LINEAR, MODES, assert_equal_bits, each_mode, through_a_file, weights_of
 
 
 def find_base(name, options):
@@ -35,14 +21,6 @@ def find_base(name, options):
         return optimizers.find(name, options, decay=False)
     except DependencyError as error:
         pytest.skip(str(error))
-
-
-def through_a_file(state, device=None):
-    """Saved and loaded, with the tensors on a device; None leaves them on the one they were saved from."""
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    buffer.seek(0)
-    return torch.load(buffer, weights_only=True, map_location=device)
 
 
 class TestCheckpoints:

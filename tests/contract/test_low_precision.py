@@ -4,33 +4,11 @@ import pytest
 import torch
 from torch import nn
 
-import lingrad
 from tests.support.models import gap, llama, text_batches, text_loss, train, zoo, zoo_batches, zoo_loss
-
-MODES = {"optimizer": lingrad.wrap, "adapter": lingrad.adapt}
-
-each_mode = pytest.mark.parametrize("mode", MODES)
+from tests.support.runs import EVERY_KIND, LINEAR, MODELS, MODES, assert_equal_bits, each_mode, each_model, weights_of
 
 # In float64 two runs of the same mathematics part by rounding, 1e-16 a step, times the inverse gaps of singular values.
 TOLERANCE = 1e-12
-
-EVERY_KIND = {"*": "svd(rank=3, every=3)"}
-
-LINEAR = "svd(rank=4, every=3)"
-
-MODELS = {"llama": (llama, LINEAR, text_batches, text_loss), "every kind": (zoo, EVERY_KIND, zoo_batches, zoo_loss)}
-
-each_model = pytest.mark.parametrize("kind", MODELS)
-
-
-def weights_of(optimizer):
-    return {name: weight.detach().clone() for name, weight in optimizer.weights().items()}
-
-
-def assert_equal_bits(a, b):
-    assert a.keys() == b.keys()
-    for name, value in a.items():
-        assert torch.equal(value, b[name]), name
 
 
 class TestGradScaler:

@@ -67,7 +67,7 @@ class TestExamplePackage:
     """examples/transform_package: one class in one file, found by its entry point; nothing imports it."""
 
     def test_it_is_found_by_name(self):
-        assert "topnorm" in spec.registry.names()
+        assert "topnorm" in spec.registry.transform_names()
         transform = spec.parse("topnorm(rank=4, every=7, power=1)")
         assert type(transform).__module__ == "lingrad_topnorm"
         assert spec.format(transform) == "topnorm(rank=4, every=7, power=1.0)"
@@ -108,10 +108,10 @@ class TestContributing:
         registry = spec.registry
         monkeypatch.setattr(registry, "_registered", dict(registry._registered))
         blocks = re.findall(r"```python\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(), flags=re.DOTALL)
-        before = set(registry.names())
+        before = set(registry.transform_names())
         for block in blocks:
             exec(compile(block, "CONTRIBUTING.md", "exec"), {"__name__": "contributed"})  # noqa: S102 - our own text
-        reads = {name: registry.find(name)(rank=4).reads for name in set(registry.names()) - before}
+        reads = {name: registry.find_transform(name)(rank=4).reads for name in set(registry.transform_names()) - before}
         assert reads == {"mine": "gradient", "sketched": "sketch"}
         assert all(len(block.split("class ")[1].splitlines()) <= 15 for block in blocks)
 
@@ -235,8 +235,8 @@ class TestDocs:
 
         page = (ROOT / "docs/transforms.md").read_text()
         shared = page.split("## Common options")[1].split("\n## ")[0]
-        for name in spec.registry.names():
-            cls = spec.registry.find(name)
+        for name in spec.registry.transform_names():
+            cls = spec.registry.find_transform(name)
             if not cls.__module__.startswith("lingrad."):
                 continue
             section = page.split(f"\n## `{name}`")[1].split("\n## ")[0]

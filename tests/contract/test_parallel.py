@@ -10,8 +10,8 @@ import lingrad
 from lingrad.errors import ModeError
 from tests.support.cases import SIDED, UNSIDED
 from tests.support.models import gap, llama, text_batches, text_loss, zoo, zoo_batches, zoo_loss
+from tests.support.runs import MODES
 
-MODES = {"optimizer": lingrad.wrap, "adapter": lingrad.adapt}
 STEPS, EVERY, CLIP = 7, 3, 0.5
 ZOO = {"*": f"svd(rank=1, every={EVERY})"}
 SIDES = ("left", "right", "both")

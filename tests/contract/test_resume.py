@@ -1,6 +1,5 @@
 """Resuming in combination: every transform, base, dtype, mode and moment; over switches; through files of torch.distributed."""
 
-import io
 import itertools
 
 import pytest
@@ -15,15 +14,12 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-import lingrad
 from lingrad import optimizers
 from lingrad.engine.saved import FORMAT
 from lingrad.errors import CheckpointError
 from tests.support.cases import BASES, SIDED, UNSIDED
 from tests.support.models import every_kind, llama, text_batches, text_loss, token_batches, token_loss, train
-
-MODES = {"optimizer": lingrad.wrap, "adapter": lingrad.adapt}
-each_mode = pytest.mark.parametrize("mode", MODES)
+from tests.support.runs import MODES, each_mode, through_a_file
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}
 CARRIES = ("keep", "reset", "rotate")
@@ -45,13 +41,6 @@ VARIANTS = [
 MODULES = ("embed", "conv", "experts", "middle", "biased", "head")
 # Transforms dealt out to the weights, round by round, so that each is tried on several.
 DEALS = [{name: VARIANTS[(i + 5 * deal) % len(VARIANTS)] for i, name in enumerate(MODULES)} for deal in range(6)]
-
-
-def through_a_file(state):
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    buffer.seek(0)
-    return torch.load(buffer, weights_only=True)
 
 
 def assert_same(a, b, path=""):

@@ -9,31 +9,14 @@ from torch.nn.utils import parametrize
 from torch.optim import lr_scheduler as schedulers
 
 import lingrad
-from tests.support.models import gap, llama, text_batches, text_loss, train, zoo, zoo_batches, zoo_loss
-
-MODES = {"optimizer": lingrad.wrap, "adapter": lingrad.adapt}
-
-each_mode = pytest.mark.parametrize("mode", MODES)
+from tests.support.models import gap, llama, text_batches, text_loss, train, zoo_batches, zoo_loss
+from tests.support.runs import LINEAR, MODELS, MODES, assert_equal_bits, each_mode, each_model
 
 # In float64 two runs of the same mathematics part by rounding, 1e-16 a step, times the inverse gaps of singular values.
 TOLERANCE = 1e-12
 
 # A basis of full rank: P P^T G = G, on refresh steps and off them, so that SGD in the subspace is plain SGD.
 WHOLE = "svd(rank=1000, clip=true, every=2)"
-
-EVERY_KIND = {"*": "svd(rank=3, every=3)"}
-
-LINEAR = "svd(rank=4, every=3)"
-
-MODELS = {"llama": (llama, LINEAR, text_batches, text_loss), "every kind": (zoo, EVERY_KIND, zoo_batches, zoo_loss)}
-
-each_model = pytest.mark.parametrize("kind", MODELS)
-
-
-def assert_equal_bits(a, b):
-    assert a.keys() == b.keys()
-    for name, value in a.items():
-        assert torch.equal(value, b[name]), name
 
 
 SCHEDULES = {

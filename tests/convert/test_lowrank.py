@@ -11,7 +11,7 @@ FP32, BF16, FP64 = torch.float32, torch.bfloat16, torch.float64
 
 
 def weights(m, n, rank, dtype=FP32, *, size=1e-2, kept=1.0, steps=1, seed=0):
-    """BASE of standard deviation 0.05, and TUNED: a share of it and a matrix of a rank, in steps that are each rounded."""
+    """START of standard deviation 0.05, and TUNED: a share of it and a matrix of a rank, in steps that are each rounded."""
     generator = torch.Generator().manual_seed(seed)
 
     def draw(*shape):
@@ -43,12 +43,12 @@ def test_exact_rank(shape, dtype, size, share):
     tuned, base = weights(*shape, rank, dtype, size=size)
     found = detect(difference(tuned, base), Goal(), seed=1)
     assert found.factors.rank == rank
-    assert found.kept == 1.0
+    assert found.decay == 1.0
     change = dense(tuned, base)
     left = (change - found.factors.dense()).norm() / change.norm()
-    assert found.rest == pytest.approx(float(left), rel=1e-6, abs=1e-14)
+    assert found.residual == pytest.approx(float(left), rel=1e-6, abs=1e-14)
     assert found.norm == pytest.approx(float(change.norm()), rel=1e-12)
-    assert found.rest <= 1.2 * found.floor
+    assert found.residual <= 1.2 * found.floor
 
 
 def test_the_floor_is_the_rounding_of_the_dtype():
@@ -84,20 +84,20 @@ def test_many_roundings_are_told_from_what_was_learned(steps):
     tuned, base = weights(96, 160, 20, steps=steps)
     found = detect(difference(tuned, base), Goal(), seed=1)
     assert found.factors.rank == 20
-    assert found.floor < found.rest < 1.5 * steps**0.5 * found.floor
+    assert found.floor < found.residual < 1.5 * steps**0.5 * found.floor
 
 
 @pytest.mark.parametrize("kept", [0.5, 0.9, 0.99, 0.9999, 1.02])
 @pytest.mark.parametrize(("rank", "steps"), [(1, 1), (12, 1), (20, 10), (50, 5)])
 def test_decay_is_told_apart(kept, rank, steps):
-    """kept is found to what rounding allows: an error e of it leaves e |BASE|, which must be within the rounding left."""
+    """kept is found to what rounding allows: an error e of it leaves e |START|, which must be within the rounding left."""
     tuned, base = weights(96, 160, rank, kept=kept, steps=steps)
     found = detect(difference(tuned, base), Goal(), seed=1)
     assert found.factors.rank == rank
     rounding = float(dense(tuned, base).norm()) * found.floor * 2 * steps**0.5
-    assert abs(found.kept - kept) * float(base.double().norm()) <= rounding
-    change = dense(tuned, base, found.kept) - found.factors.dense()
-    assert found.rest == pytest.approx(float(change.norm() / dense(tuned, base).norm()), rel=1e-6)
+    assert abs(found.decay - kept) * float(base.double().norm()) <= rounding
+    change = dense(tuned, base, found.decay) - found.factors.dense()
+    assert found.residual == pytest.approx(float(change.norm() / dense(tuned, base).norm()), rel=1e-6)
     assert float(change.norm()) <= rounding
 
 
@@ -105,7 +105,7 @@ def test_decay_in_bfloat16():
     tuned, base = weights(96, 160, 12, BF16, size=1.0, kept=0.9)
     found = detect(difference(tuned, base), Goal(), seed=1)
     assert found.factors.rank == 12
-    assert found.kept == pytest.approx(0.9, abs=1e-3)
+    assert found.decay == pytest.approx(0.9, abs=1e-3)
 
 
 def test_a_change_along_the_base_is_no_decay():
@@ -114,16 +114,16 @@ def test_a_change_along_the_base_is_no_decay():
     u, s, vh = torch.linalg.svd(base.double(), full_matrices=False)
     tuned = (base.double() + 0.05 * (u[:, :30] * s[:30]) @ vh[:30]).float()
     found = detect(difference(tuned, base), Goal(), seed=1)
-    assert (found.factors.rank, found.kept) == (30, 1.0)
-    assert found.rest <= 1.2 * found.floor
+    assert (found.factors.rank, found.decay) == (30, 1.0)
+    assert found.residual <= 1.2 * found.floor
 
 
 @pytest.mark.parametrize("kept", [1.0, 0.95])
 def test_full_rank(kept):
     tuned, base = weights(60, 80, 60, size=1.0, kept=kept)
     found = detect(difference(tuned, base), Goal(), seed=1)
-    assert (found.factors.rank, found.kept) == (60, 1.0)
-    assert found.rest <= 1e-12
+    assert (found.factors.rank, found.decay) == (60, 1.0)
+    assert found.residual <= 1e-12
 
 
 def test_a_smooth_spectrum_is_not_noise():
@@ -133,25 +133,25 @@ def test_a_smooth_spectrum_is_not_noise():
     tuned = (base.double() + 0.1 * (u * 0.98 ** torch.arange(120)) @ v.T).float()
     found = detect(difference(tuned, base), Goal(), seed=1)
     assert found.factors.rank > 100
-    assert found.rest <= 1e-5
+    assert found.residual <= 1e-5
 
 
 class TestGoals:
-    TUNED, BASE = weights(96, 160, 40)
+    TUNED, START = weights(96, 160, 40)
 
     def best(self):
-        return torch.linalg.svdvals(dense(self.TUNED, self.BASE))
+        return torch.linalg.svdvals(dense(self.TUNED, self.START))
 
     @pytest.mark.parametrize("full_svd", [False, True])
     def test_rank(self, full_svd):
         """The residual of the best rank-10 approximation (Eckart and Young), to 5 % by random projections."""
-        found = detect(difference(self.TUNED, self.BASE), Goal(rank=10), seed=1, full_svd=full_svd)
+        found = detect(difference(self.TUNED, self.START), Goal(rank=10), seed=1, full_svd=full_svd)
         best = float(self.best()[10:].norm() / self.best().norm())
         assert found.factors.rank == 10
-        assert best * (1 - 1e-9) <= found.rest <= best * (1 + (1e-9 if full_svd else 0.05))
+        assert best * (1 - 1e-9) <= found.residual <= best * (1 + (1e-9 if full_svd else 0.05))
 
     def test_rank_is_not_more_than_needed(self):
-        assert detect(difference(self.TUNED, self.BASE), Goal(rank=60), seed=1).factors.rank == 40
+        assert detect(difference(self.TUNED, self.START), Goal(rank=60), seed=1).factors.rank == 40
 
     @pytest.mark.parametrize("full_svd", [False, True])
     @pytest.mark.parametrize("lost", [0.3, 0.1, 1e-4])
@@ -160,8 +160,8 @@ class TestGoals:
         squares = self.best().square()
         least = int((squares.flip(0).cumsum(0).flip(0) > lost * squares.sum()).sum())
         for goal in (Goal(energy=1 - lost), Goal(max_error=lost**0.5)):
-            found = detect(difference(self.TUNED, self.BASE), goal, seed=1, full_svd=full_svd)
-            assert found.rest**2 <= lost * (1 + 1e-9)
+            found = detect(difference(self.TUNED, self.START), goal, seed=1, full_svd=full_svd)
+            assert found.residual**2 <= lost * (1 + 1e-9)
             assert least <= found.factors.rank <= least + (0 if full_svd else 2)
 
     def test_a_goal_is_about_the_whole_difference(self):
@@ -170,7 +170,7 @@ class TestGoals:
         found = detect(difference(tuned, base), Goal(max_error=0.1), seed=1)
         left = (dense(tuned, base) - found.factors.dense()).norm() / dense(tuned, base).norm()
         assert left <= 0.1
-        assert detect(difference(tuned, base), Goal(rank=5), seed=1).kept == pytest.approx(0.9, abs=0.02)
+        assert detect(difference(tuned, base), Goal(rank=5), seed=1).decay == pytest.approx(0.9, abs=0.02)
 
     @pytest.mark.parametrize(
         ("options", "message"),
@@ -196,7 +196,7 @@ def test_numbers_that_are_none(which):
     pair = weights(20, 30, 4)
     pair[which][3, 4] = float("nan")
     pair[which][5, 4] = float("inf")
-    with pytest.raises(DataError, match=f"the weight of {('TUNED', 'BASE')[which]} has 2 numbers that are NaN or infinite"):
+    with pytest.raises(DataError, match=f"the weight of {('TUNED', 'START')[which]} has 2 elements that are NaN or infinite"):
         detect(difference(*pair), Goal(), seed=1)
 
 
@@ -217,5 +217,5 @@ def test_blocks_of_rows_change_nothing(monkeypatch):
     blocked = detect(Difference((96, 160), FP32, rows), Goal(), seed=1)
     assert set(asked) == {4}
     assert blocked.factors.rank == whole.factors.rank
-    assert blocked.kept == pytest.approx(whole.kept, rel=1e-12)
+    assert blocked.decay == pytest.approx(whole.decay, rel=1e-12)
     assert (blocked.factors.dense() - whole.factors.dense()).norm() <= 1e-9 * whole.factors.dense().norm()

@@ -39,7 +39,7 @@ class TestMerge:
         path = adapter / "adapter_model.safetensors"
         good = path.read_bytes()
         path.write_bytes(good[:-1])
-        with pytest.raises(DataError, match="is cut off, damaged, or no safetensors file"):
+        with pytest.raises(DataError, match="is truncated, damaged, or not a safetensors file"):
             convert.merge(models[0], adapter, tmp_path / "new")
         path.unlink()
         torch.save(Malicious(tmp_path / "ran"), adapter / "adapter_model.bin")
@@ -60,7 +60,7 @@ class TestMerge:
 
     def test_a_base_with_a_number_that_is_none(self, folders, adapter, tmp_path):
         edit(folders[0], lambda t: t["model.layers.0.mlp.up_proj.weight"][1].fill_(float("nan")))
-        with pytest.raises(DataError, match="'model.layers.0.mlp.up_proj.weight' .* has numbers that are not finite"):
+        with pytest.raises(DataError, match="'model.layers.0.mlp.up_proj.weight' .* has elements that are not finite"):
             convert.merge(folders[0], adapter, tmp_path / "new")
         assert not left_over(tmp_path)
 

@@ -11,10 +11,10 @@ import torch
 from safetensors.torch import save_model
 
 from lingrad import __main__, convert
-from lingrad.convert import models
-from lingrad.convert.verify import load_model, logits_of
+from lingrad.convert import output
 from lingrad.errors import CheckpointError, ExportError, SpecError
 from lingrad.files.tensorfile import TensorFile
+from lingrad.peft.verify import load_model, logits_of
 from tests.support.folders import BUILD, contents, edit, is_wide, left_over, make, tune
 
 peft = pytest.importorskip("peft", reason="make test installs it (extra: hf)", exc_type=ImportError)
@@ -48,7 +48,7 @@ def test_every_kind_of_model(tmp_path, kind, dtype, sharded):
     assert rows(report).keys() == wide
     assert {row.rank for row in rows(report).values()} == {5}
     assert report.equal == 0
-    assert not report.notes()
+    assert not report.notes
     eps = torch.finfo(dtype).eps
     assert report.residual <= (1e-5 if dtype == FP32 else 20 * eps)
     ours = merged(base, tmp_path / "out")
@@ -92,7 +92,7 @@ def test_the_report_says_what_the_file_does(tmp_path):
         lost, total = lost + left**2, total + change.norm() ** 2
     assert report.residual == pytest.approx(float((lost / total) ** 0.5), rel=1e-9)
     difference = (through_peft(base, tmp_path / "out") - logits_of(load_model(tuned).eval())).abs().max()
-    assert report.logits[0] == pytest.approx(float(difference), rel=1e-3)
+    assert report.outputs.difference == pytest.approx(float(difference), rel=1e-3)
     written = json.loads((tmp_path / "out/lingrad_report.json").read_text())
     assert written["residual"] == report.residual
     assert [row["residual"] for row in written["rows"]] == [row.residual for row in report.rows]
@@ -135,8 +135,8 @@ class TestGoals:
     def test_factors_in_another_dtype(self, folders, tmp_path, dtype):
         report = convert.convert(*folders, tmp_path / "out", dtype=dtype)
         held = {entry.dtype for entry in TensorFile(tmp_path / "out/adapter_model.safetensors").entries.values()}
-        assert held == {models.DTYPES[dtype]}
-        eps = torch.finfo(models.DTYPES[dtype]).eps
+        assert held == {output.DTYPES[dtype]}
+        eps = torch.finfo(output.DTYPES[dtype]).eps
         assert report.residual <= max(eps, 1e-5)
         if dtype != "fp64":
             assert report.residual >= eps / 10  # the rounding of the factors is in the figure
@@ -154,7 +154,7 @@ class TestGoals:
             ({"max_error": 1e-200}, "max_error must be at least 1e-15"),
             ({"energy": float("nan")}, "energy must lie between 0 and 1, not nan"),
             ({"dtype": "int8"}, "dtype must be one of fp32, .* not 'int8'"),
-            ({"rank": 3, "decayed_base": "x"}, "decayed_base is for a change kept whole"),
+            ({"rank": 3, "decayed_start": "x"}, "decayed_start needs all of a change"),
         ],
     )
     def test_refused(self, folders, tmp_path, options, message):
@@ -165,34 +165,34 @@ class TestGoals:
 
 class TestDecay:
     def test_it_is_reported_as_what_it_is(self, tmp_path):
-        """PEFT adds to the whole base, so what was decayed stays in the residual: (1 - kept) |BASE| of the change."""
+        """PEFT adds to the whole base, so what was decayed stays in the residual: (1 - kept) |START| of the change."""
         base, tuned = make(tmp_path, kept=0.97, others=False)
         report = convert.convert(base, tuned, tmp_path / "out")
         start, end = (load_model(path).state_dict() for path in (base, tuned))
         for name, row in rows(report).items():
             assert row.rank == 5
-            assert row.kept == pytest.approx(0.97, abs=1e-6)
+            assert row.decay == pytest.approx(0.97, abs=1e-6)
             assert row.without_decay <= 1e-5
             decayed = 0.03 * start[name].double().norm() / (end[name].double() - start[name].double()).norm()
             assert row.residual == pytest.approx(float(decayed), rel=1e-3)
-        (note,) = report.notes()
-        assert "14 of 14 low-rank modules are kept * BASE + low rank, kept being 0.97." in note
+        (note,) = report.notes
+        assert "14 of 14 low-rank weights are decay * START + low rank, decay being 0.97." in note
         assert note in report.table()
         assert note in json.loads((tmp_path / "out/lingrad_report.json").read_text())["notes"]
 
     def test_a_base_with_its_decay_applied(self, tmp_path):
         base, tuned = make(tmp_path, kept=0.97, others=False, sharded=True)
-        report = convert.convert(base, tuned, tmp_path / "out", decayed_base=tmp_path / "decayed", logits=True)
+        report = convert.convert(base, tuned, tmp_path / "out", decayed_start=tmp_path / "decayed", logits=True)
         config = json.loads((tmp_path / "out/adapter_config.json").read_text())
         assert config["base_model_name_or_path"] == str(tmp_path / "decayed")
-        assert report.logits[0] <= 1e-6 * report.logits[1]
+        assert report.outputs.difference <= 1e-6 * report.outputs.largest
         assert contents(tmp_path / "decayed").keys() == contents(base).keys()
         ours, theirs = merged(tmp_path / "decayed", tmp_path / "out"), load_model(tuned).state_dict()
         assert all((ours[name] - theirs[name]).abs().max() <= 4e-7 * theirs[name].abs().max() for name in theirs)
 
     def test_a_base_that_did_not_decay(self, tmp_path):
         with pytest.raises(ExportError, match="no decoupled decay was recognised"):
-            convert.convert(*make(tmp_path), tmp_path / "out", decayed_base=tmp_path / "decayed")
+            convert.convert(*make(tmp_path), tmp_path / "out", decayed_start=tmp_path / "decayed")
         assert not (tmp_path / "decayed").exists()
         assert not (tmp_path / "out").exists()
 
@@ -202,7 +202,7 @@ class TestDecay:
 
         monkeypatch.setattr(convert.writing.verify, "check_structure", fail)
         with pytest.raises(ExportError, match="asked to"):
-            convert.convert(*make(tmp_path, kept=0.97, others=False), tmp_path / "out", decayed_base=tmp_path / "decayed")
+            convert.convert(*make(tmp_path, kept=0.97, others=False), tmp_path / "out", decayed_start=tmp_path / "decayed")
         assert not (tmp_path / "decayed").exists()
         assert not (tmp_path / "out").exists()
 
@@ -211,8 +211,8 @@ def test_a_change_of_full_rank_is_said_to_be_one(tmp_path):
     base, tuned = make(tmp_path, rank=88, others=False)
     report = convert.convert(base, tuned, tmp_path / "out")
     assert all(row.full_rank and row.residual <= 1e-6 for row in report.rows)
-    (note, larger) = report.notes()
-    assert note.startswith("14 of 14 modules changed by a matrix of full rank")
+    (note, larger) = report.notes
+    assert note.startswith("14 of 14 weights changed by a matrix of full rank")
     assert larger.startswith("The adapter is larger than the model")
 
 
@@ -240,7 +240,7 @@ def test_logits_of_models_that_read_otherwise(tmp_path, kind):
         assert convert.convert(tmp_path / "base", tmp_path / "tuned", tmp_path / "out").residual <= 1e-5
         return
     report = convert.convert(tmp_path / "base", tmp_path / "tuned", tmp_path / "out", logits=True)
-    assert report.logits[0] <= 1e-4 * report.logits[1]
+    assert report.outputs.difference <= 1e-4 * report.outputs.largest
 
 
 @pytest.mark.parametrize("tied", ["base", "tuned"])
@@ -309,9 +309,9 @@ def test_commands_on_the_page_run(tmp_path, monkeypatch, capsys):
     commands = [line for block in re.findall(r"```sh\n(.*?)```", page, flags=re.DOTALL) for line in block.splitlines() if line]
     assert len(commands) >= 5
     base, tuned = make(tmp_path, kept=0.97)
-    base.rename(tmp_path / "BASE")
+    base.rename(tmp_path / "START")
     tuned.rename(tmp_path / "TUNED")
-    _ledger_run(tmp_path / "BASE", tmp_path / "RUN")
+    _ledger_run(tmp_path / "START", tmp_path / "RUN")
     monkeypatch.chdir(tmp_path)
     for command in commands:
         monkeypatch.setattr(sys, "argv", shlex.split(command))
@@ -321,7 +321,7 @@ def test_commands_on_the_page_run(tmp_path, monkeypatch, capsys):
         assert not caught.value.code, command + errors
         assert "Written: " in out
     made = {"LORA", "SMALL", "DECAYED", "DECAYED-LORA", "EXACT", "MERGED"}
-    assert {folder.name for folder in tmp_path.iterdir()} == made | {"BASE", "TUNED", "RUN"}
+    assert {folder.name for folder in tmp_path.iterdir()} == made | {"START", "TUNED", "RUN"}
 
 
 def _ledger_run(base, out):
@@ -338,7 +338,7 @@ def _ledger_run(base, out):
 def test_python_on_the_page_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     base, tuned = make(tmp_path)
-    base.rename("BASE")
+    base.rename("START")
     tuned.rename("TUNED")
     page = (Path(__file__).parents[2] / "docs/convert.md").read_text()
     blocks = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)

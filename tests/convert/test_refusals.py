@@ -32,9 +32,9 @@ class TestRefused:
         (tmp_path / "out").mkdir()
         self.refused(base, tuned, tmp_path / "out", "'.*out' exists, and nothing is overwritten")
         assert not list((tmp_path / "out").iterdir())
-        self.refused(base, base / ".." / base.name, tmp_path / "new", "BASE and TUNED are the same folder")
-        self.refused(tmp_path / "none", tuned, tmp_path / "new", "'.*none' is no model folder: there is no such folder")
-        self.refused(tmp_path, tuned, tmp_path / "new", "is no model folder: it has no config.json")
+        self.refused(base, base / ".." / base.name, tmp_path / "new", "START and TUNED are the same folder")
+        self.refused(tmp_path / "none", tuned, tmp_path / "new", "'.*none' is not a model folder: there is no such folder")
+        self.refused(tmp_path, tuned, tmp_path / "new", "is not a model folder: it has no config.json")
         self.refused(base, copy(base, tmp_path / "same"), tmp_path / "new", "has changed; there is nothing to", ExportError)
 
     def test_a_name_that_is_too_long(self, models, tmp_path):
@@ -45,12 +45,12 @@ class TestRefused:
         key = "model.layers.0.mlp.up_proj.weight"
         for folder, code in zip(folders, (1, 2), strict=True):
             edit(folder, lambda t, code=code: t.update({key: torch.full((1408, 1), code, dtype=torch.uint8)}))
-        self.refused(*folders, tmp_path / "out", f"'{key}' is torch.uint8 in .* as of quantised weights")
+        self.refused(*folders, tmp_path / "out", f"'{key}' is torch.uint8 in .* as for quantised weights")
 
     def test_one_folder_in_the_other(self, models, tmp_path):
         for out, decayed in (("a", "a"), ("a", "a/b"), ("a/b", "a")):
-            with pytest.raises(SpecError, match="lie one in the other"):
-                convert.convert(*models, tmp_path / out, decayed_base=tmp_path / decayed)
+            with pytest.raises(SpecError, match="is inside the other; name separate folders"):
+                convert.convert(*models, tmp_path / out, decayed_start=tmp_path / decayed)
         assert not list(tmp_path.iterdir())
 
     @pytest.mark.parametrize(
@@ -81,29 +81,29 @@ class TestRefused:
         [
             (
                 lambda t: t.pop("model.norm.weight"),
-                "not have the same tensors: only '.*base' holds 'model.norm.weight' .missing",
+                "not have the same tensors: only '.*base' has 'model.norm.weight' .missing",
             ),
-            (lambda t: t.update(extra=torch.ones(3)), "only '.*tuned' holds 'extra' .extra"),
+            (lambda t: t.update(extra=torch.ones(3)), "only '.*tuned' has 'extra' .extra"),
             (
                 lambda t: t.update({"model.norm.weight": torch.ones(7)}),
                 r"'model.norm.weight' is \[32\] in '.*base' and \[7\] in",
             ),
-            (lambda t: t["model.norm.weight"].fill_(float("nan")), "'model.norm.weight' of TUNED has 32 numbers that are NaN"),
+            (lambda t: t["model.norm.weight"].fill_(float("nan")), "'model.norm.weight' of TUNED has 32 elements that are NaN"),
             (
                 lambda t: t["model.layers.0.mlp.up_proj.weight"][0, 0].fill_(float("inf")),
-                "'model.layers.0.mlp.up_proj.weight' of TUNED has 1 numbers that are NaN or infinite",
+                "'model.layers.0.mlp.up_proj.weight' of TUNED has 1 elements that are NaN or infinite",
             ),
             (
                 lambda t: t.update({"model.layers.0.mlp.up_proj.weight": torch.ones(88, 32, dtype=torch.int8)}),
-                "'model.layers.0.mlp.up_proj.weight' is torch.int8 in .* as of quantised weights",
+                "'model.layers.0.mlp.up_proj.weight' is torch.int8 in .* as for quantised weights",
             ),
             (
                 lambda t: t.update({"model.layers.0.mlp.up_proj.weight": torch.ones(88, 32, dtype=torch.uint8)}),
-                "'model.layers.0.mlp.up_proj.weight' is torch.uint8 in .* as of quantised weights",
+                "'model.layers.0.mlp.up_proj.weight' is torch.uint8 in .* as for quantised weights",
             ),
             (
                 lambda t: t.update({"model.norm.weight": torch.ones(32).to(torch.float8_e4m3fn)}),
-                "'model.norm.weight' is torch.float8_e4m3fn in .* as of quantised weights",
+                "'model.norm.weight' is torch.float8_e4m3fn in .* as for quantised weights",
             ),
         ],
     )
@@ -120,7 +120,7 @@ class TestRefused:
     def test_cut_off(self, folders, tmp_path, kept):
         path = folders[1] / "model.safetensors"
         path.write_bytes(path.read_bytes()[:kept])
-        self.refused(*folders, tmp_path / "out", "model.safetensors is cut off, damaged, or no safetensors file")
+        self.refused(*folders, tmp_path / "out", "model.safetensors is truncated, damaged, or not a safetensors file")
 
     def test_a_shard_or_an_index_is_wrong(self, tmp_path):
         base, tuned = make(tmp_path / "in", sharded=True)
@@ -194,20 +194,20 @@ class TestTampered:
     @pytest.mark.parametrize(
         ("header", "message"),
         [
-            ("[]", "its header is no JSON object"),
-            ("{", "its header is no JSON"),
+            ("[]", "its header is not a JSON object"),
+            ("{", "its header is not JSON"),
             (
                 '{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}',
                 "twice",
             ),
             (
                 '{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,4]}}',
-                r"'a' is \[2\] torch.float32, and its place holds 4 bytes",
+                r"'a' is \[2\] torch.float32, and its offsets span 4 bytes",
             ),
-            ('{"a":{"dtype":"F32","shape":[-2],"data_offsets":[0,8]}}', r"shape and place of 'a' are \[-2\]"),
-            ('{"a":{"dtype":"F32","shape":[2.0],"data_offsets":[0,8]}}', "shape and place of 'a'"),
-            ('{"a":{"dtype":"F32","shape":[true,2],"data_offsets":[0,8]}}', "shape and place of 'a'"),
-            ('{"a":{"dtype":"F32","shape":[0,18446744073709551616],"data_offsets":[0,0]}}', "shape and place of 'a'"),
+            ('{"a":{"dtype":"F32","shape":[-2],"data_offsets":[0,8]}}', r"shape and offsets of 'a' are \[-2\]"),
+            ('{"a":{"dtype":"F32","shape":[2.0],"data_offsets":[0,8]}}', "shape and offsets of 'a'"),
+            ('{"a":{"dtype":"F32","shape":[true,2],"data_offsets":[0,8]}}', "shape and offsets of 'a'"),
+            ('{"a":{"dtype":"F32","shape":[0,18446744073709551616],"data_offsets":[0,0]}}', "shape and offsets of 'a'"),
             ('{"a":{"dtype":"F33","shape":[2],"data_offsets":[0,8]}}', "'a' has the dtype 'F33'; expected one of F64, F32"),
             ('{"a":{"dtype":"F32","shape":[1],"data_offsets":[4,8]}}', "'a' begins at byte 4 of the data; expected 0"),
             ('{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}', "its header describes .* bytes, and the file is"),
@@ -217,8 +217,8 @@ class TestTampered:
                 "'b' begins at byte 4 of the data; expected 8",
             ),
             ('{"a":{"dtype":"F32","shape":[2]}}', "'a' is not described by dtype, shape and data_offsets"),
-            ('{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8,8]}}', "the place of 'a' is"),
-            ('{"__metadata__":{"a":1}}', "the metadata of its header are not texts"),
+            ('{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8,8]}}', "the offsets of 'a' are"),
+            ('{"__metadata__":{"a":1}}', "the metadata in its header are not strings"),
         ],
     )
     def test_headers(self, tmp_path, header, message):

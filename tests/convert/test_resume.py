@@ -2,12 +2,14 @@
 
 import errno
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import textwrap
 import time
 
+import filelock
 import pytest
 import torch
 
@@ -64,7 +66,7 @@ class TestResume:
         def fail(*_, **__):
             raise Stop
 
-        module = {"write_adapter": convert.writing, "check_structure": convert.verify, "publish": two_models}[stage]
+        module = convert.writing.verify if stage == "check_structure" else convert.writing
         with monkeypatch.context() as patch:
             patch.setattr(module, stage, fail)
             with pytest.raises(Stop):
@@ -116,7 +118,9 @@ class TestResume:
 
         with monkeypatch.context() as patch:
             patch.setattr(os, "fdopen", lambda *args: Full(real(*args)))
-            with pytest.raises(DataError, match=r"cannot write '.*out': .*No space left on device; what was finished is kept"):
+            with pytest.raises(
+                DataError, match=r"cannot write '.*out': .*No space left on device; what was finished is stored"
+            ):
                 convert.convert(*models, tmp_path / "out")
         assert not (tmp_path / "out").exists()
         assert not [path for path in (tmp_path / ".out.partial").iterdir() if path.name.startswith(".")]
@@ -165,12 +169,58 @@ class TestTwoAtOnce:
         assert contents(tmp_path / "out") == expected
         assert not left_over(tmp_path)
 
+    def test_the_lock_of_another_process_goes_with_it(self, tmp_path):
+        """Refused while the other one is alive; after SIGKILL, which lets it clean up nothing, the lock is free."""
+        program = (
+            "import sys, time; from pathlib import Path; from lingrad.convert.work import WorkFolder; "
+            "held = WorkFolder(Path(sys.argv[1]), {}); print('locked', flush=True); time.sleep(100)"
+        )
+        command = [sys.executable, "-W", "ignore", "-c", program, str(tmp_path / "out")]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as running:
+            assert running.stdout.readline() == "locked\n"
+            with pytest.raises(DataError, match="another process is writing '.*out' now; wait for it"):
+                work.WorkFolder(tmp_path / "out", {})
+            running.send_signal(signal.SIGKILL)
+        work.WorkFolder(tmp_path / "out", {}).close()
+
+    @pytest.mark.parametrize("refused", [False, True])
+    def test_the_holder_removes_the_folder(self, tmp_path, monkeypatch, refused):
+        """Between the opening of the lock's file and its locking; the lock of a file without a name guards nothing."""
+        acquire, calls = filelock.BaseFileLock.acquire, []
+
+        def acquired(lock, *args, **options):
+            proxy = acquire(lock, *args, **options)
+            if not calls:
+                shutil.rmtree(tmp_path / ".out.partial")
+            calls.append(lock)
+            if refused and len(calls) == 1:
+                lock.release()
+                raise filelock.Timeout(lock.lock_file)
+            return proxy
+
+        monkeypatch.setattr(filelock.BaseFileLock, "acquire", acquired)
+        held = work.WorkFolder(tmp_path / "out", {})
+        assert len(calls) == 2
+        with pytest.raises(DataError, match="another process is writing"):
+            work.WorkFolder(tmp_path / "out", {})
+        held.close()
+
+    @pytest.mark.parametrize("error", [OSError(errno.ENOLCK, "No locks available"), NotImplementedError("no flock")])
+    def test_a_file_system_without_locks(self, models, expected, tmp_path, monkeypatch, error):
+        def acquire(*_, **__):
+            raise error
+
+        monkeypatch.setattr(filelock.BaseFileLock, "acquire", acquire)
+        convert.convert(*models, tmp_path / "out")
+        assert contents(tmp_path / "out") == expected
+        assert not left_over(tmp_path)
+
     def test_what_is_not_ours_stays(self, models, expected, tmp_path):
         """A folder that happens to have the name of the hidden one is not taken; what a kill left of ours is cleared away."""
         hidden = tmp_path / ".out.partial"
         hidden.mkdir()
         (hidden / "notes.txt").write_text("mine")
-        with pytest.raises(DataError, match="holds 'notes.txt', which is none; move it"):
+        with pytest.raises(DataError, match="contains 'notes.txt', which is something else; move it"):
             convert.convert(*models, tmp_path / "out")
         assert contents(hidden) == {"notes.txt": b"mine"}
         (hidden / "notes.txt").unlink()
@@ -186,7 +236,7 @@ class TestTwoAtOnce:
             convert.convert(*models, tmp_path / "out", tick=stop_after(2))
         (tmp_path / "out").mkdir()
         with pytest.raises(DataError, match="exists, and nothing is overwritten"):
-            work.Parts(tmp_path / "out", {})
+            work.WorkFolder(tmp_path / "out", {})
         assert len(contents(tmp_path / ".out.partial")) == 4  # manifest, lock, two parts
 
 

@@ -1,12 +1,12 @@
-"""`lingrad convert --exact`: the ledger of a run as an adapter, for transforms, modes, decay, shared bases."""
+"""`lingrad export`: the ledger of a run as an adapter, for transforms, modes, decay, shared bases."""
 
 import pytest
 import torch
 
 import lingrad
 from lingrad import convert
-from lingrad.convert.verify import load_model
 from lingrad.errors import CheckpointError, DataError, ExportError, SpecError
+from lingrad.peft.verify import load_model
 from tests.support.folders import Malicious, edit, left_over
 from tests.support.models import gpt2, llama, text_batches, train
 
@@ -41,21 +41,21 @@ def run(folder, build=llama, mode="optimizer", spec="svd(rank=4, every=3)", dtyp
 @pytest.mark.parametrize("mode", ["optimizer", "adapter"])
 @pytest.mark.parametrize("what", RUNS)
 def test_exact(tmp_path, what, mode, build):
-    """In float64: what the adapter leaves of kept BASE + learned is the rounding of 8 steps, and the rank is at most that of
+    """In float64: what the adapter leaves of kept START + learned is the rounding of 8 steps, and the rank is at most that of
     the bases used. Decay is known from the ledger, to the last digit."""
     if build is gpt2 and "share" in RUNS[what][1]:
         pytest.skip("GPT-2 has one layer for q, k and v: nothing shares an input")
     spec, options, rank = RUNS[what]
     self_contained = {"self_contained": True} if mode == "adapter" else {}
     base, folder, optimizer = run(tmp_path, build, mode, spec, torch.float64, **self_contained, **options)
-    report = convert.convert_run(folder, tmp_path / "out", base=base)
+    report = convert.convert_run(folder, tmp_path / "out", start=base)
     low = {row.name: row for row in report.rows if row.kind == "low_rank"}
     changes = optimizer.changes()
     assert low.keys() == changes.keys()
     for name, row in low.items():
         assert 1 <= row.rank <= rank
-        assert row.kept == changes[name].kept
-        assert (row.kept < 1) == ("weight_decay" in options)
+        assert row.decay == changes[name].decay
+        assert (row.decay < 1) == ("weight_decay" in options)
         assert row.without_decay <= 1e-12
         assert ("weight_decay" in options) or row.residual <= 1e-12
     assert {row.name for row in report.rows if row.kind == "full"} == set(optimizer.weights()) - set(low)
@@ -65,39 +65,47 @@ def test_exact(tmp_path, what, mode, build):
 def test_without_a_base(tmp_path):
     """The same factors to the byte; what cannot be known is not claimed."""
     base, folder, _ = run(tmp_path)
-    convert.convert_run(folder, tmp_path / "with", base=base)
+    convert.convert_run(folder, tmp_path / "with", start=base)
     report = convert.convert_run(folder, tmp_path / "without")
     files = [(tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("with", "without")]
     assert files[0] == files[1]
-    assert all(row.floor == 0 for row in report.rows)
+    assert all(row.floor is None for row in report.rows)
 
 
 def test_rank_and_dtype(tmp_path):
     base, folder, _ = run(tmp_path)
-    whole = convert.convert_run(folder, tmp_path / "whole", base=base)
-    report = convert.convert_run(folder, tmp_path / "out", base=base, rank=3, dtype="bf16", uniform_rank=True, logits=True)
+    whole = convert.convert_run(folder, tmp_path / "whole", start=base)
+    report = convert.convert_run(folder, tmp_path / "out", start=base, rank=3, dtype="bf16", uniform_rank=True, logits=True)
     assert {row.rank for row in report.rows if row.kind == "low_rank"} == {3}
     assert whole.residual < 1e-5 < report.residual < 1
     assert report.nbytes < whole.nbytes
-    assert report.logits[0] > 0
+    assert report.outputs.difference > 0
 
 
 def test_it_agrees_with_a_search(tmp_path):
     """The search, which knows nothing of the run, finds the rank and the decay that the ledger has."""
     base, folder, _ = run(tmp_path, spec="svd(rank=2, every=3)", weight_decay=0.3)
-    known = convert.convert_run(folder, tmp_path / "known", base=base)
+    known = convert.convert_run(folder, tmp_path / "known", start=base)
     found = convert.convert(base, folder, tmp_path / "found")
     for a, b in zip(known.rows, found.rows, strict=True):
         assert a.name == b.name
         assert b.rank <= a.rank
-        assert a.kept == pytest.approx(b.kept, abs=1e-5)
+        assert a.decay == pytest.approx(b.decay, abs=1e-5)
 
 
-def test_decayed_base(tmp_path):
+def test_decayed_start(tmp_path):
     base, folder, _ = run(tmp_path, weight_decay=0.3)
-    report = convert.convert_run(folder, tmp_path / "out", base=base, decayed_base=tmp_path / "decayed", logits=True)
-    assert report.logits[0] <= 1e-6
+    report = convert.convert_run(folder, tmp_path / "out", start=base, decayed_start=tmp_path / "decayed", logits=True)
+    assert report.outputs.difference <= 1e-6
     assert (tmp_path / "decayed/model.safetensors").exists()
+
+
+def test_the_old_name_of_start(tmp_path):
+    base, folder, _ = run(tmp_path)
+    with pytest.warns(DeprecationWarning, match="base of lingrad.convert.convert_run is deprecated; use start") as caught:
+        report = convert.convert_run(folder, tmp_path / "out", base=base)
+    assert [warning.filename for warning in caught if warning.category is DeprecationWarning] == [__file__]
+    assert report.start == str(base)
 
 
 class TestRefused:
@@ -133,7 +141,7 @@ class TestRefused:
         base, folder, _ = run(tmp_path)
         for path in (base, folder):
             edit(path, lambda t: t.pop("model.layers.0.mlp.up_proj.weight"))
-        options = {"base": base} if with_base else {}
+        options = {"start": base} if with_base else {}
         self.refused(tmp_path, folder, "the run changed 'model.layers.0.mlp.up_proj.weight', and the files of", **options)
 
     @pytest.mark.parametrize(
@@ -163,14 +171,14 @@ class TestRefused:
             model.model.layers[1].mlp.up_proj.weight.add_(1e-3)
         model.save_pretrained(tmp_path / "other")
         message = "'model.layers.1.mlp.up_proj.weight' of .* it is not the model that the run started from"
-        self.refused(tmp_path, folder, message, base=tmp_path / "other")
+        self.refused(tmp_path, folder, message, start=tmp_path / "other")
 
     def test_options_that_need_the_base(self, tmp_path):
         _, folder, _ = run(tmp_path)
         self.refused(tmp_path, folder, "logits needs the model that the run started from", SpecError, logits=True)
-        self.refused(tmp_path, folder, "decayed_base needs the model", SpecError, decayed_base=tmp_path / "x")
+        self.refused(tmp_path, folder, "decayed_start needs the model", SpecError, decayed_start=tmp_path / "x")
         message = "no decoupled decay was recognised"
-        self.refused(tmp_path, folder, message, ExportError, base=tmp_path / "base", decayed_base=tmp_path / "x")
+        self.refused(tmp_path, folder, message, ExportError, start=tmp_path / "base", decayed_start=tmp_path / "x")
 
     @pytest.mark.parametrize("damage", ["none", "cut", "code"])
     def test_a_file_that_is_not_one(self, tmp_path, damage):
@@ -184,5 +192,5 @@ class TestRefused:
             path.write_bytes(path.read_bytes()[:5000])
         else:
             torch.save({"state": {0: Malicious(tmp_path / "ran")}, "param_groups": []}, path)
-        self.refused(tmp_path, folder, "cannot be read as plain tensors and numbers, and nothing else is")
+        self.refused(tmp_path, folder, "cannot be read as plain tensors and numbers, and nothing else is read")
         assert not (tmp_path / "ran").exists()

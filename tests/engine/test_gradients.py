@@ -10,7 +10,8 @@ import lingrad
 from lingrad.engine.refresh import choose
 from lingrad.errors import ModeError
 from lingrad.transforms import Sides
-from tests.support.layers import MODES, backward, each_mode, inputs, layer
+from tests.support.layers import backward, inputs, layer
+from tests.support.runs import MODES, each_mode
 
 
 class TestClipping:

@@ -11,8 +11,8 @@ import lingrad
 from lingrad import optimizers
 from lingrad.errors import ModeError, SpecError
 from tests.support.models import gap, llama, text_batches, text_loss, zoo, zoo_batches, zoo_loss
+from tests.support.runs import MODES
 
-MODES = {"optimizer": lingrad.wrap, "adapter": lingrad.adapt}
 SPECS = ("svd(rank=4, every=3)", "svd(rank=4, every=2, side=both)", "random(rank=4, every=2)", "pca(rank=4)", "full()")
 
 
@@ -183,7 +183,7 @@ class TestWhatCannotBeHad:
                     group["k"] = group.get("k", 0) + 1
                 return super().step(closure)
 
-        with pytest.raises(SpecError, match="base 'Counting' keeps 'k' for all of them together; leave layerwise out"):
+        with pytest.raises(SpecError, match="base 'Counting' has one 'k' for all of them; leave layerwise out"):
             lingrad.wrap(nn.Linear(6, 4), {"*": "svd(rank=2)"}, Counting, lr=0.1, layerwise=True)
 
     @pytest.mark.parametrize("base", optimizers.names())

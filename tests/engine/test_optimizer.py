@@ -10,8 +10,9 @@ from torch import nn
 import lingrad
 from lingrad.errors import ModeError, SpecError
 from lingrad.transforms import Sides
-from tests.support.layers import MODES, backward, each_mode, inputs, layer
+from tests.support.layers import backward, inputs, layer
 from tests.support.models import gap, llama, text_batches, text_loss, train, zoo
+from tests.support.runs import MODES, each_mode
 
 
 @each_mode

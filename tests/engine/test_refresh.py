@@ -13,10 +13,8 @@ from lingrad.gradients.local import DenseGradient
 from lingrad.transforms import When
 from lingrad.transforms.sketch import range_probes
 from tests.support.models import gap, llama, text_batches, text_loss, train
+from tests.support.runs import MODES, each_mode
 from tests.support.watch import NoTensorOfShape
-
-MODES = {"optimizer": lingrad.wrap, "adapter": lingrad.adapt}
-each_mode = pytest.mark.parametrize("mode", MODES)
 
 # rank + oversample stays below every m and n of the small Llama, whose layers are 32 x 32 and 88 x 32
 SKETCHED = (

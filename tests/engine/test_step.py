@@ -13,10 +13,9 @@ from lingrad.errors import SpecError
 from lingrad.maps import KroneckerMap, SelectionMap
 from lingrad.testing.oracles import assert_dual
 from tests.support.models import gap, llama, text_batches, text_loss, train, zoo, zoo_batches, zoo_loss
+from tests.support.runs import MODES, each_mode
 from tests.support.watch import NoWaiting
 
-MODES = {"optimizer": lingrad.wrap, "adapter": lingrad.adapt}
-each_mode = pytest.mark.parametrize("mode", MODES)
 each_side = pytest.mark.parametrize("side", ["left", "right", "both"])
 
 

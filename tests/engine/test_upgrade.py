@@ -1,7 +1,7 @@
 """Checkpoints of the format before: they load, and the run continues as it did then.
 
 `tests/data/format3` was written by `tests/data/write_checkpoints.py` on the last revision of that format. On a processor of the
-kind that wrote them the weights come out bit for bit; other processors round products in another order.
+kind that wrote it the weights come out bit for bit; other processors round products in another order.
 """
 
 from pathlib import Path

@@ -85,12 +85,12 @@ class TestModules:
         try:
             _, theirs = _setup_low_rank_optimizer(args, model, "galore", {"galore": None}, {"rank": 4}, {})
         except ValueError:
-            with pytest.raises(SpecError, match="means no trainable linear layer"):
+            with pytest.raises(SpecError, match="selects no trainable linear layer"):
                 rules(model)
             return
         expected = {names[id(param)] for param in theirs["params"][1]["params"]}
         if not expected:  # an empty group, which theirs trains in full without a word
-            with pytest.raises(SpecError, match="means no trainable linear layer"):
+            with pytest.raises(SpecError, match="selects no trainable linear layer"):
                 rules(model)
             return
         assert rules(model).keys() == expected
@@ -139,9 +139,9 @@ def test_as_published_is_the_trainers_own_run(tmp_path, proj_type, layerwise):
 class TestRefusals:
     @pytest.mark.parametrize(("options", "message"), [
         ({"optim": "adamw_torch"}, "optim='adamw_torch' is none of galore_adamw, galore_adamw_8bit, galore_adafactor, or"),
-        ({"optim": "apollo_adamw"}, "APOLLO's update is no linear map"),
-        ({"optim_args": "rank=4, gap=3"}, "optim_args has 'gap', which GaLore does not know"),
-        ({"optim_args": "rnak=4"}, "optim_args has 'rnak', which GaLore does not know; did you mean 'rank'?"),
+        ({"optim": "apollo_adamw"}, "APOLLO's update is not a linear map"),
+        ({"optim_args": "rank=4, gap=3"}, "optim_args has 'gap', which is not an option of GaLore"),
+        ({"optim_args": "rnak=4"}, "optim_args has 'rnak', which is not an option of GaLore; did you mean 'rank'?"),
         ({"optim_args": "rank"}, "optim_args is written 'rank=64, scale=0.1', not 'rank'"),
         ({"optim_args": "rank=4, rank=8"}, "optim_args has 'rank' twice"),
         ({"optim_args": "rank=4.5"}, "optim_args has rank=4.5; expected a whole number"),
@@ -150,12 +150,18 @@ class TestRefusals:
         ({"optim_args": "proj_type=standard"}, "proj_type must be one of std, reverse_std, right, left, full, not 'standard'"),
         ({"optim_target_modules": None}, "optim_target_modules must be a regular expression"),
         ({"optim_target_modules": []}, "optim_target_modules must be a regular expression"),
-        ({"optim_target_modules": "mlp("}, "'mlp(', which is no regular expression"),
+        ({"optim_target_modules": "mlp("}, "'mlp(', which is not a regular expression"),
     ], ids=str)  # fmt: skip
     def test_what_is_unknown(self, tmp_path, options, message):
         with pytest.raises(SpecError) as caught:
             lingrad.hf.from_galore_args(galore(tmp_path, **options))
         assert message in str(caught.value)
+
+    @pytest.mark.parametrize("args", [None, {"optim": "galore_adamw"}, "galore_adamw"])
+    def test_what_is_no_arguments(self, args):
+        with pytest.raises(SpecError, match="^args must be the TrainingArguments of the Trainer, not ") as caught:
+            lingrad.hf.from_galore_args(args)
+        assert caught.value.option == "args"
 
     def test_the_last_digit_of_what_is_not_reproduced(self, tmp_path):
         with pytest.raises(SpecError, match="as_published=True is for galore_adamw"):

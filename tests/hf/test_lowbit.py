@@ -39,7 +39,7 @@ def test_trained_resumed_and_exported(tmp_path, load, every):
     if merged:
         with pytest.warns(UserWarning, match=r"no adapter: .* was merged into"):
             trainer.save_model(tmp_path / "saved")
-        trainer.adapter_options = {"base": load(), "allow_residual": 1.0}
+        trainer.adapter_options = {"start": load(), "allow_residual": 1.0}
     trainer.save_model(tmp_path / "saved")
     ids = torch.stack([row["input_ids"] for row in examples(4)])
     adapted = PeftModel.from_pretrained(load(), tmp_path / "saved/adapter").eval()

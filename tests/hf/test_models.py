@@ -10,9 +10,9 @@ import lingrad
 import lingrad.hf
 from lingrad.errors import ModeError
 from tests.support.models import gap, llama
+from tests.support.runs import MODES
 from tests.support.trainers import arguments, assert_equal, examples, make, weights
 
-MODES = ("optimizer", "adapter")
 SPEC = "svd(rank=4, every=3)"
 
 
@@ -201,7 +201,7 @@ class TestAdapter:
         trainer.train()
         (tmp_path / "saved/adapter").mkdir(parents=True)
         (tmp_path / "saved/adapter/adapter_config.json").write_text("{}")  # of an earlier save
-        with pytest.warns(UserWarning, match=r"holds the whole model, but no adapter: .*lingrad convert BASE") as caught:
+        with pytest.warns(UserWarning, match=r"has the full model, but no adapter: .*lingrad convert START") as caught:
             trainer.save_model(tmp_path / "saved")
         (message,) = [str(one.message) for one in caught if "adapter" in str(one.message)]
         assert re.search(why, message)
@@ -213,9 +213,7 @@ class TestAdapter:
         trainer.train()
         (tmp_path / "saved/adapter").mkdir(parents=True)
         (tmp_path / "saved/adapter/notes.txt").write_text("mine")
-        with pytest.warns(
-            UserWarning, match="no adapter: there is something at .* that is no adapter, and it is not overwritten"
-        ):
+        with pytest.warns(UserWarning, match="no adapter: .* is not an adapter's folder, and is not overwritten"):
             trainer.save_model(tmp_path / "saved")
         assert [path.name for path in (tmp_path / "saved/adapter").iterdir()] == ["notes.txt"]
         assert not list((tmp_path / "saved").glob(".*"))

@@ -10,9 +10,9 @@ import lingrad.hf
 from lingrad.errors import DependencyError, ModeError, SpecError
 from tests.support import trainers
 from tests.support.models import gap, llama
+from tests.support.runs import MODES
 from tests.support.trainers import arguments, make, weights
 
-MODES = ("optimizer", "adapter")
 SPEC = "svd(rank=4, every=3)"
 
 
@@ -36,7 +36,7 @@ class TestRefusals:
     def test_what_belongs_to_another_optimizer(self, tmp_path):
         self.refused(tmp_path, SpecError, "optim_args='x=1' would have no effect", {"optim_args": "x=1"})
         self.refused(
-            tmp_path, SpecError, "optim_target_modules=.*would have no effect; rules say", {"optim_target_modules": ["q"]}
+            tmp_path, SpecError, "optim_target_modules=.*would have no effect; rules select", {"optim_target_modules": ["q"]}
         )
         self.refused(
             tmp_path,
@@ -85,12 +85,29 @@ class TestRefusals:
             warnings.simplefilter("error")
             lingrad.hf.trainer_kwargs(SPEC, arguments(tmp_path, max_grad_norm=0), layerwise=True)
 
+    def test_the_old_name_of_rules(self, tmp_path):
+        args = arguments(tmp_path)
+        with pytest.warns(
+            DeprecationWarning, match="spec_or_rules of lingrad.hf.trainer_kwargs is deprecated; use rules"
+        ) as caught:
+            found = lingrad.hf.trainer_kwargs(spec_or_rules=SPEC, args=args)
+        assert caught[0].filename == __file__
+        assert found == lingrad.hf.trainer_kwargs(SPEC, args)
+        with pytest.raises(SpecError, match="got spec_or_rules, which is now called rules, and rules"):
+            lingrad.hf.trainer_kwargs(SPEC, args, spec_or_rules=SPEC)
+        with pytest.raises(TypeError, match="missing 1 required positional argument: 'rules'"):
+            lingrad.hf.trainer_kwargs(args=args)
+
+    @pytest.mark.parametrize("ledger", ["x", 2, []])
+    def test_a_ledger_of_another_type(self, tmp_path, ledger):
+        self.refused(tmp_path, SpecError, "^ledger must be True, False or None, not ", ledger=ledger)
+
     def test_what_is_wrong_is_said_before_training(self, tmp_path):
         self.refused(tmp_path, SpecError, "unknown option 'rnak'", spec="svd(rnak=4)")
         self.refused(tmp_path, SpecError, "takes no option 'momentun'", base="sgd", momentun=0.1)
         self.refused(tmp_path, SpecError, "mode must be one of optimizer, adapter", mode="lora")
         self.refused(tmp_path, SpecError, "carry must be one of", carry="sometimes")
-        self.refused(tmp_path, SpecError, "'self_contained' is what lingrad.hf sets", self_contained=False)
+        self.refused(tmp_path, SpecError, "'self_contained' is set by lingrad.hf", self_contained=False)
         with pytest.raises(SpecError, match="args must be the TrainingArguments"):
             lingrad.hf.trainer_kwargs(SPEC, {"learning_rate": 1})
 
@@ -115,7 +132,7 @@ class TestRefusals:
                 return {"loss": (out - labels).square().mean()}
 
         trainer = make(tmp_path, {"mix": "svd(rank=2)"}, model=Own())
-        with pytest.raises(ModeError, match="the coordinates of mix have no place in the model"):
+        with pytest.raises(ModeError, match="the coordinates of mix are not among the model's parameters"):
             trainer.create_optimizer()
         make(tmp_path, {"0": "svd(rank=2)"}, model=trainer.model).create_optimizer()  # nothing was left behind
 

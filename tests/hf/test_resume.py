@@ -17,9 +17,9 @@ import lingrad.hf
 from lingrad.errors import CheckpointError
 from tests.support.models import llama
 from tests.support.peft_models import mixtral
+from tests.support.runs import MODES
 from tests.support.trainers import SPECS, assert_equal, examples, logs, make, weights
 
-MODES = ("optimizer", "adapter")
 ROOT = Path(__file__).parents[2]
 # of spec every=3, counted in finished steps: before anything is merged, where a refresh comes next, just after it, later
 STOPS = (1, 3, 4, 7)
@@ -156,7 +156,7 @@ class TestFolders:
             path.unlink()
         else:
             os.truncate(path, path.stat().st_size // 2 if damage == "cut" else 0)
-        expected = f"there is no {name}" if damage == "gone" else f"{name} is cut short or damaged"
+        expected = f"there is no {name}" if damage == "gone" else f"{name} is truncated or damaged"
         with pytest.raises(CheckpointError, match=expected) as caught:
             lingrad.hf.check_checkpoint(run / "checkpoint-3")
         assert str(caught.value).endswith(f"the last complete one is '{run / 'checkpoint-2'}'")

@@ -6,12 +6,12 @@ import torch
 import lingrad.hf
 from lingrad.errors import ModeError
 from tests.support.models import llama
+from tests.support.runs import MODES
 from tests.support.trainers import arguments, assert_equal, logs, weights
 
 pytest.importorskip("trl")
 
 WORDS = ["the", "a", "cat", "dog", "sat", "ran", "on", "under", "mat", "tree", "and", "then", "home", "again"]
-MODES = ("optimizer", "adapter")
 
 
 def tokenizer():

@@ -11,9 +11,9 @@ import lingrad
 import lingrad.hf
 from lingrad.errors import ModeError
 from tests.support.models import gap, gpt2, llama
+from tests.support.runs import MODES
 from tests.support.trainers import SPECS, arguments, assert_equal, examples, logs, make, weights
 
-MODES = ("optimizer", "adapter")
 HOOKED = "*.embed_tokens: svd(rank=4, every=3); *.mlp.*: svd(rank=4, every=3)"  # no linear layer: by hooks
 SPEC = "svd(rank=4, every=3)"
 
@@ -217,11 +217,11 @@ class TestDecay:
         groups = {group["name"]: group for group in lingrad.hf.optimizer_of(trainer).param_groups}
         assert {name: (group["param_names"], group["weight_decay"]) for name, group in groups.items()} == {
             "coords": (["first.weight"], 0.5),
-            "coords.undecayed": (["input_norm.weight"], 0.0),
+            "coords.no_decay": (["input_norm.weight"], 0.0),
             "matrices": (["head.weight"], 0.5),
-            "matrices.undecayed": (["relative_bias"], 0.0),
+            "matrices.no_decay": (["relative_bias"], 0.0),
             "vectors": (["gain"], 0.5),
-            "vectors.undecayed": (["head.bias"], 0.0),
+            "vectors.no_decay": (["head.bias"], 0.0),
         }
         assert not torch.equal(trainer.model.first.weight, start)
         again = make(tmp_path, "svd(rank=2, every=3)", model=Odd(), args=args, data=data)

@@ -9,9 +9,9 @@ import torch
 import lingrad.hf
 from lingrad.errors import ModeError
 from tests.support.models import gap, llama
+from tests.support.runs import MODES
 from tests.support.trainers import arguments, assert_equal, examples, make, weights
 
-MODES = ("optimizer", "adapter")
 SPEC = "svd(rank=4, every=3)"
 
 

@@ -159,3 +159,42 @@ def test_a_map_is_immutable_and_compared_by_identity(smap):
     assert smap == smap
     assert smap != copy.copy(smap)
     assert hash(smap) != hash(copy.copy(smap))
+
+
+@each_map
+def test_factors_multiply_to_the_lift_and_are_as_thin_as_the_thinner_side(smap):
+    coords = draw(*coords_shape(smap), seed=5)
+    found = smap.factors(coords)
+    assert_close(found.dense(), smap.lift(coords))
+    # of entries, and of two sides that are no KroneckerMap, the factors have as many columns as the left side
+    thin = isinstance(smap, KroneckerMap) or None in (getattr(smap, "rows", 0), getattr(smap, "columns", 0))
+    assert found.rank == (min(coords.shape) if thin else coords.shape[0])
+
+
+@pytest.mark.parametrize("smap", [m for m in MAPS.values() if isinstance(m, SelectionMap)])
+def test_what_a_selection_leaves_for_reduced_inputs_knows_its_shape(smap):
+    coords = draw(*coords_shape(smap), seed=5)
+    assert tuple(smap.inner.lift(coords).shape) == smap.inner.shape
+    assert tuple(smap.T.lift(coords.t()).shape) == smap.T.shape
+
+
+def test_the_norm_of_coordinates_whose_lift_vanishes_is_no_nan():
+    """P = [a, 3 a, 7 a] and z = [-10, 1, 1]: what is summed is a rounding error of either sign."""
+    for seed in range(20):
+        column = draw(40, 1, seed=seed).float()
+        smap = KroneckerMap(column * torch.tensor([1.0, 3.0, 7.0]), None)
+        assert smap.norm(torch.tensor([[-10.0], [1.0], [1.0]])) <= 1e-2 * column.norm()  # NaN fails too
+
+
+class TestFit:
+    def test_of_many_coordinates_it_is_right_to_rounding(self):
+        """Conjugate gradients that stop where the rest is rounding, before they have come to an end by their number."""
+        smap, matrix = KroneckerMap(draw(200, 20, seed=1), draw(100, 10, seed=2)), draw(200, 100, seed=3)
+        expected = torch.linalg.lstsq(smap.left, torch.linalg.lstsq(smap.right, matrix.t()).solution.t()).solution
+        assert (smap.fit(matrix) - expected).norm() <= 1e-13 * expected.norm()
+
+    def test_of_orthonormal_columns_one_product_is_enough(self, monkeypatch):
+        lifts, lift = [], KroneckerMap.lift
+        monkeypatch.setattr(KroneckerMap, "lift", lambda self, coords: lifts.append(coords) or lift(self, coords))
+        KroneckerMap(torch.linalg.qr(draw(20, 4, seed=1)).Q, None).fit(draw(20, 9, seed=2))
+        assert len(lifts) <= 2  # the second one finds that nothing is left

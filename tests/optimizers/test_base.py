@@ -84,7 +84,7 @@ def test_wrong_options(base, options, message):
         ({"seed": "abc"}, "seed must be a whole number, not 'abc'"),
         ({"lr": -1.0}, "base 'adamw' refused its options (lr=-1.0, weight_decay=0.0): Invalid learning rate: -1.0"),
         ({"betas": (0.9,)}, "base 'adamw' refused its options (betas=(0.9,), weight_decay=0.0): tuple index out of range"),
-        ({"base": nn.Identity}, "base 'Identity' made a Identity; expected a torch.optim.Optimizer"),
+        ({"base": nn.Identity}, "base 'Identity' returned a Identity; expected a torch.optim.Optimizer"),
     ],
 )
 def test_wrong_arguments(options, message):

@@ -17,13 +17,12 @@ from lingrad.testing.oracles import assert_dual
 from lingrad.testing.training import every_kind, token_batches, token_loss
 from tests.support import cases
 from tests.support.models import llama, text_batches, text_loss, train
+from tests.support.runs import MODES, each_mode
 
 KINDS = ("8bit", "8bit_linear")
-MODES = {"optimizer": lingrad.wrap, "adapter": lingrad.adapt}
 SMALL = {"moments": "8bit", "min_8bit_size": 16}  # so that the moments of the tests' small coordinates are quantised too
 
 each_kind = pytest.mark.parametrize("kind", KINDS)
-each_mode = pytest.mark.parametrize("mode", MODES)
 each_sign = pytest.mark.parametrize("signed", [True, False])
 
 # every base that has moments, as the matrix tries it
@@ -131,7 +130,7 @@ def test_entries_are_bytes_with_scales_and_the_base_is_the_stock_one(base, optio
     param = nn.Parameter(draw(20, 30))
     optimizer = found.build([param])
     assert isinstance(optimizer, QuantizedOptimizer)
-    assert not type(optimizer.stock).__module__.startswith("lingrad")
+    assert not type(optimizer.base).__module__.startswith("lingrad")
     for seed in range(3):
         param.grad = draw(20, 30, seed=seed)
         optimizer.step()
@@ -144,7 +143,7 @@ def test_entries_are_bytes_with_scales_and_the_base_is_the_stock_one(base, optio
     assert set(optimizer.state[param]) == set(plain) | {f"{key}.scales" for key in large} | {
         key for key, value in optimizer.state[param].items() if not torch.is_tensor(value)
     }
-    assert not optimizer.stock.state
+    assert not optimizer.base.state
 
 
 @each_base
@@ -288,8 +287,8 @@ def test_moments_are_decoded_a_bucket_at_a_time(monkeypatch):
     params = [nn.Parameter(draw(40, 50, seed=i)) for i in range(7)] + [nn.Parameter(draw(100, 90))]
     optimizer = optimizers.find("adamw", {"lr": 1e-2} | SMALL).build(params)
     seen = []
-    step = optimizer.stock.step
-    monkeypatch.setattr(optimizer.stock, "step", lambda: seen.append(len(optimizer.stock.param_groups[0]["params"])) or step())
+    step = optimizer.base.step
+    monkeypatch.setattr(optimizer.base, "step", lambda: seen.append(len(optimizer.base.param_groups[0]["params"])) or step())
     for param in params[1:]:
         param.grad = torch.ones_like(param)
     optimizer.step()
@@ -374,9 +373,9 @@ def test_a_state_that_is_there_before_the_first_step_is_quantised_too():
     [
         ("adamw", {"moments": "4bit"}, r"moments must be one of 8bit, 8bit_linear, not '4bit'; did you mean '8bit'\?"),
         ("adamw", {"moments": "8bit", "min_8bit_size": 0}, "min_8bit_size must be a whole number, 2 or more, not 0"),
-        ("adamw", {"min_8bit_size": 64}, "min_8bit_size is of moments='8bit', which is not asked for"),
-        ("sgd", {"moments": "8bit"}, "base 'sgd' keeps no moments with these options; leave moments='8bit' out"),
-        ("adamw8bit", {"moments": "8bit"}, "base 'adamw8bit' keeps 'state1, state2' in 8 bits by itself; leave moments out"),
+        ("adamw", {"min_8bit_size": 64}, "min_8bit_size is an option of moments='8bit', which is not set"),
+        ("sgd", {"moments": "8bit"}, "base 'sgd' has no moments with these options; leave moments='8bit' out"),
+        ("adamw8bit", {"moments": "8bit"}, "base 'adamw8bit' stores 'state1, state2' in 8 bits already; leave moments out"),
         (torch.optim.LBFGS, {"moments": "8bit"}, r"base 'LBFGS' cannot be used: its step\(\), without a closure, failed with"),
     ],
 )
@@ -396,7 +395,7 @@ class Counting(torch.optim.SGD):
 
 def test_a_base_that_keeps_something_for_all_parameters_is_refused():
     with pytest.raises(
-        SpecError, match="moments='8bit' steps parameters by themselves, and base 'Counting' keeps 'steps' for all"
+        SpecError, match="moments='8bit' steps parameters separately, but base 'Counting' has one 'steps' for all"
     ):
         lingrad.wrap(llama(), "svd(rank=4)", Counting, lr=1e-2, momentum=0.9, **SMALL)
 

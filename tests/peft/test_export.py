@@ -13,20 +13,8 @@ from lingrad.errors import ExportError, ModeError, SpecError
 from lingrad.weights.layout import layout_of
 from tests.support.models import gap, gpt2, llama, text_batches, text_loss, train
 from tests.support.peft_models import CASES, bert, conv, images
-from tests.support.peft_runs import (
-    EXACT,
-    MODES,
-    ROOT,
-    SIDES,
-    SPECS,
-    left_in,
-    llama_run,
-    merged_by_peft,
-    peft,
-    run_of,
-    slow,
-    weights_of,
-)
+from tests.support.peft_runs import EXACT, MODES, ROOT, SIDES, SPECS, left_in, llama_run, merged_by_peft, peft, run_of, slow
+from tests.support.runs import weights_of
 
 
 class TestWhatPeftMakesOfIt:
@@ -50,25 +38,25 @@ class TestWhatPeftMakesOfIt:
         start = dict(case.build().named_parameters())
         _, opt = run_of(kind, spec, mode)
         inputs = images(1)[0][0] if kind == "conv" else None
-        report = bridge.export(opt, tmp_path / "a", base=case.build(), inputs=inputs, quiet=True)
+        report = bridge.export(opt, tmp_path / "a", start=case.build(), inputs=inputs, quiet=True)
         trained = weights_of(opt)
         assert gap(trained, {name: start[name] for name in trained}) > 1e-3
         merged = merged_by_peft(case.build(), tmp_path / "a")
         assert gap({name: merged[name] for name in trained}, trained) <= EXACT
         # six steps with a refresh every three (or two, on one side of kron): every basis has left its columns
         columns = 12 if spec.startswith("kron") else 8
-        for row in report.rows:  # more columns than a weight has are as many as it needs, at most all
+        for row in report.low_rank:  # more columns than a weight has are as many as it needs, at most all
             module = opt.model.get_submodule(row.name.rpartition(".")[0])
             most = min(layout_of(start[row.name], module, row.name).shape)
             assert row.rank == columns if columns <= most else row.rank <= most
-        assert report.residual <= 1e-10
-        assert report.outputs <= 1e-7 * report.outputs_change  # float32 norms inside some models; elsewhere 1e-16
+        assert report.largest_residual <= 1e-10
+        assert report.outputs.difference <= 1e-7 * report.outputs.change  # float32 norms inside some models; elsewhere 1e-16
 
     @pytest.mark.parametrize("mode", ["adapter", "optimizer"])
     def test_in_float32(self, mode, tmp_path):
         _, opt = llama_run(mode, torch.float32, steps=7)
-        report = bridge.export(opt, tmp_path / "a", base=llama(torch.float32), quiet=True)
-        assert report.residual <= 1e-5  # a rounding of 6e-8 of the weight a step, where the change is a tenth of it
+        report = bridge.export(opt, tmp_path / "a", start=llama(torch.float32), quiet=True)
+        assert report.largest_residual <= 1e-5  # a rounding of 6e-8 of the weight a step, where the change is a tenth of it
         assert gap(merged_by_peft(llama(torch.float32), tmp_path / "a"), weights_of(opt)) <= 1e-6
 
     def test_peft_runs_it_beside_the_weights_too(self, tmp_path):
@@ -101,7 +89,7 @@ class TestWhatPeftMakesOfIt:
         config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
         assert config["target_modules"] == [f"model.layers.1.mlp.{name}_proj" for name in ("down", "gate", "up")]
         assert config["modules_to_save"] is None
-        assert report.whole == report.beside == ()
+        assert report.saved_modules == report.alongside == ()
         assert (
             gap({n: p for n, p in merged_by_peft(llama(), tmp_path / "a").items() if n in opt.weights()}, opt.weights())
             <= EXACT
@@ -112,10 +100,10 @@ class TestWhatPeftMakesOfIt:
         opt = lingrad.adapt(model, "svd(rank=4, every=0)", "adamw", lr=1e-2)
         opt.param_groups[1]["lr"] = 0.0  # embeddings and the head
         train(model, opt, text_batches(2), schedule=False)
-        report = bridge.export(opt, tmp_path / "a", base=llama(), quiet=True)
-        assert not {"lm_head", "model.embed_tokens"} & set(report.whole)
-        assert "model.norm" in report.whole
-        assert {"lm_head", "model.embed_tokens"} <= set(bridge.export(opt, tmp_path / "b", quiet=True).whole)
+        report = bridge.export(opt, tmp_path / "a", start=llama(), quiet=True)
+        assert not {"lm_head", "model.embed_tokens"} & set(report.saved_modules)
+        assert "model.norm" in report.saved_modules
+        assert {"lm_head", "model.embed_tokens"} <= set(bridge.export(opt, tmp_path / "b", quiet=True).saved_modules)
 
     def test_ranks_that_differ(self, tmp_path):
         model = llama()
@@ -127,13 +115,13 @@ class TestWhatPeftMakesOfIt:
         opt = lingrad.adapt(model, rules, "adamw", lr=1e-2)
         train(model, opt, text_batches(2))
         report = bridge.export(opt, tmp_path / "a", quiet=True)
-        assert {row.rank for row in report.rows} == {2, 3, 32}
+        assert {row.rank for row in report.low_rank} == {2, 3, 32}
         assert gap(merged_by_peft(llama(), tmp_path / "a"), weights_of(opt)) <= EXACT
 
     def test_no_more_columns_than_a_weight_has(self, tmp_path):
         _, opt = llama_run(spec="svd(rank=16, every=1)", steps=5)
-        report = bridge.export(opt, tmp_path / "a", base=llama(), quiet=True)
-        assert {row.rank for row in report.rows} == {
+        report = bridge.export(opt, tmp_path / "a", start=llama(), quiet=True)
+        assert {row.rank for row in report.low_rank} == {
             16,
             32,
         }  # keys and values have 16 rows; of the others 80 columns were noted
@@ -143,9 +131,9 @@ class TestWhatPeftMakesOfIt:
         _, opt = llama_run(steps=6)
         with pytest.raises(ExportError, match="residual"):
             bridge.export(opt, tmp_path / "a", rank=6, quiet=True)
-        report = bridge.export(opt, tmp_path / "a", rank=6, allow_residual=1.0, base=llama(), quiet=True)
-        assert {row.rank for row in report.rows} == {6}
-        for row in report.rows:
+        report = bridge.export(opt, tmp_path / "a", rank=6, allow_residual=1.0, start=llama(), quiet=True)
+        assert {row.rank for row in report.low_rank} == {6}
+        for row in report.low_rank:
             values = torch.linalg.svdvals(opt.changes()[row.name].factors.dense())
             assert row.residual == pytest.approx(float(values[6:].norm() / values.norm()), rel=1e-6)  # Eckart-Young
         with pytest.raises(SpecError, match="rank must be a whole number"):
@@ -159,7 +147,7 @@ class TestWhatPeftMakesOfIt:
         _, opt = llama_run()
         for base in (None, llama()):
             with pytest.raises(ExportError, match=f"{why}.*allow_residual=.* accepts it"):
-                bridge.export(opt, tmp_path / "a", base=base, quiet=True, **options)
+                bridge.export(opt, tmp_path / "a", start=base, quiet=True, **options)
         assert left_in(tmp_path) == []
 
     @pytest.mark.parametrize(
@@ -171,15 +159,33 @@ class TestWhatPeftMakesOfIt:
         with pytest.raises(SpecError, match=f"^{next(iter(options))} must be a "):
             bridge.export(opt, tmp_path / "a", quiet=True, **options)
 
+    @pytest.mark.parametrize("start", [5, [llama], {"base": 1}])
+    def test_a_start_of_another_type(self, start, tmp_path):
+        _, opt = llama_run()
+        with pytest.raises(SpecError, match="^start must be a folder or a model, not ") as caught:
+            bridge.export(opt, tmp_path / "a", start=start, quiet=True)
+        assert caught.value.option == "start"
+        assert left_in(tmp_path) == []
+
+    def test_the_old_name_of_start(self, tmp_path):
+        _, opt = llama_run()
+        with pytest.warns(DeprecationWarning, match="base of lingrad.peft.export is deprecated; use start") as caught:
+            report = bridge.export(opt, tmp_path / "a", base=llama(), quiet=True)
+        assert report.start == "the start given"
+        assert caught[0].filename == __file__
+        with pytest.raises(SpecError, match="got base, which is now called start, and start; leave base out"):
+            bridge.export(opt, tmp_path / "b", base=llama(), start=llama(), quiet=True)
+        assert not (tmp_path / "b").exists()
+
     def test_from_the_model_and_its_changes(self, tmp_path):
         model, opt = run_of("gpt2", SIDES[0])
         changes = opt.changes()
         opt.detach()
-        report = bridge.export((model, changes), tmp_path / "a", base=gpt2(), quiet=True)
-        assert report.residual <= 1e-10
+        report = bridge.export((model, changes), tmp_path / "a", start=gpt2(), quiet=True)
+        assert report.largest_residual <= 1e-10
         assert gap(merged_by_peft(gpt2(), tmp_path / "a"), dict(model.named_parameters())) <= EXACT
         plain = {name: change.factors for name, change in changes.items()}
-        assert bridge.export((model, plain), tmp_path / "b", quiet=True).residual <= 1e-10
+        assert bridge.export((model, plain), tmp_path / "b", quiet=True).largest_residual <= 1e-10
 
     def test_batch_statistics_go_with_their_module(self, tmp_path):
         case = CASES["conv"]
@@ -188,7 +194,7 @@ class TestWhatPeftMakesOfIt:
         opt = lingrad.adapt(model, {"second": "svd(rank=4, every=0)", "*": "none"}, "adamw", lr=1e-2)
         train(model, opt, case.batches(3), case.loss)
         report = bridge.export(opt, tmp_path / "a", inputs=images(1)[0][0], quiet=True)
-        assert "norm" in report.whole
+        assert "norm" in report.saved_modules
         loaded = peft.PeftModel.from_pretrained(conv(), tmp_path / "a").eval()
         model.eval()
         x = images(1)[0][0]
@@ -199,9 +205,9 @@ class TestWhatPeftMakesOfIt:
         with pytest.raises(ExportError, match="residual"):
             bridge.export(opt, tmp_path / "a", dtype=torch.bfloat16, quiet=True)
         report = bridge.export(opt, tmp_path / "a", dtype=torch.bfloat16, allow_residual=0.01, quiet=True)
-        assert 1e-4 < report.residual < 4e-3  # of two factors each is rounded to eight bits, 2^-9 at most
+        assert 1e-4 < report.largest_residual < 4e-3  # of two factors each is rounded to eight bits, 2^-9 at most
         exact = bridge.export(opt, tmp_path / "b", quiet=True)
-        assert sum(row.nbytes for row in report.rows) * 2 == sum(row.nbytes for row in exact.rows)
+        assert sum(row.nbytes for row in report.low_rank) * 2 == sum(row.nbytes for row in exact.low_rank)
 
 
 class TestQuantisedBases:
@@ -228,9 +234,9 @@ class TestQuantisedBases:
         train(model, opt, text_batches(3))
         before = {name: p.clone() for name, p in model.named_parameters()}
         report = bridge.export(opt, tmp_path / "a", quiet=True)
-        assert len(report.rows) == 14
-        assert report.residual < 1e-6
-        assert report.outputs < 1e-5 * report.outputs_change + 1e-6  # float32
+        assert len(report.low_rank) == 14
+        assert report.largest_residual < 1e-6
+        assert report.outputs.difference < 1e-5 * report.outputs.change + 1e-6  # float32
         assert all(torch.equal(before[name], p) for name, p in model.named_parameters())
         loaded = peft.PeftModel.from_pretrained(quantised(), tmp_path / "a")
         ids = text_batches(1)[0][0]
@@ -242,43 +248,45 @@ class TestQuantisedBases:
         model = quantised()
         opt = lingrad.adapt(model, "svd(rank=4, every=2)", "adamw", lr=1e-2, ledger=True)
         train(model, opt, text_batches(5))
-        with pytest.raises(ExportError, match="what the run started from is gone"):
+        with pytest.raises(ExportError, match="the weights the run started from are gone"):
             bridge.export(opt, tmp_path / "a", allow_residual=1.0, quiet=True)
         with pytest.raises(ExportError, match="residual"):
-            bridge.export(opt, tmp_path / "a", base=quantised(), quiet=True)
-        report = bridge.export(opt, tmp_path / "a", base=quantised(), allow_residual=2.0, quiet=True)
-        assert 0.01 < report.residual < 2.0  # what requantising rounded, beside a change of its size
+            bridge.export(opt, tmp_path / "a", start=quantised(), quiet=True)
+        report = bridge.export(opt, tmp_path / "a", start=quantised(), allow_residual=2.0, quiet=True)
+        assert 0.01 < report.largest_residual < 2.0  # what requantising rounded, beside a change of its size
 
 
 class TestTheReport:
     def test_it_is_printed_and_written(self, tmp_path, capsys):
         _, opt = llama_run()
-        report = bridge.export(opt, tmp_path / "a", base=llama())
+        report = bridge.export(opt, tmp_path / "a", start=llama())
         printed = capsys.readouterr().out
         assert printed == f"{report}\n"
         assert "model.layers.*.self_attn.q_proj.weight" in printed
         assert "2 x 16 random token ids" in printed
         found = json.loads((tmp_path / "a" / "lingrad_report.json").read_text())
-        assert found["residual"] == report.residual
-        assert found["outputs"] == report.outputs
-        assert len(found["rows"]) == 14
+        assert max(row["residual"] for row in found["rows"]) == report.largest_residual
+        assert found["residual"] == report.residual <= report.largest_residual
+        assert found["outputs"]["difference"] == report.outputs.difference
+        assert found["outputs"]["change"] == report.outputs.change
+        low = [row for row in found["rows"] if row["kind"] == "low_rank"]
+        assert len(low) == 14
+        assert {row["name"] for row in found["rows"]} == set(opt.weights())
         assert (
-            sum(row["nbytes"] for row in found["rows"])
-            < found["nbytes"]
-            == (tmp_path / "a" / "adapter_model.safetensors").stat().st_size
+            sum(row["nbytes"] for row in low) < found["nbytes"] == (tmp_path / "a" / "adapter_model.safetensors").stat().st_size
         )
 
     def test_it_says_what_was_compared(self, tmp_path):
         _, opt = llama_run(spec="svd(rank=4, every=0)")
-        assert bridge.export(opt, tmp_path / "a", quiet=True).base == "the run's frozen weights"
-        assert bridge.export(opt, tmp_path / "b", base=llama(), quiet=True).base == "the base given"
+        assert bridge.export(opt, tmp_path / "a", quiet=True).start == "the run's frozen weights"
+        assert bridge.export(opt, tmp_path / "b", start=llama(), quiet=True).start == "the start given"
         llama().save_pretrained(tmp_path / "base")
-        assert str(tmp_path / "base") in bridge.export(opt, tmp_path / "c", base=tmp_path / "base", quiet=True).base
+        assert str(tmp_path / "base") in bridge.export(opt, tmp_path / "c", start=tmp_path / "base", quiet=True).start
         assert json.loads((tmp_path / "c" / "adapter_config.json").read_text())["base_model_name_or_path"] == str(
             tmp_path / "base"
         )
         _, opt = llama_run()
-        assert "base= would tell" in bridge.export(opt, tmp_path / "d", quiet=True).base
+        assert "only start= can show" in bridge.export(opt, tmp_path / "d", quiet=True).start
 
     def test_outputs_of_other_models_are_compared_on_inputs_only(self, tmp_path):
         _, opt = run_of("conv", SIDES[0])
@@ -286,7 +294,7 @@ class TestTheReport:
         assert report.outputs is None
         assert "pass inputs=" in str(report)
         for i, inputs in enumerate((images(1)[0][0], (images(1)[0][0],), {"x": images(1)[0][0]})):
-            assert bridge.export(opt, tmp_path / f"b{i}", inputs=inputs, quiet=True).outputs < 1e-12
+            assert bridge.export(opt, tmp_path / f"b{i}", inputs=inputs, quiet=True).outputs.difference < 1e-12
 
 
 class TestARunIsNotDisturbed:
@@ -327,7 +335,7 @@ class TestARunIsNotDisturbed:
         keys, modes = list(model.state_dict()), [m.training for m in model.modules()]
         base = llama()
         start = {name: p.clone() for name, p in base.state_dict().items()}
-        bridge.export(opt, tmp_path / "a", base=base, quiet=True)
+        bridge.export(opt, tmp_path / "a", start=base, quiet=True)
         assert {name: (p.data_ptr(), p.requires_grad) for name, p in model.named_parameters()} == before
         assert list(model.state_dict()) == keys
         assert [m.training for m in model.modules()] == modes
@@ -337,38 +345,41 @@ class TestARunIsNotDisturbed:
     def test_nor_is_a_base_whose_biases_were_trained(self, tmp_path):
         _, opt = run_of("bert", SIDES[0])
         base = bert()
-        report = bridge.export(opt, tmp_path / "a", base=base, quiet=True)
-        assert len(report.beside) > 10
+        report = bridge.export(opt, tmp_path / "a", start=base, quiet=True)
+        assert len(report.alongside) > 10
         assert all(torch.equal(a, b) for a, b in zip(base.parameters(), bert().parameters(), strict=True))
 
 
 class TestDecayAndFewDigits:
     def test_decay_is_refused_with_its_size(self, tmp_path):
         _, opt = llama_run(weight_decay=0.1)
-        with pytest.raises(ExportError, match=r"weight decay has left 0\.99\d+ .*allow_residual=0\.\d+ accepts it"):
+        with pytest.raises(
+            ExportError,
+            match=r"weight decay has multiplied the starting weight by 0\.99\d+, .*allow_residual=0\.\d+ accepts it",
+        ):
             bridge.export(opt, tmp_path / "a", quiet=True)
         assert left_in(tmp_path) == []
-        report = bridge.export(opt, tmp_path / "a", allow_residual=0.5, base=llama(), quiet=True)
-        kept = opt.changes()["model.layers.0.mlp.up_proj.weight"].decay
-        row = next(row for row in report.rows if row.name == "model.layers.0.mlp.up_proj.weight")
-        assert row.kept == kept < 1
-        # |1 - kept| |W| is what the factors lack of the change
-        assert row.residual == pytest.approx((1 - kept) / row.change, rel=1e-6)
+        report = bridge.export(opt, tmp_path / "a", allow_residual=0.5, start=llama(), quiet=True)
+        decay = opt.changes()["model.layers.0.mlp.up_proj.weight"].decay
+        row = next(row for row in report.low_rank if row.name == "model.layers.0.mlp.up_proj.weight")
+        assert row.decay == decay < 1
+        # |1 - decay| |W| is what the factors lack of the change
+        assert row.residual == pytest.approx((1 - decay) / row.change, rel=1e-6)
         assert "note" not in str(report)
 
     def test_bfloat16_before_a_merge_is_exact(self, tmp_path):
         _, opt = llama_run(dtype=torch.bfloat16, spec="svd(rank=4, every=0)")
-        assert bridge.export(opt, tmp_path / "a", quiet=True).residual < 1e-6
+        assert bridge.export(opt, tmp_path / "a", quiet=True).largest_residual < 1e-6
 
     def test_bfloat16_that_was_merged_into_is_measured_beside_its_base(self, tmp_path):
         _, opt = llama_run("optimizer", torch.bfloat16)
-        with pytest.raises(ExportError, match="bfloat16 and was merged into.*base=folder or model"):
+        with pytest.raises(ExportError, match="bfloat16 and was merged into.*start=folder or model"):
             bridge.export(opt, tmp_path / "a", quiet=True)
-        with pytest.raises(ExportError, match="residual .* because merges into weights of so few digits were rounded"):
-            bridge.export(opt, tmp_path / "a", base=llama(torch.bfloat16), quiet=True)
-        report = bridge.export(opt, tmp_path / "a", base=llama(torch.bfloat16), allow_residual=0.2, quiet=True)
-        assert 1e-3 < report.residual < 0.2
-        assert bridge.export(opt, tmp_path / "b", allow_residual=1.0, quiet=True).residual < 0.2
+        with pytest.raises(ExportError, match="residual .* because merges into weights in bfloat16 were rounded"):
+            bridge.export(opt, tmp_path / "a", start=llama(torch.bfloat16), quiet=True)
+        report = bridge.export(opt, tmp_path / "a", start=llama(torch.bfloat16), allow_residual=0.2, quiet=True)
+        assert 1e-3 < report.largest_residual < 0.2
+        assert bridge.export(opt, tmp_path / "b", allow_residual=1.0, quiet=True).largest_residual < 0.2
 
 
 @pytest.mark.gpu
@@ -382,8 +393,8 @@ class TestOnAGpu:
         batches = [[ids.cuda() for ids in step] for step in case.batches(6)]
         train(model, opt, batches, case.loss)
         drawn = torch.cuda.get_rng_state()
-        report = bridge.export(opt, tmp_path / "a", base=case.build().cuda(), quiet=True)
-        assert report.residual <= 1e-10
+        report = bridge.export(opt, tmp_path / "a", start=case.build().cuda(), quiet=True)
+        assert report.largest_residual <= 1e-10
         assert torch.equal(torch.cuda.get_rng_state(), drawn)
         again = case.build().cuda()
         other = bridge.load(tmp_path / "a", again, lr=1e-2, mode=mode)

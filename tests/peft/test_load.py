@@ -10,7 +10,8 @@ from lingrad import peft as bridge
 from lingrad.errors import DualityError, SpecError
 from tests.support.models import gap, llama, text_batches, text_loss, train
 from tests.support.peft_models import CASES
-from tests.support.peft_runs import EXACT, merged_by_peft, peft, run_of, weights_of
+from tests.support.peft_runs import EXACT, merged_by_peft, peft, run_of
+from tests.support.runs import weights_of
 
 
 def lora(path, build, frozen=None, seed=3, **config):
@@ -66,7 +67,7 @@ class TestGoingOnFromAnAdapter:
             opt = bridge.load(path, model, name, mode=mode, frozen=frozen, **options)
             assert opt.mode == mode
             train(model, opt, case.batches(6), case.loss)
-            bridge.export(opt, tmp_path / mode, base=case.build(), quiet=True)
+            bridge.export(opt, tmp_path / mode, start=case.build(), quiet=True)
             again = bridge.read_adapter(tmp_path / mode, case.build())
             assert {p.frozen for p in again.low_rank.values()} == {frozen}
             opt.detach()
@@ -171,7 +172,7 @@ class TestGoingOnFromAnAdapter:
                 opt.step()
             assert not torch.equal(sub.map().left, first)
             weights.append(weights_of(opt))
-            bridge.export(opt, tmp_path / mode, base=llama(), quiet=True)
+            bridge.export(opt, tmp_path / mode, start=llama(), quiet=True)
             assert (
                 gap({n: w for n, w in merged_by_peft(llama(), tmp_path / mode).items() if n in weights[0]}, weights[0]) <= EXACT
             )

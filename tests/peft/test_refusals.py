@@ -11,14 +11,8 @@ from lingrad import peft as bridge
 from lingrad.errors import DataError, DependencyError, ExportError, ModeError
 from tests.support.models import gap, llama, text_batches, train
 from tests.support.peft_models import CASES
-from tests.support.peft_runs import (
-    EXACT,
-    left_in,
-    llama_run,
-    merged_by_peft,
-    peft,
-    weights_of,
-)
+from tests.support.peft_runs import EXACT, left_in, llama_run, merged_by_peft, peft
+from tests.support.runs import weights_of
 
 
 class _Own(nn.Linear):
@@ -131,8 +125,8 @@ class TestWhatPeftCannotExpress:
         model = t5()
         opt = lingrad.adapt(model, "svd(rank=2, every=2)", "adamw", lr=1e-2, ledger=True)
         train(model, opt, text_batches(3, micro=1), lambda model, ids: model(input_ids=ids, labels=ids).loss)
-        report = bridge.export(opt, tmp_path / "a", base=t5(), quiet=True)
-        assert {"shared", "encoder.embed_tokens", "decoder.embed_tokens", "lm_head"} <= set(report.whole)
+        report = bridge.export(opt, tmp_path / "a", start=t5(), quiet=True)
+        assert {"shared", "encoder.embed_tokens", "decoder.embed_tokens", "lm_head"} <= set(report.saved_modules)
         merged, trained = merged_by_peft(t5(), tmp_path / "a"), weights_of(opt)  # in the one, copies that are tied no more
         assert gap({name: merged[name] for name in trained}, trained) <= EXACT
 
@@ -140,22 +134,22 @@ class TestWhatPeftCannotExpress:
         model = CASES["tied"].build()
         opt = lingrad.adapt(model, {"*": "svd(rank=4, every=3)"}, "adamw", lr=1e-2, ledger=True)
         train(model, opt, text_batches(4))
-        report = bridge.export(opt, tmp_path / "a", base=CASES["tied"].build(), quiet=True)
-        assert {"lm_head", "model.embed_tokens"} <= set(report.whole)
+        report = bridge.export(opt, tmp_path / "a", start=CASES["tied"].build(), quiet=True)
+        assert {"lm_head", "model.embed_tokens"} <= set(report.saved_modules)
         assert any("tied to lm_head.weight" in note for note in report.notes)
         assert gap(merged_by_peft(CASES["tied"].build(), tmp_path / "a"), weights_of(opt)) <= EXACT
 
     def test_parameters_whose_module_holds_adapters_are_saved_by_themselves(self, tmp_path):
         opt, report = tuned(fresh(_Root), "svd(rank=2)", self.X, tmp_path)
-        assert set(report.beside) == {"scale", "inner.bias", "extra.0"}
-        assert any("disable_adapter() leaves it there" in note for note in report.notes)
+        assert set(report.alongside) == {"scale", "inner.bias", "extra.0"}
+        assert any("disable_adapter() does not remove it" in note for note in report.notes)
         loaded = peft.PeftModel.from_pretrained(fresh(_Root), tmp_path / "a")
         assert torch.allclose(loaded(self.X), opt.model(self.X), rtol=0, atol=1e-12)
         adapter = bridge.read_adapter(tmp_path / "a", fresh(_Root))
-        assert set(adapter.full) == set(report.beside)
+        assert set(adapter.full) == set(report.alongside)
 
     def test_a_layer_that_is_read_but_not_called_is_noticed(self, tmp_path):
-        with pytest.raises(ExportError, match="answers otherwise than the run"):
+        with pytest.raises(ExportError, match="does not give the run's outputs"):
             tuned(fresh(_Unread), {"*": "svd(rank=2)"}, self.X, tmp_path)
         assert left_in(tmp_path) == []
         tuned(
@@ -173,7 +167,7 @@ class TestWhatPeftCannotExpress:
         model = fresh(_Confusing).requires_grad_(False)
         model.norm.requires_grad_(True)
         model.my_proj.requires_grad_(True)
-        with pytest.raises(ExportError, match="'norm' must be saved whole.*would take 'post_norm'"):
+        with pytest.raises(ExportError, match="'norm' must be saved in full.*would take 'post_norm'"):
             tuned(model, {"my_proj": "svd(rank=2)", "*": "none"}, self.X, tmp_path)
 
     def test_nothing_of_low_rank(self, tmp_path):
@@ -196,17 +190,17 @@ class TestWhatGoesWrong:
         other = llama()
         with torch.no_grad():
             other.model.layers[1].mlp.up_proj.weight[0, 0] += 1.0
-        with pytest.raises(ExportError, match="layers.1.mlp.up_proj.weight.*the base is not what the run started from"):
-            bridge.export(opt, tmp_path / "a", base=other, quiet=True)
-        with pytest.raises(ExportError, match="the base is another model: 'lm_head.weight' is"):
-            bridge.export(opt, tmp_path / "a", base=llama(vocab_size=70), quiet=True)
+        with pytest.raises(ExportError, match="layers.1.mlp.up_proj.weight.*the start given is not what the run started from"):
+            bridge.export(opt, tmp_path / "a", start=other, quiet=True)
+        with pytest.raises(ExportError, match="the start given is another model: 'lm_head.weight' is"):
+            bridge.export(opt, tmp_path / "a", start=llama(vocab_size=70), quiet=True)
         with pytest.raises(ExportError, match="'model.layers.2.*absent"):
-            bridge.export(opt, tmp_path / "a", base=llama(num_hidden_layers=3), quiet=True)
+            bridge.export(opt, tmp_path / "a", start=llama(num_hidden_layers=3), quiet=True)
         with pytest.raises(DataError, match="there is no folder"):
-            bridge.export(opt, tmp_path / "a", base=tmp_path / "none", quiet=True)
+            bridge.export(opt, tmp_path / "a", start=tmp_path / "none", quiet=True)
         (tmp_path / "empty").mkdir()
         with pytest.raises(DataError, match="cannot be read as a LlamaForCausalLM"):
-            bridge.export(opt, tmp_path / "a", base=tmp_path / "empty", quiet=True)
+            bridge.export(opt, tmp_path / "a", start=tmp_path / "empty", quiet=True)
         assert left_in(tmp_path) == ["empty"]
 
     def test_a_frozen_weight_that_differs_from_the_base(self, tmp_path):
@@ -217,14 +211,14 @@ class TestWhatGoesWrong:
         other = llama()
         nn.init.constant_(other.model.norm.weight, 2.0)
         with pytest.raises(ExportError, match="'model.norm.weight' was not trained, and differs"):
-            bridge.export(opt, tmp_path / "a", base=other, quiet=True)
+            bridge.export(opt, tmp_path / "a", start=other, quiet=True)
 
     def test_a_weight_that_somebody_else_changed(self, tmp_path):
         model, opt = llama_run("optimizer")
         with torch.no_grad():
             model.model.layers[0].mlp.up_proj.weight.mul_(1.1)
         with pytest.raises(ExportError, match="other programs changed the weight"):
-            bridge.export(opt, tmp_path / "a", base=llama(), quiet=True)
+            bridge.export(opt, tmp_path / "a", start=llama(), quiet=True)
 
     def test_keys_that_peft_would_only_warn_about(self, tmp_path, monkeypatch):
         _, opt = llama_run()
@@ -236,7 +230,10 @@ class TestWhatGoesWrong:
     def test_a_config_that_targets_something_else(self, tmp_path, monkeypatch):
         _, opt = llama_run()
         monkeypatch.setattr("lingrad.peft.names.target_modules", lambda *_: ["q_proj"])
-        with pytest.raises(ExportError, match="PEFT puts an adapter of a weight elsewhere than meant: none at model.layers"):
+        with pytest.raises(
+            ExportError,
+            match="PEFT puts an adapter of a weight in another module than lingrad wrote it for: none at model.layers",
+        ):
             bridge.export(opt, tmp_path / "a", quiet=True)
 
     def test_without_peft(self, tmp_path, monkeypatch):
@@ -247,7 +244,8 @@ class TestWhatGoesWrong:
         assert left_in(tmp_path) == []
 
     @pytest.mark.parametrize(
-        "where", ["lingrad.peft.write.write_tensors", "lingrad.peft.write.write_whole", "lingrad.peft.report.Report.write"]
+        "where",
+        ["lingrad.peft.write.write_tensors", "lingrad.peft.write.write_whole", "lingrad.peft.report.AdapterReport.write"],
     )
     def test_a_full_disk_leaves_nothing(self, where, tmp_path, monkeypatch):
         _, opt = llama_run()

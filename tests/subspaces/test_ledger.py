@@ -12,8 +12,8 @@ from lingrad import errors
 from lingrad.maps.factors import Factors, compress, stack
 from tests.support.cases import SIDED, UNSIDED
 from tests.support.models import gap, llama, text_batches, text_loss, train, zoo, zoo_batches, zoo_loss
+from tests.support.runs import MODES
 
-MODES = {"optimizer": lingrad.wrap, "adapter": lingrad.adapt}
 SPECS = [
     text.format(side=side).replace("every=7", "every=3").replace("every=5", "every=3")
     for text in SIDED
@@ -279,7 +279,7 @@ class TestFactors:
     def test_what_does_not_fit_is_refused(self):
         with pytest.raises(errors.ShapeError, match="have no product"):
             Factors(torch.zeros(5, 3), torch.zeros(2, 4))
-        with pytest.raises(errors.ShapeError, match="changes of one shape"):
+        with pytest.raises(errors.ShapeError, match="expected changes of one shape, found"):
             stack([Factors(torch.zeros(5, 3), torch.zeros(3, 4)), Factors(torch.zeros(5, 3), torch.zeros(3, 5))])
 
 

@@ -68,8 +68,8 @@ _OPTIONS = {
 def variants():
     """Config strings with {side} where it has one: each transform, and each value of each of its words and switches."""
     found = [*SIDED, *UNSIDED]
-    for name in registry.names():
-        cls = registry.find(name)
+    for name in registry.transform_names():
+        cls = registry.find_transform(name)
         if not issubclass(cls, BasisTransform):
             continue
         text = f"{name}(rank=4, every=7, side={{side}}"
@@ -93,8 +93,13 @@ def base_options():
 
 def rotates(base, options):
     """Whether carry=rotate is accepted: moments that are quantised, factored or normalised cannot be rotated."""
+    return _rotates(base, tuple(options.items()))
+
+
+@functools.cache
+def _rotates(base, options):
     try:
-        checks.moment_degrees(optimizers.find(base, options))
+        checks.moment_degrees(optimizers.find(base, dict(options)))
     except DualityError:
         return False
     return True

@@ -1,4 +1,4 @@
-"""Folders of tiny models before and after a training that was made up, shared by the tests of conversions."""
+"""Folders of tiny models before and after a simulated training, shared by the tests of conversions."""
 
 import shutil
 
@@ -86,7 +86,7 @@ def contents(folder):
 
 
 def left_over(folder):
-    """What lies in a folder under a hidden name."""
+    """The hidden entries of a folder."""
     return sorted(path.name for path in folder.iterdir() if path.name.startswith("."))
 
 

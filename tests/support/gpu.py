@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-import lingrad
+from tests.support.runs import weights_of
 
 DEVICE = "cuda"
 
@@ -12,9 +12,6 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: nothing here has been shown on a GPU"),
 ]
 
-MODES = {"optimizer": lingrad.wrap, "adapter": lingrad.adapt}
-
-each_mode = pytest.mark.parametrize("mode", MODES)
 
 TOLERANCE = 1e-12  # between two runs on one device, float64
 
@@ -22,9 +19,6 @@ TOLERANCE = 1e-12  # between two runs on one device, float64
 # small second moments amplify. On one device, weights that are changed by 1e-15 at the start part by up to 2e-14 in these runs.
 ACROSS = 1e-10
 
-EVERY_KIND = {"*": "svd(rank=3, every=3)"}
-
-LINEAR = "svd(rank=4, every=3)"
 
 RUN = {"lr": 1e-2, "weight_decay": 0.1, "scale": 0.25, "eps": 1e-4}
 
@@ -40,19 +34,9 @@ def moved(batches, device=DEVICE):
     return [[batch.to(device) for batch in micro_batches] for micro_batches in batches]
 
 
-def weights_of(optimizer):
-    return {name: weight.detach().to("cpu", copy=True) for name, weight in optimizer.weights().items()}
-
-
 def changes_of(optimizer, start):
     """All that was trained, as one vector."""
     return torch.cat([(weight - start[name]).flatten() for name, weight in weights_of(optimizer).items()])
-
-
-def assert_equal_bits(a, b):
-    assert a.keys() == b.keys()
-    for name, value in a.items():
-        assert torch.equal(value.cpu(), b[name].cpu()), name
 
 
 def assert_lives_on(optimizer, device):

@@ -1,14 +1,7 @@
 """One layer, its inputs and a backward."""
 
-import pytest
 import torch
 from torch import nn
-
-import lingrad
-
-MODES = {"optimizer": lingrad.wrap, "adapter": lingrad.adapt}
-
-each_mode = pytest.mark.parametrize("mode", MODES)
 
 
 def layer(m=6, n=8, bias=True):

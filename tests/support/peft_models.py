@@ -1,4 +1,4 @@
-"""Small models of every kind that an adapter can be made for, with a loss and batches for each."""
+"""Small models of every kind that an adapter can be made for, each with a loss and batches."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ _MOE = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "max_position_embeddings": 64,
-    "experts_implementation": "eager",  # the grouped product knows no float64
+    "experts_implementation": "eager",  # the grouped product does not support float64
 }
 
 

@@ -44,10 +44,6 @@ def merged_by_peft(model, path):
     return dict(peft.PeftModel.from_pretrained(model, path).merge_and_unload().named_parameters())
 
 
-def weights_of(opt):
-    return {name: weight.detach().clone() for name, weight in opt.weights().items()}
-
-
 def llama_run(mode="adapter", dtype=torch.float64, steps=4, spec=SIDES[1], **options):
     model = llama(dtype)
     make = lingrad.adapt if mode == "adapter" else lingrad.wrap

@@ -1,15 +1,9 @@
 """Small models and inputs in float64, for what goes wrong in a run."""
 
-import pytest
 import torch
 from torch import nn
 
-import lingrad
 from tests.support.models import train, zoo_loss
-
-MODES = {"optimizer": lingrad.wrap, "adapter": lingrad.adapt}
-
-each_mode = pytest.mark.parametrize("mode", MODES)
 
 EVERYTHING = {"*": "svd(rank=1, every=2)"}
 

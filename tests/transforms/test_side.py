@@ -1,5 +1,7 @@
 """What the base class does for a transform that writes one method: sides, dtypes, shapes, memory, and its messages."""
 
+import weakref
+
 import pytest
 import torch
 
@@ -116,6 +118,23 @@ def test_a_slice_does_not_keep_the_other_columns_in_memory():
         assert basis.untyped_storage().nbytes() == basis.numel() * basis.element_size()
     expected = refreshed(SVD(rank=3, side="both", align=False), gradient())[1]
     torch.testing.assert_close(new.left.abs(), expected.left.abs(), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("reads", ["gradient", "sketch"])
+def test_the_left_basis_is_cast_before_the_right_one_is_computed(reads):
+    wide = []
+
+    @registry.register(f"slim_{reads}")
+    class Slim(SideTransform):
+        def basis(self, seen, old, when):
+            assert not any(ref() is not None for ref in wide)
+            found = old.float() + 1
+            wide.append(weakref.ref(found))
+            return found
+
+    Slim.reads = reads
+    refreshed(Slim(rank=3, side="both"), gradient(dtype=torch.bfloat16), dtype=torch.bfloat16)
+    assert len(wide) == 2
 
 
 def test_both_sides_at_once():

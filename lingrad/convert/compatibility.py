@@ -1,0 +1,79 @@
+"""Whether two model folders hold one architecture, so that the difference of their weights means something."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+from lingrad.errors import DataError, did_you_mean, optional
+from lingrad.files.model_folder import ModelFolder
+
+# Keys in which two configs of one architecture may differ: names, how a model is run, how it was trained. An adapter changes
+# none of them, and they do not change the function that the weights compute.
+_HARMLESS = {
+    "_name_or_path",
+    "transformers_version",
+    "dtype",
+    "torch_dtype",
+    "use_cache",
+    "_attn_implementation",
+    "attn_implementation",
+    "_attn_implementation_internal",
+    "pad_token_id",
+    "bos_token_id",
+    "eos_token_id",
+    "initializer_range",
+    "output_attentions",
+    "output_hidden_states",
+    "return_dict",
+}
+
+
+def refuse_other_model(start: ModelFolder, tuned: ModelFolder, tied: Collection[str] = ()) -> None:
+    """Make sure that two folders hold the same architecture, tensor by tensor.
+
+    Args:
+        start: The one folder.
+        tuned: The other.
+        tied: Names of tensors that are tied to another one in the model, so that a folder may lack them.
+
+    Raises:
+        DataError: They are the same folder, or differ in a config entry that matters, or in a tensor's name or shape.
+    """
+    if start.path.resolve() == tuned.path.resolve():
+        raise DataError(f"START and TUNED are the same folder, '{start.path}'")
+    was, now = (_config(folder.path) for folder in (start, tuned))
+    for key in sorted({*was, *now}, key=lambda key: (key not in ("model_type", "architectures"), key)):
+        harmless = key in _HARMLESS or key.endswith(("dropout", "drop", "pdrop"))
+        if not harmless and was.get(key) != now.get(key):
+            raise DataError(
+                f"the configs differ in '{key}': {_short(was.get(key))} in '{start.path}', {_short(now.get(key))} in "
+                f"'{tuned.path}'; expected the model that the training started from and the trained one"
+            )
+    for first, second, wanted in ((start, tuned, "extra"), (tuned, start, "missing")):
+        odd = sorted({*second.names} - {*first.names} - {*tied})
+        if odd:
+            holder = f"only '{second.path}' has '{odd[0]}' ({wanted}{f', and {len(odd) - 1} more' if odd[1:] else ''})"
+            near = did_you_mean(odd[0], {*first.names} - {*second.names})
+            raise DataError(f"the two do not have the same tensors: {holder}{near} Save both from one class of model")
+    for name in sorted({*start.names} & {*tuned.names}):
+        if start.entry(name).shape != tuned.entry(name).shape:
+            shapes = [list(folder.entry(name).shape) for folder in (start, tuned)]
+            raise DataError(f"'{name}' is {shapes[0]} in '{start.path}' and {shapes[1]} in '{tuned.path}'")
+
+
+def _config(path: Path) -> dict[str, Any]:
+    """The config as transformers reads it, so that configs written by different versions can be compared."""
+    transformers = optional("transformers", "comparing two models", "hf")
+    try:
+        found = transformers.AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # transformers may raise any exception on a wrong config
+        raise DataError(f"'{path}' has no config that transformers knows: {error}") from error
+    entries: Mapping[str, Any] = found.to_dict()
+    return dict(entries)
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) < 60 else f"{text[:57]}..."

@@ -63,7 +63,7 @@ class Attachment(ABC):
 
     def detach(self) -> None:
         """Disconnect and leave the model's structure as it was found; weights and coordinates are not touched."""
-        delattr(self.sub.weight.param, _MARK)
+        vars(self.sub.weight.param).pop(_MARK, None)  # there is none where another program has replaced the parameter
         while self._hooks:
             self._hooks.pop().remove()
         self._disconnect()
@@ -73,7 +73,7 @@ class Attachment(ABC):
         self.sub.forget()
 
     def _hook(self, mode: Mode) -> None:
-        """Have the model's state_dict hold what it is to hold."""
+        """Have the model's state_dict be the plain model's, where that is asked for."""
         if self.plain and mode == "adapter":
             for module, attribute, key in self._keys():
                 save, load = (partial(hook, attribute=attribute, key=key) for hook in (self._save, self._load))
@@ -190,8 +190,8 @@ def refuse_attached(name: str, param: nn.Parameter, module: nn.Module | None = N
         raise ModeError(f"'{name}' is wrapped already; call detach() on the optimizer that has it first")
     children = getattr(module, "_modules", {}).values()
     *_, owner, last = ["", *name.split(".")]
-    ours = last == "coords" and owner.partition("_")[0] == CHILD  # all that is known of a bare parameter is its name
-    if ours or hasattr(param, _MARK) or isinstance(module, Coords) or any(isinstance(child, Coords) for child in children):
+    is_coords = last == "coords" and owner.partition("_")[0] == CHILD  # all that is known of a bare parameter is its name
+    if is_coords or hasattr(param, _MARK) or isinstance(module, Coords) or any(isinstance(child, Coords) for child in children):
         raise ModeError(
             f"'{name}' is in a copy of a wrapped model, which is good for evaluation only; copy the model after detach(), "
             "or load state_dict() of the wrapped one in optimizer mode into a new model"

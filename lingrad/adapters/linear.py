@@ -7,7 +7,6 @@ or its weight is quantised, S z is added to what that forward gives. See `lingra
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from collections.abc import Callable
 from functools import partial
 from typing import Any, final
@@ -43,19 +42,20 @@ class LayerAttachment(Attachment):
         self.attribute = attribute
         self.layer = Projection(sub, shared)
         self.holder = Coords(sub, active=False)
-        self._act: Callable[..., Tensor] = self._previous  # what the forward does; the previous one while detached
-        self._before: Any = None  # a forward that another program had put in the place of the class's own
-        self._buried = False  # whether another program has put its forward in the place of this one
+        # what the forward does, the previous one while detached; of the class: a bound method would keep its object alive
+        self._act: Callable[..., Tensor] = type(self)._previous
+        self._original: Any = None  # another program's forward that this one replaces; None for the class's own
+        self._covered = False  # whether another program has replaced this forward, and may call it
 
     @override
     def _connect(self, mode: Mode) -> None:
         self.holder.active = mode == "adapter" and not self.plain
         self.module.add_module(CHILD, self.holder)
         there = vars(self.module).get("forward")
-        if not self._buried or there is None:
-            self._before = there
+        if not self._covered or there is None:
+            self._original = there
             vars(self.module)["forward"] = self._forward
-        self._act = self._adapted if mode == "adapter" else self._tied
+        self._act = type(self)._adapted
 
     @override
     def _keys(self) -> list[tuple[nn.Module, str, str]]:
@@ -63,12 +63,12 @@ class LayerAttachment(Attachment):
 
     @override
     def _disconnect(self) -> None:
-        self._act = self._previous
-        self._buried = self.overridden  # it came after this one, and goes on calling it
-        if not self._buried:
+        self._act = type(self)._previous
+        self._covered = self.overridden  # the later forward may still call this one
+        if not self._covered:
             del vars(self.module)["forward"]
-            if self._before is not None:
-                vars(self.module)["forward"] = self._before
+            if self._original is not None:
+                vars(self.module)["forward"] = self._original
         delattr(self.module, CHILD)
 
     @override
@@ -83,21 +83,18 @@ class LayerAttachment(Attachment):
         return vars(self.module).get("forward") != self._forward
 
     def _forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        return self._act(*args, **kwargs)
+        return self._act(self, *args, **kwargs)
 
-    @abstractmethod
-    def _tied(self, *args: Any, **kwargs: Any) -> Tensor:
-        """The previous forward, tied to the coordinates, which are zero."""
-
+    # torch.compile breaks its graph in every function between `_forward` and an autograd function, so there is one only
     def _adapted(self, *args: Any, **kwargs: Any) -> Tensor:
         """The previous forward with S z added."""
-        out, x = self._previous(*args, **kwargs), args[0] if args else next(iter(kwargs.values()))
-        added: Tensor = run(Tied, out, x, self.sub.coords, self.layer, True)
-        return added
+        x = args[0] if args else next(iter(kwargs.values()))
+        acted: Tensor = run(Tied, self._previous(*args, **kwargs), x, self.sub.coords, self.layer, True)
+        return acted
 
     def _previous(self, *args: Any, **kwargs: Any) -> Tensor:
-        if self._before is not None:
-            given: Tensor = self._before(*args, **kwargs)
+        if self._original is not None:
+            given: Tensor = self._original(*args, **kwargs)
             return given
         out: Tensor = type(self.module).forward(self.module, *args, **kwargs)
         return out
@@ -113,25 +110,28 @@ class LinearAttachment(LayerAttachment):
         self.sub.coords.requires_grad_(weight.requires_grad)
         super()._connect(mode)
         weight.requires_grad_(False)
+        if mode == "optimizer":
+            self._act = type(self)._tied
 
     @override
     def _disconnect(self) -> None:
         super()._disconnect()
         self.sub.weight.param.requires_grad_(self.sub.coords.requires_grad)
 
-    @override
     def _tied(self, *args: Any, **kwargs: Any) -> Tensor:
+        """The previous forward, tied to the coordinates, which are zero."""
         self._frozen()
         out, coords = self._previous(*args, **kwargs), self.sub.coords
         if not (torch.is_grad_enabled() and coords.requires_grad):
             return out
-        tied: Tensor = run(Tied, out, args[0] if args else next(iter(kwargs.values())), coords, self.layer, False)
+        x = args[0] if args else next(iter(kwargs.values()))
+        tied: Tensor = run(Tied, out, x, coords, self.layer, False)
         return tied
 
     @override
     def _adapted(self, *args: Any, **kwargs: Any) -> Tensor:
         weight, coords = self._frozen(), self.sub.coords
-        if self._before is not None:
+        if self._original is not None:
             return super()._adapted(*args, **kwargs)
         x = args[0] if args else next(iter(kwargs.values()))
         bias, trains = self.module._parameters.get("bias"), torch.is_grad_enabled() and coords.requires_grad
@@ -171,14 +171,10 @@ class PackedAttachment(LayerAttachment):
     def require(self, mode: Mode) -> None:
         if mode == "optimizer":
             raise ModeError(
-                f"{self.sub.name} is held in {self.packed.kind}, and optimizer mode merges at every step: each would quantise "
-                "the weight again and lose every update smaller than half a step of its grid. Use lingrad.adapt, which merges "
-                "at refreshes, or leave the weight out by a rule: 'none'"
+                f"{self.sub.name} is stored as {self.packed.kind}, and optimizer mode merges at every step: each would "
+                "quantise the weight again and lose every update smaller than half a step of its grid. Use lingrad.adapt, "
+                "which merges at refreshes, or leave the weight out by a rule: 'none'"
             )
-
-    @override
-    def _tied(self, *args: Any, **kwargs: Any) -> Tensor:
-        return self._previous(*args, **kwargs)  # `require` refuses optimizer mode
 
     @override
     def _hook(self, mode: Mode) -> None:

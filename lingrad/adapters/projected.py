@@ -35,7 +35,7 @@ class _Reduced(NamedTuple):
     reduced: Tensor
     waiting: set[str]  # layers that have not asked for it yet
 
-    def serves(self, layer: str, current: LinearMap, x: Tensor, given: Tensor) -> bool:
+    def matches(self, layer: str, current: LinearMap, x: Tensor, given: Tensor) -> bool:
         """Whether this is the same input, and the layer has not had it."""
         same = self.given() is given and self.version == given._version and self.map is current
         return same and layer in self.waiting and self.reduced.dtype == x.dtype
@@ -67,7 +67,7 @@ class SharedInput:
         if given.is_inference():
             return current.reduce(x)
         last = self._last
-        if last is None or not last.serves(layer, current, x, given):
+        if last is None or not last.matches(layer, current, x, given):
             last = _Reduced(weakref.ref(given), given._version, current, current.reduce(x), self._layers - {layer})
         last.waiting.discard(layer)
         self._last = last if last.waiting else None
@@ -195,7 +195,7 @@ class Adapted(torch.autograd.Function):
 
 
 def _sum(current: LinearMap, matrix: Tensor, coords: Tensor) -> Tensor:
-    """W + S z as it is summed at a merge, whatever autocast would make of the product."""
+    """W + S z as it is summed at a merge, in its own dtype even under autocast."""
     with torch.no_grad(), torch.autocast(matrix.device.type, enabled=False):
         return current.add_lift(matrix, coords)
 

@@ -1,4 +1,4 @@
-"""Reproducing another program's arithmetic to the last digit, where it differs from ours in details.
+"""Reproducing another program's arithmetic to the last digit, where it differs from lingrad's in details.
 
 ``galore`` is galore_torch 1.0. Beside the algorithm (Zhao et al., ICML 2024, arXiv 2403.03507) its AdamW adds eps before the
 bias correction, decays after the step, takes the SVD in float32 and leaves the signs of a new basis as the SVD gave them.
@@ -32,7 +32,7 @@ class Arithmetic:
     default_eps: float | None = None
 
     def eps(self, group: Mapping[str, Any], step: int) -> float:
-        """The eps for a stock Adam in its ``step``-th step, counted from 1."""
+        """The eps for torch's Adam in its ``step``-th step, counted from 1."""
         eps: float = group["eps"]
         return eps / math.sqrt(1 - group["betas"][1] ** step) if self.eps_uncorrected else eps
 

@@ -266,7 +266,7 @@ def _check_effective(settings: Settings, mode: Mode, attachments: Sequence[Attac
     require(
         quantised or not settings.keep_remainder,
         "keep_remainder",
-        "keep_remainder is for weights that are held in 4 or 8 bits, and none that is transformed is; leave it out",
+        "keep_remainder is for weights that are stored in 4 or 8 bits, and none that is transformed is; leave it out",
     )
     require(
         settings.merge_every is None or not quantised,

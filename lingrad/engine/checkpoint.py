@@ -12,15 +12,13 @@ from torch import Tensor
 from lingrad.adapters import Attachment
 from lingrad.engine.refresh import look_ahead
 from lingrad.engine.run import Run
-from lingrad.engine.saved import FORMAT, PREFIX, Saved, check_groups, read_ledger
+from lingrad.engine.saved import ENERGY, FORMAT, NOT_MEASURED, PREFIX, Saved, check_groups, read_ledger
 from lingrad.engine.stepper import placed
 from lingrad.errors import CheckpointError
 from lingrad.optimizers import Base
 from lingrad.subspaces import trees
 from lingrad.subspaces.ledger import Ledger
 from lingrad.weights.base import MergeLoss
-
-ENERGY = f"{PREFIX}energy"
 
 
 class Entries(NamedTuple):
@@ -32,7 +30,7 @@ class Entries(NamedTuple):
         state: The transform's state; None where another weight has it, with which this one shares its basis.
         refreshes: Refreshes committed.
         energy: |S S^T G| / |G| of the last refresh, where it was measured.
-        ledger: The ledger.
+        ledger: The ledger; None for a parameter without a subspace.
         loss: What merges have lost, where the weight is quantised.
         stored: Coordinates and the tensors of the weight, where the state holds them; not copied.
     """
@@ -96,13 +94,13 @@ def load(run: Run, state_dict: dict[str, Any]) -> None:
         found.append((named, stored, entries))
     run.stepper.load([(named.param, entries.moments) for named, _, entries in found])
     for named, stored, entries in found:
-        if named.attachment is None or entries.step is None:
+        if named.attachment is None or entries.step is None or entries.ledger is None:
             continue
         sub = named.attachment.sub
         if run.of(sub.basis)[0] is named.attachment:
             sub.basis.replace(entries.state, entries.refreshes)
             sub.basis.energy = entries.energy
-        sub.ledger, sub.weight.loss = entries.ledger or sub.ledger, entries.loss
+        sub.ledger, sub.weight.loss = entries.ledger, entries.loss
         for key, tensor in entries.stored.items():
             if tensor.data_ptr() != stored[key].data_ptr():  # as in accelerate's load_state_dict(state_dict())
                 stored[key].copy_(tensor)
@@ -128,7 +126,9 @@ def _pack(run: Run, attachment: Attachment) -> dict[str, Any]:
     m, n = sub.weight.layout.shape
     first = run.of(basis)[0] is attachment
     numbers = {"step": run.step, "refreshes": basis.refreshes, "merged": sub.ledger.merged, "m": m, "n": n}
-    of_basis = {"state": basis.state, "energy": basis.energy} if first else {}
+    # a number always: what restores a flattened state asks for the keys that the run has now
+    energy = NOT_MEASURED if basis.energy is None else basis.energy
+    of_basis = {"state": basis.state, "energy": energy} if first else {}
     tree = {**numbers, **of_basis, "stored": _stored(run, attachment), "loss": sub.weight.loss}
     return trees.flatten({**tree, "ledger": sub.ledger.pack()}, PREFIX.rstrip("."))
 
@@ -160,11 +160,12 @@ def _unpack(
         ledger = read_ledger(basis.transform, entries, basis.state, param, name)
     ledger.merged = merged
     first = run.of(basis)[0] is attachment
+    energy = trees.checked(0.0, entries, ENERGY, name) if first else NOT_MEASURED
     return found._replace(
         step=step,
         refreshes=refreshes,
         state=trees.restore(basis.state, entries, f"{PREFIX}state", name) if first else None,
-        energy=trees.checked(0.0, entries, ENERGY, name) if ENERGY in entries else None,
+        energy=None if energy == NOT_MEASURED else energy,
         ledger=ledger,
         loss=trees.restore(sub.weight.loss, entries, f"{PREFIX}loss", name),
         stored={key: trees.checked(template, entries, f"{PREFIX}stored.{key}", name) for key, template in stored.items()},

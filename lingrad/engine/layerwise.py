@@ -1,4 +1,4 @@
-"""Stepping each parameter inside the backward, as soon as its gradient is complete, so that no two gradients need coexist.
+"""Stepping each parameter inside the backward, as soon as its gradient is complete, so that no two are in memory together.
 
 The idea is that of fused or per-layer weight updates (Lv et al., "Full Parameter Fine-tuning for Large Language Models with
 Limited Resources", 2023, arXiv 2306.09782, section 3.1). Schedules, decay, refreshes and the step counter are those of any

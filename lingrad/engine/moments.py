@@ -22,7 +22,7 @@ class Moments(NamedTuple):
         carry: ``keep`` (GaLore), ``reset`` (as ReLoRA does), or ``rotate`` into the new basis.
         degrees: For ``rotate``, which entries are means (1) and which are squares (2).
         initial: Gives the entries a base has before its first step; most have none.
-        quantizer: How the entries are held, where not as they are.
+        quantizer: How the entries are stored between steps, where they are quantised.
     """
 
     state: dict[str, Any]

@@ -1,6 +1,6 @@
-"""The optimizer: the face of a run, for both modes, round any base.
+"""The optimizer: the public face of a run, in both modes, with any base.
 
-The modes differ in nothing else than when coordinates are merged into weights: at every step (optimizer mode), at each refresh
+The modes differ only in when coordinates are merged into weights: at every step (optimizer mode), at each refresh
 (adapter mode), or every few steps between the two (``merge_every``). The order of a step is in `lingrad.engine.step`.
 """
 
@@ -37,7 +37,7 @@ class SubspaceOptimizer(Optimizer):
     the coordinates is multiplied by ``group["scale"]`` when it reaches the base.
 
     Where torch.distributed has several processes they train one model on parts of a batch: gradients are averaged over all of
-    them. Build DistributedDataParallel round the model after this.
+    them. Wrap the model in DistributedDataParallel after this.
     """
 
     def __init__(self, model: Trainable, rules: Rules, base: BaseLike = "adamw", *, mode: Mode, **options: Any) -> None:
@@ -180,7 +180,7 @@ class SubspaceOptimizer(Optimizer):
         """What merges into quantised weights have lost, relative to what they merged.
 
         Returns:
-            Parameter name -> the loss of the last merge, and of all; only weights that are held in 4 or 8 bits.
+            Parameter name -> the loss of the last merge, and of all; only weights that are stored in 4 or 8 bits.
         """
         return {sub.name: sub.weight.loss for sub in self.subspaces if sub.weight.loss is not None}
 
@@ -207,13 +207,13 @@ class SubspaceOptimizer(Optimizer):
         return self._run.held()
 
     def exclude_from_decay(self, decaying: Callable[[str], bool]) -> None:
-        """Split the param groups so that some parameters do not decay, in a run that has made no step.
+        """Split the param groups so that some parameters do not decay.
 
         Args:
             decaying: Whether a parameter decays, by its name. What decays stays in its group; the rest goes to one of the same
                 hyper-parameters without decay, called ``<name>.no_decay`` where the group is split.
         """
-        self._run.groups[:] = split_groups(self._run.groups, decaying)
+        self.param_groups = split_groups(self.param_groups, decaying)
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -223,6 +223,7 @@ class SubspaceOptimizer(Optimizer):
     @param_groups.setter
     def param_groups(self, value: list[dict[str, Any]]) -> None:
         self._run.groups = value
+        self._run.stepper.rebuild()
 
     @property
     def state(self) -> defaultdict[Tensor, dict[str, Any]]:
@@ -235,6 +236,7 @@ class SubspaceOptimizer(Optimizer):
     @state.setter
     def state(self, value: defaultdict[Tensor, dict[str, Any]]) -> None:
         self._run.stepper.state = value
+        self._run.stepper.rebuild()
 
     @override
     def state_dict(self) -> dict[str, Any]:

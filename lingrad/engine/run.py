@@ -148,8 +148,9 @@ class Run:
         """Merge all coordinates into the weights and disconnect; detaching twice does nothing."""
         if self.mode is None:
             return
+        for sub in self.subspaces:  # all of them first: where one cannot be merged, the run stays attached
+            sub.merge()
         for attachment in self.attachments:
-            attachment.sub.merge()
             attachment.detach()
             attachment.sub.on_gradient = None
         if self.layerwise is not None:

@@ -26,10 +26,12 @@ from lingrad.transforms import Transform
 
 FORMAT = 4
 PREFIX = "subspace."
+ENERGY = f"{PREFIX}energy"
+NOT_MEASURED = -1.0  # the energy of a basis that no refresh has measured
 COORDS = f"{PREFIX}stored.coords"
 
-# What format 3 called some entries: the beginnings of keys, behind the prefix.
-_RENAMED = {"state.left_memory.": "state.left_optimizer.", "state.right_memory.": "state.right_optimizer."}
+# What format 3 called parts of some keys.
+_RENAMED = {"left_memory": "left_optimizer", "right_memory": "right_optimizer"}
 
 
 class Saved:
@@ -50,7 +52,7 @@ class Saved:
         if not (isinstance(state_dict, Mapping) and {"state", "param_groups"} <= state_dict.keys()):
             held = list(state_dict)[:3] if isinstance(state_dict, Mapping) else type(state_dict).__name__
             raise CheckpointError(
-                f"this is no optimizer's state_dict, which has 'state' and 'param_groups', but {held}; "
+                f"this is not an optimizer's state_dict: it needs 'state' and 'param_groups', and has {held}; "
                 "pass what opt.state_dict() gave, not the whole file or a model's"
             )
         upgraded = upgrade(state_dict)
@@ -149,7 +151,7 @@ def upgrade(state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
     groups = state_dict["param_groups"]
     if not groups or any(not isinstance(group, Mapping) or group.get("format") != 3 for group in groups):
         return state_dict
-    found = {index: {_renamed(key): value for key, value in entries.items()} for index, entries in state_dict["state"].items()}
+    found = {index: _upgraded(entries) for index, entries in state_dict["state"].items()}
     return {**state_dict, "state": found, "param_groups": [{**group, "format": FORMAT} for group in groups]}
 
 
@@ -186,11 +188,15 @@ def read_ledger(transform: Transform, entries: Mapping[str, Any], template: Any,
     return Ledger.unpack(transform, flat, template, coords, name)
 
 
+def _upgraded(entries: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries of one parameter in the present format."""
+    found = {_renamed(key): value for key, value in entries.items()}
+    return found | ({ENERGY: NOT_MEASURED} if f"{PREFIX}step" in found else {})
+
+
 def _renamed(key: str) -> str:
-    if not key.startswith(PREFIX):
-        return key
-    for old, new in _RENAMED.items():
-        key = key.replace(f"{PREFIX}{old}", f"{PREFIX}{new}")
+    if key.startswith(f"{PREFIX}state."):
+        return ".".join(_RENAMED.get(part, part) for part in key.split("."))
     is_decay = key.startswith(f"{PREFIX}ledger.") and key.endswith(".kept")
     return key.removesuffix("kept") + "decay" if is_decay else key
 

@@ -136,7 +136,12 @@ class Stepper:
                 option="lr",
             )
         self._compiled, self.base = options, self.base.unfused()
+        self.rebuild()
+
+    def rebuild(self) -> None:
+        """Have the optimizers built again at their next use, since what they were built from has changed."""
         self._built.clear()
+        self._single.clear()
 
     def follow(self, group: Group, params: list[Tensor]) -> None:
         """Cast and move the state of parameters where model.to has cast or moved these since the last step.

@@ -1,4 +1,4 @@
-"""What one weight's run has merged so far, as thin factors: what a low-rank adapter of the whole run is made of.
+"""What one weight's run has merged so far, as thin factors, from which a low-rank adapter of the whole run is made.
 
 With decoupled decay a run of T steps, whose decays multiply to d(t) by step t, leaves
 W_T = d(T) W_0 + sum over merges k of d(T) / d(t_k) S_k z_k. What is recorded is S_k, or the seed it is drawn from, and z_k;
@@ -69,7 +69,7 @@ class Ledger:
             factor: By which the weight was multiplied, and `tensors` with it.
         """
         self.decay *= factor
-        if self.decay == 0.0:  # nothing is left, and nothing can be told apart by what decayed since
+        if self.decay == 0.0:  # nothing of the start or the earlier merges is left
             self._parts.clear()
 
     def add(self, coords: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""What a weight is to a run: a matrix that S z is added to, in whatever form a layer holds it."""
+"""A weight as a run uses it: a matrix that S z is added to, however its layer stores it."""
 
 from __future__ import annotations
 

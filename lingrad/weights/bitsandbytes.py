@@ -52,7 +52,7 @@ class PackedWeight(Weight):
     @property
     @abstractmethod
     def kind(self) -> str:
-        """What it is held in: ``nf4``, ``fp4`` or ``int8``."""
+        """How it is stored: ``nf4``, ``fp4`` or ``int8``."""
 
     @abstractmethod
     def write(self, matrix: Tensor) -> None:
@@ -171,7 +171,7 @@ class FourBit(PackedWeight):
 
     @override
     def open(self) -> Any:
-        # in a forward without gradients on some CPUs the layer is repacked for good, its scales rounded anew
+        # in a forward without gradients on some CPUs the layer is repacked permanently, its scales rounded again
         if getattr(self._quant, "packing_format_for_cpu", False):
             data, quant = _functional()._convert_weight_packed_for_cpu_inverse(self._weight.data, self._quant)
             self._weight.data, self._weight.quant_state = data, quant

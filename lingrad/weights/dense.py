@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
+from lingrad.errors import ModeError
 from lingrad.maps import LinearMap
 from lingrad.tensors import storage
 from lingrad.weights.base import Weight
@@ -50,7 +51,13 @@ class DenseWeight(Weight):
 
     @override
     def add_(self, current: LinearMap, coords: Tensor) -> None:
-        weight = self.param
+        weight: Tensor = self.param
+        if self.owners and not isinstance(weight, nn.Parameter):
+            module, attribute = self.owners[0]
+            raise ModeError(
+                f"the {attribute} of a {type(module).__name__} is not a parameter any more (weight_norm and the like turn it "
+                "into a computed tensor), and its updates would be lost; make it an nn.Parameter again first"
+            )
         matrix = self.layout.matrix(weight)
         if matrix is weight or storage(matrix) == storage(weight):
             current.add_lift_(matrix, coords)

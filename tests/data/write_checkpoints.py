@@ -43,6 +43,7 @@ CASES = {
         {"share": "input", "ledger": True, "self_contained": True, "weight_decay": 0.1},
     ),
     "kron": ("adapter", "*: kron(left=svd(rank=2, every=3), right=random(rank=3, every=4))", {"ledger": True}),
+    "learned": ("optimizer", "*: kron(left=pca(rank=2, every=2), right=random(rank=3, every=4))", {}),
     "layerwise": ("optimizer", "*: power(rank=2, every=2)", {"layerwise": True, "ledger": True}),
     "eightbit": ("optimizer", "*: svd(rank=2, every=3)", {"moments": "8bit", "min_8bit_size": 8}),
     "galore": ("optimizer", "*: svd(rank=2, every=3)", {"compat": "galore"}),

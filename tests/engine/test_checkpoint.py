@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
 
 import lingrad
 from lingrad.errors import CheckpointError
@@ -82,6 +82,22 @@ def test_the_state_is_flat_and_plain():
     assert all(isinstance(value, torch.Tensor | int | float) for value in coords.values())
 
 
+@pytest.mark.parametrize("steps", [0, 3])
+def test_a_flattened_state_has_the_energy_whether_or_not_the_run_has_one(steps):
+    options = StateDictOptions(flatten_optimizer_state_dict=True)
+    model = llama()
+    optimizer = lingrad.wrap(model, "svd(rank=4, every=2)", lr=1e-2)
+    train(model, optimizer, text_batches(steps, micro=1), schedule=False)
+    state = copy.deepcopy(get_optimizer_state_dict(model, optimizer, options=options))
+    energy = optimizer.captured_energy()
+    assert bool(energy) is bool(steps)
+    train(model, optimizer, text_batches(5, micro=1)[3:], schedule=False)
+    fresh = llama()
+    for into, run in ((model, optimizer), (fresh, lingrad.wrap(fresh, "svd(rank=4, every=2)", lr=1e-2))):
+        set_optimizer_state_dict(into, run, state, options=options)
+        assert run.captured_energy() == energy
+
+
 def saved_after_two_steps(make):
     model = llama()
     optimizer = make(model)
@@ -155,7 +171,9 @@ def test_a_damaged_checkpoint_is_refused_whole(damage, message):
 @pytest.mark.parametrize("wrong", [{}, {"model": 1, "optimizer": 2}, "a path", {"state": {}}])
 def test_what_is_no_optimizer_s_state_is_refused(wrong):
     optimizer = lingrad.wrap(llama(), "svd(rank=4)", lr=1e-2)
-    with pytest.raises(CheckpointError, match=r"this is no optimizer's state_dict, which has 'state' and 'param_groups'"):
+    with pytest.raises(
+        CheckpointError, match=r"this is not an optimizer's state_dict: it needs 'state' and 'param_groups', and has"
+    ):
         optimizer.load_state_dict(wrong)
 
 

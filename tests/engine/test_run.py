@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
+import lingrad
 from tests.support.models import llama, text_batches, train, zoo, zoo_batches, zoo_loss
 from tests.support.runs import MODES, each_mode
 
@@ -42,3 +43,42 @@ def test_reading_the_state_of_a_fresh_optimizer_does_not_count_as_a_step(mode):
         train(model, optimizer, text_batches(4, micro=1), schedule=False)
         weights.append(optimizer.weights())
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+@each_mode
+@pytest.mark.parametrize("rules", ["svd(rank=2, every=2)", "lm_head: none; *: svd(rank=2, every=2)"])
+def test_a_detached_model_is_freed_without_the_garbage_collector(mode, rules):
+    model = llama()
+    optimizer = MODES[mode](model, rules, lr=1e-3)
+    train(model, optimizer, text_batches(2, micro=1), schedule=False)
+    optimizer.detach()
+    gc.collect()
+    gc.disable()
+    try:
+        kept = [weakref.ref(item) for item in (*optimizer.attachments, *(sub.basis for sub in optimizer.subspaces))]
+        del optimizer
+        assert [item() for item in kept if item() is not None] == []
+    finally:
+        gc.enable()
+
+
+def test_param_groups_that_are_replaced_are_those_of_the_next_step():
+    model = llama()
+    optimizer = lingrad.wrap(model, "svd(rank=2, every=2)", "adamw", lr=1e-2, weight_decay=0.1)
+    train(model, optimizer, text_batches(2, micro=1), schedule=False)  # the base optimizer is built by now
+    before = {name: weight.clone() for name, weight in optimizer.weights().items()}
+    optimizer.param_groups = [{**group, "lr": 0.0} for group in optimizer.param_groups]
+    train(model, optimizer, text_batches(2, micro=1), schedule=False)
+    assert all(torch.equal(before[name], weight) for name, weight in optimizer.weights().items())
+
+
+def test_parameters_are_excluded_from_decay_after_the_base_was_built():
+    weights = []
+    for decay in (0.0, 0.1):
+        model = llama()
+        optimizer = lingrad.wrap(model, "svd(rank=2, every=2)", "adamw", lr=1e-2, weight_decay=decay)
+        assert optimizer.base.param_groups
+        optimizer.exclude_from_decay(lambda name: False)
+        train(model, optimizer, text_batches(2, micro=1), schedule=False)
+        weights.append(optimizer.weights())
+    assert all(torch.equal(weights[0][name], weight) for name, weight in weights[1].items())

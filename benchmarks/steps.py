@@ -28,7 +28,7 @@ def batches(workload: Workload, steps: int, device: str) -> Iterator[Tensor]:
         yield batch.to(device)
 
 
-class Run:
+class MethodRun:
     """One method under way.
 
     Args:
@@ -110,7 +110,7 @@ def compare(plan: Steps, device: str) -> dict[str, Timing]:
     """
     workload, every = plan.workload, plan.ordinary + 1
     measure.say(f"{workload.name}: {workload.tokens} tokens, rank {workload.rank}, {len(plan.keys)} methods")
-    runs = {key: Run(key, workload, every, device) for key in plan.keys}
+    runs = {key: MethodRun(key, workload, every, device) for key in plan.keys}
     total = plan.blocks * every  # of the first block the refresh and one step warm everything up
     seconds: dict[str, list[float]] = {key: [] for key in runs}
     refresh: dict[str, list[float]] = {key: [] for key in runs}
@@ -153,7 +153,7 @@ def overhead(workload: Workload, rounds: int, device: str) -> dict[str, float]:
         (step - base) / full.
     """
     measure.say(f"{workload.name}: overhead of the engine's step")
-    full, ours = (Run(key, workload, 10**6, device) for key in ("full", "optimizer"))
+    full, ours = (MethodRun(key, workload, 10**6, device) for key in ("full", "optimizer"))
     (optimizer,) = ours.training.optimizers
     spent = {"base": 0.0, "step": 0.0}
 

@@ -12,8 +12,9 @@ from lingrad.adapters.weight import WeightAttachment as WeightAttachment
 from lingrad.config.targets import Target
 from lingrad.subspaces.subspace import Subspace
 from lingrad.weights.base import Weight
-from lingrad.weights.bitsandbytes import PackedWeight, packed_of
+from lingrad.weights.bitsandbytes import packed_of
 from lingrad.weights.dense import DenseWeight
+from lingrad.weights.packed import PackedWeight
 
 
 def make_weight(target: Target) -> Weight:

@@ -20,7 +20,7 @@ from lingrad.adapters.projected import Adapted, Projection, SharedInput, Tied, r
 from lingrad.config.settings import Mode
 from lingrad.errors import ModeError
 from lingrad.subspaces.subspace import Subspace
-from lingrad.weights.bitsandbytes import PackedWeight
+from lingrad.weights.packed import PackedWeight
 
 
 class LayerAttachment(Attachment):

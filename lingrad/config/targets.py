@@ -18,8 +18,8 @@ from lingrad.config import spec
 from lingrad.config.rules import Rules, parse_rules
 from lingrad.errors import ShapeError, SpecError
 from lingrad.transforms.base import Transform
-from lingrad.weights.bitsandbytes import is_packed, packed_of
-from lingrad.weights.layout import Layout, is_conv1d, layout_of
+from lingrad.weights.bitsandbytes import packed_of
+from lingrad.weights.layout import Layout, is_conv1d, is_packed, layout_of
 
 Route = Literal["projected", "packed", "weight"]
 

@@ -18,7 +18,7 @@ _BLOCK, _ROWS = 1 << 17, 128  # elements of a block of rows, and the fewest rows
 Rows = Callable[[int, int], tuple[Tensor, Tensor]]
 
 
-class Remainder(NamedTuple):
+class ResidualSums(NamedTuple):
     """What a product Q R leaves of D; sums over all entries, in float64.
 
     Args:
@@ -76,7 +76,7 @@ class Difference:
             total.addmm_(change.t(), left[block])
         return total
 
-    def remainder(self, q: Tensor, r: Tensor) -> Remainder:
+    def residual(self, q: Tensor, r: Tensor) -> ResidualSums:
         """What q @ r leaves of D, computed entry by entry.
 
         Args:
@@ -103,7 +103,7 @@ class Difference:
             start_energy += float(start.square().sum())
             if not isfinite(energy + start_energy):
                 self._refuse_not_finite(block)
-        return Remainder(energy, along, start_energy, rounding)
+        return ResidualSums(energy, along, start_energy, rounding)
 
     def _refuse_not_finite(self, block: slice) -> None:
         for which, found in zip(("TUNED", "START"), self.rows(block.start, block.stop), strict=True):
@@ -111,10 +111,10 @@ class Difference:
             if count:
                 raise DataError(f"{self.name or 'the weight'} of {which} has {count:,} elements that are NaN or infinite")
 
-    def sums(self) -> Remainder:
+    def sums(self) -> ResidualSums:
         """The sums of D itself."""
         m, n = self.shape
-        return self.remainder(torch.zeros(m, 0, dtype=torch.float64), torch.zeros(0, n, dtype=torch.float64))
+        return self.residual(torch.zeros(m, 0, dtype=torch.float64), torch.zeros(0, n, dtype=torch.float64))
 
     def outside(self, q: Tensor, v: Tensor) -> float:
         """|(1 - q q^T) START (1 - v v^T)|_F^2 for orthonormal q [m, p] and v [n, p]."""

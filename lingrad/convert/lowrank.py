@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lingrad.convert.difference import Difference, Remainder
+from lingrad.convert.difference import Difference, ResidualSums
 from lingrad.errors import require
 from lingrad.maps.factors import Factors
 
@@ -124,13 +124,13 @@ def detect(change: Difference, goal: Goal, seed: int, *, full_svd: bool = False)
         width = min(m, n) if full_svd else _wider(q.shape[1], min(m, n))
         block = _left_vectors(change) if full_svd else _more(change, q, width - q.shape[1], generator)
         q, r = torch.cat([q, block], 1), torch.cat([r, change.transposed(block).t()])
-        remaining = change.remainder(q, r)
+        remaining = change.residual(q, r)
         if goal.exact and width < min(m, n):
             q, r, remaining = _settle(change, q, r, remaining)
             if change.decay != 1.0 and abs(change.decay - 1.0) * remaining.start**0.5 <= start.rounding**0.5 / 4:
                 change.decay = 1.0  # the difference from 1 is within noise
                 r = change.transposed(q).t()
-                remaining = change.remainder(q, r)
+                remaining = change.residual(q, r)
         values = torch.linalg.svdvals(torch.linalg.qr(r.t())[1])
         rank = _enough(goal, values, remaining.energy, start, change.shape)
         if rank is not None or width == min(m, n):
@@ -140,7 +140,7 @@ def detect(change: Difference, goal: Goal, seed: int, *, full_svd: bool = False)
         r = change.transposed(q).t()
         rank = _enough(goal, torch.linalg.svdvals(torch.linalg.qr(r.t())[1]), 0.0, start, change.shape)
     factors = _divided(q, r, width if rank is None else rank)
-    left = change.remainder(factors.left, factors.right)
+    left = change.residual(factors.left, factors.right)
     decay = change.decay if goal.exact else _decay_of(change, factors, left)
     norm = start.energy**0.5
     return Found(factors, decay, norm, (left.energy / start.energy) ** 0.5, start.rounding**0.5 / norm)
@@ -153,7 +153,7 @@ def _wider(width: int, most: int) -> int:
     return min(max(FIRST, 2 * width), max(most // 2, (width + most) // 2), most)
 
 
-def _enough(goal: Goal, values: Tensor, outside: float, start: Remainder, shape: tuple[int, int]) -> int | None:
+def _enough(goal: Goal, values: Tensor, outside: float, start: ResidualSums, shape: tuple[int, int]) -> int | None:
     """The smallest rank that reaches a goal, at least 1; None where the basis is too small to decide.
 
     Args:
@@ -234,7 +234,7 @@ def _outside(y: Tensor, q: Tensor) -> Tensor:
     return y
 
 
-def _settle(change: Difference, q: Tensor, r: Tensor, remaining: Remainder) -> tuple[Tensor, Tensor, Remainder]:
+def _settle(change: Difference, q: Tensor, r: Tensor, remaining: ResidualSums) -> tuple[Tensor, Tensor, ResidualSums]:
     """Move ``change.decay`` to where the remainder no longer correlates with START, and the basis with it."""
     for _ in range(12):
         if (
@@ -250,7 +250,7 @@ def _settle(change: Difference, q: Tensor, r: Tensor, remaining: Remainder) -> t
         was, change.decay = change.decay, change.decay + remaining.along / outside
         moved = torch.linalg.qr(change.times(torch.linalg.qr(change.transposed(q))[0]))[0]
         inner = change.transposed(moved).t()
-        after = change.remainder(moved, inner)
+        after = change.residual(moved, inner)
         if after.energy >= remaining.energy:
             change.decay = was
             break
@@ -258,7 +258,7 @@ def _settle(change: Difference, q: Tensor, r: Tensor, remaining: Remainder) -> t
     return q, r, remaining
 
 
-def _decay_of(change: Difference, factors: Factors, left: Remainder) -> float:
+def _decay_of(change: Difference, factors: Factors, left: ResidualSums) -> float:
     """The factor of START, estimated from what factors of a part leave; it is reported, and changes nothing else."""
     q, v = (torch.linalg.qr(side)[0] for side in (factors.left, factors.right.t()))
     outside = change.outside(q, v)

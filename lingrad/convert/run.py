@@ -204,7 +204,7 @@ class _Run:
         change, stored = pair.difference(start, self._folder), pair.reorient(factors)
         sums = change.sums()
         change.decay = decay
-        left = change.remainder(stored.left, stored.right).energy ** 0.5
+        left = change.residual(stored.left, stored.right).energy ** 0.5
         if left > dropped + MOST_ROUNDINGS * sums.rounding**0.5:
             raise CheckpointError(
                 f"'{pair.name}' of '{self._folder.path}' is not that of '{start.path}' plus the run's change, which leaves "

@@ -112,7 +112,7 @@ def residuals(
     found = []
     for decay in dict.fromkeys((1.0, record.decay)):
         change.decay = decay
-        found.append(change.remainder(factors.left, factors.right).energy ** 0.5 / record.norm)
+        found.append(change.residual(factors.left, factors.right).energy ** 0.5 / record.norm)
     return Residuals(found[0], found[-1], a.dtype)
 
 

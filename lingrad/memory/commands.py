@@ -108,7 +108,7 @@ class Fit:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class MethodComparison:
     """Several methods under the same conditions.
 
     Args:
@@ -190,7 +190,7 @@ def estimate(question: Question) -> Estimate:
     )
 
 
-def compare(question: Question) -> Comparison:
+def compare(question: Question) -> MethodComparison:
     """Full-rank AdamW, galore_torch, both modes of lingrad and LoRA under the same conditions.
 
     Args:
@@ -207,7 +207,7 @@ def compare(question: Question) -> Comparison:
             reports[method.label] = simulate(question, method)
         except (DependencyError, MemoryModelError) as error:
             left_out[method.label] = str(error)
-    return Comparison(reports, left_out)
+    return MethodComparison(reports, left_out)
 
 
 def methods(question: Question) -> list[Method]:

@@ -13,7 +13,8 @@ from torch import nn
 from lingrad.adapters import Attachment
 from lingrad.config.settings import Mode
 from lingrad.errors import ExportError
-from lingrad.weights.bitsandbytes import is_packed, packed_of
+from lingrad.weights.bitsandbytes import packed_of
+from lingrad.weights.layout import is_packed
 
 # Attributes by which accelerate and lingrad replace a forward; a copy of one would run the original's.
 _FORWARDS = ("forward", "_old_forward", "_hf_hook")

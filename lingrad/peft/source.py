@@ -19,8 +19,8 @@ from lingrad.maps.factors import Factors
 from lingrad.peft.bare import bare_copy, refuse_peft
 from lingrad.peft.slots import FactorSide
 from lingrad.subspaces.ledger import Change
-from lingrad.weights.bitsandbytes import is_packed, packed_of
-from lingrad.weights.layout import layout_of
+from lingrad.weights.bitsandbytes import packed_of
+from lingrad.weights.layout import is_packed, layout_of
 
 Changes = Mapping[str, Change | Factors]
 Exported = SubspaceOptimizer | tuple[nn.Module, Changes]

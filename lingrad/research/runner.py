@@ -52,7 +52,7 @@ class Record:
     refreshes: int = 0
 
 
-class Run:
+class EntryRun:
     """One entry in training.
 
     Args:
@@ -147,7 +147,7 @@ def compare(
     """
     check_length(corpus, setup.model.length)
     size = {"rows": setup.rows, "length": setup.model.length}
-    runs = {entry.label: Run(entry, setup, dtype) for entry in entries}
+    runs = {entry.label: EntryRun(entry, setup, dtype) for entry in entries}
     records = [run.record for run in runs.values()]
     held_out = validation_batches(corpus, batches=setup.eval_batches, **size)
     for run in runs.values():

@@ -220,7 +220,7 @@ def test_a_comparison_leaves_out_what_is_not_installed(monkeypatch, capsys):
 
 def test_tables_of_reports_line_up():
     report = commands.simulate(SMALL, memory.FullRank("sgd"))
-    lines = str(commands.Comparison({"a": report, "a longer name": report})).splitlines()
+    lines = str(commands.MethodComparison({"a": report, "a longer name": report})).splitlines()
     assert len({len(line) for line in lines[1:]}) == 1
 
 

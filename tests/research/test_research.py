@@ -133,7 +133,7 @@ class TestRunner:
         assert other.gaps[-1][1] > 1e-4
 
     def test_the_baseline_is_stock_adamw(self):
-        run = runner.Run(plans.full_rank(1e-2, 0.1), TINY, torch.float32)
+        run = runner.EntryRun(plans.full_rank(1e-2, 0.1), TINY, torch.float32)
         assert type(run.optimizer) is torch.optim.AdamW
         assert [g["initial_lr"] for g in run.optimizer.param_groups] == [pytest.approx(1e-3), 1e-2]
 

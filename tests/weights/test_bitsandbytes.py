@@ -13,7 +13,8 @@ import lingrad
 from lingrad import memory
 from lingrad.errors import CheckpointError, ModeError, SpecError
 from lingrad.maps import KroneckerMap, SelectionMap, two_sided
-from lingrad.weights.bitsandbytes import EightBit, is_packed, packed_of
+from lingrad.weights.bitsandbytes import EightBit, packed_of
+from lingrad.weights.layout import is_packed
 from tests.support.packed import IN, KINDS, MIDDLE, OUT, batches, bnb, each_kind, go, layer, net, rules, twin
 
 SPECS = ("svd(rank=8, every=3, side={side})", "power(rank=8, every=3, side={side})", "random(rank=8, every=3, side={side})")

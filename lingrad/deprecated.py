@@ -110,16 +110,6 @@ def renamed_attributes(module: str, names: Mapping[str, str]) -> Callable[[str],
     return find
 
 
-def renamed(old: str, new: str) -> None:
-    """Warn the caller of the function that calls this one.
-
-    Args:
-        old: The old name.
-        new: What to write instead.
-    """
-    _warn(old, new, 3)
-
-
 def renamed_option(options: dict[str, Any], old: str, new: str, where: str, *, stacklevel: int = 3) -> None:
     """Take an option by its old name.
 

@@ -13,7 +13,6 @@ from lingrad.config.settings import Share
 from lingrad.config.sharing import GroupedTarget, group_targets
 from lingrad.config.targets import resolve_model
 from lingrad.console import columns, layers
-from lingrad.deprecated import renamed_keywords
 
 HEADERS = ("parameter", "weight", "transform", "coords", "basis", "gradient", "trained")
 
@@ -68,7 +67,6 @@ class Explanation:
         return "\n".join(text)
 
 
-@renamed_keywords("lingrad.explain", spec_or_rules="rules")
 def explain(model: nn.Module, rules: Rules, *, share: Share | None = None, every_parameter: bool = False) -> Explanation:
     """Show what `lingrad.wrap` would do.
 

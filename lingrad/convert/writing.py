@@ -29,7 +29,6 @@ from lingrad.peft.slots import Slot
 from lingrad.peft.write import WEIGHTS, write_adapter
 
 Finder = Callable[[TensorPair], tuple[ChangeRecord, Factors | None]]
-
 T = TypeVar("T")
 
 

@@ -30,9 +30,6 @@ ENERGY = f"{PREFIX}energy"
 NOT_MEASURED = -1.0  # the energy of a basis that no refresh has measured
 COORDS = f"{PREFIX}stored.coords"
 
-# What format 3 called parts of some keys.
-_RENAMED = {"left_memory": "left_optimizer", "right_memory": "right_optimizer"}
-
 
 class Saved:
     """A state dict of a run, checked for its layout, in the present format; reading it needs no run.
@@ -195,8 +192,6 @@ def _upgraded(entries: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _renamed(key: str) -> str:
-    if key.startswith(f"{PREFIX}state."):
-        return ".".join(_RENAMED.get(part, part) for part in key.split("."))
     is_decay = key.startswith(f"{PREFIX}ledger.") and key.endswith(".kept")
     return key.removesuffix("kept") + "decay" if is_decay else key
 

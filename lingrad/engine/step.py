@@ -62,11 +62,9 @@ def step_one(run: Run, param: Tensor) -> None:
         param: The parameter, whose gradient is complete.
     """
     attachment = run.attachment_of(param)
-    group = next(group for group in run.groups if any(param is other for other in group["params"]))
-    run.stepper.follow(group, [param])
     attachments = [] if attachment is None else [attachment]
     _change(run, attachments)
-    _advance(run, [run.stepper.single(group, param)], attachments)
+    _advance(run, [run.stepper.single(run.groups, param)], attachments)
     param.grad = None
 
 

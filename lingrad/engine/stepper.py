@@ -86,16 +86,22 @@ class Stepper:
                 vars(built.optimizer)["step"] = torch.compile(built.optimizer.step, **self._compiled or {})
         return self._built
 
-    def single(self, group: Group, param: Tensor) -> Built:
+    def single(self, groups: list[Group], param: Tensor) -> Built:
         """The optimizer that steps one parameter alone.
 
         Args:
-            group: Its param group.
-            param: The parameter.
+            groups: The run's param groups.
+            param: The parameter, whose state is cast and moved as by `follow`.
 
         Returns:
-            The optimizer.
+            The optimizer, built at the first use.
         """
+        known = self._single.get(id(param))
+        if known is None:
+            group = next(group for group in groups if any(param is other for other in group["params"]))
+        else:
+            group = known.pairs[0][0]
+        self.follow(group, [param])
         if id(param) not in self._single:
             optimizer, pairs = self._build(self.base_of(group["kind"]), [{**group, "params": [param]}])
             self._single[id(param)] = Built(optimizer, [(group, own) for _, own in pairs])

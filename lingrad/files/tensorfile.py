@@ -19,7 +19,6 @@ from torch import Tensor
 
 from lingrad.errors import DataError
 from lingrad.files.atomic import new_file
-from lingrad.tensors import nbytes
 
 DTYPES = {
     "F64": torch.float64,
@@ -126,7 +125,7 @@ class TensorFile:
         found = torch.empty(count, dtype=entry.dtype)
         with self.path.open("rb") as file:
             file.seek(begin)
-            if count and file.readinto(_memory(found)) != nbytes(found):
+            if count and file.readinto(_memory(found)) != found.nbytes:
                 raise _damaged(self.path, "it became shorter while it was read")
         return found
 
@@ -231,7 +230,7 @@ def _unique(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
 
 def _memory(tensor: Tensor) -> memoryview:
     """The bytes of a contiguous tensor on the CPU, valid as long as the tensor; numpy is not needed, and has no bfloat16."""
-    return memoryview((ctypes.c_ubyte * nbytes(tensor)).from_address(tensor.data_ptr())).cast("B")
+    return memoryview((ctypes.c_ubyte * tensor.nbytes).from_address(tensor.data_ptr())).cast("B")
 
 
 def _damaged(path: Path, what: str) -> DataError:

@@ -37,6 +37,7 @@ class Base:
         fallback: The base that steps the parameters that train in full; None means this one.
         row: Its state for a parameter, as the memory estimate counts it; None means that of a dry run.
         quantizer: How its moments are stored between steps; None means unquantised.
+        hint: What messages about refused options end with.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Base:
     fallback: Base | None = None
     row: StateRow | None = None
     quantizer: Quantizer | None = None
+    hint: str = ""
 
     @property
     def unquantised(self) -> Base:
@@ -91,7 +93,8 @@ class Base:
             optimizer = self.factory(params, **options)
         except (TypeError, ValueError, IndexError, AssertionError, RuntimeError) as error:
             given = ", ".join(f"{key}={value!r}" for key, value in self.options.items())
-            raise SpecError(f"base '{self.name}' refused its options ({given}): {error or type(error).__name__}") from error
+            why = f"{error or type(error).__name__}{self.hint}"
+            raise SpecError(f"base '{self.name}' refused its options ({given}): {why}") from error
         if not isinstance(optimizer, Optimizer):
             raise SpecError(f"base '{self.name}' returned a {type(optimizer).__name__}; expected a torch.optim.Optimizer")
         return optimizer if self.quantizer is None else QuantizedOptimizer(optimizer, self.quantizer)
@@ -190,7 +193,7 @@ def find(base: BaseLike, options: Mapping[str, Any], *, decay: bool = True, othe
     if not decay and "weight_decay" in accepted:
         _refuse_own_decay(name, factory)
         merged["weight_decay"] = 0.0
-    found = Base(name, factory, merged, row=built_in.moments)
+    found = Base(name, factory, merged, row=built_in.moments, hint=_hint(accepted, options, others))
     found = replace(found, quantizer=find_quantizer(general, name, found.build))
     if fallback is None:
         return found
@@ -230,6 +233,12 @@ def _check_options(name: str, accepted: list[str], options: Mapping[str, Any], o
                 f"It takes: {', '.join(known)}." + (f" A run takes: {', '.join(others)}." if others else ""),
                 option=option,
             )
+
+
+def _hint(accepted: Collection[str], options: Mapping[str, Any], others: Collection[str]) -> str:
+    """What is appended to the error of a factory that takes any option: which of these may be misspelt ones of the caller."""
+    near = {option: did_you_mean(option, others) for option in options if option not in accepted}
+    return "".join(f"; '{option}' may be an option of a run{text}" for option, text in near.items() if text.startswith(";"))
 
 
 def _refuse_own_decay(name: str, factory: Callable[..., Optimizer]) -> None:

@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lingrad.deprecated import renamed
 from lingrad.errors import CheckpointError
 from lingrad.maps.factors import Factors, stack
 from lingrad.subspaces import trees
@@ -189,12 +188,6 @@ class Change(NamedTuple):
     layout: Layout
     factors: Factors | None
     decay: float
-
-    @property
-    def kept(self) -> float:
-        """``decay`` by its old name."""
-        renamed("Change.kept", "Change.decay")
-        return self.decay
 
 
 def total(parts: Sequence[Factors], last: Factors | None) -> Factors | None:

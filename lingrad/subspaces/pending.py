@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import weakref
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +40,10 @@ class PendingGradient:
         self.stale = False
         self.proposed = False
         self._clear()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the reference to the gradient, which belongs to this process; a copy takes its gradient as changed."""
+        return {**vars(self), "_written": None}
 
     def forget(self) -> None:
         """Drop everything: it was used, or dropped by the caller."""

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from lingrad import optimizers
 from lingrad.config.rules import Rules
-from lingrad.deprecated import renamed_keywords
 from lingrad.errors import DualityError
 from lingrad.gradients.local import FactoredGradient
 from lingrad.maps import LinearMap
@@ -94,7 +93,6 @@ def assert_reads_only_gradients(base: optimizers.BaseLike, **options: Any) -> No
         raise AssertionError(str(error)) from None
 
 
-@renamed_keywords("lingrad.testing.assert_dual", transform="rules")
 def assert_dual(
     rules: Rules,
     base: optimizers.BaseLike = "adamw",

@@ -22,12 +22,15 @@ from lingrad.transforms.sketch import by_side, range_probes
 
 
 class Learned(NamedTuple):
-    """State of `PCA`: the bases, and the state of each one's optimizer, which is first used by the second refresh."""
+    """State of `PCA`: the bases, and the state of each one's optimizer, which is first used by the second refresh.
+
+    The names are keys in checkpoints.
+    """
 
     left: Tensor | None
     right: Tensor | None
-    left_optimizer: dict[str, Any]
-    right_optimizer: dict[str, Any]
+    left_memory: dict[str, Any]
+    right_memory: dict[str, Any]
 
 
 @register("pca")
@@ -130,7 +133,7 @@ class PCA(SideTransform):
         if when.refreshes == 0:
             left, right = self.each_side(seen, old, when)
             return state._replace(left=left, right=right)
-        before = ({}, {}) if when.refreshes == 1 else (state.left_optimizer, state.right_optimizer)
+        before = ({}, {}) if when.refreshes == 1 else (state.left_memory, state.right_memory)
         (left, left_after), (right, right_after) = (
             (basis, own) if basis is None or grad is None else self._updated(basis, grad, own, side, when)
             for basis, grad, own, side in zip(old, seen, before, ("left", "right"), strict=True)

@@ -11,10 +11,8 @@ import lingrad
 from lingrad import convert, memory, optimizers, peft, transforms
 from lingrad.deprecated import renamed_option
 from lingrad.errors import DataError, SpecError
-from lingrad.subspaces.ledger import Change
 from lingrad.testing import assert_dual
 from lingrad.transforms import SideTransform, registry
-from lingrad.weights.layout import layout_of
 
 
 @pytest.mark.parametrize(
@@ -121,22 +119,11 @@ def test_an_argument_by_its_old_name(tmp_path):
     group = {"params": named, "spec": "svd(rank=2)"}
     with pytest.warns(DeprecationWarning, match="spec of a param group is deprecated; use rules"):
         lingrad.wrap([group], "full()", lr=1e-2)
-    with pytest.warns(DeprecationWarning, match=r"spec_or_rules of lingrad.explain is deprecated"):
-        lingrad.explain(torch.nn.Sequential(torch.nn.Linear(6, 4)), spec_or_rules="svd(rank=2)")
-    with pytest.warns(DeprecationWarning, match=r"transform of lingrad.testing.assert_dual is deprecated"):
-        assert_dual(transform="svd(rank=2)", lr=1e-2)
     with (
         pytest.warns(DeprecationWarning, match=r"method of lingrad.memory.simulate is deprecated"),
         pytest.raises(SpecError, match="build"),
     ):
         memory.simulate(None, method="svd(rank=2)")
-
-
-def test_a_field_by_its_old_name():
-    change = Change("0.weight", layout_of(torch.empty(4, 6), None, "0.weight"), None, 0.5)
-    with pytest.warns(DeprecationWarning, match=r"Change.kept is deprecated; use Change.decay") as caught:
-        assert change.kept == 0.5
-    assert caught[0].filename == __file__
 
 
 def test_importing_the_package_warns_of_nothing():

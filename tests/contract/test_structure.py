@@ -26,6 +26,21 @@ class TestLimits:
 
     def test_units_import_few_others(self, now):
         assert len(now.edges) < 185
+        assert now.cycles == []
+
+    def test_no_file_of_the_package_is_too_long(self, now):
+        assert now.too_long("lingrad") == []
+
+    def test_a_class_has_few_fields_and_a_class_name_one_meaning(self, now):
+        assert 0 < len(now.fields("Subspace")) <= 10
+        assert [cls.name for cls in now.chain("SubspaceOptimizer")] == ["SubspaceOptimizer"]
+        assert now.repeated(classes=True) == {}
+
+    def test_an_option_is_listed_in_three_places(self, now):
+        assert len(now.option_lists) == 3
+
+    def test_a_transform_writes_one_method(self, now):
+        assert now.abstract("SideTransform") == ["basis"]
 
 
 class TestMeasures:

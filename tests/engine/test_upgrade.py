@@ -60,6 +60,9 @@ def test_what_is_saved_now_has_every_entry_of_then(name):
     then, now = Saved(state), Saved(opt.state_dict())
     for index, entries in then.state.items():
         assert entries.keys() - {ENERGY} == now.state[index].keys() - {ENERGY}
+        # a flattened state is looked up by the keys of now before lingrad sees it; one with a ledger never loaded so
+        if not any(".ledger." in key for key in entries):
+            assert state["state"][index].keys() - {ENERGY} == now.state[index].keys() - {ENERGY}
     assert {group["format"] for group in state["param_groups"]} == {3}  # what was read is left as it was
 
 

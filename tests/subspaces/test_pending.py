@@ -1,5 +1,7 @@
 """The gradient that a refresh waits for: what backward left, what others did to it before the step, and what is dropped."""
 
+import io
+
 import pytest
 import torch
 from torch import nn
@@ -106,3 +108,20 @@ def test_micro_batches_whose_gradient_is_one_number_expanded(mode):
     for _ in range(2):
         model.table.sum().backward()
     assert torch.equal(optimizer.subspaces[0].pending.total.dense(), torch.full((4, 3), 2.0, dtype=torch.float64))
+
+
+@each_mode
+def test_a_model_is_saved_between_backward_and_step(mode):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 6, bias=False)).double()
+    optimizer = MODES[mode](model, "svd(rank=2)", lr=0.1)
+    x = torch.ones(5, 8, dtype=torch.float64)
+    model(x).square().sum().backward()
+    file = io.BytesIO()
+    torch.save(model, file)
+    optimizer.step()
+    file.seek(0)
+    loaded = torch.load(file, weights_only=False)
+    assert not torch.equal(loaded(x), model(x))  # the weights before the step
+    torch.manual_seed(0)
+    assert torch.equal(loaded(x), nn.Sequential(nn.Linear(8, 6, bias=False)).double()(x))

@@ -8,7 +8,7 @@ export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 SOURCES := pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo finetune smollm2 examples readme duality memory bench mutants mutants-operators test coverage slow check lint types layers clean
+.PHONY: help demo finetune smollm2 examples readme duality structure memory bench mutants mutants-operators test coverage slow check lint types layers clean
 
 help:  ## list the targets
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 19
@@ -63,13 +63,16 @@ examples: $(VENV)/.examples  ## put the last results of finetune and smollm2 int
 readme: $(VENV)/.run  ## put the last demo's table and plots into README.md
 	$(BIN)/python tools/update_readme.py runs/demo
 
-duality: $(VENV)/.dev  ## measure how far the modes part, into docs/duality.md
+duality: $(VENV)/.dev  ## measure how far the two modes differ, into docs/duality.md
 	$(BIN)/python tools/measure_duality.py
+
+structure: $(VENV)/.dev  ## measure how the package is built: files, imports, names; ARGS="v0.1.0" for a revision as well
+	$(BIN)/python tools/structure.py $(ARGS)
 
 memory: $(VENV)/.dev  ## simulate the runs of docs/memory.md and fill its tables
 	$(BIN)/python tools/measure_memory.py
 
-bench: $(VENV)/.bench  ## lingrad beside its peers, into benchmarks/out; ARGS=--quick for four minutes, ARGS=--docs for the docs
+bench: $(VENV)/.bench  ## compare speed and memory with other implementations, into benchmarks/out; ARGS=--quick for four minutes, ARGS=--docs for the docs
 	$(BIN)/python -m benchmarks $(ARGS)
 
 mutants: $(VENV)/.dev  ## break what matters in one place at a time, and see that a test notices; ARGS="--only maps"

@@ -24,7 +24,7 @@ DOCS = Path(report.DOCS)
 
 def trained(key):
     """A method's run after two steps, and what its parameters were before."""
-    run = steps.Run(key, SMALL, 2, "cpu")
+    run = steps.MethodRun(key, SMALL, 2, "cpu")
     before = {name: p.detach().clone() for name, p in run.training.model.named_parameters()}
     for batch in steps.batches(SMALL, 2, "cpu"):
         run.step(batch)
@@ -35,7 +35,7 @@ def trained(key):
 def test_every_method_trains_what_it_should(key):
     if key in NEEDS and find_spec(NEEDS[key]) is None:
         with pytest.raises(DependencyError, match=r"lingrad\[bench\]"):
-            steps.Run(key, SMALL, 2, "cpu")
+            steps.MethodRun(key, SMALL, 2, "cpu")
         return
     run, before = trained(key)
     after = dict(run.training.model.named_parameters())
@@ -48,7 +48,7 @@ def test_every_method_trains_what_it_should(key):
 
 
 def test_low_rank_methods_project_the_same_weights():
-    model = steps.Run(FULL, SMALL, 2, "cpu").training.model
+    model = steps.MethodRun(FULL, SMALL, 2, "cpu").training.model
     projected, rest = split(model, 8)
     assert len(projected) == 14
     assert len(projected) + len(rest) == len(list(model.parameters()))

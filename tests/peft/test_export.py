@@ -405,7 +405,7 @@ class TestOnAGpu:
 class TestTheDocs:
     def test_python_on_the_page_runs(self, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)
-        llama(torch.float32).save_pretrained("base")
+        llama(torch.float32).save_pretrained("start")
         page = (ROOT / "docs/peft.md").read_text()
         blocks = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
         assert len(blocks) >= 3

@@ -1,4 +1,4 @@
-"""What a spec or rules would do to a model, as a table; nothing is trained and no tensor is created."""
+"""What a config string or rules would do to a model, as a table; nothing is trained and no tensor is created."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ Rules = SpecLike | Mapping[str, SpecLike | None]
 
 
 def parse_rules(rules: Rules) -> Transform | dict[str, Transform | None]:
-    """Read a spec, or rules.
+    """Read a config string, or rules.
 
     Args:
         rules: A transform, a config string, a mapping of globs to either, or the same as one string:
@@ -24,7 +24,7 @@ def parse_rules(rules: Rules) -> Transform | dict[str, Transform | None]:
         The transform, or globs with their transforms, None meaning to train in full.
 
     Raises:
-        SpecError: A spec is malformed or there are no rules.
+        SpecError: A config string is malformed or there are no rules.
     """
     if isinstance(rules, Transform):
         return rules
@@ -44,7 +44,7 @@ def parse_rules(rules: Rules) -> Transform | dict[str, Transform | None]:
         rules = {glob: text.strip() for glob, (_, text) in zip(globs, parts, strict=True)}
     if not isinstance(rules, Mapping) or not rules:
         raise SpecError(
-            f"expected a spec such as 'svd(rank=128)' or rules such as {{'*.attn.*': 'svd(rank=64)'}}, not {rules!r}"
+            f"expected a config string such as 'svd(rank=128)' or rules such as {{'*.attn.*': 'svd(rank=64)'}}, not {rules!r}"
         )
     for glob in rules:
         if not isinstance(glob, str):
@@ -53,7 +53,7 @@ def parse_rules(rules: Rules) -> Transform | dict[str, Transform | None]:
 
 
 def _outside_brackets(text: str, separators: str) -> list[str]:
-    """Split a text at the separators that are outside brackets; those inside belong to a spec."""
+    """Split a text at the separators that are outside brackets; those inside belong to a config string."""
     parts, depth = [""], 0
     for char in text:
         depth += (char == "(") - (char == ")")

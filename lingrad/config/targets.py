@@ -1,4 +1,4 @@
-"""Which parameters are transformed, and how: a bare spec or rules by module name, resolved against a model.
+"""Which parameters are transformed, and how: a config string or rules by module name, resolved against a model.
 
 No tensor is created, so that the model may be on the meta device.
 """
@@ -93,14 +93,14 @@ def resolve_model(model: nn.Module, rules: Rules) -> Plan:
 
     Args:
         model: The model; not changed.
-        rules: A spec for every Linear (and Conv1D) weight but the output head's, or a mapping of globs over module or
+        rules: A config string for every Linear (and Conv1D) weight but the output head's, or a mapping of globs over module or
             parameter names to specs, where ``none`` means to train in full; the first match wins.
 
     Returns:
         The plan.
 
     Raises:
-        SpecError: A spec is malformed; a rule matches nothing, or nothing that can be transformed.
+        SpecError: A config string is malformed; a rule matches nothing, or nothing that can be transformed.
         ShapeError: A rank does not fit; the message names the parameter.
     """
     candidates = _candidates(model)
@@ -121,7 +121,7 @@ def resolve_model(model: nn.Module, rules: Rules) -> Plan:
 
 
 def resolve_parameters(named: Iterable[tuple[str, nn.Parameter]], rules: Rules) -> Plan:
-    """Decide for parameters without their modules; a bare spec means every one with two or more dimensions.
+    """Decide for parameters without their modules; a config string alone means every one with two or more dimensions.
 
     Args:
         named: (name, parameter) pairs.
@@ -131,7 +131,7 @@ def resolve_parameters(named: Iterable[tuple[str, nn.Parameter]], rules: Rules) 
         The plan; every target takes the ``weight`` route.
 
     Raises:
-        SpecError: A spec is malformed, or a rule matches nothing.
+        SpecError: A config string is malformed, or a rule matches nothing.
         ShapeError: A rank does not fit.
     """
     candidates = [_Candidate([name], param) for name, param in named if param.requires_grad]

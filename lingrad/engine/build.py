@@ -41,7 +41,7 @@ def resolve_groups(model: Trainable, rules: Rules) -> list[tuple[Plan, dict[str,
 
     Args:
         model: A model, named parameters, or dicts with named ``params``, optional ``rules``, and hyper-parameters.
-        rules: The spec or rules of groups that bring none of their own.
+        rules: The config string or rules of groups that bring none of their own.
 
     Returns:
         A plan and the hyper-parameters of each group; one group for a model.
@@ -171,7 +171,7 @@ def build(model: Trainable, rules: Rules, base: BaseLike, mode: Mode, options: M
 
     Args:
         model: A model, named parameters, or dicts with named ``params``.
-        rules: The spec or rules.
+        rules: The config string or rules.
         base: The base optimizer.
         mode: The mode it is to start in.
         options: Options of the run and of the base.

@@ -77,7 +77,7 @@ def load(
         DataError: The folder is no LoRA's, is damaged, or has its weights in a pickle.
         CheckpointError: It is an adapter of another model.
         DualityError: The adapter has dropout, or no factor that can be a basis.
-        SpecError: ``frozen`` is missing, or the spec does not fit the adapter.
+        SpecError: ``frozen`` is missing, or the config string does not fit the adapter.
         ExportError: The model already has PEFT's layers in it.
         ModeError: The model is already wrapped.
     """

@@ -148,7 +148,7 @@ REFUSED = [
     ),
     (
         " ",
-        "expected a spec such as 'svd(rank=128)' or rules such as {'*.attn.*': 'svd(rank=64)'}, not ' '",
+        "expected a config string such as 'svd(rank=128)' or rules such as {'*.attn.*': 'svd(rank=64)'}, not ' '",
     ),
     (
         {"*.self_attn.*": "svd(rank=4)", "*.q_proj": "svd(rank=2)"},
@@ -178,11 +178,11 @@ REFUSED = [
     ),
     (
         {},
-        "expected a spec such as 'svd(rank=128)' or rules such as {'*.attn.*': 'svd(rank=64)'}, not {}",
+        "expected a config string such as 'svd(rank=128)' or rules such as {'*.attn.*': 'svd(rank=64)'}, not {}",
     ),
     (
         3,
-        "expected a spec such as 'svd(rank=128)' or rules such as {'*.attn.*': 'svd(rank=64)'}, not 3",
+        "expected a config string such as 'svd(rank=128)' or rules such as {'*.attn.*': 'svd(rank=64)'}, not 3",
     ),
 ]
 

@@ -7,7 +7,9 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache, wraps
 from importlib import import_module
-from inspect import signature
+from inspect import currentframe, signature
+from os import sep
+from pathlib import Path
 from types import ModuleType
 from typing import Any, ParamSpec, TypeVar
 
@@ -16,11 +18,14 @@ from lingrad.errors import SpecError
 P = ParamSpec("P")
 R = TypeVar("R")
 
+_INSIDE = (f"{Path(__file__).parent}{sep}", "<frozen importlib")  # how names of files begin that no warning is of
+
 # --- names in Python ---
 
 _MODULES = {"bases": "lingrad.optimizers", "lowbit": "lingrad.memory"}  # attributes of the package, and what they are now
 _CLASSES = ("GradientBasis", "SketchBasis")
 _PATHS = {  # for ``from OLD import name``: where the names are, and what to write instead
+    "lingrad.bases": ("lingrad.optimizers", "lingrad.optimizers"),
     "lingrad.explain": ("lingrad.config.explain", "from lingrad import explain"),
     "lingrad.lowbit": ("lingrad.memory", "from lingrad.memory import moments"),
 }
@@ -39,10 +44,10 @@ def top_level(name: str) -> Any:
         AttributeError: The version before did not have it either.
     """
     if name in _MODULES:
-        _warn(f"lingrad.{name}", _MODULES[name], 3)
+        _warn(f"lingrad.{name} is deprecated; use {_MODULES[name]}")
         return import_module(_MODULES[name])
     if name in _CLASSES:
-        _warn(f"lingrad.{name}", "lingrad.SideTransform", 3)
+        _warn(f"lingrad.{name} is deprecated; use lingrad.SideTransform")
         return old_base(name)
     raise AttributeError(f"module 'lingrad' has no attribute '{name}'")
 
@@ -63,7 +68,7 @@ class _Moved(ModuleType):
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
-        _warn(self.__name__, self._instead, 2)
+        _warn(f"{self.__name__} is deprecated; use {self._instead}")
         return getattr(import_module(self._module), name)
 
 
@@ -104,13 +109,13 @@ def renamed_attributes(module: str, names: Mapping[str, str]) -> Callable[[str],
         if name in _CLASSES:
             return top_level(name)
         home, _, new = names[name].rpartition(".")
-        _warn(f"{module}.{name}", f"{home or module}.{new}", 2)
+        _warn(f"{module}.{name} is deprecated; use {home or module}.{new}")
         return getattr(import_module(home or module), new)
 
     return find
 
 
-def renamed_option(options: dict[str, Any], old: str, new: str, where: str, *, stacklevel: int = 3) -> None:
+def renamed_option(options: dict[str, Any], old: str, new: str, where: str) -> None:
     """Take an option by its old name.
 
     Args:
@@ -118,7 +123,6 @@ def renamed_option(options: dict[str, Any], old: str, new: str, where: str, *, s
         old: The old name.
         new: The new name.
         where: Whose option it is, for messages.
-        stacklevel: Of the warning, as for ``warnings.warn``.
 
     Raises:
         SpecError: Both are given.
@@ -127,7 +131,7 @@ def renamed_option(options: dict[str, Any], old: str, new: str, where: str, *, s
         return
     if new in options:
         raise SpecError(f"{where} got {old}, which is now called {new}, and {new}; leave {old} out", option=old)
-    warnings.warn(f"{old} of {where} is deprecated; use {new}", DeprecationWarning, stacklevel=stacklevel)
+    _warn(f"{old} of {where} is deprecated; use {new}")
     options[new] = options.pop(old)
 
 
@@ -147,7 +151,7 @@ def renamed_keywords(where: str, /, **names: str) -> Callable[[Callable[P, R]], 
         def taking(*args: P.args, **kwargs: P.kwargs) -> R:
             for old in names.keys() & kwargs.keys():
                 given = {**signature(function).bind_partial(*args).arguments, **kwargs}
-                renamed_option(given, old, names[old], where, stacklevel=3)
+                renamed_option(given, old, names[old], where)
                 kwargs[names[old]] = kwargs.pop(old)
             return function(*args, **kwargs)
 
@@ -156,8 +160,20 @@ def renamed_keywords(where: str, /, **names: str) -> Callable[[Callable[P, R]], 
     return decorate
 
 
-def _warn(old: str, new: str, stacklevel: int) -> None:
-    warnings.warn(f"{old} is deprecated; use {new}", DeprecationWarning, stacklevel=stacklevel + 1)
+def _warn(message: str) -> None:
+    """Warn at the line outside the package that led here, however many calls of the package are between."""
+    frame = currentframe()
+    while frame is not None and frame.f_back is not None and frame.f_code.co_filename.startswith(_INSIDE):
+        frame = frame.f_back
+    assert frame is not None  # noqa: S101 - Python has frames
+    warnings.warn_explicit(
+        message,
+        DeprecationWarning,
+        frame.f_code.co_filename,
+        frame.f_lineno,
+        frame.f_globals.get("__name__", "<unknown>"),
+        frame.f_globals.setdefault("__warningregistry__", {}),
+    )
 
 
 # --- the command line ---

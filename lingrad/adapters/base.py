@@ -187,7 +187,7 @@ def refuse_attached(name: str, param: nn.Parameter, module: nn.Module | None = N
     """
     # a copy of a model keeps modules and hooks, not attributes of parameters
     if getattr(param, _MARK, None) == id(param):
-        raise ModeError(f"'{name}' is wrapped already; call detach() on the optimizer that has it first")
+        raise ModeError(f"'{name}' is wrapped already; call detach() on the optimizer that has it, or build the model again")
     children = getattr(module, "_modules", {}).values()
     *_, owner, last = ["", *name.split(".")]
     is_coords = last == "coords" and owner.partition("_")[0] == CHILD  # all that is known of a bare parameter is its name

@@ -13,6 +13,7 @@ from lingrad.config.settings import Share
 from lingrad.config.sharing import GroupedTarget, group_targets
 from lingrad.config.targets import resolve_model
 from lingrad.console import columns, layers
+from lingrad.errors import require
 
 HEADERS = ("parameter", "weight", "transform", "coords", "basis", "gradient", "trained")
 
@@ -79,6 +80,8 @@ def explain(model: nn.Module, rules: Rules, *, share: Share | None = None, every
     Returns:
         A table; its ``str`` is for reading. Errors are those of `lingrad.wrap`.
     """
+    instead = "lingrad.models.open_model makes one from a name or a config"
+    require(isinstance(model, nn.Module), "model", f"model must be a torch.nn.Module, not {model!r}; {instead}")
     plan = resolve_model(model, rules)
     targets = {grouped.target.name: _line(grouped) for grouped in group_targets(plan.targets, share)}
     untouched = {name: _untouched(name, param) for name, param in plan.full}

@@ -35,7 +35,7 @@ def parse_rules(rules: Rules) -> Transform | dict[str, Transform | None]:
         for part in parts:
             if len(part) != 2:
                 raise SpecError(
-                    f"a rule is written 'glob: spec', and rules are separated by ';', not '{':'.join(part).strip()}'"
+                    f"a rule is written 'glob: config string', and rules are separated by ';', not '{':'.join(part).strip()}'"
                 )
         globs = [glob.strip() for glob, _ in parts]
         for glob in globs:

@@ -116,7 +116,7 @@ def resolve_model(model: nn.Module, rules: Rules) -> Plan:
                 f"name the weights to transform by rules, such as {{'*.proj': '{spec.format(parsed)}'}}"
             )
     else:
-        chosen = _match(candidates, parsed)
+        chosen = _match(candidates, parsed, [name for name, param in model.named_parameters() if not param.requires_grad])
     return _plan(candidates, chosen)
 
 
@@ -134,12 +134,13 @@ def resolve_parameters(named: Iterable[tuple[str, nn.Parameter]], rules: Rules) 
         SpecError: A config string is malformed, or a rule matches nothing.
         ShapeError: A rank does not fit.
     """
+    named = list(named)
     candidates = [_Candidate([name], param) for name, param in named if param.requires_grad]
     parsed = parse_rules(rules)
     if isinstance(parsed, Transform):
         chosen = [parsed if c.param.dim() >= 2 else None for c in candidates]
     else:
-        chosen = _match(candidates, parsed)
+        chosen = _match(candidates, parsed, [name for name, param in named if not param.requires_grad])
     return _plan(candidates, chosen)
 
 
@@ -179,13 +180,19 @@ def _owned_by(candidate: _Candidate, heads: set[nn.Module]) -> bool:
     return tied_to_embedding or any(module in heads for module, _ in candidate.owners)
 
 
-def _match(candidates: list[_Candidate], rules: Mapping[str, Transform | None]) -> list[Transform | None]:
+def _match(candidates: list[_Candidate], rules: Mapping[str, Transform | None], frozen: list[str]) -> list[Transform | None]:
     chosen: list[Transform | None] = [None] * len(candidates)
     taken: set[int] = set()
     for glob, transform in rules.items():
         matched = [i for i, c in enumerate(candidates) if any(fnmatchcase(name, glob) for name in c.known_as())]
         usable = [i for i in matched if transform is None or candidates[i].param.dim() >= 2]
         if not matched:
+            name = next((n for n in frozen if fnmatchcase(n, glob) or fnmatchcase(n.rpartition(".")[0], glob)), None)
+            if name is not None:
+                raise SpecError(
+                    f"rule '{glob}' matches frozen parameters only, such as '{name}' (requires_grad is False); "
+                    "unfreeze what it should train, or leave the rule out"
+                )
             raise SpecError(f"rule '{glob}' matches no trainable parameter{_near(glob, candidates)}")
         if not usable:
             raise SpecError(

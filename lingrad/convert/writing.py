@@ -195,7 +195,7 @@ class _Job:
             models.model,
             Lazy(list(low), lambda param: padded(self.work.factors(index[param]), ranks[param])),
             Lazy(full, lambda param: models.tuned.read(files[param]), files),
-            base=str(start or ""),
+            start=str(start or ""),
         )
         slots = verify.check_structure(folder, models.model, list(low))
         rows, lost, norm = [], 0.0, 0.0

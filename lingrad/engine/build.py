@@ -54,7 +54,8 @@ def resolve_groups(model: Trainable, rules: Rules) -> list[tuple[Plan, dict[str,
             for attribute, param in module.named_parameters(recurse=False):
                 refuse_attached(f"{module_name}.{attribute}" if module_name else attribute, param, module)
         return [(resolve_model(model, rules), {})]
-    items: list[Any] = list(model) if isinstance(model, Iterable) else [model]
+    given: Any = model
+    items: list[Any] = [given] if isinstance(given, str) or not isinstance(given, Iterable) else list(given)
     groups = items if items and all(isinstance(item, dict) and "params" in item for item in items) else [{"params": items}]
     resolved: list[tuple[Plan, dict[str, Any]]] = []
     seen: set[object] = set()

@@ -29,6 +29,7 @@ PREFIX = "subspace."
 ENERGY = f"{PREFIX}energy"
 NOT_MEASURED = -1.0  # the energy of a basis that no refresh has measured
 COORDS = f"{PREFIX}stored.coords"
+_WORDS = {"param_names": "parameter", "specs": "config string"}
 
 
 class Saved:
@@ -218,8 +219,9 @@ def check_groups(saved: list[dict[str, Any]], own: list[dict[str, Any]], identit
     for was, now in zip(saved, own, strict=True):
         for key, new in identity.items():
             if was[key] != new:
-                remedy = "; call opt.switch first" if key == "mode" else ""
-                raise CheckpointError(f"the checkpoint has {key} {was[key]!r}, this run has {new!r}{remedy}")
+                value = f"{was[key]!r}"
+                remedy = f"call opt.switch({value}) before loading" if key == "mode" else f"make the run with {key}={value}"
+                raise CheckpointError(f"the checkpoint has {key} {value}, this run has {new!r}; {remedy}")
         if len(was["params"]) != len(now["params"]):
             raise CheckpointError(
                 f"group '{now['name']}': the checkpoint has {len(was['params'])} params, this run has {len(now['params'])}"
@@ -231,5 +233,5 @@ def check_groups(saved: list[dict[str, Any]], own: list[dict[str, Any]], identit
             for i, (a, b) in enumerate(zip(old, new, strict=True)):
                 if a != b:
                     raise CheckpointError(
-                        f"group '{now['name']}', entry {i}: the checkpoint has {key[:-1]} '{a}', this run has '{b}'"
+                        f"group '{now['name']}', entry {i}: the checkpoint has {_WORDS[key]} '{a}', this run has '{b}'"
                     )

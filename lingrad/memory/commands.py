@@ -206,7 +206,7 @@ def compare(question: Question) -> MethodComparison:
         try:
             reports[method.label] = simulate(question, method)
         except (DependencyError, MemoryModelError) as error:
-            left_out[method.label] = str(error)
+            left_out[method.label] = str(error).partition("\n")[0]
     return MethodComparison(reports, left_out)
 
 

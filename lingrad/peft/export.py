@@ -82,7 +82,7 @@ def export(
             if name in source.bases and changes[name] is source.changes[name]
         }
         name = str(start) if isinstance(start, str | Path) else _name(starting or source.bare)
-        written = write_adapter(folder, source.bare, changes, full, base=name, dtype=dtype, frozen=frozen)
+        written = write_adapter(folder, source.bare, changes, full, start=name, dtype=dtype, frozen=frozen)
         if written.alongside:
             notes.append("PEFT loads what is saved alongside the adapters into the model: disable_adapter() does not remove it")
         lost = {name: why for name in low_rank if (why := _narrowed(changes[name], source.changes[name], rank, dtype))}

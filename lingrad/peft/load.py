@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lingrad import api
 from lingrad.config import spec as specs
 from lingrad.config.settings import Carry, Mode
+from lingrad.deprecated import renamed_keywords
 from lingrad.engine.optimizer import SubspaceOptimizer
 from lingrad.errors import DualityError, SpecError, require, require_one_of
 from lingrad.optimizers.base import BaseLike
@@ -40,13 +41,14 @@ class _Start:
     side: FactorSide
 
 
+@renamed_keywords("lingrad.peft.load", spec="rules")
 def load(
     path: str | Path,
     model: nn.Module,
     base: BaseLike = "adamw",
     *,
     mode: Mode = "adapter",
-    spec: str | Transform | None = None,
+    rules: str | Transform | None = None,
     frozen: LoraFactor | None = None,
     carry: Carry = "keep",
     ledger: bool = True,
@@ -62,8 +64,8 @@ def load(
         model: The plain model that the adapter is for; the adapter is loaded into it.
         base: The base optimizer, as for `lingrad.wrap`.
         mode: ``adapter`` keeps the adapter apart from the weights; ``optimizer`` merges it, and merges at every step.
-        spec: How the basis is chosen from its first refresh on, such as ``svd(rank=8, every=200)``; the adapter's is used until
-            then. Its rank and side must be the adapter's. None keeps the adapter's basis throughout.
+        rules: A config string, such as ``svd(rank=8, every=200)``, for every basis from its first refresh on; the adapter's is
+            used until then. Its rank and side must be the adapter's. None keeps the adapter's basis throughout.
         frozen: Which factor is the basis: with ``A``, lora_B is trained, with ``B``, lora_A. Adapters written by
             `lingrad.peft.export` record it; it is needed for others.
         carry: As for `lingrad.wrap`.
@@ -90,20 +92,20 @@ def load(
             f"{option} chooses bases for weights, and here they are the adapter's; leave it out",
         )
     refuse_peft(model, "starting from an adapter")
-    adapter = read_adapter(Path(path), model)
+    adapter = read_adapter(path, model)
     if adapter.dropout:
         raise DualityError(
             f"the adapter is trained with lora_dropout={adapter.dropout:g}, which acts on the change alone, so no merged "
             "weight can follow it; set it to 0 in adapter_config.json to train without dropout"
         )
     starts = {name: _start(name, pair, frozen) for name, pair in adapter.low_rank.items()}
-    rules: dict[str, Transform] = {}
+    chosen: dict[str, Transform] = {}
     for name, start in starts.items():
-        rules[name] = _transform(spec, name, start, adapter.low_rank[name].slot.layout.shape)
+        chosen[name] = _transform(rules, name, start, adapter.low_rank[name].slot.layout.shape)
     with ExitStack() as undo:
         _freeze(model, adapter, undo)
         _fill(model, adapter, undo)
-        run = api.adapt(model, rules, base, carry=carry, ledger=ledger, **options)
+        run = api.adapt(model, chosen, base, carry=carry, ledger=ledger, **options)
         undo.callback(run.detach)
         for sub in run.subspaces:
             _require_settable(sub, starts[sub.name])

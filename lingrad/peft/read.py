@@ -118,7 +118,7 @@ class Adapter:
         return (found.to(wide) + delta.to(weight.device)).to(weight.dtype)
 
 
-def read_adapter(folder: Path, model: nn.Module) -> Adapter:
+def read_adapter(folder: str | Path, model: nn.Module) -> Adapter:
     """Read an adapter for a model.
 
     Args:
@@ -132,6 +132,7 @@ def read_adapter(folder: Path, model: nn.Module) -> Adapter:
         DataError: The folder is not that of a LoRA, is damaged, or has its weights in a pickle, which is not opened.
         CheckpointError: It is an adapter of another model.
     """
+    folder = Path(folder)
     config = _read_config(folder)
     if not (folder / WEIGHTS).exists():
         pickled = next((f.name for f in sorted(folder.glob("*.bin"))), None)

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lingrad.deprecated import renamed_keywords
 from lingrad.errors import ExportError
 from lingrad.files.atomic import write_whole
 from lingrad.files.tensorfile import Piece, write_tensors
@@ -124,13 +125,14 @@ def plan(model: nn.Module, low_rank: Mapping[str, int], full: Collection[str]) -
     return AdapterPlan(found, outermost, alongside, tied)
 
 
+@renamed_keywords("lingrad.peft.write_adapter", base="start")
 def write_adapter(
-    folder: Path,
+    folder: str | Path,
     model: nn.Module,
     low_rank: Mapping[str, Factors],
     full: Mapping[str, Tensor],
     *,
-    base: str = "",
+    start: str = "",
     dtype: torch.dtype | None = None,
     frozen: Mapping[str, LoraFactor] | None = None,
 ) -> Written:
@@ -144,7 +146,7 @@ def write_adapter(
             that one tensor at a time is in memory; each is looked up more than once.
         full: Parameter -> its value. Norms, embeddings and heads are saved with their module in full; its other parameters and
             buffers may be given too, and are taken from ``model`` otherwise.
-        base: Name or folder of the model that the changes were made to; PEFT's ``base_model_name_or_path``.
+        start: Name or folder of the model that the changes were made to; PEFT's ``base_model_name_or_path``.
         dtype: Of the factors; None for the dtype of each.
         frozen: Parameter -> which of its factors is a basis that was not trained, for `lingrad.peft.load`.
 
@@ -154,6 +156,7 @@ def write_adapter(
     Raises:
         ExportError: PEFT cannot express it; the message says why.
     """
+    folder = Path(folder)
     heads = {name: (factors.rank, factors.shape, factors.left.dtype) for name, factors in low_rank.items()}
     ranks = {name: rank for name, (rank, _, _) in heads.items() if rank}
     planned = plan(model, ranks, list(full))
@@ -167,7 +170,7 @@ def write_adapter(
     for name in planned.tensors(model):
         value = value_of(model, full, name)
         pieces[planned.key(name)] = Piece(value.dtype, tuple(value.shape), partial(value_of, model, full, name))
-    config = _config(model, planned, ranks, base)
+    config = _config(model, planned, ranks, start)
     metadata = {"format": "pt"} | ({FROZEN: json.dumps(dict(frozen))} if frozen else {})
     write_tensors(folder / WEIGHTS, pieces, metadata)
     write_whole(folder / CONFIG, (json.dumps(config, indent=2, sort_keys=True) + "\n").encode())

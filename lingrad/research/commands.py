@@ -100,6 +100,6 @@ def _progress(steps: int, title: str) -> Iterator[Callable[[int, list[runner.Rec
     with progress(title, "step") as tick:
 
         def on_step(step: int, records: list[runner.Record]) -> None:
-            tick(step, steps, "loss " + " ".join(f"{record.valid[-1][1]:.2f}" for record in records))
+            tick(step, steps, "validation loss " + " ".join(f"{record.valid[-1][1]:.2f}" for record in records))
 
         yield on_step

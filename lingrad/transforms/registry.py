@@ -93,7 +93,8 @@ def find_transform(name: str) -> type[Transform]:
             raise SpecError(f"the entry point '{name}' of group {GROUP} must name a Transform class, not {cls!r}")
         register(name)(cls)
     if name not in _registered:
-        known = f"Known: {', '.join(transform_names())}; one of your own, once its module is imported."
+        own = "one of your own once its module is imported, or by an entry point (CONTRIBUTING.md)"
+        known = f"Known: {', '.join(transform_names())}; {own}."
         raise SpecError(f"unknown transform '{name}'{did_you_mean(name, transform_names())} {known}")
     return _registered[name]
 

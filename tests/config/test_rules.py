@@ -140,7 +140,8 @@ REFUSED = [
     ),
     (
         "*.mlp.*: svd(rank=4), *.self_attn.*: none",
-        "a rule is written 'glob: spec', and rules are separated by ';', not '*.mlp.*: svd(rank=4), *.self_attn.*: none'",
+        "a rule is written 'glob: config string', and rules are separated by ';', "
+        "not '*.mlp.*: svd(rank=4), *.self_attn.*: none'",
     ),
     (
         "svd(rank:4)",
@@ -280,6 +281,13 @@ class TestNamedParameters:
     def test_refused(self, groups, message):
         with pytest.raises(SpecError, match=message):
             lingrad.wrap(groups(zoo()), "svd(rank=1)", lr=0.1)
+
+    def test_a_rule_that_matches_frozen_parameters_only(self):
+        model = zoo()
+        model.head.requires_grad_(False)
+        for given in (model, [{"params": list(model.named_parameters())}]):
+            with pytest.raises(SpecError, match="rule 'hea[*]' matches frozen parameters only, such as 'head.weight'"):
+                lingrad.wrap(given, {"hea*": "svd(rank=1)"}, lr=0.1)
 
     def test_adapter_mode_needs_the_model(self):
         model = zoo()

@@ -22,6 +22,8 @@ from lingrad.transforms import SideTransform, registry
         ("from lingrad import lowbit; found = lowbit.moments", lambda: memory.moments),
         ("from lingrad.lowbit import moments as found", lambda: memory.moments),
         ("import lingrad; found = lingrad.bases.names", lambda: optimizers.names),
+        ("import lingrad.bases; found = lingrad.bases.names", lambda: optimizers.names),
+        ("from lingrad.bases import names as found", lambda: optimizers.names),
         ("from lingrad.transforms import Bases as found", lambda: transforms.Sides),
         ("from lingrad.memory import ledger as found", lambda: memory.estimate),
         ("from lingrad.memory import Ledger as found", lambda: memory.Estimate),
@@ -117,8 +119,9 @@ def test_an_argument_by_its_old_name(tmp_path):
         lingrad.convert.merge(base=tmp_path / "nowhere", adapter=tmp_path, out=tmp_path / "out")
     named = list(torch.nn.Linear(6, 4).named_parameters())
     group = {"params": named, "spec": "svd(rank=2)"}
-    with pytest.warns(DeprecationWarning, match="spec of a param group is deprecated; use rules"):
+    with pytest.warns(DeprecationWarning, match="spec of a param group is deprecated; use rules") as caught:
         lingrad.wrap([group], "full()", lr=1e-2)
+    assert caught[0].filename == __file__
     with (
         pytest.warns(DeprecationWarning, match=r"method of lingrad.memory.simulate is deprecated"),
         pytest.raises(SpecError, match="build"),

@@ -239,11 +239,11 @@ class TestRefused:
         [
             (
                 {"rules": {**RULES, "biased": "svd(rank=3, every=4)"}},
-                r"entry 2: the checkpoint has spec 'svd\(rank=3, every=4\)', this run has 'svd\(rank=3, every=3\)'",
+                r"entry 2: the checkpoint has config string 'svd\(rank=3, every=4\)', this run has 'svd\(rank=3, every=3\)'",
             ),
             (
                 {"rules": {**RULES, "experts": "random(rank=3, every=3, kind=rows)"}},
-                r"entry 1: the checkpoint has spec 'random\(rank=3, every=3, kind=rows\)', this run has 'random",
+                r"entry 1: the checkpoint has config string 'random\(rank=3, every=3, kind=rows\)', this run has 'random",
             ),
             ({"rules": {**RULES, "head": "svd(rank=3)"}}, "the checkpoint has 4 params, this run has 3"),
             ({"base": "adagrad"}, "the checkpoint has base 'adagrad', this run has 'adamw'"),
@@ -256,7 +256,7 @@ class TestRefused:
 
     def test_the_other_mode(self, mode):
         other = "adapter" if mode == "optimizer" else "optimizer"
-        self.refuse(mode, self.saved(other), f"mode '{other}', this run has '{mode}'; call opt.switch first")
+        self.refuse(mode, self.saved(other), f"mode '{other}', this run has '{mode}'; call opt.switch\\('{other}'\\) before")
 
     def test_other_names(self, mode):
         class Renamed(nn.Module):
@@ -269,7 +269,7 @@ class TestRefused:
 
         rules = {f"*{name}": spec for name, spec in RULES.items()}
         state = self.saved(mode, build=Renamed, rules=rules)
-        self.refuse(mode, state, "param_name 'inner.conv.weight', this run has 'conv.weight'", rules=rules)
+        self.refuse(mode, state, "parameter 'inner.conv.weight', this run has 'conv.weight'", rules=rules)
 
     @pytest.mark.parametrize(
         ("rules", "base", "message"),

@@ -109,18 +109,22 @@ def test_a_checkpoint_of_another_run_is_refused_and_nothing_is_changed():
     saved = saved_after_two_steps(lambda m: lingrad.wrap(m, "svd(rank=4)", lr=1e-2))
     runs = {
         lambda m: lingrad.wrap(m, "svd(rank=5)", lr=1e-2): (
-            "group 'coords', entry 0: the checkpoint has spec 'svd(rank=4)', this run has 'svd(rank=5)'"
+            "group 'coords', entry 0: the checkpoint has config string 'svd(rank=4)', this run has 'svd(rank=5)'"
         ),
         lambda m: lingrad.adapt(m, "svd(rank=4)", lr=1e-2): (
-            "the checkpoint has mode 'optimizer', this run has 'adapter'; call opt.switch first"
+            "the checkpoint has mode 'optimizer', this run has 'adapter'; call opt.switch('optimizer') before loading"
         ),
-        lambda m: lingrad.wrap(m, "svd(rank=4)", "adam", lr=1e-2): "the checkpoint has base 'adamw', this run has 'adam'",
+        lambda m: lingrad.wrap(m, "svd(rank=4)", "adam", lr=1e-2): (
+            "the checkpoint has base 'adamw', this run has 'adam'; make the run with base='adamw'"
+        ),
         lambda m: lingrad.wrap(m, "svd(rank=4)", lr=1e-2, carry="reset"): (
-            "the checkpoint has carry 'keep', this run has 'reset'"
+            "the checkpoint has carry 'keep', this run has 'reset'; make the run with carry='keep'"
         ),
-        lambda m: lingrad.wrap(m, "svd(rank=4)", lr=1e-2, seed=1): "the checkpoint has seed 0, this run has 1",
+        lambda m: lingrad.wrap(m, "svd(rank=4)", lr=1e-2, seed=1): (
+            "the checkpoint has seed 0, this run has 1; make the run with seed=0"
+        ),
         lambda m: lingrad.wrap(m, "svd(rank=4)", lr=1e-2, compat="galore"): (
-            "the checkpoint has compat None, this run has 'galore'"
+            "the checkpoint has compat None, this run has 'galore'; make the run with compat=None"
         ),
         lambda m: lingrad.wrap(m, {"*.mlp.*": "svd(rank=4)"}, lr=1e-2): (
             "group 'coords': the checkpoint has 14 params, this run has 6"
@@ -153,7 +157,7 @@ def test_a_checkpoint_of_another_run_is_refused_and_nothing_is_changed():
             lambda s: s["state"][0].update({"subspace.state.right": torch.zeros(2, 2)}),
             r"'subspace.state.right' of .*q_proj.weight is float32 \(2, 2\) in the checkpoint, and float64 \(32, 4\)",
         ),
-        (lambda s: s["param_groups"][0]["param_names"].__setitem__(1, "y"), "entry 1: the checkpoint has param_name 'y'"),
+        (lambda s: s["param_groups"][0]["param_names"].__setitem__(1, "y"), "entry 1: the checkpoint has parameter 'y'"),
     ],
 )
 def test_a_damaged_checkpoint_is_refused_whole(damage, message):

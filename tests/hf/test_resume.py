@@ -125,7 +125,7 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path):
     make(tmp_path, args=SAVING).train()
     for options, message in (
         ({"mode": "adapter"}, "the checkpoint has mode 'optimizer', this run has 'adapter'"),
-        ({"spec": "svd(rank=2, every=3)"}, "spec"),
+        ({"spec": "svd(rank=2, every=3)"}, "config string"),
         ({"base": "sgd"}, "the checkpoint has base 'adamw', this run has 'sgd'"),
     ):
         with pytest.raises(CheckpointError, match=message):

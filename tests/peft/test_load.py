@@ -161,7 +161,7 @@ class TestGoingOnFromAnAdapter:
         weights = []
         for mode in ("adapter", "optimizer"):
             model = llama()
-            opt = bridge.load(path, model, lr=1e-2, mode=mode, spec=spec, frozen="B", carry="rotate")
+            opt = bridge.load(path, model, lr=1e-2, mode=mode, rules=spec, frozen="B", carry="rotate")
             sub = opt.subspaces[0]
             first = sub.map().left.clone()
             for step, (ids,) in enumerate(text_batches(7, micro=1)):
@@ -185,12 +185,12 @@ class TestGoingOnFromAnAdapter:
         batches, weights = text_batches(8, micro=1), []
         for stop in (False, True):
             model = llama()
-            opt = bridge.load(path, model, lr=1e-2, mode=mode, spec=spec, frozen="A")
+            opt = bridge.load(path, model, lr=1e-2, mode=mode, rules=spec, frozen="A")
             train(model, opt, batches[:4], schedule=False)
             if stop:
                 saved = model.state_dict(), opt.state_dict()
                 model = llama()
-                opt = bridge.load(path, model, lr=1e-2, mode=mode, spec=spec, frozen="A")
+                opt = bridge.load(path, model, lr=1e-2, mode=mode, rules=spec, frozen="A")
                 model.load_state_dict(saved[0])
                 opt.load_state_dict(saved[1])
             train(model, opt, batches[4:], schedule=False)
@@ -226,7 +226,7 @@ class TestAdaptersThatCannotGoOn:
             ("random(rank=4, side=right)", "random draws its bases"),
         ):
             with pytest.raises(SpecError, match=message):
-                bridge.load(path, model, frozen="A", spec=spec, lr=1e-2)
+                bridge.load(path, model, frozen="A", rules=spec, lr=1e-2)
         for option in ("stagger", "share"):
             with pytest.raises(SpecError, match=f"{option} chooses bases"):
                 bridge.load(path, model, frozen="A", **{option: True if option == "stagger" else "input"})

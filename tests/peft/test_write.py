@@ -92,7 +92,7 @@ class TestForms:
     def test_what_is_written_is_read(self, kind, tmp_path):
         model = CASES[kind].build()
         low_rank, full = random_changes(model)
-        written = write_adapter(tmp_path, model, low_rank, full, base="here")
+        written = write_adapter(tmp_path, model, low_rank, full, start="here")
         assert written.nbytes == (tmp_path / "adapter_model.safetensors").stat().st_size
         found = read_adapter(tmp_path, CASES[kind].build())
         assert found.low_rank.keys() == low_rank.keys()

@@ -205,7 +205,6 @@ ranks, steps = st.integers(1, 10**6), st.integers(0, 10**6)
 sides = st.sampled_from(["short", "long", "left", "right", "both"])
 shared = {"rank": ranks, "every": steps, "side": sides, "clip": st.booleans()}
 floats = st.floats(1e-9, 1e9)
-values = st.recursive(st.integers() | floats | st.booleans() | st.none() | st.text(max_size=5), st.tuples)
 beta = st.floats(0.0, 0.999)
 choices = (
     st.just(Choice("adam"))

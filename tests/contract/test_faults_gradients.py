@@ -7,7 +7,6 @@ import warnings
 
 import pytest
 import torch
-from hypothesis import strategies as st
 from torch import nn
 
 from lingrad.testing.training import every_kind
@@ -358,43 +357,3 @@ class TestMissingGradients:
             o.step()
             assert o.subspaces[1].basis.refreshes == 1
         assert all(torch.equal(optimizer.weights()[name], resumed.weights()[name]) for name in optimizer.weights())
-
-
-NUMBERS = [
-    "0",
-    "1",
-    "2",
-    "3",
-    "-1",
-    "2.5",
-    "1e-3",
-    "1e999",
-    "1" + "0" * 400,
-    "0x" + "f" * 5000,
-    "9" * 5000,
-    "none",
-    "true",
-    "x",
-    "''",
-]
-
-OPTIONS = [
-    "rank",
-    "every",
-    "side",
-    "clip",
-    "solver",
-    "iters",
-    "lam",
-    "lr",
-    "optimizer",
-    "kind",
-    "store",
-    "left",
-    "right",
-    "rnak",
-]
-
-WORDS = [*NUMBERS, "left", "both", "long", "exact", "randomized", "rows", "adam", "sgd(momentum=0.9)", "(1, 2)", "svd(rank=1)"]
-
-options = st.lists(st.tuples(st.sampled_from(OPTIONS), st.sampled_from(WORDS)), max_size=4)

@@ -6,11 +6,11 @@ import itertools
 
 import pytest
 import torch
-from hypothesis import strategies as st
 from torch import nn
 
 from lingrad.errors import SpecError
 from lingrad.testing.training import TOKENS, every_kind
+from tests.support.cases import ALL_SPECS
 from tests.support.models import gap, three_ways, zoo_batches, zoo_loss
 from tests.support.runs import MODES, each_mode
 from tests.support.small import EVERYTHING, EXACT, inputs, named, squared, stack, teach
@@ -109,17 +109,6 @@ class TestShared:
                     "embed.weight": 2,
                     "middle.weight": 5,
                 }
-
-
-ALL_SPECS = (
-    "svd(rank=1, every=2)",
-    "power(rank=1, every=2)",
-    "random(rank=1, every=2)",
-    "random(rank=1, every=2, kind=rows)",
-    "pca(rank=1)",
-    "kron(left=svd(rank=1, every=2), right=random(rank=1, every=3))",
-    "full()",
-)
 
 
 class TestZeroSteps:
@@ -289,43 +278,3 @@ class TestFreezing:
         optimizer.detach()
         frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
         assert frozen == {"conv.weight", "conv.bias", "biased.weight", "biased.bias"}
-
-
-NUMBERS = [
-    "0",
-    "1",
-    "2",
-    "3",
-    "-1",
-    "2.5",
-    "1e-3",
-    "1e999",
-    "1" + "0" * 400,
-    "0x" + "f" * 5000,
-    "9" * 5000,
-    "none",
-    "true",
-    "x",
-    "''",
-]
-
-OPTIONS = [
-    "rank",
-    "every",
-    "side",
-    "clip",
-    "solver",
-    "iters",
-    "lam",
-    "lr",
-    "optimizer",
-    "kind",
-    "store",
-    "left",
-    "right",
-    "rnak",
-]
-
-WORDS = [*NUMBERS, "left", "both", "long", "exact", "randomized", "rows", "adam", "sgd(momentum=0.9)", "(1, 2)", "svd(rank=1)"]
-
-options = st.lists(st.tuples(st.sampled_from(OPTIONS), st.sampled_from(WORDS)), max_size=4)

@@ -9,16 +9,7 @@ from lingrad.config.rules import parse_rules
 from lingrad.config.targets import resolve_model
 from lingrad.errors import ShapeError, SpecError
 from lingrad.testing.training import every_kind
-
-ALL_SPECS = (
-    "svd(rank=1, every=2)",
-    "power(rank=1, every=2)",
-    "random(rank=1, every=2)",
-    "random(rank=1, every=2, kind=rows)",
-    "pca(rank=1)",
-    "kron(left=svd(rank=1, every=2), right=random(rank=1, every=3))",
-    "full()",
-)
+from tests.support.cases import ALL_SPECS
 
 NUMBERS = [
     "0",

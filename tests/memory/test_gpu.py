@@ -16,7 +16,6 @@ pytestmark = [
     pytest.mark.xdist_group("gpu"),  # one process: each run looks at the whole device's counters
 ]
 
-SLOW = pytest.mark.slow
 SHAPE = LlamaShape(32000, 1024, 2736, 8, 16, 1024)
 METHODS = {
     "sgd": memory.FullRank("sgd"),

@@ -18,6 +18,17 @@ from lingrad.transforms import BasisTransform, registry
 from lingrad.transforms.options import kinds
 from tests.support.models import zoo
 
+# one config string of each transform, at the smallest rank
+ALL_SPECS = (
+    "svd(rank=1, every=2)",
+    "power(rank=1, every=2)",
+    "random(rank=1, every=2)",
+    "random(rank=1, every=2, kind=rows)",
+    "pca(rank=1)",
+    "kron(left=svd(rank=1, every=2), right=random(rank=1, every=3))",
+    "full()",
+)
+
 SIDES = ("short", "long", "left", "right", "both")
 
 # Every transform with each solver and kind, refreshing every 7 steps; {side} is filled in by the test.

@@ -7,8 +7,6 @@ from safetensors.torch import load_file, save_file
 
 from tests.support.models import VOCABULARY, gpt2, llama
 
-CODE_RAN = "code-ran"
-
 
 def bert(dtype=torch.float32):
     from transformers import BertConfig, BertForSequenceClassification

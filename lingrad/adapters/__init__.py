@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from lingrad.adapters.base import Attachment as Attachment
 from lingrad.adapters.base import Coords as Coords
+from lingrad.adapters.base import is_attached as is_attached
 from lingrad.adapters.base import refuse_attached as refuse_attached
 from lingrad.adapters.linear import LinearAttachment as LinearAttachment
 from lingrad.adapters.linear import PackedAttachment as PackedAttachment

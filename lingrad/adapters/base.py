@@ -68,6 +68,10 @@ class Attachment(ABC):
             self._hooks.pop().remove()
         self._disconnect()
 
+    def holds(self, param: Tensor) -> bool:
+        """Whether gradients of this parameter, found in the model, reach the coordinates."""
+        return is_attached(param)
+
     def forget(self) -> None:
         """Drop what backwards and forwards have left for others of the same step."""
         self.sub.forget()
@@ -161,7 +165,8 @@ class Coords(nn.Module):
         error_msgs: list[str],
     ) -> None:
         if self.active:
-            super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+            in_place = {**local_metadata, "assign_to_params_buffers": False}  # other coordinates would not be the run's
+            super()._load_from_state_dict(state_dict, prefix, in_place, strict, missing_keys, unexpected_keys, error_msgs)
             if strict and f"{prefix}coords" not in state_dict:
                 error_msgs.append(
                     f"there is no {prefix}coords: the file is of a plain model, or was saved in optimizer mode; "
@@ -172,6 +177,11 @@ class Coords(nn.Module):
                 f"{prefix}coords was saved in adapter mode, but the state of this model holds no coordinates: it is in "
                 "optimizer mode, where opt.switch('adapter') helps, or was made with self_contained=True"
             )
+
+
+def is_attached(param: Tensor) -> bool:
+    """Whether a parameter belongs to a subspace."""
+    return getattr(param, _MARK, None) == id(param)
 
 
 def refuse_attached(name: str, param: nn.Parameter, module: nn.Module | None = None) -> None:
@@ -186,7 +196,7 @@ def refuse_attached(name: str, param: nn.Parameter, module: nn.Module | None = N
         ModeError: It does.
     """
     # a copy of a model keeps modules and hooks, not attributes of parameters
-    if getattr(param, _MARK, None) == id(param):
+    if is_attached(param):
         raise ModeError(f"'{name}' is wrapped already; call detach() on the optimizer that has it, or build the model again")
     children = getattr(module, "_modules", {}).values()
     *_, owner, last = ["", *name.split(".")]

@@ -72,6 +72,10 @@ class LayerAttachment(Attachment):
         delattr(self.module, CHILD)
 
     @override
+    def holds(self, param: Tensor) -> bool:
+        return param is self.sub.weight.param  # looked up in every forward, so another parameter in its place is followed
+
+    @override
     def forget(self) -> None:
         self.sub.forget()
         if self.layer.shared is not None:
@@ -146,6 +150,7 @@ class LinearAttachment(LayerAttachment):
                 f"{self.sub.name} was parametrized (weight_norm and the like) after it was wrapped, and its updates would be "
                 "lost; parametrize first, then call lingrad"
             )
+        self.sub.require_shape()
         if weight.requires_grad:  # model.requires_grad_(True) means the coordinates, which it reaches too
             weight.requires_grad_(False)
         return weight

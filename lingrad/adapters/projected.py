@@ -148,7 +148,8 @@ class Tied(torch.autograd.Function):
         reduced_grad = current.T.reduce(grad)
         x_grad = None
         if ctx.active and ctx.needs_input_grad[1]:
-            x_grad = current.T.inner.apply(reduced_grad, coords.t()).view(*out_grad.shape[:-1], -1)
+            x_grad = current.T.inner.apply(reduced_grad, coords.t())
+            x_grad = x_grad.view(*out_grad.shape[:-1], x_grad.shape[-1])
         return out_grad, x_grad, ctx.saved.project(current, grad, reduced_grad, x), None, None
 
 
@@ -171,7 +172,7 @@ class Adapted(torch.autograd.Function):
             current.inner.add_apply_(out, reduced, coords)
         ctx.saved = _Saved(sub, x)
         ctx.save_for_backward(x if due else reduced, coords, weight)
-        return out
+        return out.detach() if out._is_view() else out  # later in-place layers must not touch a view
 
     @staticmethod
     @once
@@ -187,7 +188,7 @@ class Adapted(torch.autograd.Function):
             x_grad = grad @ cast(_sum(current, matrix, coords) if ctx.forms_sum else matrix, grad.dtype)
             if not ctx.forms_sum:
                 current.T.inner.add_apply_(x_grad, reduced_grad, coords.t())
-            x_grad = x_grad.view(*out_grad.shape[:-1], -1)
+            x_grad = x_grad.view(*out_grad.shape[:-1], x_grad.shape[-1])
         if ctx.needs_input_grad[1]:
             bias_grad = grad.sum(0)
         coords_grad = ctx.saved.project(current, grad, reduced_grad, x) if ctx.needs_input_grad[2] else None

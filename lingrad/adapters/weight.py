@@ -96,6 +96,7 @@ class WeightAttachment(Attachment):
         grad = weight.grad
         weight.grad = None
         if grad is not None:
+            self.sub.require_shape()
             self.sub.capture(DenseGradient(self.weight.layout.matrix(_dense(grad))))
 
 
@@ -108,6 +109,7 @@ class _Effective(Coords):
 
     @override
     def forward(self, weight: Tensor) -> Tensor:
+        self.sub.require_shape()
         effective: Tensor = _effective_weight(weight, self.coords, self.sub)
         return effective
 

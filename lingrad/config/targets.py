@@ -135,6 +135,8 @@ def resolve_parameters(named: Iterable[tuple[str, nn.Parameter]], rules: Rules) 
         ShapeError: A rank does not fit.
     """
     named = list(named)
+    for name, param in named:
+        _require_initialized(name, param)
     candidates = [_Candidate([name], param) for name, param in named if param.requires_grad]
     parsed = parse_rules(rules)
     if isinstance(parsed, Transform):
@@ -149,11 +151,19 @@ def _candidates(model: nn.Module) -> list[_Candidate]:
     for module_name, module in model.named_modules():
         for attribute, param in module.named_parameters(recurse=False):
             name = f"{module_name}.{attribute}" if module_name else attribute
+            _require_initialized(name, param)
             if param.requires_grad or (attribute == "weight" and is_packed(module)):
                 candidate = found.setdefault(id(param), _Candidate([], param))
                 candidate.names.append(name)
                 candidate.owners.append((module, attribute))
     return list(found.values())
+
+
+def _require_initialized(name: str, param: Tensor) -> None:
+    if isinstance(param, nn.parameter.UninitializedParameter):
+        raise ShapeError(
+            f"{name} has no shape yet: a lazy layer takes it from its first input. Call the model once, and lingrad then"
+        )
 
 
 def _is_linear_weight(candidate: _Candidate) -> bool:

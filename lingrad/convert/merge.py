@@ -73,6 +73,27 @@ def merge(start: str | Path, adapter: str | Path, out: str | Path, *, tick: Tick
     return write_model(folder, Path(out), merged, tick)
 
 
+def decayed_weight(name: str, weight: Tensor, factor: float) -> Tensor:
+    """A weight multiplied by what decoupled decay has made of it.
+
+    Args:
+        name: Its name, for messages.
+        weight: The weight.
+        factor: The factor; 1 leaves the weight as it is.
+
+    Returns:
+        In the weight's dtype, rounded once.
+
+    Raises:
+        DataError: The weight is stored as integers.
+    """
+    if factor == 1.0:
+        return weight
+    if not weight.is_floating_point():
+        raise DataError(f"'{name}' is stored as {weight.dtype}, as in a quantised model, and cannot be decayed")
+    return (weight.double() * factor).to(weight.dtype)
+
+
 def write_model(template: ModelFolder, out: Path, make: Callable[[str], Tensor], tick: Tick | None = None) -> Path:
     """Write a model folder with the same files as another one and new values.
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lingrad.convert.lowrank import Goal
-from lingrad.convert.merge import write_model
+from lingrad.convert.merge import decayed_weight, write_model
 from lingrad.convert.notes import notes
 from lingrad.convert.output import Output
 from lingrad.convert.tensors import TensorPair
@@ -153,8 +153,7 @@ class _Job:
             )
 
         def value(name: str) -> Tensor:
-            weight, factor = start.read(name), factors.get(name, 1.0)
-            return weight if factor == 1.0 else (weight.double() * factor).to(weight.dtype)
+            return decayed_weight(name, start.read(name), factors.get(name, 1.0))
 
         write_model(start, decayed, value, self.output.tick)
         try:

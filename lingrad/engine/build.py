@@ -215,7 +215,9 @@ def build(model: Trainable, rules: Rules, base: BaseLike, mode: Mode, options: M
     for i, basis in enumerate(bases if settings.stagger else ()):
         basis.offset = i * basis.transform.period // len(bases)
     run = Run(settings, Stepper(found, steps_as, degrees), attachments, bases)
-    run.model = model if isinstance(model, nn.Module) else None
+    if isinstance(model, nn.Module):
+        run.model = model
+        run.frozen = [(name, param) for name, param in model.named_parameters() if not param.requires_grad]
     if settings.layerwise:
         run.layerwise = Layerwise(step_one)
         run.layerwise.belong_to(run)

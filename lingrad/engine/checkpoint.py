@@ -47,7 +47,11 @@ class Entries(NamedTuple):
 
 def identity(run: Run) -> dict[str, Any]:
     """What a checkpoint must agree on with a run, besides the groups, by the keys of a param group."""
-    return {"format": FORMAT, "mode": run.mode, "base": run.stepper.base.name, **run.settings.identity()}
+    base = run.stepper.base
+    kind = None if base.quantizer is None else base.quantizer.kind
+    # codes of '8bit' and '8bit_linear' are bytes alike, and mean other numbers
+    name = base.name if kind in (None, "8bit") else f"{base.name}(moments={kind})"
+    return {"format": FORMAT, "mode": run.mode, "base": name, **run.settings.identity()}
 
 
 def state(run: Run) -> defaultdict[Tensor, dict[str, Any]]:
@@ -84,6 +88,8 @@ def load(run: Run, state_dict: dict[str, Any]) -> None:
     """
     saved = Saved(state_dict)
     own = identity(run)
+    if saved.upgraded:
+        own["base"] = run.stepper.base.name  # that format does not tell the kinds of 8-bit moments apart
     check_groups(saved.groups, run.groups, own)
     indices = [index for group in saved.groups for index in group["params"]]
     found = []

@@ -108,6 +108,10 @@ class Layerwise:
             engine: Any = torch.autograd.Variable._execution_engine
             engine.queue_callback(self.flush)
 
+    def was_stepped(self, param: Tensor) -> bool:
+        """Whether a parameter was stepped since the last step of the run."""
+        return id(param) in self._stepped
+
     def flush(self) -> None:
         """Step what waits."""
         waiting, self._waiting = self._waiting, []

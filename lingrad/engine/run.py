@@ -46,6 +46,7 @@ class Run:
         bases: The bases, in the order of the first weight that uses each.
         groups: The param groups; the optimizer's own list.
         model: The model; None where only parameters were given.
+        frozen: (name, parameter) of those that were frozen when the run was made.
         layerwise: What steps each weight inside the backward, where the run does so.
         mode: ``optimizer`` or ``adapter``; None while detached.
         step: Steps finished.
@@ -57,6 +58,7 @@ class Run:
     bases: list[Basis]
     groups: list[Group] = field(default_factory=list)
     model: nn.Module | None = None
+    frozen: list[tuple[str, Tensor]] = field(default_factory=list)
     layerwise: Layerwise | None = None
     mode: Mode | None = None
     step: int = 0
@@ -146,13 +148,23 @@ class Run:
     @torch.no_grad()
     def detach(self) -> None:
         """Merge all coordinates into the weights and disconnect; detaching twice does nothing."""
-        if self.mode is None:
+        mode = self.mode
+        if mode is None:
             return
+        for sub in self.subspaces:
+            if not sub.released:
+                sub.require_shape()
         for sub in self.subspaces:  # all of them first: where one cannot be merged, the run stays attached
             sub.merge()
-        for attachment in self.attachments:
-            attachment.detach()
-            attachment.sub.on_gradient = None
+        for i, attachment in enumerate(self.attachments):
+            try:
+                attachment.detach()
+            except BaseException:
+                for done in self.attachments[:i]:
+                    done.attach(mode)
+                raise
+        for sub in self.subspaces:
+            sub.on_gradient = None
         if self.layerwise is not None:
             self.layerwise.stop()
         self.mode = None

@@ -40,6 +40,7 @@ class Saved:
 
     Attributes:
         state: Entries by index.
+        upgraded: Whether it was in the format before.
         groups: Param groups, each with ``kind``, ``param_names`` and, of coordinates, ``specs``.
 
     Raises:
@@ -54,6 +55,7 @@ class Saved:
                 "pass what opt.state_dict() gave, not the whole file or a model's"
             )
         upgraded = upgrade(state_dict)
+        self.upgraded = upgraded is not state_dict
         self.state: Mapping[Any, Mapping[str, Any]] = upgraded["state"]
         self.groups: list[dict[str, Any]] = upgraded["param_groups"]
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lingrad.adapters import Attachment
+from lingrad.engine.follow import refuse_lost
 from lingrad.engine.refresh import choose, commit, renew, schedule
 from lingrad.engine.run import Run
 from lingrad.engine.stepper import Built, Group
@@ -39,6 +40,7 @@ def step(run: Run, closure: Callable[[], Any] | None = None) -> Any:
             loss = closure()
     for group in run.groups:
         run.stepper.follow(group, group["params"])
+    refuse_lost(run)
     dry = run.is_dry_run()
     if run.layerwise is not None:
         run.layerwise.flush()

@@ -13,12 +13,13 @@ from torch.optim import Optimizer
 from lingrad.config.settings import Carry
 from lingrad.engine.arithmetic import Arithmetic
 from lingrad.engine.moments import Moments
-from lingrad.errors import SpecError
+from lingrad.errors import ShapeError, SpecError
 from lingrad.optimizers import Base
 from lingrad.subspaces import trees
 from lingrad.subspaces.subspace import Subspace
 
 Group = dict[str, Any]
+_Kind = tuple[torch.dtype, torch.device, torch.Size]  # of a parameter: what its state depends on
 
 # Of a param group, what the base optimizer must not get as it is: the run's own, fixed when it was built, or set in `_sync_to`.
 _OWN = {"params", "param_names", "name", "kind", "scale", "specs", "weight_decay", "lr", "eps", "fused", "foreach"}
@@ -59,7 +60,7 @@ class Stepper:
         self.state: defaultdict[Tensor, dict[str, Any]] = defaultdict(dict)
         self._built: list[Built] = []
         self._single: dict[int, Built] = {}  # of one parameter each, where layerwise
-        self._followed: dict[int, tuple[torch.dtype, torch.device]] = {}  # of each parameter, when its state last followed
+        self._followed: dict[int, _Kind] = {}  # of each parameter, when its state last followed
         self._compiled: dict[str, Any] | None = None  # options of torch.compile, where steps go through it
 
     def base_of(self, kind: str) -> Base:
@@ -157,13 +158,26 @@ class Stepper:
         Args:
             group: The parameters' group.
             params: The parameters.
+
+        Raises:
+            ShapeError: A parameter was resized, and has state of its old size, beyond which a fused kernel would write.
         """
         for param in params:
-            now = (param.dtype, param.device)
+            now = (param.dtype, param.device, param.shape)
             was = self._followed.setdefault(id(param), now)
             if was != now:
+                if was[2] != now[2]:
+                    self._require_no_state(group, param, was[2])
                 self._followed[id(param)] = now
-                self._move(group, param, *was)
+                self._move(group, param, *was[:2])
+
+    def _require_no_state(self, group: Group, param: Tensor, shape: torch.Size) -> None:
+        if any(isinstance(value, Tensor) and value.dim() for value in self.state.get(param, {}).values()):
+            name = next(name for name, own in zip(group["param_names"], group["params"], strict=True) if own is param)
+            raise ShapeError(
+                f"{name} has shape {tuple(param.shape)} now, and its moments are of its old shape {tuple(shape)}. Call "
+                "detach() after such a change (resize_token_embeddings and the like), and lingrad.wrap or lingrad.adapt again"
+            )
 
     def _move(self, group: Group, param: Tensor, dtype: torch.dtype, device: torch.device) -> None:
         entries = self.state.get(param, {})
@@ -187,7 +201,7 @@ class Stepper:
             self.state.pop(param, None)
             if entries:
                 self.state[param] = entries
-        self._followed = {id(param): (param.dtype, param.device) for param, _ in states}
+        self._followed = {id(param): (param.dtype, param.device, param.shape) for param, _ in states}
 
     def moments(self, sub: Subspace, carry: Carry) -> Moments:
         """The state of one weight's coordinates, for a refresh to carry over.

@@ -30,6 +30,53 @@ def excluded(name: str, entry: str) -> bool:
     return re.match(rf"(^|.*\.){entry}($|\..*)", name) is not None
 
 
+def left_out_by(name: str, config: Mapping[str, Any]) -> str | None:
+    """Which option of a config keeps PEFT from putting factors on a module, whatever the adapter's file holds.
+
+    Args:
+        name: The module's name.
+        config: The adapter's config.
+
+    Returns:
+        The option's name; None for a module that is targeted.
+    """
+    exclude, targets = config.get("exclude_modules"), config.get("target_modules")
+    if exclude and _matches(name, exclude):
+        return "exclude_modules"
+    if any(excluded(name, entry) for entry in config.get("modules_to_save") or ()):
+        return "modules_to_save"
+    if targets is None or (isinstance(targets, str) and targets.lower() == "all-linear"):
+        return None  # PEFT's own choice
+    if not _matches(name, targets):
+        return "target_modules"
+    layers = config.get("layers_to_transform")
+    if layers in (None, []) or isinstance(targets, str) or name in targets:
+        return None
+    patterns = config.get("layers_pattern") or []
+    patterns = [patterns] if isinstance(patterns, str) else patterns
+    numbered = [rf"(?:^|.*?\.){pattern}\.(\d+)\." for pattern in patterns] or [r".*?\.[^.]*\.(\d+)\."]
+    found = (re.match(pattern, name) for pattern in numbered)
+    first = next((match for match in found if match), None)
+    chosen = [layers] if isinstance(layers, int) else layers
+    return None if first is not None and int(first[1]) in chosen else "layers_to_transform"
+
+
+def compiles(pattern: str) -> bool:
+    """Whether a text is a regular expression."""
+    try:
+        re.compile(pattern)
+    except re.error:
+        return False
+    return True
+
+
+def _matches(name: str, entries: Any) -> bool:
+    """Whether a regular expression, or one of a list of names, matches a module."""
+    if isinstance(entries, str):
+        return re.fullmatch(entries, name) is not None
+    return any(targeted(name, entry) for entry in entries)
+
+
 def target_modules(chosen: Collection[str], every: Collection[str]) -> list[str] | str:
     """What to write as ``target_modules``.
 

@@ -101,8 +101,15 @@ class Adapter:
 
         Raises:
             CheckpointError: The adapter is for a weight of another shape.
+            DataError: It changes a weight that is stored as integers.
         """
         found = weight
+        changes = name in self.low_rank or (name in self.full and self.full[name].is_floating_point())
+        if changes and not weight.is_floating_point():
+            raise DataError(
+                f"'{name}' is stored as {weight.dtype}, as in a quantised model, and the adapter would be rounded away; give "
+                "the model that it was quantised from"
+            )
         if name in self.full:
             if self.full[name].shape != weight.shape:
                 raise CheckpointError(f"'{name}' is {tuple(self.full[name].shape)} in the adapter, {tuple(weight.shape)} here")
@@ -208,20 +215,12 @@ def _read_config(folder: Path) -> dict[str, Any]:
         raise DataError(f"{path}: target_parameters must be a list of names, not {targets!r}")
     for option in ("rank_pattern", "alpha_pattern"):
         value = config.get(option) or {}
-        if not isinstance(value, dict) or not all(_number(v) for v in value.values()) or not all(map(_compiles, value)):
+        if not isinstance(value, dict) or not all(_number(v) for v in value.values()) or not all(map(names.compiles, value)):
             raise DataError(f"{path}: {option} must map regular expressions to numbers above 0, not {value!r}")
     for option in ("r", "lora_alpha"):
         if not _number(config.get(option)):
             raise DataError(f"{path}: {option} must be a number above 0, not {config.get(option)!r}")
     return config
-
-
-def _compiles(pattern: str) -> bool:
-    try:
-        re.compile(pattern)
-    except re.error:
-        return False
-    return True
 
 
 def _number(value: Any) -> bool:
@@ -250,6 +249,12 @@ def _find_slots(model: nn.Module, config: Mapping[str, Any], keys: set[str]) -> 
         by_parameter = [name for name in own if any(names.targeted(name, entry) for entry in targets)]
         if not by_parameter and f"{owner}.weight" not in own:
             raise CheckpointError(f"the adapter has factors for '{owner}', a {type(modules[owner]).__name__} without a weight")
+        left_out = None if by_parameter else names.left_out_by(owner, config)
+        if left_out is not None:
+            raise CheckpointError(
+                f"the adapter has factors for '{owner}', which {left_out} in its config leaves out, so that PEFT would not "
+                "load them; correct the config, or take the factors out of the file"
+            )
         chosen += by_parameter or [f"{owner}.weight"]
     try:
         found = slots(model, chosen)

@@ -71,15 +71,23 @@ class Ledger:
         if self.decay == 0.0:  # nothing of the start or the earlier merges is left
             self._parts.clear()
 
-    def add(self, coords: Tensor) -> None:
-        """Record coordinates of the basis in use that are being merged.
+    def reserve(self, coords: Tensor) -> None:
+        """Allocate what `add` needs, so that it cannot fail once the weight has changed.
 
         Args:
             coords: z [p, q].
         """
-        if self.records:
-            if self._open is None:
-                self._open = torch.zeros_like(coords)
+        if self.records and self._open is None:
+            self._open = torch.zeros_like(coords)
+
+    def add(self, coords: Tensor) -> None:
+        """Record coordinates of the basis in use that were merged.
+
+        Args:
+            coords: z [p, q].
+        """
+        self.reserve(coords)
+        if self._open is not None:
             self._open += coords
 
     def tensors(self) -> list[Tensor]:

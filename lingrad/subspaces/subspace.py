@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lingrad import parallel
-from lingrad.errors import ModeError
+from lingrad.errors import ModeError, ShapeError
 from lingrad.gradients import Gradient
 from lingrad.maps import LinearMap
 from lingrad.parallel import average
@@ -89,6 +89,20 @@ class Subspace:
             weight = self.add_to(wanted, self.coords.detach() if dtype is None else self.coords.detach().to(dtype))
         return weight.to(self.weight.dtype if dtype is None else dtype)
 
+    def require_shape(self) -> None:
+        """Make sure that the weight has the shape that it was given with.
+
+        Raises:
+            ShapeError: It has another.
+        """
+        now, given = self.weight.shape, self.weight.layout.weight_shape
+        if now != given:
+            raise ShapeError(
+                f"{self.name} has shape {tuple(now)} now, and had {given} when lingrad was called; its basis, its coordinates "
+                "and their moments are for that shape. Call detach() before such a change (resize_token_embeddings and the "
+                "like), and lingrad.wrap or lingrad.adapt after it"
+            )
+
     def add_to(self, weight: Tensor, coords: Tensor) -> Tensor:
         """``weight + S z``, in the weight's shape and dtype; S z is rounded to that before the sum."""
         return weight + self.weight.layout.restore(self.map().lift(coords)).to(weight.dtype)
@@ -145,11 +159,12 @@ class Subspace:
             return None
         if self.weight.loss is not None and not bool(self.coords.any()):
             return None  # to quantise again would change the weight for nothing
-        # what is released has been stepped
-        self.ledger.merged = self.ledger.merged or release or bool(self.coords.any())
-        if self.ledger.records:
-            self.ledger.add(self.coords)
+        merged = self.ledger.merged or release or bool(self.coords.any())  # what is released has been stepped
+        # a merge that fails, for want of memory, leaves weight, coordinates and ledger as they are, to be repeated
+        self.ledger.reserve(self.coords)
         remainder = self.weight.add_(self.basis.map(), self.coords)
+        self.ledger.merged = merged
+        self.ledger.add(self.coords)
         if release:
             self.release()
         if not self.released:

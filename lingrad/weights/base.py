@@ -71,6 +71,11 @@ class Weight(ABC):
     def dtype(self) -> torch.dtype:
         """The dtype of the weight in the forward; of a quantised one that it was quantised from."""
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the weight now: other programs may change it, as where a vocabulary is resized."""
+        return self.layout.weight_shape
+
     @abstractmethod
     def dense(self) -> Tensor:
         """W in its own shape: the parameter itself without autograd, or, dequantised, a new tensor in float32."""

@@ -30,6 +30,7 @@ class DenseWeight(Weight):
         super().__init__(layout)
         self.owners = tuple(owners)
         self._param = None if owners else param
+        self._embeddings = [module for module, _ in owners if isinstance(module, nn.Embedding)]
 
     @property
     @override
@@ -44,6 +45,16 @@ class DenseWeight(Weight):
     @override
     def dtype(self) -> torch.dtype:
         return self.param.dtype
+
+    @property
+    @override
+    def shape(self) -> tuple[int, ...]:
+        shape = self.param.shape
+        if shape == self.layout.weight_shape:
+            # a program that resizes a parametrized weight reaches a computed tensor, and only the layer's own number of rows
+            resized = [module.num_embeddings for module in self._embeddings if module.num_embeddings != shape[0]]
+            return (resized[0], *shape[1:]) if resized else shape
+        return shape
 
     @override
     def dense(self) -> Tensor:

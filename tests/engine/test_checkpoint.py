@@ -193,6 +193,31 @@ def test_moments_of_another_shape_are_refused():
     assert not fresh.state
 
 
+@pytest.mark.parametrize("base", ["adamw", "sgd"])
+def test_codes_of_one_kind_are_not_read_by_the_book_of_another(base):
+    """Bytes are bytes: only what the checkpoint says of itself tells them apart."""
+    kinds = {"8bit": {"moments": "8bit"}, "8bit_linear": {"moments": "8bit_linear"}, "plain": {}}
+    momentum = {"momentum": 0.9} if base == "sgd" else {}
+
+    def run(kind):
+        options = kinds[kind] | ({"min_8bit_size": 2} if kind != "plain" else {})
+        model = llama(torch.float32)
+        return model, lingrad.wrap(model, "svd(rank=4)", base, lr=1e-2, **options, **momentum)
+
+    for kind in kinds:
+        model, optimizer = run(kind)
+        train(model, optimizer, text_batches(2))
+        saved = optimizer.state_dict()
+        for other in kinds:
+            _, fresh = run(other)
+            if other == kind:
+                fresh.load_state_dict(saved)
+            else:
+                with pytest.raises(CheckpointError):
+                    fresh.load_state_dict(saved)
+                assert not fresh.state
+
+
 def test_loading_shares_no_memory_with_what_was_loaded():
     model = llama()
     optimizer = lingrad.wrap(model, "svd(rank=4)", lr=1e-2)

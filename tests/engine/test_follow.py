@@ -1,0 +1,294 @@
+"""A model that is changed while it is trained: followed as torch's optimizer does, or an error that names the parameter."""
+
+import dataclasses
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+
+import lingrad
+from lingrad.errors import LingradError, ModeError, ShapeError
+from tests.support.runs import MODES, each_mode
+
+RULES = {"embed": "svd(rank=2, every=3)", "conv": "svd(rank=2, every=3)", "inner": "svd(rank=2, every=3)"}
+
+
+class Mixed(nn.Module):
+    """One weight for each way to attach, and some that train in full."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(10, 8)
+        self.table = nn.Embedding(10, 8)
+        self.conv = nn.Conv1d(8, 8, 3, padding=1)
+        self.inner = nn.Linear(8, 8)
+        self.norm = nn.LayerNorm(8)
+        self.out = nn.Linear(8, 10)
+
+    def forward(self, ids):
+        x = self.embed(ids) + self.table(ids)
+        x = x + self.conv(x.mT).mT
+        return self.out(self.norm(x + self.inner(x)))
+
+
+def mixed():
+    torch.manual_seed(0)
+    return Mixed().double()
+
+
+def teach(model, optimizer, steps=2, ids=None):
+    ids = torch.arange(10).view(2, 5) if ids is None else ids
+    for _ in range(steps):
+        optimizer.zero_grad()
+        model(ids).square().mean().backward()
+        optimizer.step()
+
+
+def resize(module, attribute, shape):
+    """As transformers does: the parameter stays, and changes its size."""
+    old = getattr(module, attribute)
+    new = torch.zeros(shape, dtype=old.dtype)
+    rows = tuple(slice(min(a, b)) for a, b in zip(old.shape, shape, strict=True))
+    new[rows] = old.detach()[rows]
+    old.data = new
+
+
+def resize_table(model):
+    resize(model.table, "weight", (14, 8))
+
+
+def resize_out(model):
+    resize(model.out, "weight", (14, 8))
+    resize(model.out, "bias", (14,))
+
+
+@dataclasses.dataclass(frozen=True)
+class Change:
+    """A change of a model in mid-run.
+
+    Args:
+        make: Makes it.
+        named: The parameter that the error names.
+        error: The error's class.
+    """
+
+    make: Callable[[nn.Module], None]
+    named: str
+    error: type[LingradError] = ShapeError
+
+
+def assign(model):
+    model.load_state_dict({key: value.clone() for key, value in model.state_dict().items()}, assign=True)
+
+
+def replace(name):
+    def make(model):
+        fresh = mixed()
+        setattr(model, name, getattr(fresh, name))
+
+    return make
+
+
+def replace_parameter(model):
+    model.norm.weight = nn.Parameter(torch.ones(8, dtype=torch.float64))
+
+
+RESIZED = [
+    Change(resize_table, "table.weight"),
+    Change(resize_out, "out.weight"),
+]
+REPLACED = [
+    Change(replace("table"), "table.weight", ModeError),
+    Change(replace("inner"), "inner.weight", ModeError),
+    Change(replace("conv"), "conv.weight", ModeError),
+    Change(replace("embed"), "embed.weight", ModeError),
+    Change(replace_parameter, "norm.weight", ModeError),
+]
+
+
+@pytest.mark.parametrize("base", ["adamw", "sgd(momentum)", "adamw fused"])
+@each_mode
+@pytest.mark.parametrize("change", RESIZED, ids=lambda c: c.make.__name__)
+def test_a_parameter_that_was_resized_after_steps_is_named_before_anything_is_stepped(mode, change, base):
+    model = mixed()
+    options = {"sgd(momentum)": {"base": "sgd", "momentum": 0.9}, "adamw fused": {"base": "adamw", "fused": True}}
+    optimizer = MODES[mode](model, RULES, lr=1e-2, **options.get(base, {"base": "adamw"}))
+    teach(model, optimizer)
+    change.make(model)
+    before = {name: value.clone() for name, value in optimizer.weights().items()}
+    with pytest.raises(change.error, match=rf"^{change.named} has shape .* moments are of its old shape .*detach\(\)"):
+        teach(model, optimizer, 1)
+    assert all(torch.equal(value, before[name]) for name, value in optimizer.weights().items())
+    optimizer.detach()
+    again = MODES[mode](model, RULES, lr=1e-2)
+    teach(model, again)
+
+
+@each_mode
+def test_a_parameter_that_was_resized_before_its_first_step_trains_as_in_torch(mode):
+    runs = []
+    for make in (MODES[mode], lambda model, rules, lr: torch.optim.AdamW(model.parameters(), lr, weight_decay=0.0)):
+        model = mixed()
+        optimizer = make(model, {"inner": "full()"}, lr=1e-2)
+        resize_table(model)
+        teach(model, optimizer)
+        runs.append(model.table.weight.detach().clone())
+    torch.testing.assert_close(*runs, rtol=1e-12, atol=1e-12)  # other weights are stepped by way of a map, which rounds
+
+
+@each_mode
+def test_without_moments_a_resized_parameter_is_followed_as_in_torch(mode):
+    model = mixed()
+    optimizer = MODES[mode](model, RULES, base="sgd", lr=1e-2)
+    teach(model, optimizer)
+    resize_table(model)
+    before = model.table.weight.detach().clone()
+    teach(model, optimizer)
+    assert (model.table.weight[:10] != before[:10]).any()
+
+
+@each_mode
+@pytest.mark.parametrize("name", ["embed", "conv", "inner"])
+def test_a_transformed_weight_that_was_resized_is_named(mode, name):
+    model = mixed()
+    optimizer = MODES[mode](model, RULES, lr=1e-2)
+    teach(model, optimizer)
+    module = getattr(model, name)
+    held = module.parametrizations.weight.original if hasattr(module, "parametrizations") else module.weight
+    if name == "conv":
+        held.data = nn.functional.pad(held.detach(), (1, 1))
+        module.padding = (2,)
+    else:
+        held.data = torch.cat([held.detach(), held.detach()[:2]])
+    with pytest.raises(ShapeError, match=rf"{name}.weight has shape .* when lingrad was called.*detach\(\) before"):
+        teach(model, optimizer, 1)
+
+
+@each_mode
+@pytest.mark.parametrize("change", REPLACED, ids=lambda c: c.named)
+def test_a_parameter_that_was_replaced_is_named(mode, change):
+    model = mixed()
+    optimizer = MODES[mode](model, RULES, lr=1e-2)
+    teach(model, optimizer)
+    change.make(model)
+    with pytest.raises(change.error, match=rf"{change.named} is another parameter now"):
+        teach(model, optimizer, 1)
+    optimizer.detach()
+    teach(model, MODES[mode](model, RULES, lr=1e-2))
+
+
+@each_mode
+def test_a_state_that_is_assigned_is_an_error_where_it_would_stand_still(mode):
+    model = mixed()
+    optimizer = MODES[mode](model, RULES, lr=1e-2)
+    teach(model, optimizer)
+    assign(model)
+    with pytest.raises(ModeError, match="is another parameter now"):
+        teach(model, optimizer, 1)
+    optimizer.detach()
+    assert not any(name.endswith("coords") for name, _ in model.named_parameters())
+
+
+@each_mode
+def test_a_state_that_is_assigned_is_followed_by_linear_layers(mode):
+    torch.manual_seed(0)
+    models = [nn.Sequential(nn.Linear(8, 8, bias=False), nn.Tanh(), nn.Linear(8, 8, bias=False)).double() for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    optimizers = [MODES[mode](model, {"*": "svd(rank=2, every=3)"}, lr=1e-2) for model in models]
+    x = torch.randn(4, 8, dtype=torch.float64)
+    for model, optimizer in zip(models, optimizers, strict=True):
+        teach(model, optimizer, 4, x)
+    assign(models[1])
+    for model, optimizer in zip(models, optimizers, strict=True):
+        teach(model, optimizer, 4, x)
+    weights = [optimizer.weights() for optimizer in optimizers]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+@each_mode
+@pytest.mark.parametrize("name", ["inner", "conv", "embed", "table", "norm"])
+def test_what_was_frozen_at_the_start_and_has_a_gradient_now_is_named(mode, name):
+    model = mixed()
+    getattr(model, name).requires_grad_(False)
+    rules = {key: value for key, value in RULES.items() if key != name}
+    optimizer = MODES[mode](model, rules, lr=1e-2)
+    teach(model, optimizer)
+    getattr(model, name).requires_grad_(True)
+    with pytest.raises(ModeError, match=rf"{name}\.\w+ was frozen when lingrad was called, has a gradient now"):
+        teach(model, optimizer, 1)
+    getattr(model, name).requires_grad_(False)
+    teach(model, optimizer, 1)
+
+
+@each_mode
+@pytest.mark.parametrize("name", ["inner", "conv", "embed", "table", "norm"])
+def test_what_was_trainable_at_the_start_can_be_frozen_and_unfrozen(mode, name):
+    """The remedy that the error above gives."""
+    model = mixed()
+    optimizer = MODES[mode](model, RULES, lr=1e-2)
+    getattr(model, name).requires_grad_(False)
+    frozen = {key: value.clone() for key, value in optimizer.weights().items() if key.startswith(name)}
+    teach(model, optimizer)
+    assert all(torch.equal(optimizer.weights()[key], value) for key, value in frozen.items())
+    getattr(model, name).requires_grad_(True)
+    teach(model, optimizer)
+    assert not any(torch.equal(optimizer.weights()[key], value) for key, value in frozen.items())
+
+
+@each_mode
+def test_layers_that_are_removed_stand_still_as_in_torch(mode):
+    torch.manual_seed(0)
+    model = nn.Sequential(*[nn.Linear(8, 8) for _ in range(4)]).double()
+    optimizer = MODES[mode](model, {"*": "svd(rank=2, every=3)"}, lr=1e-2)
+    x = torch.randn(4, 8, dtype=torch.float64)
+    teach(model, optimizer, 2, x)
+    removed = model[1]
+    del model[1]  # the names of the layers behind it move up
+    teach(model, optimizer, 4, x)
+    optimizer.detach()
+    assert "forward" not in vars(removed)
+
+
+@pytest.mark.parametrize("given", ["model", "parameters"])
+@pytest.mark.parametrize("layer", [nn.LazyLinear(4), nn.LazyConv1d(4, 3), nn.LazyBatchNorm1d()], ids=lambda m: type(m).__name__)
+def test_a_lazy_layer_is_named(layer, given):
+    model = nn.Sequential(nn.Linear(8, 8), layer)
+    with pytest.raises(ShapeError, match=r"^1\.weight has no shape yet.*Call the model once"):
+        lingrad.wrap(model if given == "model" else model.named_parameters(), {"0.weight": "svd(rank=2)"})
+
+
+@each_mode
+@pytest.mark.parametrize("broken", ["first", "last"])
+def test_detach_is_all_or_nothing(mode, broken):
+    model = mixed()
+    optimizer = MODES[mode](model, RULES, lr=1e-2)
+    teach(model, optimizer)
+    weights = {name: value.clone() for name, value in optimizer.weights().items()}
+    attachment = optimizer.attachments[0 if broken == "first" else -1]
+
+    def fail():
+        raise RuntimeError("a layer that cannot be restored")
+
+    vars(attachment)["_disconnect"] = fail
+    with pytest.raises(RuntimeError, match="cannot be restored"):
+        optimizer.detach()
+    assert optimizer.mode == mode
+    for name, value in optimizer.weights().items():
+        torch.testing.assert_close(value, weights[name], rtol=1e-12, atol=1e-12)  # merged, in another order of sums
+    del vars(attachment)["_disconnect"]
+    teach(model, optimizer)
+    optimizer.detach()
+    assert list(model.state_dict()) == list(mixed().state_dict())
+
+
+def test_a_weight_that_was_resized_is_not_detached_where_its_coordinates_hold_something():
+    model = mixed()
+    optimizer = lingrad.adapt(model, RULES, lr=1e-2)
+    teach(model, optimizer)
+    resize(model.inner, "weight", (12, 8))
+    with pytest.raises(ShapeError, match=r"inner\.weight has shape \(12, 8\) now"):
+        optimizer.detach()
+    assert optimizer.mode == "adapter"
+    resize(model.inner, "weight", (8, 8))
+    optimizer.detach()

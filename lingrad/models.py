@@ -132,13 +132,51 @@ def open_model(name: str) -> nn.Module:
             )
         transformers = _transformers()
         try:  # a model may raise any exception on an invalid config
-            config = transformers.AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-            architecture = (config.architectures or [None])[0]
-            cls = getattr(transformers, architecture or "", None)
-            model: nn.Module = cls(config) if cls is not None else transformers.AutoModel.from_config(config)
+            config = read_config(path)
+            cls = getattr(transformers, (config.architectures or [""])[0], None)
+            model: nn.Module
+            model = cls(config) if cls is not None else transformers.AutoModel.from_config(config, trust_remote_code=False)
         except Exception as error:
             raise DataError(f"'{name}' holds no config that transformers can build a model from: {error}") from error
         return model
+
+
+def load_model(path: Path) -> Any:
+    """The model of a folder, in the dtype it was saved in; nothing is downloaded, and no code of the folder's is run."""
+    transformers = _transformers()
+    config = read_config(path)
+    cls = getattr(transformers, (config.architectures or [""])[0], transformers.AutoModel)
+    options = {"dtype": "auto", "local_files_only": True, "use_safetensors": True, "trust_remote_code": False}
+    return cls.from_pretrained(path, config=config, **options)
+
+
+def read_config(path: Path) -> Any:
+    """A config of transformers, read from disk. No code of its folder is run, nor asked about, now or by a model made of it.
+
+    Args:
+        path: The ``config.json``, or the folder that holds it.
+
+    Returns:
+        The config, without ``auto_map`` (Python files of the folder) and without attention kernels of a hub, at any depth.
+        Raises whatever transformers does where it cannot read the config.
+    """
+    config = _transformers().AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    _drop_code(config, set())
+    return config
+
+
+def _drop_code(config: Any, seen: set[int]) -> None:
+    """Take out of a config, and of those in it, what would have transformers run or fetch code."""
+    entries = config if isinstance(config, dict) else getattr(config, "__dict__", None)
+    if entries is None or id(config) in seen:
+        return
+    seen.add(id(config))
+    entries.pop("auto_map", None)
+    for key, value in list(entries.items()):
+        if isinstance(value, str) and "attn_implementation" in str(key) and "/" in value:
+            entries[key] = None
+        for inner in value if isinstance(value, (list, tuple)) else (value,):
+            _drop_code(inner, seen)
 
 
 def _transformers() -> Any:

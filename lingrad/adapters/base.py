@@ -184,6 +184,26 @@ def is_attached(param: Tensor) -> bool:
     return getattr(param, _MARK, None) == id(param)
 
 
+def refuse_hooks(name: str, param: Tensor, reason: str, own: int = 0) -> None:
+    """Make sure that nothing waits for a gradient that will not be.
+
+    Args:
+        name: The parameter's name.
+        param: The parameter.
+        reason: Why its hooks would not be called.
+        own: How many hooks on it are lingrad's.
+
+    Raises:
+        ModeError: It has hooks.
+    """
+    found = (getattr(param, kind, None) for kind in ("_backward_hooks", "_post_accumulate_grad_hooks"))
+    if sum(len(hooks or ()) for hooks in found) > own:
+        raise ModeError(
+            f"{name} has a hook on its gradient, which would never be called: {reason}. Remove the hook, or leave the weight "
+            "out by a rule: 'none'"
+        )
+
+
 def refuse_attached(name: str, param: nn.Parameter, module: nn.Module | None = None) -> None:
     """Make sure that a parameter belongs to no subspace yet.
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lingrad.adapters.base import CHILD, Attachment, Coords
+from lingrad.adapters.base import CHILD, Attachment, Coords, refuse_hooks
 from lingrad.adapters.projected import Adapted, Projection, SharedInput, Tied, run
 from lingrad.config.settings import Mode
 from lingrad.errors import ModeError
@@ -107,6 +107,10 @@ class LayerAttachment(Attachment):
 @final
 class LinearAttachment(LayerAttachment):
     """A linear layer with a dense weight; arguments as for `LayerAttachment`."""
+
+    @override
+    def require(self, mode: Mode) -> None:
+        refuse_hooks(self.sub.name, self.sub.weight.param, "its layer never forms this gradient")
 
     @override
     def _connect(self, mode: Mode) -> None:

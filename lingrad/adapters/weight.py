@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from typing_extensions import override
 
-from lingrad.adapters.base import CHILD, Attachment, Coords, once, uncompiled
+from lingrad.adapters.base import CHILD, Attachment, Coords, once, refuse_hooks, uncompiled
 from lingrad.config.settings import Mode
 from lingrad.errors import ModeError
 from lingrad.gradients.local import DenseGradient
@@ -43,6 +43,12 @@ class WeightAttachment(Attachment):
         self.handle: Any = None  # of the hook; None while parametrized
         self.orders: list[list[str]] = []
         self.holder = Coords(sub, active=False)
+
+    @override
+    def require(self, mode: Mode) -> None:
+        if mode == "adapter":
+            own = 0 if self.handle is None else 1
+            refuse_hooks(self.sub.name, self.weight.param, "in adapter mode the gradient is that of W + S z", own)
 
     @override
     def _connect(self, mode: Mode) -> None:

@@ -6,8 +6,9 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from lingrad.errors import DataError, did_you_mean, optional
+from lingrad.errors import DataError, did_you_mean
 from lingrad.files.model_folder import ModelFolder
+from lingrad.models import read_config
 
 # Keys in which two configs of one architecture may differ: names, how a model is run, how it was trained. An adapter changes
 # none of them, and they do not change the function that the weights compute.
@@ -65,9 +66,8 @@ def refuse_other_model(start: ModelFolder, tuned: ModelFolder, tied: Collection[
 
 def _config(path: Path) -> dict[str, Any]:
     """The config as transformers reads it, so that configs written by different versions can be compared."""
-    transformers = optional("transformers", "comparing two models", "hf")
     try:
-        found = transformers.AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+        found = read_config(path)
     except Exception as error:  # transformers may raise any exception on a wrong config
         raise DataError(f"'{path}' has no config that transformers knows: {error}") from error
     entries: Mapping[str, Any] = found.to_dict()

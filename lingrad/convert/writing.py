@@ -12,6 +12,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
+from lingrad.convert.logits import compare_logits
 from lingrad.convert.lowrank import Goal
 from lingrad.convert.merge import decayed_weight, write_model
 from lingrad.convert.notes import notes
@@ -232,7 +233,7 @@ class _Job:
             tuple(written.saved_modules),
             tuple(written.alongside),
             start=None if models.start is None else str(models.start.path),
-            outputs=verify.compare_logits(folder, start, models.tuned.path) if output.logits and start else None,
+            outputs=compare_logits(folder, start, models.tuned.path) if output.logits and start else None,
             equal=len(records) - len(changed),
             model_bytes=model_bytes,
             goal=output.goal.words,

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import secrets
 import shutil
-import tempfile
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,21 +18,36 @@ from lingrad.errors import DataError
 def new_file(path: Path) -> Iterator[BinaryIO]:
     """Write a file through a temporary one next to it, which is renamed when the block ends without an error.
 
+    A link is followed, and stays. Into a pipe, a device or a terminal (``/dev/stdout``) the bytes are written as they come.
+
     Args:
-        path: The file; replaced if it exists.
+        path: The file; replaced if it exists, by one of the same mode. A new one has the mode that the umask allows.
 
     Yields:
         The temporary file, open. It is removed if the block fails; errors of the operating system are not translated.
     """
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    mode = path.stat().st_mode if path.exists() else None
+    if mode is not None and (not stat.S_ISREG(mode) or path.is_relative_to("/dev") or path.is_relative_to("/proc")):
+        with path.open("wb") as stream:
+            yield stream
+        return
+    path = Path(os.path.realpath(path))
+    temporary = _beside(path)
+    handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
     try:
         with os.fdopen(handle, "wb") as file:
             yield file
-        Path(temporary).chmod(0o644)
-        Path(temporary).replace(path)
+        if mode is not None:
+            temporary.chmod(stat.S_IMODE(mode))
+        temporary.replace(path)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
+
+
+def _beside(path: Path) -> Path:
+    """A hidden name next to a path that nothing has."""
+    return path.parent / f".{path.name}.{secrets.token_hex(6)}"
 
 
 def write_whole(path: Path, data: bytes) -> Path:
@@ -64,10 +80,10 @@ def new_folder(path: Path) -> Iterator[Path]:
     """
     refuse_existing(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    temporary = _beside(path)
+    temporary.mkdir()
     try:
         yield temporary
-        temporary.chmod(0o755)
         publish(temporary, path)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)

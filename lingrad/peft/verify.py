@@ -237,58 +237,6 @@ def check_structure(folder: Path, model: nn.Module, low_rank: Sequence[str]) -> 
     return found
 
 
-def compare_logits(folder: Path, base: Path, tuned: Path) -> OutputComparison:
-    """Load both models into memory, START with the adapter through PEFT, and compare their logits on random tokens.
-
-    Args:
-        folder: The adapter's folder.
-        base: The base model's.
-        tuned: The tuned model's.
-
-    Returns:
-        What was found.
-    """
-    peft: Any = optional("peft", "comparing logits", "hf")
-    model = load_model(tuned)
-    inputs, expected = make_inputs(None, model), logits_of(model)
-    del model  # before the next one is loaded
-    found = logits_of(peft.PeftModel.from_pretrained(load_model(base), str(folder)))
-    what = "" if inputs is None else inputs.what
-    return OutputComparison(what, float((found - expected).abs().max()), float(expected.abs().max()))
-
-
-def load_model(path: Path) -> Any:
-    """The model of a folder, in the dtype it was saved in; nothing is downloaded, and no code of the folder's is run."""
-    transformers: Any = optional("transformers", "loading a model", "hf")
-    config = transformers.AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-    cls = getattr(transformers, (config.architectures or [""])[0], transformers.AutoModel)
-    return cls.from_pretrained(path, dtype="auto", local_files_only=True, use_safetensors=True)
-
-
-def logits_of(model: Any) -> Tensor:
-    """The logits of a model on 2 x 16 random tokens, or as many as it takes; hidden states where it has no head.
-
-    Args:
-        model: The model.
-
-    Returns:
-        The logits, float64.
-
-    Raises:
-        ExportError: The model does not read tokens alone, or fails.
-    """
-    inputs = make_inputs(None, model)
-    try:
-        found = None if inputs is None else inputs.run(model)
-    except Exception as error:  # the model's own code may raise any exception
-        raise ExportError(
-            f"logits cannot be compared, {type(model).__name__} fails on random tokens: {error}; leave logits out"
-        ) from error
-    if found is None:
-        raise ExportError(f"logits cannot be compared, {type(model).__name__} does not read tokens alone; leave logits out")
-    return found
-
-
 def _tensor(output: Any) -> Tensor | None:
     """What to compare of a model's output: its logits, or its first floating-point tensor."""
     if isinstance(output, Tensor):

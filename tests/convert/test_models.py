@@ -12,9 +12,10 @@ from safetensors.torch import save_model
 
 from lingrad import __main__, convert
 from lingrad.convert import output
+from lingrad.convert.logits import logits_of
 from lingrad.errors import CheckpointError, ExportError, SpecError
 from lingrad.files.tensorfile import TensorFile
-from lingrad.peft.verify import load_model, logits_of
+from lingrad.models import load_model
 from tests.support.folders import BUILD, contents, edit, is_wide, left_over, make, tune
 
 peft = pytest.importorskip("peft", reason="make test installs it (extra: hf)", exc_type=ImportError)

@@ -6,7 +6,7 @@ import torch
 import lingrad
 from lingrad import convert
 from lingrad.errors import CheckpointError, DataError, ExportError, SpecError
-from lingrad.peft.verify import load_model
+from lingrad.models import load_model
 from tests.support.folders import Malicious, edit, left_over
 from tests.support.models import gpt2, llama, text_batches, train
 

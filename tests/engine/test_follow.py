@@ -292,3 +292,58 @@ def test_a_weight_that_was_resized_is_not_detached_where_its_coordinates_hold_so
     assert optimizer.mode == "adapter"
     resize(model.inner, "weight", (8, 8))
     optimizer.detach()
+
+
+HOOKS = {
+    "mask": lambda p: p.register_hook(lambda grad: grad * 0.0),
+    "afterwards": lambda p: p.register_post_accumulate_grad_hook(lambda _: None),
+}
+
+
+@pytest.mark.parametrize("hook", HOOKS)
+@pytest.mark.parametrize("name", ["inner", "conv", "embed"])
+@each_mode
+def test_hooks_on_a_gradient_that_is_never_formed_are_refused(mode, name, hook):
+    model = mixed()
+    HOOKS[hook](getattr(model, name).weight)
+    if mode == "optimizer" and name != "inner":  # whose gradients are formed, one after the other
+        MODES[mode](model, RULES, lr=1e-2)
+        return
+    with pytest.raises(ModeError, match=rf"^{name}\.weight has a hook on its gradient, which would never be called"):
+        MODES[mode](model, RULES, lr=1e-2)
+    assert list(model.state_dict()) == list(mixed().state_dict())
+    MODES[mode](model, {key: rule for key, rule in RULES.items() if key != name}, lr=1e-2)  # the remedy
+
+
+@pytest.mark.parametrize("name", ["conv", "embed"])
+def test_a_hook_on_a_gradient_that_is_formed_is_called_as_in_torch(name):
+    """Rows that a mask keeps stay: a left basis would mix them, a right one does not."""
+    model = mixed()
+    weight = getattr(model, name).weight
+    before = weight.detach().clone()
+    weight.register_hook(lambda grad: grad * (torch.arange(len(grad)) < 4).view(-1, *[1] * (grad.dim() - 1)))
+    optimizer = lingrad.wrap(model, {name: "svd(rank=2, every=3, side=right)"}, lr=1e-2)
+    teach(model, optimizer, 4)
+    moved = (weight.detach() - before).flatten(1).norm(dim=1)
+    assert (moved[:4] > 1e-3).all()
+    assert (moved[4:] == 0).all()
+
+
+def test_a_hook_that_came_after_wrapping_keeps_the_run_in_its_mode():
+    model = mixed()
+    optimizer = lingrad.wrap(model, RULES, lr=1e-2)
+    model.embed.weight.register_hook(lambda grad: grad)
+    with pytest.raises(ModeError, match=r"embed\.weight has a hook"):
+        optimizer.switch("adapter")
+    assert optimizer.mode == "optimizer"
+    teach(model, optimizer)
+
+
+def test_lingrad_s_own_hooks_do_not_count():
+    model = mixed()
+    optimizer = lingrad.wrap(model, RULES, lr=1e-2)
+    for mode in ("adapter", "optimizer", "adapter"):
+        optimizer.switch(mode)
+        teach(model, optimizer)
+    optimizer.detach()
+    lingrad.adapt(model, RULES, lr=1e-2)

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from lingrad import convert
+from lingrad.convert.logits import logits_of
 from lingrad.errors import CheckpointError, DataError
-from lingrad.peft.verify import load_model, logits_of
+from lingrad.models import load_model
 from tests.contract.test_galore import PROJECTIONS
 from tests.support.folders import Malicious
 from tests.support.models import gap, llama, text_batches, text_loss, train

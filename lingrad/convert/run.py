@@ -190,6 +190,10 @@ class _Run:
         if factors.shape != self.targets[pair.param].target.layout.shape:
             raise CheckpointError(f"'{pair.name}' is {shape} in the model, and {factors.shape} in its ledger")
         factors = factors.to(dtype=torch.float64)
+        if not all(bool(side.isfinite().all()) for side in (factors.left, factors.right)):
+            raise CheckpointError(
+                f"the recorded change of '{pair.name}' is not finite: the run has diverged; give an earlier one"
+            )
         norm, floor = _norm(factors), None
         factors, left = compress(factors, rank=output.goal.rank)
         if start is not None:
@@ -205,7 +209,7 @@ class _Run:
         sums = change.sums()
         change.decay = decay
         left = change.residual(stored.left, stored.right).energy ** 0.5
-        if left > dropped + MOST_ROUNDINGS * sums.rounding**0.5:
+        if not left <= dropped + MOST_ROUNDINGS * sums.rounding**0.5:  # nor NaN
             raise CheckpointError(
                 f"'{pair.name}' of '{self._folder.path}' is not that of '{start.path}' plus the run's change, which leaves "
                 f"{left / sums.energy**0.5:.1e} of the difference: it is not the model that the run started from"

@@ -288,12 +288,12 @@ def padded(factors: Factors, rank: int) -> Factors:
 def _require_reached(goal: Goal, pair: TensorPair, record: ChangeRecord, left: Residuals) -> None:
     """Make sure that what was written reaches the goal, and leaves what was found, but for the rounding of its factors."""
     reached = left.without_decay if goal.exact else left.residual
-    if goal.lost and reached > goal.lost**0.5 * (1 + 1e-6):
+    if goal.lost and not reached <= goal.lost**0.5 * (1 + 1e-6):  # nor NaN
         raise ExportError(
             f"'{pair.name}': factors in {left.dtype} leave {reached:.2e} of the change, and at most {goal.lost**0.5:.2e} was "
             "asked for; write them in fp32 (leave --dtype out), or allow a larger error"
         )
-    if reached > record.residual + 2 * torch.finfo(left.dtype).eps:
+    if not reached <= record.residual + 2 * torch.finfo(left.dtype).eps:
         raise ExportError(
             f"'{pair.name}': the written file leaves {reached:.2e} of the change, and {record.residual:.2e} was found; "
             "a folder was changed during the conversion, or the disk is failing"

@@ -12,7 +12,7 @@ from torch import Tensor
 from lingrad.adapters import Attachment
 from lingrad.engine.refresh import look_ahead
 from lingrad.engine.run import Run
-from lingrad.engine.saved import ENERGY, FORMAT, NOT_MEASURED, PREFIX, Saved, check_groups, read_ledger
+from lingrad.engine.saved import ENERGY, FORMAT, NOT_MEASURED, PREFIX, Saved, check_groups, check_values, read_ledger
 from lingrad.engine.stepper import placed
 from lingrad.errors import CheckpointError
 from lingrad.optimizers import Base
@@ -91,6 +91,7 @@ def load(run: Run, state_dict: dict[str, Any]) -> None:
     if saved.upgraded:
         own["base"] = run.stepper.base.name  # that format does not tell the kinds of 8-bit moments apart
     check_groups(saved.groups, run.groups, own)
+    check_values(saved.groups)
     indices = [index for group in saved.groups for index in group["params"]]
     found = []
     for named, index in zip(run.named(), indices, strict=True):
@@ -113,7 +114,7 @@ def load(run: Run, state_dict: dict[str, Any]) -> None:
         sub.coords.grad = None  # of weights and a basis that are replaced
         run.step = entries.step
     for group, was in zip(run.groups, saved.groups, strict=True):
-        group.update({key: value for key, value in was.items() if key != "params" and key not in own})
+        group.update({key: trees.copied(value) for key, value in was.items() if key != "params" and key not in own})
     look_ahead(run)  # a redraw that was due had happened before the state was saved
     if run.layerwise is not None:
         run.layerwise.begin()
@@ -159,6 +160,8 @@ def _unpack(
     sub, basis = attachment.sub, attachment.sub.basis
     kinds = {"step": 0, "refreshes": 0, "merged": False, "m": 0, "n": 0}
     step, refreshes, merged, *shape = (trees.checked(v, entries, f"{PREFIX}{key}", name) for key, v in kinds.items())
+    if min(step, refreshes) < 0:
+        raise CheckpointError(f"{name} has step {step} and {refreshes} refreshes in the checkpoint; expected 0 or more")
     if tuple(shape) != sub.weight.layout.shape:
         raise CheckpointError(f"{name} is {tuple(shape)} in the checkpoint, and {sub.weight.layout.shape} in this run")
     ledger = Ledger(basis.transform)
@@ -166,11 +169,14 @@ def _unpack(
         ledger = read_ledger(basis.transform, entries, basis.state, param, name)
     ledger.merged = merged
     first = run.of(basis)[0] is attachment
+    restored = trees.restore(basis.state, entries, f"{PREFIX}state", name) if first else None
+    if not all(bool(leaf.isfinite().all()) for leaf in trees.tensors(restored) if leaf.is_floating_point()):
+        raise CheckpointError(f"the basis of {name} has values that are not finite in the checkpoint; give an earlier one")
     energy = trees.checked(0.0, entries, ENERGY, name) if first else NOT_MEASURED
     return found._replace(
         step=step,
         refreshes=refreshes,
-        state=trees.restore(basis.state, entries, f"{PREFIX}state", name) if first else None,
+        state=restored,
         energy=None if energy == NOT_MEASURED else energy,
         ledger=ledger,
         loss=trees.restore(sub.weight.loss, entries, f"{PREFIX}loss", name),

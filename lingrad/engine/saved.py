@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lingrad.config.settings import check_not_negative
 from lingrad.config.sharing import GroupedTarget
-from lingrad.errors import CheckpointError
+from lingrad.errors import CheckpointError, SpecError
 from lingrad.maps.factors import Factors
 from lingrad.subspaces import trees
 from lingrad.subspaces.ledger import Ledger, total
@@ -54,6 +55,7 @@ class Saved:
                 f"this is not an optimizer's state_dict: it needs 'state' and 'param_groups', and has {held}; "
                 "pass what opt.state_dict() gave, not the whole file or a model's"
             )
+        _check_layout(state_dict["state"], state_dict["param_groups"])
         upgraded = upgrade(state_dict)
         self.upgraded = upgraded is not state_dict
         self.state: Mapping[Any, Mapping[str, Any]] = upgraded["state"]
@@ -237,3 +239,36 @@ def check_groups(saved: list[dict[str, Any]], own: list[dict[str, Any]], identit
                     raise CheckpointError(
                         f"group '{now['name']}', entry {i}: the checkpoint has {_WORDS[key]} '{a}', this run has '{b}'"
                     )
+
+
+def check_values(groups: list[dict[str, Any]]) -> None:
+    """Make sure that the hyper-parameters of a checkpoint are numbers to train with.
+
+    Args:
+        groups: Its param groups.
+
+    Raises:
+        CheckpointError: One is not: NaN, negative, or no number.
+    """
+    for group in groups:
+        try:
+            for key in ("lr", "weight_decay", "scale", "eps"):
+                value = group.get(key, 0.0)
+                for number in value if key == "eps" and isinstance(value, (tuple, list)) else (value,):  # Adafactor's is a pair
+                    check_not_negative(key, number)
+        except SpecError as error:
+            raise CheckpointError(f"group '{group.get('name')}' of the checkpoint: {error}") from None
+        betas = group.get("betas", (0.0, 0.0))
+        numbers = isinstance(betas, (tuple, list)) and all(isinstance(b, (int, float, Tensor)) for b in betas)
+        if not numbers or not all(0 <= float(b) <= 1 for b in betas):
+            raise CheckpointError(f"group '{group.get('name')}' of the checkpoint: betas must be from 0 to 1, not {betas!r}")
+
+
+def _check_layout(state: Any, groups: Any) -> None:
+    if not isinstance(state, Mapping) or not all(isinstance(entries, Mapping) for entries in state.values()):
+        raise CheckpointError("the 'state' of this state_dict does not map indices to entries; pass what opt.state_dict() gave")
+    if not isinstance(groups, list) or not all(isinstance(g, Mapping) and isinstance(g.get("params"), list) for g in groups):
+        raise CheckpointError("the 'param_groups' of this state_dict are no list of groups with 'params'")
+    odd = next((key for entries in state.values() for key in entries if not isinstance(key, str)), None)
+    if odd is not None:
+        raise CheckpointError(f"an entry of this state_dict is called {odd!r}; expected a name")

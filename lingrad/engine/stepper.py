@@ -239,8 +239,12 @@ def placed(entries: Mapping[str, Any], template: Mapping[str, Any], device: torc
     Returns:
         Copies.
     """
-    devices = {key: value.device for key, value in template.items() if isinstance(value, Tensor)}
-    return {key: trees.copied(value, devices.get(key, device)) for key, value in entries.items()}
+    found = {}
+    for key, value in entries.items():
+        like = template.get(key)
+        both = isinstance(value, Tensor) and isinstance(like, Tensor)
+        found[key] = trees.laid_out(value, like) if both else trees.copied(value, device)  # type: ignore[arg-type]
+    return found
 
 
 def _sync_to(own: Mapping[str, Any], group: Group, arithmetic: Arithmetic, step: int) -> None:

@@ -171,9 +171,14 @@ def _read(saved: dict[str, Any], model: nn.Module, name: str, group: dict[str, A
         shape = (sides[0], sides[1])
     tensors = {key: entries[key] for key in MOMENTS} | {"left basis": left, "right basis": right}
     for key, value in tensors.items():
-        numbers = isinstance(value, Tensor) and value.is_floating_point() and bool(value.isfinite().all())
+        dense = isinstance(value, Tensor) and value.layout == torch.strided and not value.is_meta
+        numbers = dense and value.is_floating_point() and bool(value.isfinite().all())
         if not (numbers or (value is None and key not in entries)):
             raise CheckpointError(f"'{key}' of '{name}' is not a tensor of finite numbers; give an earlier checkpoint")
+    if not 0 <= entries["step"] < 2**53:
+        raise CheckpointError(f"the 'step' of '{name}' in the file is {entries['step']}; it counts steps: 0 or more")
+    if bool((entries["exp_avg_sq"] < 0).any()):
+        raise CheckpointError(f"'exp_avg_sq' of '{name}' is negative somewhere, and is a mean of squares; give another file")
     for key in MOMENTS:
         if tuple(entries[key].shape) != shape:
             raise CheckpointError(

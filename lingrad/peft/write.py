@@ -206,7 +206,13 @@ def value_of(model: nn.Module, full: Mapping[str, Tensor], name: str) -> Tensor:
 
 def _factor(low_rank: Mapping[str, Factors], slot: Slot, which: int, dtype: torch.dtype | None) -> Tensor:
     """PEFT's A (0) or B (1) of a change, made when it is written."""
-    return slot.encode(low_rank[slot.name])[which].detach().to("cpu", dtype).contiguous()
+    made = slot.encode(low_rank[slot.name])[which].detach().to("cpu", dtype).contiguous()
+    if not bool(made.isfinite().all()):
+        raise ExportError(
+            f"the factors of '{slot.name}' have values that are NaN, or that {made.dtype} cannot hold: the run has diverged, "
+            "or needs a wider dtype"
+        )
+    return made
 
 
 def _stands_alone(model: nn.Module, name: str, adapted: set[str], full: Collection[str]) -> bool:

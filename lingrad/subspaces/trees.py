@@ -51,7 +51,8 @@ def restore(like: Any, flat: Mapping[str, Any], key: str, owner: str) -> Any:
         return type(like)(*(restore(item, flat, f"{key}.{field}", owner) for field, item in like._asdict().items()))
     if isinstance(like, Mapping):
         return {name: restore(item, flat, f"{key}.{name}", owner) for name, item in like.items()}
-    return copied(checked(like, flat, key, owner), like.device if isinstance(like, Tensor) else None)
+    found = checked(like, flat, key, owner)
+    return laid_out(found, like) if isinstance(like, Tensor) else found
 
 
 def checked(like: Any, flat: Mapping[str, Any], key: str, owner: str) -> Any:
@@ -71,9 +72,30 @@ def checked(like: Any, flat: Mapping[str, Any], key: str, owner: str) -> Any:
     """
     if key not in flat:
         raise CheckpointError(f"the checkpoint has no '{key}' for {owner}")
-    if _kind(flat[key]) != _kind(like):
-        raise CheckpointError(f"'{key}' of {owner} is {_kind(flat[key])} in the checkpoint, and {_kind(like)} in this run")
-    return flat[key]
+    found = flat[key]
+    if _kind(found) != _kind(like):
+        raise CheckpointError(f"'{key}' of {owner} is {_kind(found)} in the checkpoint, and {_kind(like)} in this run")
+    if isinstance(found, Tensor):
+        require_values(found, f"'{key}' of {owner}")
+    return found
+
+
+def require_values(value: Tensor, what: str) -> None:
+    """Make sure that a tensor of a checkpoint holds its elements, one beside the other.
+
+    Args:
+        value: The tensor.
+        what: Its name, for messages.
+
+    Raises:
+        CheckpointError: It is on the meta device, sparse, or an expanded view: few bytes that would ask for all memory.
+    """
+    if value.is_meta or value.layout != torch.strided or value.is_quantized:
+        found = "on the meta device, without values" if value.is_meta else f"not a dense tensor ({value.layout})"
+        raise CheckpointError(f"{what} is {found} in the checkpoint; save dense tensors")
+    held = value.untyped_storage().nbytes()
+    if value.numel() * value.element_size() > held:
+        raise CheckpointError(f"{what} has {value.numel()} elements in {held} bytes of the checkpoint; save it contiguous")
 
 
 def _kind(value: Any) -> str:
@@ -94,6 +116,17 @@ def moved(value: Any, device: torch.device) -> Any:
 def tensors(value: Any) -> list[Tensor]:
     """The tensors among the leaves."""
     return [leaf for leaf in flatten(value).values() if isinstance(leaf, Tensor)]
+
+
+def laid_out(value: Tensor, like: Tensor) -> Tensor:
+    """A copy with the device and, of the same shape, the strides of another tensor: fused kernels read memory, not elements."""
+    made: Tensor
+    if value.shape != like.shape:
+        made = copied(value, like.device)
+        return made
+    made = torch.empty_like(like, dtype=value.dtype, requires_grad=False)
+    made.copy_(value.detach())
+    return made
 
 
 def copied(value: Any, device: torch.device | None = None) -> Any:

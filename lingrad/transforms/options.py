@@ -50,6 +50,8 @@ def check(config: Any) -> None:
         fits = any(_fits(value, kind) for kind in alternatives)
         names = " or ".join(map(_type_name, alternatives))
         require(fits, option, f"{option} must be {names}, not {format_value(value)}")
+        if type(value) is int and float in alternatives and int not in alternatives:
+            object.__setattr__(config, option, float(value))  # equal transforms have one config string
 
 
 def format_value(value: Any) -> str:

@@ -163,6 +163,20 @@ class TestRefused:
         torch.save(saved, folder / "optimizer.pt")
         self.refused(tmp_path, folder, "is damaged|has format {}")
 
+    @pytest.mark.parametrize("value", [3e38, float("nan"), float("inf")])
+    def test_factors_that_no_dtype_can_hold(self, tmp_path, value):
+        """They would be published as infinities, with a residual of nothing."""
+        _, folder, _ = run(tmp_path)
+        saved = torch.load(folder / "optimizer.pt")
+        factors = [key for key in saved["state"][0] if key.startswith("subspace.ledger.0.") and key.endswith(("left", "right"))]
+        for key in factors:
+            saved["state"][0][key].fill_(value)
+        torch.save(saved, folder / "optimizer.pt")
+        assert factors
+        with pytest.raises((CheckpointError, ExportError), match=r"is not finite: the run has diverged|cannot hold"):
+            convert.convert_run(folder, tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+
     def test_another_base(self, tmp_path):
         """The same architecture, other weights."""
         _, folder, _ = run(tmp_path)

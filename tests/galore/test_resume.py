@@ -172,6 +172,12 @@ class TestRefused:
             (lambda state, group: setattr(state["projector"], "proj_type", ["std"]), "no projector of galore_torch for"),
             (lambda state, group: group.update(lr={}), "'lr' in the file's param groups is neither a number nor a pair"),
             (lambda state, group: group.pop("params"), "is damaged: expected dicts"),
+            (lambda state, group: group.update(lr=float("nan")), "lr must be a number, 0 or more|'lr' must be one number"),
+            (lambda state, group: state.update(step=-1), "the 'step' of '.*' in the file is -1"),
+            (lambda state, group: state.update(step=10**400), "the 'step' of '.*' in the file is 1000"),
+            (lambda state, group: state["exp_avg_sq"].fill_(-1), "'exp_avg_sq' of '.*' is negative somewhere"),
+            (lambda state, group: state.update(exp_avg=state["exp_avg"].to_sparse()), "'exp_avg' of '.*' is not a tensor of"),
+            (lambda state, group: state.update(exp_avg=state["exp_avg"].to("meta")), "'exp_avg' of '.*' is not a tensor of"),
         ],
     )
     def test_a_state_that_is_spoilt(self, tmp_path, spoil, message):
@@ -180,6 +186,19 @@ class TestRefused:
         spoil(saved["state"][20], saved["param_groups"][1])
         torch.save(saved, tmp_path / "optimizer.pt")
         self.refused(tmp_path, message)
+
+    @pytest.mark.parametrize(
+        "options",
+        [{"lr": float("nan")}, {"lr": -1.0}, {"weight_decay": -1.0}, {"betas": (float("nan"), 0.9)}, {"eps": -1.0}],
+        ids=str,
+    )
+    def test_hyper_parameters_that_nobody_trains_with(self, tmp_path, options):
+        _, optimizer, _ = halfway(tmp_path)
+        saved = optimizer.state_dict()
+        for group in saved["param_groups"]:
+            group.update(options)
+        torch.save(saved, tmp_path / "optimizer.pt")
+        self.refused(tmp_path, f"{next(iter(options))} must be|'{next(iter(options))}' must be one")
 
     def test_steps_that_differ(self, tmp_path):
         _, optimizer, _ = halfway(tmp_path)

@@ -30,8 +30,11 @@ _HARMLESS = {
     "return_dict",
 }
 
+# Keys about the task, which the Trainer and others write into a config; the weights compute the same without them.
+_NOTES = {"problem_type", "id2label", "label2id", "finetuning_task", "task_specific_params"}
 
-def refuse_other_model(start: ModelFolder, tuned: ModelFolder, tied: Collection[str] = ()) -> None:
+
+def refuse_other_model(start: ModelFolder, tuned: ModelFolder, tied: Collection[str] = ()) -> tuple[str, ...]:
     """Make sure that two folders hold the same architecture, tensor by tensor.
 
     Args:
@@ -39,15 +42,23 @@ def refuse_other_model(start: ModelFolder, tuned: ModelFolder, tied: Collection[
         tuned: The other.
         tied: Names of tensors that are tied to another one in the model, so that a folder may lack them.
 
+    Returns:
+        Config entries that differ, and do not change what the weights compute: about the task, or unknown to the model's class.
+
     Raises:
         DataError: They are the same folder, or differ in a config entry that matters, or in a tensor's name or shape.
     """
     if start.path.resolve() == tuned.path.resolve():
         raise DataError(f"START and TUNED are the same folder, '{start.path}'")
-    was, now = (_config(folder.path) for folder in (start, tuned))
+    (was, known), (now, _) = (_config(folder.path) for folder in (start, tuned))
+    ignored = []
     for key in sorted({*was, *now}, key=lambda key: (key not in ("model_type", "architectures"), key)):
         harmless = key in _HARMLESS or key.endswith(("dropout", "drop", "pdrop"))
-        if not harmless and was.get(key) != now.get(key):
+        if harmless or was.get(key) == now.get(key):
+            continue
+        if key in _NOTES or key not in known:
+            ignored.append(key)
+        else:
             raise DataError(
                 f"the configs differ in '{key}': {_short(was.get(key))} in '{start.path}', {_short(now.get(key))} in "
                 f"'{tuned.path}'; expected the model that the training started from and the trained one"
@@ -62,16 +73,21 @@ def refuse_other_model(start: ModelFolder, tuned: ModelFolder, tied: Collection[
         if start.entry(name).shape != tuned.entry(name).shape:
             shapes = [list(folder.entry(name).shape) for folder in (start, tuned)]
             raise DataError(f"'{name}' is {shapes[0]} in '{start.path}' and {shapes[1]} in '{tuned.path}'")
+    return tuple(ignored)
 
 
-def _config(path: Path) -> dict[str, Any]:
-    """The config as transformers reads it, so that configs written by different versions can be compared."""
+def _config(path: Path) -> tuple[dict[str, Any], set[str]]:
+    """The config as transformers reads it, so that those of two versions can be compared, and the keys its class knows."""
     try:
         found = read_config(path)
     except Exception as error:  # transformers may raise any exception on a wrong config
         raise DataError(f"'{path}' has no config that transformers knows: {error}") from error
     entries: Mapping[str, Any] = found.to_dict()
-    return dict(entries)
+    try:
+        known = {*type(found)().to_dict(), *type(found).attribute_map}
+    except Exception:  # a class that cannot be made without arguments: all of its entries may matter
+        known = {*entries}
+    return dict(entries), known | {"model_type", "architectures", "quantization_config"}
 
 
 def _short(value: Any) -> str:

@@ -12,9 +12,9 @@ from lingrad.console import Tick
 from lingrad.convert.compatibility import refuse_other_model
 from lingrad.convert.lowrank import Goal, detect
 from lingrad.convert.output import Output
-from lingrad.convert.tensors import TensorPair, pairs, require_parameter, tied_names
+from lingrad.convert.tensors import Models, TensorPair, pairs, require_parameter, tied_names
 from lingrad.convert.work import ChangeRecord
-from lingrad.convert.writing import Models, make_adapter
+from lingrad.convert.writing import make_adapter
 from lingrad.deprecated import renamed_keywords
 from lingrad.errors import optional, require
 from lingrad.files.model_folder import ModelFolder
@@ -80,7 +80,7 @@ def convert(
     was, now = ModelFolder(Path(start)), ModelFolder(Path(tuned))
     optional("peft", "checking an adapter", "hf")  # before the search, not after it
     model = open_model(str(Path(start).absolute()))  # a name alone may be that of a built-in model
-    refuse_other_model(was, now, tied_names(model, was) | tied_names(model, now))
+    ignored = refuse_other_model(was, now, tied_names(model, was) | tied_names(model, now))
     identity = {
         "goal": asdict(goal),
         "dtype": dtype,
@@ -94,7 +94,7 @@ def convert(
     def find(pair: TensorPair) -> tuple[ChangeRecord, Factors | None]:
         return _find(pair, start=was, tuned=now, model=model, output=output, full_svd=full_svd)
 
-    return make_adapter("models", Models(was, now, model, pairs(model, was, now)), output, find, identity)
+    return make_adapter("models", Models(was, now, model, pairs(model, was, now), ignored), output, find, identity)
 
 
 def _find(

@@ -11,7 +11,9 @@ from lingrad.peft.report import ChangedTensor
 NOISY = 0.02  # a remainder, as a share of the change, that is worth a note
 
 
-def notes(rows: Sequence[ChangedTensor], goal: Goal, nbytes: int, model_bytes: int) -> tuple[str, ...]:
+def notes(
+    rows: Sequence[ChangedTensor], goal: Goal, nbytes: int, model_bytes: int, ignored: Sequence[str] = ()
+) -> tuple[str, ...]:
     """The notes of a report.
 
     Args:
@@ -19,6 +21,7 @@ def notes(rows: Sequence[ChangedTensor], goal: Goal, nbytes: int, model_bytes: i
         goal: How much of their change was asked for.
         nbytes: Bytes of the adapter's weights.
         model_bytes: Bytes of the trained model's weights.
+        ignored: Entries of the two configs that differ and were passed over.
 
     Returns:
         A sentence or two each.
@@ -49,4 +52,9 @@ def notes(rows: Sequence[ChangedTensor], goal: Goal, nbytes: int, model_bytes: i
         )
     if nbytes > model_bytes:
         found.append(f"The adapter is larger than the model: {nbytes:,} bytes, compared with {model_bytes:,}.")
+    if ignored:
+        found.append(
+            f"The configs differ in {', '.join(ignored)}, which do not change what the weights compute. The adapter carries "
+            "none of these entries."
+        )
     return tuple(found)

@@ -14,9 +14,9 @@ from lingrad.console import Tick
 from lingrad.convert.compatibility import refuse_other_model
 from lingrad.convert.lowrank import MOST_ROUNDINGS, Goal
 from lingrad.convert.output import Output
-from lingrad.convert.tensors import TensorPair, pairs, require_parameter, tied_names
+from lingrad.convert.tensors import Models, TensorPair, pairs, require_parameter, tied_names
 from lingrad.convert.work import ChangeRecord
-from lingrad.convert.writing import Models, make_adapter
+from lingrad.convert.writing import make_adapter
 from lingrad.deprecated import renamed_keywords
 from lingrad.engine.saved import FORMAT, Saved
 from lingrad.errors import CheckpointError, LingradError, optional, require
@@ -77,9 +77,9 @@ def convert_run(
     optional("peft", "checking an adapter", "hf")
     model = open_model(str(Path(run).absolute()))  # a name alone may be that of a built-in model
     saved = _Run(Saved(load_state(Path(run))), model, tuned)
-    if was is not None:
-        refuse_other_model(was, tuned, tied_names(model, was) | tied_names(model, tuned))
-    models = Models(was, tuned, model, pairs(model, was or tuned, tuned, list(saved.targets)))
+    tied = set() if was is None else tied_names(model, was) | tied_names(model, tuned)
+    ignored = () if was is None else refuse_other_model(was, tuned, tied)
+    models = Models(was, tuned, model, pairs(model, was or tuned, tuned, list(saved.targets)), ignored)
     saved.require_all(models.pairs)
     stat = (Path(run) / FILE).stat()
     identity = {

@@ -185,3 +185,22 @@ def _flat(shape: tuple[int, ...]) -> tuple[int, int]:
     for size in shape[:-1]:
         m *= size
     return (m, n)
+
+
+@dataclass(frozen=True)
+class Models:
+    """The two models of a conversion.
+
+    Args:
+        start: The folder of one; None where the change is known without it.
+        tuned: The folder of the other.
+        model: Their model, on the meta device.
+        pairs: Its tensors.
+        ignored: Entries of their configs that differ and do not matter.
+    """
+
+    start: ModelFolder | None
+    tuned: ModelFolder
+    model: nn.Module
+    pairs: list[TensorPair]
+    ignored: tuple[str, ...] = ()

@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lingrad.convert.logits import compare_logits
 from lingrad.convert.lowrank import Goal
 from lingrad.convert.merge import decayed_weight, write_model
 from lingrad.convert.notes import notes
 from lingrad.convert.output import Output
-from lingrad.convert.tensors import TensorPair
+from lingrad.convert.tensors import Models, TensorPair
 from lingrad.convert.work import ChangeRecord, WorkFolder, unfinished
 from lingrad.errors import DataError, ExportError
 from lingrad.files.atomic import publish
@@ -31,23 +31,6 @@ from lingrad.peft.write import WEIGHTS, write_adapter
 
 Finder = Callable[[TensorPair], tuple[ChangeRecord, Factors | None]]
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Models:
-    """The two models of a conversion.
-
-    Args:
-        start: The folder of one; None where the change is known without it.
-        tuned: The folder of the other.
-        model: Their model, on the meta device.
-        pairs: Its tensors.
-    """
-
-    start: ModelFolder | None
-    tuned: ModelFolder
-    model: nn.Module
-    pairs: list[TensorPair]
 
 
 def make_adapter(source: Writer, models: Models, output: Output, find: Finder, identity: Mapping[str, Any]) -> AdapterReport:
@@ -237,7 +220,7 @@ class _Job:
             equal=len(records) - len(changed),
             model_bytes=model_bytes,
             goal=output.goal.words,
-            notes=notes(rows, output.goal, written.nbytes, model_bytes),
+            notes=notes(rows, output.goal, written.nbytes, model_bytes, models.ignored),
         )
         report.write(folder)
         return report

@@ -77,6 +77,31 @@ class TestRefused:
         convert.convert(*folders, tmp_path / "fine")
 
     @pytest.mark.parametrize(
+        "change",
+        [
+            {"problem_type": "single_label_classification"},  # by transformers, in the first forward with labels
+            {"id2label": {"0": "good", "1": "bad"}, "label2id": {"good": 0, "bad": 1}},
+            {"finetuning_task": "sst2"},
+            {"unsloth_version": "2026.1", "made_by": {"a": 1}},  # by other programs
+        ],
+        ids=lambda change: next(iter(change)),
+    )
+    @pytest.mark.parametrize("which", [0, 1])
+    def test_what_other_programs_note_in_a_config_is_passed_over_and_said(self, folders, tmp_path, change, which):
+        config = json.loads((folders[which] / "config.json").read_text())
+        (folders[which] / "config.json").write_text(json.dumps(config | change))
+        report = convert.convert(*folders, tmp_path / "fine")
+        assert any(all(key in note for key in change) and "do not change what the weights" in note for note in report.notes)
+
+    @pytest.mark.parametrize(
+        "change", [{"hidden_act": "gelu"}, {"num_key_value_heads": 1}, {"quantization_config": {"bits": 4}}]
+    )
+    def test_what_changes_the_function_is_not(self, folders, tmp_path, change):
+        config = json.loads((folders[1] / "config.json").read_text())
+        (folders[1] / "config.json").write_text(json.dumps(config | change))
+        self.refused(*folders, tmp_path / "out", f"the configs differ in '{next(iter(change))}'|{next(iter(change))}|config")
+
+    @pytest.mark.parametrize(
         ("change", "message"),
         [
             (

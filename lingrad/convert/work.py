@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lingrad.errors import DataError
 from lingrad.files.atomic import refuse_existing, write_whole
+from lingrad.files.reading import read_json
 from lingrad.files.tensorfile import TensorFile, in_memory, write_tensors
 from lingrad.maps.factors import Factors
 
@@ -161,7 +162,7 @@ class WorkFolder:
 
     def _check(self, manifest: Path, identity: Mapping[str, Any]) -> None:
         try:
-            was = json.loads(manifest.read_text())
+            was = read_json(manifest)
         except ValueError:
             was = None
         remedy = f"remove '{self.folder}', or name another folder with --out"

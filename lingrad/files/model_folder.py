@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from torch import Tensor
 
 from lingrad.errors import DataError
+from lingrad.files.reading import read_json
 from lingrad.files.tensorfile import TensorEntry, TensorFile
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -108,7 +108,7 @@ def open_weights(folder: Path) -> dict[str, TensorFile]:
 def _listed(index: Path) -> dict[str, str]:
     """Tensor -> file, as an index lists them."""
     try:
-        content = json.loads(index.read_text())
+        content = read_json(index)
     except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"cannot read {index}: {error}") from error
     where = content.get("weight_map") if isinstance(content, dict) else None

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from lingrad.errors import DataError
 from lingrad.files.atomic import new_file
+from lingrad.files.reading import open_plain
 
 DTYPES = {
     "F64": torch.float64,
@@ -36,6 +37,7 @@ DTYPES = {
     "C64": torch.complex64,
 }
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_MOST_DIMENSIONS = 64  # torch's own limit
 _LARGEST_HEADER = 100_000_000  # as in the safetensors package
 
 
@@ -90,7 +92,7 @@ class TensorFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            with path.open("rb") as file:
+            with open_plain(path) as file:
                 size = os.fstat(file.fileno()).st_size
                 length = int.from_bytes(file.read(8), "little")
                 if size < 8 or length > min(size - 8, _LARGEST_HEADER):
@@ -123,7 +125,7 @@ class TensorFile:
 
     def _read(self, entry: TensorEntry, begin: int, count: int) -> Tensor:
         found = torch.empty(count, dtype=entry.dtype)
-        with self.path.open("rb") as file:
+        with open_plain(self.path) as file:
             file.seek(begin)
             if count and file.readinto(_memory(found)) != found.nbytes:
                 raise _damaged(self.path, "it became shorter while it was read")
@@ -192,6 +194,9 @@ def _parse(path: Path, header: bytes, size: int) -> tuple[dict[str, TensorEntry]
     extents = []
     for name, value in found.items():
         dtype, shape, offsets = _fields(path, name, value)
+        # before numbers of any length are multiplied; an empty tensor with a side that large is no tensor of a model
+        if len(shape) > _MOST_DIMENSIONS or max(shape, default=0) > max(size, 2**32):
+            raise _damaged(path, f"'{name}' has {len(shape)} dimensions, the largest of {max(shape):,}")
         entries[name] = TensorEntry(dtype, tuple(shape), 8 + len(header) + offsets[0])
         if offsets[1] - offsets[0] != entries[name].nbytes:
             raise _damaged(path, f"'{name}' is {list(shape)} {dtype}, and its offsets span {offsets[1] - offsets[0]:,} bytes")
@@ -221,11 +226,12 @@ def _fields(path: Path, name: str, value: Any) -> tuple[torch.dtype, list[int], 
 
 
 def _unique(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
-    listed = list(pairs)
-    names = [name for name, _ in listed]
-    if len(set(names)) != len(names):
-        raise ValueError(f"'{next(name for name in names if names.count(name) > 1)}' occurs twice")
-    return dict(listed)
+    found: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in found:
+            raise ValueError(f"'{name}' occurs twice")
+        found[name] = value
+    return found
 
 
 def _memory(tensor: Tensor) -> memoryview:

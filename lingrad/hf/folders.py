@@ -7,7 +7,6 @@ would use.
 
 from __future__ import annotations
 
-import json
 import re
 import zipfile
 from collections.abc import Callable
@@ -16,6 +15,7 @@ from typing import Any
 
 from lingrad.errors import CheckpointError, DataError
 from lingrad.files.model_folder import WEIGHTS, weight_files
+from lingrad.files.reading import read_json
 from lingrad.files.tensorfile import TensorFile
 
 _NAME = re.compile(r"checkpoint-(\d+)")
@@ -94,4 +94,4 @@ def _open_zip(path: Path) -> None:
 
 
 def _read_state(path: Path) -> None:
-    int(json.loads(path.read_text())["global_step"])
+    int(read_json(path)["global_step"])

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lingrad.errors import CheckpointError, DataError, ShapeError
+from lingrad.files.reading import read_json
 from lingrad.files.tensorfile import TensorFile
 from lingrad.maps.factors import Factors
 from lingrad.peft import names
@@ -193,7 +194,7 @@ def _require_ties(model: nn.Module, full: Mapping[str, Tensor], ties: bool) -> N
 def _read_config(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG
     try:
-        config = json.loads(path.read_text())
+        config = read_json(path)
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}; expected the folder of a PEFT adapter") from error
     except (ValueError, RecursionError) as error:

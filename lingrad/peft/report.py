@@ -13,6 +13,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from lingrad.console import columns, layers, span
 from lingrad.errors import DataError
 from lingrad.files.atomic import write_whole
+from lingrad.files.reading import read_json
 
 FILE = "lingrad_report.json"
 VERSION = 1  # of the JSON; goes up when a key changes its name or its meaning
@@ -141,7 +142,7 @@ class AdapterReport:
         """
         path = Path(folder) / FILE
         try:
-            found = json.loads(path.read_text(encoding="utf-8"))
+            found = read_json(path)
         except OSError as error:
             raise DataError(f"cannot read {path}: {error.strerror}; expected the folder of an adapter") from error
         except (ValueError, RecursionError) as error:

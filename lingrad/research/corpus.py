@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lingrad.errors import DataError
+from lingrad.files.reading import open_plain
 
 MOBY_DICK_SHA256 = "fe282a57094ed62e7144fb7c804a9748fc1c909bf3b49d06e7276015f9f67240"
 VALIDATION_SHARE = 0.1
@@ -67,7 +68,8 @@ def read_text(path: Path) -> str:
         DataError: It is missing, empty, or not UTF-8.
     """
     try:
-        text = path.read_bytes().decode()
+        with open_plain(path) as file:
+            text = file.read().decode()
     except OSError as error:
         raise DataError(f"cannot read the text {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:

@@ -16,6 +16,7 @@ import torch
 from lingrad import console, plotting
 from lingrad.errors import DataError, optional
 from lingrad.files.atomic import write_whole
+from lingrad.files.reading import read_json
 from lingrad.research.plans import Setup
 from lingrad.research.runner import Record
 
@@ -191,7 +192,7 @@ def load(folder: Path) -> Result:
         DataError: There is no result there.
     """
     try:
-        raw = json.loads((folder / "result.json").read_text())
+        raw = read_json(folder / "result.json")
         records, double = ([Record(**record) for record in raw.pop(key)] for key in ("records", "double"))
         return Result(records=records, double=double, **raw)
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -18,6 +18,7 @@ from typing_extensions import override
 
 from lingrad.errors import DataError
 from lingrad.files.atomic import write_whole
+from lingrad.files.reading import open_plain
 from lingrad.memory.cuda.allocator import CachingAllocator
 from lingrad.memory.cuda.blocks import MIN_BLOCK, Block, round_up
 from lingrad.memory.log import BEFORE, CATEGORIES, Log, Storage
@@ -252,7 +253,7 @@ def load_snapshot(path: str | Path) -> dict[str, Any]:
         DataError: The file is damaged, or contains more than numbers, texts and containers.
         OSError: It cannot be read.
     """
-    with Path(path).open("rb") as file:
+    with open_plain(path) as file:
         found = _read(file, path)
     if not isinstance(found, dict):
         raise DataError(f"{path} is not a memory snapshot of torch: it contains a {type(found).__name__}, not a dict")

@@ -63,10 +63,10 @@ class Attachment(ABC):
 
     def detach(self) -> None:
         """Disconnect and leave the model's structure as it was found; weights and coordinates are not touched."""
+        self._disconnect()  # first: where that fails, the weight stays attached
         vars(self.sub.weight.param).pop(_MARK, None)  # there is none where another program has replaced the parameter
         while self._hooks:
             self._hooks.pop().remove()
-        self._disconnect()
 
     def holds(self, param: Tensor) -> bool:
         """Whether gradients of this parameter, found in the model, reach the coordinates."""

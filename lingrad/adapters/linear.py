@@ -69,7 +69,7 @@ class LayerAttachment(Attachment):
             del vars(self.module)["forward"]
             if self._original is not None:
                 vars(self.module)["forward"] = self._original
-        delattr(self.module, CHILD)
+        self.module._modules.pop(CHILD, None)
 
     @override
     def holds(self, param: Tensor) -> bool:

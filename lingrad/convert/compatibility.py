@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from lingrad.errors import DataError, did_you_mean
+from lingrad.errors import DataError, did_you_mean, optional
 from lingrad.files.model_folder import ModelFolder
 from lingrad.models import read_config
 
@@ -50,7 +51,8 @@ def refuse_other_model(start: ModelFolder, tuned: ModelFolder, tied: Collection[
     """
     if start.path.resolve() == tuned.path.resolve():
         raise DataError(f"START and TUNED are the same folder, '{start.path}'")
-    (was, known), (now, _) = (_config(folder.path) for folder in (start, tuned))
+    (was, of_start), (now, of_tuned) = (_config(folder.path) for folder in (start, tuned))
+    known = of_start | of_tuned
     ignored = []
     for key in sorted({*was, *now}, key=lambda key: (key not in ("model_type", "architectures"), key)):
         harmless = key in _HARMLESS or key.endswith(("dropout", "drop", "pdrop"))
@@ -87,7 +89,22 @@ def _config(path: Path) -> tuple[dict[str, Any], set[str]]:
         known = {*type(found)().to_dict(), *type(found).attribute_map}
     except Exception:  # a class that cannot be made without arguments: all of its entries may matter
         known = {*entries}
-    return dict(entries), known | {"model_type", "architectures", "quantization_config"}
+    known |= {"model_type", "architectures", "quantization_config"}
+    source = _source(found)
+    return dict(entries), known | {key for key in {*entries} - known - _NOTES if source is None or key in source}
+
+
+def _source(config: Any) -> str | None:
+    # an entry that the config's class does not declare may be read by the model all the same, such as is_causal: what counts
+    # is the code of the model's class, and that which all models share; None where transformers has no such class
+    transformers = optional("transformers", "comparing two models", "hf")
+    cls = getattr(transformers, (config.architectures or [""])[0], None)
+    if cls is None:
+        return None
+    shared = Path(transformers.__file__).parent
+    files = [Path(sys.modules[cls.__module__].__file__ or ""), *shared.glob("model*_utils.py"), *shared.glob("mask*_utils.py")]
+    files += [*shared.glob("modeling_*.py"), *shared.glob("integrations/*attention*.py")]
+    return "\n".join(file.read_text(encoding="utf-8") for file in files if file.is_file())
 
 
 def _short(value: Any) -> str:

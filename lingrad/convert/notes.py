@@ -54,7 +54,7 @@ def notes(
         found.append(f"The adapter is larger than the model: {nbytes:,} bytes, compared with {model_bytes:,}.")
     if ignored:
         found.append(
-            f"The configs differ in {', '.join(ignored)}, which do not change what the weights compute. The adapter carries "
-            "none of these entries."
+            f"The configs differ in {', '.join(ignored)}, which are about the task, or unknown to the model's class in "
+            "transformers. The adapter carries none of these entries."
         )
     return tuple(found)

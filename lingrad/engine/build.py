@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, cast
 
@@ -217,7 +218,7 @@ def build(model: Trainable, rules: Rules, base: BaseLike, mode: Mode, options: M
     run = Run(settings, Stepper(found, steps_as, degrees), attachments, bases)
     if isinstance(model, nn.Module):
         run.model = model
-        run.frozen = [(name, param) for name, param in model.named_parameters() if not param.requires_grad]
+        run.frozen = [(name, weakref.ref(param)) for name, param in model.named_parameters() if not param.requires_grad]
     if settings.layerwise:
         run.layerwise = Layerwise(step_one)
         run.layerwise.belong_to(run)

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from lingrad.adapters import Attachment
@@ -154,6 +155,13 @@ def _unpack(
     fresh = base.state_of(param) if moments else {}  # none where the parameter has had no gradient yet
     for key, template in fresh.items():
         trees.checked(template, moments, key, name)
+    for key, value in moments.items():
+        if isinstance(value, Tensor):
+            trees.require_values(value, f"'{key}' of {name}")
+    count = moments.get("step", 0)
+    single = isinstance(count, int | float) or (isinstance(count, Tensor) and count.numel() == 1)
+    if single and not 0 <= float(count) < torch.inf:
+        raise CheckpointError(f"'step' of {name} is {float(count)} in the checkpoint; expected 0 or more")
     found = Entries(placed(moments, fresh, param.device))
     if attachment is None:
         return found

@@ -6,15 +6,18 @@ moments of another size, the next step is an error that names the parameter and 
 
 from __future__ import annotations
 
+import warnings
+
 from torch import Tensor, nn
 
 from lingrad.adapters import is_attached
 from lingrad.engine.run import Run
 from lingrad.errors import ModeError
+from lingrad.weights.dense import DenseWeight
 
 
 def refuse_lost(run: Run) -> None:
-    """Make sure that whatever has a gradient, or should have one, is what this run trains.
+    """Make sure that whatever trains in the model is what this run trains.
 
     It costs next to nothing where every parameter of the run has a gradient and none was frozen when the run was made.
 
@@ -22,16 +25,18 @@ def refuse_lost(run: Run) -> None:
         run: The run, with the gradients of a step.
 
     Raises:
-        ModeError: A parameter that was frozen has a gradient; or the model has another parameter in place of one that is
-            trained.
+        ModeError: The model has another parameter in place of one that is trained, or several in place of a tied one.
     """
     if run.model is None:
         return
-    for name, param in run.frozen:
-        if param.grad is not None and param.requires_grad and not is_attached(param):
+    if run.frozen:
+        _warn_of_unfrozen(run)
+    for attachment in run.attachments:
+        weight = attachment.sub.weight
+        if isinstance(weight, DenseWeight) and len(weight.owners) > 1 and weight.untied:
             raise ModeError(
-                f"{name} was frozen when lingrad was called, has a gradient now, and is not in this optimizer, so it would not "
-                "be trained. Freeze it again; or call lingrad while it is trainable, and freeze it then until it is to train"
+                f"the layers that shared {attachment.sub.name} hold different parameters now (one was replaced, or "
+                "load_state_dict was called with assign=True), and only one of them would be trained. Tie them again"
             )
     idle = [named for named in run.named() if named.param.grad is None and named.param.requires_grad]
     if run.layerwise is not None:
@@ -49,6 +54,25 @@ def refuse_lost(run: Run) -> None:
                 "load_state_dict was called with assign=True), so it would not be trained. Load without assign=True; or call "
                 "detach(), change the model, and call lingrad again"
             )
+
+
+def _warn_of_unfrozen(run: Run) -> None:
+    """Say once of each parameter that was frozen and has a gradient now that this run does not train it; others may."""
+    found = [(name, ref()) for name, ref in run.frozen]
+    unfrozen = [
+        name
+        for name, param in found
+        if param is not None and param.grad is not None and param.requires_grad and not is_attached(param)
+    ]
+    if not unfrozen:
+        return
+    run.frozen = [(name, ref) for name, ref in run.frozen if name not in set(unfrozen)]
+    more = f" and {len(unfrozen) - 1} more" if unfrozen[1:] else ""
+    warnings.warn(
+        f"{unfrozen[0]}{more} was frozen when lingrad was called, has a gradient now, and is not in this optimizer: it is not "
+        "trained, unless by another one. Call lingrad while it is trainable, and freeze it then until it is to train",
+        stacklevel=2,
+    )
 
 
 def _at(model: nn.Module, name: str) -> Tensor | None:

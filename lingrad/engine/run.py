@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -46,7 +47,7 @@ class Run:
         bases: The bases, in the order of the first weight that uses each.
         groups: The param groups; the optimizer's own list.
         model: The model; None where only parameters were given.
-        frozen: (name, parameter) of those that were frozen when the run was made.
+        frozen: (name, parameter) of those that were frozen when the run was made, and not reported since.
         layerwise: What steps each weight inside the backward, where the run does so.
         mode: ``optimizer`` or ``adapter``; None while detached.
         step: Steps finished.
@@ -58,7 +59,7 @@ class Run:
     bases: list[Basis]
     groups: list[Group] = field(default_factory=list)
     model: nn.Module | None = None
-    frozen: list[tuple[str, Tensor]] = field(default_factory=list)
+    frozen: list[tuple[str, weakref.ref[Tensor]]] = field(default_factory=list)
     layerwise: Layerwise | None = None
     mode: Mode | None = None
     step: int = 0
@@ -151,10 +152,10 @@ class Run:
         mode = self.mode
         if mode is None:
             return
-        for sub in self.subspaces:
-            if not sub.released:
-                sub.require_shape()
-        for sub in self.subspaces:  # all of them first: where one cannot be merged, the run stays attached
+        merged = [sub for sub in self.subspaces if not sub.released and bool(sub.coords.any())]
+        for sub in merged:
+            sub.require_shape()
+        for sub in merged:  # all of them first: where one cannot be merged, the run stays attached
             sub.merge()
         for i, attachment in enumerate(self.attachments):
             try:

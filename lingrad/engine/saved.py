@@ -259,9 +259,13 @@ def check_values(groups: list[dict[str, Any]]) -> None:
         except SpecError as error:
             raise CheckpointError(f"group '{group.get('name')}' of the checkpoint: {error}") from None
         betas = group.get("betas", (0.0, 0.0))
-        numbers = isinstance(betas, (tuple, list)) and all(isinstance(b, (int, float, Tensor)) for b in betas)
-        if not numbers or not all(0 <= float(b) <= 1 for b in betas):
-            raise CheckpointError(f"group '{group.get('name')}' of the checkpoint: betas must be from 0 to 1, not {betas!r}")
+        numbers = isinstance(betas, (tuple, list)) and all(
+            isinstance(b, (int, float)) or (isinstance(b, Tensor) and b.numel() == 1) for b in betas
+        )
+        if not numbers or not all(0 <= float(b) < 1 for b in betas):
+            raise CheckpointError(
+                f"group '{group.get('name')}' of the checkpoint: betas must be 0 or more and below 1, not {betas!r}"
+            )
 
 
 def _check_layout(state: Any, groups: Any) -> None:

@@ -13,6 +13,8 @@ from typing import BinaryIO
 
 from lingrad.errors import DataError
 
+_OPEN = ("/dev/stdout", "/dev/stderr", "/dev/fd/", "/proc/")  # what a process has open already, under a path
+
 
 @contextmanager
 def new_file(path: Path) -> Iterator[BinaryIO]:
@@ -27,18 +29,18 @@ def new_file(path: Path) -> Iterator[BinaryIO]:
         The temporary file, open. It is removed if the block fails; errors of the operating system are not translated.
     """
     mode = path.stat().st_mode if path.exists() else None
-    if mode is not None and (not stat.S_ISREG(mode) or path.is_relative_to("/dev") or path.is_relative_to("/proc")):
+    if mode is not None and (not stat.S_ISREG(mode) or path.as_posix().startswith(_OPEN)):
         with path.open("wb") as stream:
             yield stream
         return
     path = Path(os.path.realpath(path))
     temporary = _beside(path)
-    handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+    handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666 if mode is None else mode & 0o666)
     try:
         with os.fdopen(handle, "wb") as file:
             yield file
         if mode is not None:
-            temporary.chmod(stat.S_IMODE(mode))
+            temporary.chmod(mode & 0o777)
         temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)
@@ -47,7 +49,7 @@ def new_file(path: Path) -> Iterator[BinaryIO]:
 
 def _beside(path: Path) -> Path:
     """A hidden name next to a path that nothing has."""
-    return path.parent / f".{path.name}.{secrets.token_hex(6)}"
+    return path.parent / f".{path.name[:200]}.{secrets.token_hex(4)}"
 
 
 def write_whole(path: Path, data: bytes) -> Path:

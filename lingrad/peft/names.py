@@ -7,6 +7,7 @@ of a saved name is a target.
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping
@@ -45,6 +46,8 @@ def left_out_by(name: str, config: Mapping[str, Any]) -> str | None:
         return "exclude_modules"
     if any(excluded(name, entry) for entry in config.get("modules_to_save") or ()):
         return "modules_to_save"
+    if targets is None and config.get("target_parameters"):
+        return "target_modules"
     if targets is None or (isinstance(targets, str) and targets.lower() == "all-linear"):
         return None  # PEFT's own choice
     if not _matches(name, targets):
@@ -59,6 +62,27 @@ def left_out_by(name: str, config: Mapping[str, Any]) -> str | None:
     first = next((match for match in found if match), None)
     chosen = [layers] if isinstance(layers, int) else layers
     return None if first is not None and int(first[1]) in chosen else "layers_to_transform"
+
+
+OF_MODULES = ("target_modules", "exclude_modules", "modules_to_save", "layers_pattern", "layers_to_transform")
+
+
+def readable(option: str, value: Any) -> bool:
+    """Whether an option that chooses modules has a value that PEFT can use."""
+    if value is None:
+        return True
+    listed = value if isinstance(value, list) else [value]
+    if option == "layers_to_transform":
+        return all(type(index) is int for index in listed)
+    if not all(isinstance(entry, str) for entry in listed):
+        return False
+    is_list_of_names = isinstance(value, list) and option in ("target_modules", "exclude_modules")
+    return is_list_of_names or all(map(compiles, listed))
+
+
+def positive(value: Any) -> bool:
+    """Whether a rank or an alpha is a number above 0."""
+    return type(value) in (int, float) and 0 < value < math.inf
 
 
 def compiles(pattern: str) -> bool:

@@ -14,29 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from lingrad.errors import CheckpointError, DataError, ShapeError
-from lingrad.files.reading import read_json
 from lingrad.files.tensorfile import TensorFile
 from lingrad.maps.factors import Factors
 from lingrad.peft import names
+from lingrad.peft.config import read_config
 from lingrad.peft.slots import PREFIX, LoraFactor, Slot, aliases, slots
-from lingrad.peft.write import CONFIG, FROZEN, WEIGHTS
-
-# Options of a LoRA that make it more than W + B A, or change W itself when PEFT loads it.
-_MORE = (
-    "use_dora",
-    "lora_bias",
-    "layer_replication",
-    "megatron_config",
-    "trainable_token_indices",
-    "alora_invocation_tokens",
-    "use_qalora",
-    "use_bdlora",
-    "monteclora_config",
-    "velora_config",
-    "kasa_config",
-    "arrow_config",
-)
-_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")  # some of the others subtract the initial B A from W
+from lingrad.peft.write import FROZEN, WEIGHTS
 
 
 @dataclass(frozen=True)
@@ -141,7 +124,7 @@ def read_adapter(folder: str | Path, model: nn.Module) -> Adapter:
         CheckpointError: It is an adapter of another model.
     """
     folder = Path(folder)
-    config = _read_config(folder)
+    config = read_config(folder)
     if not (folder / WEIGHTS).exists():
         pickled = next((f.name for f in sorted(folder.glob("*.bin"))), None)
         if pickled is not None:
@@ -189,43 +172,6 @@ def _require_ties(model: nn.Module, full: Mapping[str, Tensor], ties: bool) -> N
                     f"'{name}' and '{other}' are one tensor in the model, and the adapter has different values for them, which "
                     "a plain model of this config cannot have; train the adapter with ensure_weight_tying=True, or save neither"
                 )
-
-
-def _read_config(folder: Path) -> dict[str, Any]:
-    path = folder / CONFIG
-    try:
-        config = read_json(path)
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror}; expected the folder of a PEFT adapter") from error
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{path} is not JSON: {error}") from error
-    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
-        kind = config.get("peft_type") if isinstance(config, dict) else None
-        raise DataError(f"{path} describes an adapter of type {kind!r}; only LORA is W + B A")
-    for option in _MORE:
-        if config.get(option):
-            raise DataError(f"the adapter in '{folder}' has {option}={config[option]!r}, with which it is more than W + B A")
-    start = config.get("init_lora_weights", True)
-    if start not in _STARTS:
-        raise DataError(
-            f"the adapter in '{folder}' has init_lora_weights={start!r}, with which PEFT changes the base weights as it "
-            "loads; convert it to a plain LoRA with PEFT (save_pretrained with path_initial_model_for_weight_conversion)"
-        )
-    targets = config.get("target_parameters") or []
-    if not isinstance(targets, list) or not all(isinstance(target, str) for target in targets):
-        raise DataError(f"{path}: target_parameters must be a list of names, not {targets!r}")
-    for option in ("rank_pattern", "alpha_pattern"):
-        value = config.get(option) or {}
-        if not isinstance(value, dict) or not all(_number(v) for v in value.values()) or not all(map(names.compiles, value)):
-            raise DataError(f"{path}: {option} must map regular expressions to numbers above 0, not {value!r}")
-    for option in ("r", "lora_alpha"):
-        if not _number(config.get(option)):
-            raise DataError(f"{path}: {option} must be a number above 0, not {config.get(option)!r}")
-    return config
-
-
-def _number(value: Any) -> bool:
-    return type(value) in (int, float) and 0 < value < math.inf
 
 
 def _find_slots(model: nn.Module, config: Mapping[str, Any], keys: set[str]) -> dict[str, Slot]:

@@ -100,7 +100,7 @@ class Subspace:
             raise ShapeError(
                 f"{self.name} has shape {tuple(now)} now, and had {given} when lingrad was called; its basis, its coordinates "
                 "and their moments are for that shape. Call detach() before such a change (resize_token_embeddings and the "
-                "like), and lingrad.wrap or lingrad.adapt after it"
+                "like), and lingrad.wrap or lingrad.adapt after it; to go on now, give the weight its shape back first"
             )
 
     def add_to(self, weight: Tensor, coords: Tensor) -> Tensor:

@@ -30,16 +30,14 @@ class DenseWeight(Weight):
         super().__init__(layout)
         self.owners = tuple(owners)
         self._param = None if owners else param
-        self._embeddings = [module for module, _ in owners if isinstance(module, nn.Embedding)]
+        self._embeddings = [(module, module.num_embeddings) for module, _ in owners if isinstance(module, nn.Embedding)]
 
     @property
     @override
     def param(self) -> nn.Parameter:
         if self._param is not None:
             return self._param
-        module, attribute = self.owners[0]
-        found = module._parameters.get(attribute)
-        return _parametrized(module, attribute) if found is None else found
+        return _held(*self.owners[0])
 
     @property
     @override
@@ -52,9 +50,14 @@ class DenseWeight(Weight):
         shape = self.param.shape
         if shape == self.layout.weight_shape:
             # a program that resizes a parametrized weight reaches a computed tensor, and only the layer's own number of rows
-            resized = [module.num_embeddings for module in self._embeddings if module.num_embeddings != shape[0]]
+            resized = [module.num_embeddings for module, given in self._embeddings if module.num_embeddings != given]
             return (resized[0], *shape[1:]) if resized else shape
         return shape
+
+    @property
+    def untied(self) -> bool:
+        """Whether the layers that held one parameter hold several now."""
+        return any(_held(*owner) is not _held(*self.owners[0]) for owner in self.owners[1:])
 
     @override
     def dense(self) -> Tensor:
@@ -86,6 +89,11 @@ class DenseWeight(Weight):
     @override
     def state(self) -> dict[str, Tensor]:
         return {"weight": self.param.detach()}
+
+
+def _held(module: nn.Module, attribute: str) -> nn.Parameter:
+    found = module._parameters.get(attribute)
+    return _parametrized(module, attribute) if found is None else found
 
 
 def _parametrized(module: nn.Module, attribute: str) -> nn.Parameter:

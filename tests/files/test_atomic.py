@@ -126,3 +126,39 @@ def test_a_folder_is_not_written_over_nor_left_half_written(tmp_path):
     with pytest.raises(OSError, match="disk full"):
         fail()
     assert [p.name for p in tmp_path.iterdir()] == ["there"]
+
+
+MEMORY = Path("/dev/shm")  # noqa: S108 - the test is about this place
+
+
+@pytest.mark.skipif(not MEMORY.is_dir(), reason="needs a file system in memory")
+def test_a_plain_file_in_memory_is_written_whole():
+    path = MEMORY / f"lingrad-test-{os.getpid()}"
+    path.write_bytes(b"precious")
+    try:
+
+        def fail():
+            with new_file(path) as file:
+                file.write(b"half")
+                raise OSError("memory full")
+
+        with pytest.raises(OSError, match="memory full"):
+            fail()
+        assert path.read_bytes() == b"precious"
+    finally:
+        path.unlink()
+
+
+def test_what_others_must_not_read_is_never_readable(tmp_path, umask):
+    umask(0o022)
+    path = tmp_path / "secret"
+    path.write_bytes(b"old")
+    path.chmod(0o600)
+    with new_file(path) as file:
+        file.write(b"new")
+        assert {mode_of(found) for found in tmp_path.iterdir()} == {0o600}
+
+
+def test_a_long_name_leaves_room_for_that_of_the_temporary_file(tmp_path):
+    write_whole(tmp_path / ("n" * 250), b"x")
+    assert [p.name for p in tmp_path.iterdir()] == ["n" * 250]

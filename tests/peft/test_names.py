@@ -1,10 +1,14 @@
 """Names as PEFT matches them: PEFT itself is the oracle."""
 
 import itertools
+import json
 
 import pytest
+import torch
 
+from lingrad.errors import DataError
 from lingrad.peft import names
+from lingrad.peft.read import read_adapter
 
 peft = pytest.importorskip("peft", reason="make test installs it (extra: hf)", exc_type=ImportError)
 
@@ -61,3 +65,33 @@ def test_a_module_is_left_out_where_peft_leaves_it_out(targets):
             assert (option is None) == bool(check_target_module_exists(theirs, name)), (config, name)
             assert option is None or config[option] is not None
     assert cases > 100
+
+
+def test_a_config_of_parameters_targets_no_module():
+    from peft.tuners.tuners_utils import check_target_module_exists
+
+    config = {"target_modules": None, "target_parameters": ["experts.gate_up_proj"]}
+    assert names.left_out_by("q_proj", config) == "target_modules"
+    assert not check_target_module_exists(peft.LoraConfig(**config), "q_proj")
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("exclude_modules", "("),
+        ("exclude_modules", 5),
+        ("target_modules", "("),
+        ("target_modules", [5]),
+        ("modules_to_save", ["("]),
+        ("modules_to_save", 3),
+        ("layers_pattern", ["("]),
+        ("layers_to_transform", ["0"]),
+        ("layers_to_transform", [True]),
+    ],
+    ids=str,
+)
+def test_options_that_name_no_modules_are_refused(tmp_path, option, value):
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": ["q_proj"], option: value}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(DataError, match=f"{option} must be names or regular expressions"):
+        read_adapter(tmp_path, torch.nn.Linear(2, 2))

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lingrad.adapters import is_attached
 from lingrad.engine.run import Run
 from lingrad.errors import ModeError
+from lingrad.gradients import DenseGradient
 from lingrad.weights.dense import DenseWeight
 
 
@@ -54,6 +55,23 @@ def refuse_lost(run: Run) -> None:
                 "load_state_dict was called with assign=True), so it would not be trained. Load without assign=True; or call "
                 "detach(), change the model, and call lingrad again"
             )
+
+
+def take_assigned(run: Run) -> None:
+    """Take gradients that another program has assigned to transformed weights (``weight.grad = ...``), as torch's own steps do.
+
+    Args:
+        run: The run; each such gradient is added to that of the coordinates, and freed.
+    """
+    for attachment in run.attachments:
+        sub = attachment.sub
+        param = sub.weight.param
+        grad = param.grad
+        if grad is not None:
+            param.grad = None
+            sub.require_shape()
+            dense = grad.to_dense() if grad.is_sparse else grad
+            sub.capture(DenseGradient(sub.weight.layout.matrix(dense)))
 
 
 def _warn_of_unfrozen(run: Run) -> None:

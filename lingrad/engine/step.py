@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lingrad.adapters import Attachment
-from lingrad.engine.follow import refuse_lost
+from lingrad.engine.follow import refuse_lost, take_assigned
 from lingrad.engine.refresh import choose, commit, renew, schedule
 from lingrad.engine.run import Run
 from lingrad.engine.stepper import Built, Group
@@ -40,6 +40,7 @@ def step(run: Run, closure: Callable[[], Any] | None = None) -> Any:
             loss = closure()
     for group in run.groups:
         run.stepper.follow(group, group["params"])
+    take_assigned(run)
     refuse_lost(run)
     dry = run.is_dry_run()
     if run.layerwise is not None:
@@ -90,6 +91,7 @@ def clip(run: Run, max_norm: float, norm_type: float) -> Tensor:
             "leave layerwise out to clip"
         )
     with torch.no_grad():
+        take_assigned(run)
         choose(run, (sub for sub in run.subspaces if sub.basis.due and sub.basis.transform.reads == "gradient"))
     return torch.nn.utils.clip_grad_norm_([named.param for named in run.named()], max_norm, norm_type)
 

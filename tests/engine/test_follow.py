@@ -427,3 +427,56 @@ def test_a_resized_weight_can_be_detached_where_nothing_is_lost():
     resize(model.inner, "weight", (12, 8))
     optimizer.detach()
     assert model.inner.weight.shape == (12, 8)
+
+
+ASSIGNED = [
+    "svd(rank=2, every=3)",
+    "power(rank=2, every=3)",
+    "random(rank=2, every=3)",
+    "pca(rank=2)",
+    "svd(rank=2, side=both)",
+]
+
+
+@pytest.mark.parametrize("clipped", [False, True], ids=["", "clipped"])
+@pytest.mark.parametrize("rules", ASSIGNED)
+@pytest.mark.parametrize(("mode", "names"), [("optimizer", ["embed", "conv", "inner"]), ("adapter", ["inner"])])
+def test_gradients_that_are_assigned_by_hand_are_stepped_like_those_of_a_backward(mode, names, rules, clipped):
+    """As meta-learning, federated and functional code does: ``torch.func.grad``, then ``weight.grad = ...``."""
+    ends = []
+    for by_hand in (False, True):
+        model = mixed()
+        optimizer = MODES[mode](model, dict.fromkeys(names, rules), lr=1e-2)
+        for _ in range(7):
+            optimizer.zero_grad()
+            ids = torch.arange(10).view(2, 5)
+            if by_hand:
+                plain = mixed()
+                plain.load_state_dict(optimizer.weights())
+                plain(ids).square().mean().backward()
+                for name, param in plain.named_parameters():
+                    model.get_parameter(name).grad = param.grad
+            else:
+                model(ids).square().mean().backward()
+            if clipped:
+                optimizer.clip_grad_norm_(0.1)
+            optimizer.step()
+        ends.append(optimizer.weights())
+    for name, value in ends[0].items():
+        torch.testing.assert_close(ends[1][name], value, rtol=1e-10, atol=1e-10)  # sums in another order, through Adam
+        assert not torch.equal(value, mixed().get_parameter(name))
+
+
+@each_mode
+def test_a_gradient_by_hand_is_added_to_that_of_a_backward(mode):
+    model, other = mixed(), mixed()
+    runs = [MODES[mode](m, {"inner": "svd(rank=2, every=3)"}, "sgd", lr=1e-1) for m in (model, other)]
+    ids = torch.arange(10).view(2, 5)
+    for m, optimizer in zip((model, other), runs, strict=True):
+        for _ in range(2):
+            m(ids).square().mean().backward()
+        if m is model:
+            m.inner.weight.grad = torch.zeros_like(m.inner.weight)
+        optimizer.step()
+        assert m.inner.weight.grad is None
+    assert all(torch.equal(a, b) for a, b in zip(runs[0].weights().values(), runs[1].weights().values(), strict=True))

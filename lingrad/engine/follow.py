@@ -39,11 +39,11 @@ def refuse_lost(run: Run) -> None:
                 f"the layers that shared {attachment.sub.name} hold different parameters now (one was replaced, or "
                 "load_state_dict was called with assign=True), and only one of them would be trained. Tie them again"
             )
+    if all(param.grad is not None or not param.requires_grad for group in run.groups for param in group["params"]):
+        return
     idle = [named for named in run.named() if named.param.grad is None and named.param.requires_grad]
     if run.layerwise is not None:
         idle = [named for named in idle if not run.layerwise.was_stepped(named.param)]
-    if not idle:
-        return
     own = {id(named.param) for named in run.named()}
     for named in idle:
         current = _at(run.model, named.name)

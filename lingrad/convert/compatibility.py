@@ -90,8 +90,9 @@ def _config(path: Path) -> tuple[dict[str, Any], set[str]]:
     except Exception:  # a class that cannot be made without arguments: all of its entries may matter
         known = {*entries}
     known |= {"model_type", "architectures", "quantization_config"}
-    source = _source(found)
-    return dict(entries), known | {key for key in {*entries} - known - _NOTES if source is None or key in source}
+    unknown = {*entries} - known - _NOTES
+    source = _source(found) if unknown else ""
+    return dict(entries), known | {key for key in unknown if source is None or key in source}
 
 
 def _source(config: Any) -> str | None:

@@ -51,3 +51,8 @@ def storage(tensor: Tensor) -> int:
 def distinct(tensors: Iterable[Tensor]) -> list[Tensor]:
     """One tensor per storage, in the order of first appearance: the last of those that share it. Empty tensors are dropped."""
     return list({storage(tensor): tensor for tensor in tensors if tensor.numel()}.values())
+
+
+def dense(tensor: Tensor) -> Tensor:
+    """The tensor, or, of a sparse one, as an embedding's gradient may be, a dense copy."""
+    return tensor.to_dense() if tensor.is_sparse else tensor

@@ -21,6 +21,7 @@ from lingrad.errors import ModeError
 from lingrad.gradients.local import DenseGradient
 from lingrad.parallel import average
 from lingrad.subspaces.subspace import Subspace, call
+from lingrad.tensors import dense
 from lingrad.weights.dense import DenseWeight
 
 # A module of these calls every child in its forward, and holds parameters of its own only in a subclass.
@@ -99,15 +100,7 @@ class WeightAttachment(Attachment):
         self.weight.param.requires_grad_(self.sub.coords.requires_grad)
 
     def _capture(self, weight: Tensor) -> None:
-        grad = weight.grad
-        weight.grad = None
-        if grad is not None:
-            self.sub.require_shape()
-            self.sub.capture(DenseGradient(self.weight.layout.matrix(_dense(grad))))
-
-
-def _dense(grad: Tensor) -> Tensor:
-    return grad.to_dense() if grad.is_sparse else grad
+        self.sub.take(weight)
 
 
 class _Effective(Coords):
@@ -134,7 +127,7 @@ class _EffectiveWeight(torch.autograd.Function):
     @override
     def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, None]:
         sub: Subspace = ctx.sub
-        matrix = DenseGradient(sub.weight.layout.matrix(_dense(grad)))
+        matrix = DenseGradient(sub.weight.layout.matrix(dense(grad)))
         projected = sub.map().project(matrix)
         if sub.basis.due:  # autograd may use its buffer again; a sum writes into ours
             sub.record(matrix, projected, lambda: DenseGradient(matrix.dense().clone()))

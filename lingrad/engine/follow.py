@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from lingrad.adapters import is_attached
 from lingrad.engine.run import Run
 from lingrad.errors import ModeError
-from lingrad.gradients import DenseGradient
 from lingrad.weights.dense import DenseWeight
 
 
@@ -64,14 +63,7 @@ def take_assigned(run: Run) -> None:
         run: The run; each such gradient is added to that of the coordinates, and freed.
     """
     for attachment in run.attachments:
-        sub = attachment.sub
-        param = sub.weight.param
-        grad = param.grad
-        if grad is not None:
-            param.grad = None
-            sub.require_shape()
-            dense = grad.to_dense() if grad.is_sparse else grad
-            sub.capture(DenseGradient(sub.weight.layout.matrix(dense)))
+        attachment.sub.take(attachment.sub.weight.param)
 
 
 def _warn_of_unfrozen(run: Run) -> None:

@@ -16,13 +16,13 @@ from torch import Tensor, nn
 
 from lingrad import parallel
 from lingrad.errors import ModeError, ShapeError
-from lingrad.gradients import Gradient
+from lingrad.gradients import DenseGradient, Gradient
 from lingrad.maps import LinearMap
 from lingrad.parallel import average
 from lingrad.subspaces.basis import Basis, products
 from lingrad.subspaces.ledger import Change, Ledger, total
 from lingrad.subspaces.pending import PendingGradient
-from lingrad.tensors import wide
+from lingrad.tensors import dense, wide
 from lingrad.weights.base import Remainder, Weight
 
 
@@ -123,6 +123,14 @@ class Subspace:
         else:
             self.coords.grad.add_(projected)
         self._after_accumulate()
+
+    def take(self, param: Tensor) -> None:
+        """`capture` the gradient that a parameter holds for this weight, and free it; nothing where it holds none."""
+        grad = param.grad
+        if grad is not None:
+            param.grad = None
+            self.require_shape()
+            self.capture(DenseGradient(self.weight.layout.matrix(dense(grad))))
 
     def record(self, grad: Gradient, projected: Tensor, owned: Callable[[], Gradient] | None = None) -> None:
         """Keep what a refresh needs of one backward, in a step that gathers it.

@@ -29,7 +29,7 @@ def wrap(
     stagger: bool = False,
     share: Share | None = None,
     ledger: bool = False,
-    self_contained: bool = False,
+    self_contained: bool = True,
     **base_kwargs: Any,
 ) -> SubspaceOptimizer:
     """Train in subspaces as an optimizer: W <- W + S opt(S^T G) (GaLore's form).
@@ -108,7 +108,7 @@ def adapt(
     stagger: bool = False,
     share: Share | None = None,
     ledger: bool = False,
-    self_contained: bool = False,
+    self_contained: bool = True,
     merge_every: int | None = None,
     keep_remainder: bool = False,
     **base_kwargs: Any,

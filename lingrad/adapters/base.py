@@ -16,6 +16,7 @@ from typing_extensions import override
 from lingrad.config.settings import Mode
 from lingrad.errors import ModeError
 from lingrad.subspaces.subspace import Subspace
+from lingrad.subspaces.watched import settle, unwatch, watch
 from lingrad.tensors import wide
 
 CHILD = "lingrad"  # the name under which a layer holds its coordinates
@@ -60,11 +61,15 @@ class Attachment(ABC):
         self._hook(mode)
         weight = self.sub.weight.param
         setattr(weight, _MARK, id(weight))  # a saved copy keeps it, and is another object
+        if mode == "adapter":
+            watch(weight, self.sub.open)
 
     def detach(self) -> None:
         """Disconnect and leave the model's structure as it was found; weights and coordinates are not touched."""
         self._disconnect()  # first: where that fails, the weight stays attached
-        vars(self.sub.weight.param).pop(_MARK, None)  # there is none where another program has replaced the parameter
+        weight = self.sub.weight.param
+        unwatch(weight)
+        vars(weight).pop(_MARK, None)  # there is none where another program has replaced the parameter
         while self._hooks:
             self._hooks.pop().remove()
 
@@ -95,8 +100,9 @@ class Attachment(ABC):
         known = None if self._last is None or self._last[1] != version else self._last[0]()
         if known is None:
             known = self.sub.effective()
-            if known.data_ptr() != weight.data_ptr():
-                known = known.cpu()  # all layers at once may be more than a device has left
+            # the state of the optimizer has W itself: what loads both in place must not find one memory. Of the sums all at
+            # once may be more than a device has left
+            known = known.clone() if known.data_ptr() == weight.data_ptr() else known.cpu()
             self._last = weakref.ref(known), version
         state[f"{prefix}{attribute}"] = known
 
@@ -104,7 +110,8 @@ class Attachment(ABC):
         """Take the weight of a plain model."""
         if f"{prefix}{attribute}" in state:
             state[f"{prefix}{key}"] = state.pop(f"{prefix}{attribute}")
-            ledger = self.sub.ledger
+            weight, ledger = self.sub.weight.param, self.sub.ledger
+            weight.data = weight.detach().clone()  # an optimizer's state that is loaded after this may have the memory
             ledger.replaced = ledger.replaced or ledger.merged or bool(self.sub.coords.any())
             self.sub.coords.data.zero_()
 
@@ -164,6 +171,7 @@ class Coords(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
+        settle(self.sub.weight.param)
         if self.active:
             in_place = {**local_metadata, "assign_to_params_buffers": False}  # other coordinates would not be the run's
             super()._load_from_state_dict(state_dict, prefix, in_place, strict, missing_keys, unexpected_keys, error_msgs)
@@ -172,11 +180,21 @@ class Coords(nn.Module):
                     f"there is no {prefix}coords: the file is of a plain model, or was saved in optimizer mode; "
                     "call opt.switch('optimizer') before loading it"
                 )
+        elif f"{prefix}coords" in state_dict and not self.sub.released:  # saved by a run without self_contained
+            self._load_coords(state_dict[f"{prefix}coords"], f"{prefix}coords", error_msgs)
         elif f"{prefix}coords" in state_dict:
             error_msgs.append(
                 f"{prefix}coords was saved in adapter mode, but the state of this model holds no coordinates: it is in "
-                "optimizer mode, where opt.switch('adapter') helps, or was made with self_contained=True"
+                "optimizer mode; call opt.switch('adapter') before loading it"
             )
+
+    @torch.no_grad()
+    def _load_coords(self, given: Any, key: str, error_msgs: list[str]) -> None:
+        if isinstance(given, Tensor) and given.shape == self.coords.shape:
+            self.coords.copy_(given)
+        else:
+            shape = tuple(given.shape) if isinstance(given, Tensor) else type(given).__name__
+            error_msgs.append(f"{key} is {shape} in the file; expected {tuple(self.coords.shape)}")
 
 
 def is_attached(param: Tensor) -> bool:

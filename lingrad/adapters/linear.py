@@ -7,6 +7,7 @@ or its weight is quantised, S z is added to what that forward gives. See `lingra
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from functools import partial
 from typing import Any, final
@@ -15,11 +16,13 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
+from lingrad import parallel
 from lingrad.adapters.base import CHILD, Attachment, Coords, refuse_hooks
 from lingrad.adapters.projected import Adapted, Projection, SharedInput, Tied, run
+from lingrad.adapters.reading import make_plain, make_readable, read
 from lingrad.config.settings import Mode
 from lingrad.errors import ModeError
-from lingrad.subspaces.subspace import Subspace
+from lingrad.subspaces.subspace import Subspace, call
 from lingrad.weights.packed import PackedWeight
 
 
@@ -97,10 +100,8 @@ class LayerAttachment(Attachment):
         return acted
 
     def _previous(self, *args: Any, **kwargs: Any) -> Tensor:
-        if self._original is not None:
-            given: Tensor = self._original(*args, **kwargs)
-            return given
-        out: Tensor = type(self.module).forward(self.module, *args, **kwargs)
+        forward = self._original or partial(type(self.module).forward, self.module)
+        out: Tensor = forward(*args, **kwargs)
         return out
 
 
@@ -108,32 +109,82 @@ class LayerAttachment(Attachment):
 class LinearAttachment(LayerAttachment):
     """A linear layer with a dense weight; arguments as for `LayerAttachment`."""
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._handle: Any = None  # of the hook that takes gradients of whoever reads the weight, in optimizer mode
+        self._runs = False  # whether the forward that was found is running, which reads the weight as it is
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the hook, which is the original's: a copy is for evaluation."""
+        return {**vars(self), "_handle": None}
+
     @override
     def require(self, mode: Mode) -> None:
-        refuse_hooks(self.sub.name, self.sub.weight.param, "its layer never forms this gradient")
+        own = 0 if self._handle is None else 1
+        refuse_hooks(self.sub.name, self.sub.weight.param, "its layer never forms this gradient", own)
 
     @override
     def _connect(self, mode: Mode) -> None:
         weight = self.sub.weight.param
-        self.sub.coords.requires_grad_(weight.requires_grad)
+        trains = weight.requires_grad
+        self.sub.coords.requires_grad_(trains)
         super()._connect(mode)
-        weight.requires_grad_(False)
         if mode == "optimizer":
             self._act = type(self)._tied
+            capture = weakref.WeakMethod(self._capture)  # a cycle through a tensor's hooks would never be freed
+            self._handle = weight.requires_grad_(True).register_post_accumulate_grad_hook(partial(call, capture))
+            weight.requires_grad_(trains)
+        else:
+            weight.requires_grad_(False)
+            make_readable(self.module, self.attribute, self._read)
 
     @override
     def _disconnect(self) -> None:
         super()._disconnect()
-        self.sub.weight.param.requires_grad_(self.sub.coords.requires_grad)
+        weight, trains = self.sub.weight.param, self.sub.coords.requires_grad
+        if self._handle is None:
+            make_plain(self.module, self.attribute)
+        else:
+            self._handle.remove()
+            self._handle, trains = None, trains and weight.requires_grad
+        weight.requires_grad_(trains)
+
+    def _capture(self, weight: Tensor) -> None:
+        """Take the gradient of whoever reads the weight without calling its layer."""
+        if parallel.initialized():  # after DistributedDataParallel has put its averages in place, at the end of the backward
+            engine: Any = torch.autograd.Variable._execution_engine
+            engine.queue_callback(lambda: engine.queue_callback(partial(self.sub.take, weight)))
+        else:
+            self.sub.take(weight)
+
+    def _read(self) -> Tensor:
+        """The weight, for whoever reads it in adapter mode."""
+        return self._frozen() if self._runs else read(self.sub, averages=False)
+
+    @override
+    def _previous(self, *args: Any, **kwargs: Any) -> Tensor:
+        module, weight = self.module, self._held()
+        if self._original is None and type(module).forward is nn.Linear.forward and len(args) == 1 and not kwargs:
+            return nn.functional.linear(args[0], weight.detach(), module.bias)  # type: ignore[arg-type]
+        trains, self._runs = weight.requires_grad, True
+        if trains:
+            weight.requires_grad_(False)
+        try:
+            return super()._previous(*args, **kwargs)
+        finally:
+            self._runs = False
+            if trains:
+                weight.requires_grad_(True)
 
     def _tied(self, *args: Any, **kwargs: Any) -> Tensor:
-        """The previous forward, tied to the coordinates, which are zero."""
-        self._frozen()
-        out, coords = self._previous(*args, **kwargs), self.sub.coords
-        if not (torch.is_grad_enabled() and coords.requires_grad):
+        """The previous forward, tied to the coordinates, which are zero unless another program has written to them."""
+        weight, coords = self._held(), self.sub.coords
+        active = not self.sub.released
+        out = self._previous(*args, **kwargs)
+        if not active and not (torch.is_grad_enabled() and coords.requires_grad and weight.requires_grad):
             return out
         x = args[0] if args else next(iter(kwargs.values()))
-        tied: Tensor = run(Tied, out, x, coords, self.layer, False)
+        tied: Tensor = run(Tied, out, x, coords, self.layer, active)
         return tied
 
     @override
@@ -146,15 +197,20 @@ class LinearAttachment(LayerAttachment):
         acted: Tensor = run(Adapted, x, bias, coords, weight, self.layer, trains)
         return acted
 
-    def _frozen(self) -> nn.Parameter:
-        """The weight, frozen still."""
+    def _held(self) -> nn.Parameter:
+        """The weight, in the shape that it was given with."""
         weight = self.module._parameters.get(self.attribute)
         if weight is None:
             raise ModeError(
                 f"{self.sub.name} was parametrized (weight_norm and the like) after it was wrapped, and its updates would be "
                 "lost; parametrize first, then call lingrad"
             )
-        self.sub.require_shape()
+        self.sub.require_intact()
+        return weight
+
+    def _frozen(self) -> nn.Parameter:
+        """The weight, frozen still."""
+        weight = self._held()
         if weight.requires_grad:  # model.requires_grad_(True) means the coordinates, which it reaches too
             weight.requires_grad_(False)
         return weight

@@ -10,18 +10,15 @@ import weakref
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from typing_extensions import override
 
-from lingrad.adapters.base import CHILD, Attachment, Coords, once, refuse_hooks, uncompiled
+from lingrad.adapters.base import CHILD, Attachment, Coords, refuse_hooks
+from lingrad.adapters.reading import read
 from lingrad.config.settings import Mode
 from lingrad.errors import ModeError
-from lingrad.gradients.local import DenseGradient
-from lingrad.parallel import average
 from lingrad.subspaces.subspace import Subspace, call
-from lingrad.tensors import dense
 from lingrad.weights.dense import DenseWeight
 
 # A module of these calls every child in its forward, and holds parameters of its own only in a subclass.
@@ -100,7 +97,13 @@ class WeightAttachment(Attachment):
         self.weight.param.requires_grad_(self.sub.coords.requires_grad)
 
     def _capture(self, weight: Tensor) -> None:
-        self.sub.take(weight)
+        sub = self.sub
+        if not sub.released and bool(sub.coords.any()):
+            raise ModeError(
+                f"the coordinates of {sub.name} were written to (as SAM does), and in optimizer mode its layer does not read "
+                "them; use lingrad.adapt, or leave this weight out by a rule: 'none'"
+            )
+        sub.take(weight)
 
 
 class _Effective(Coords):
@@ -108,32 +111,4 @@ class _Effective(Coords):
 
     @override
     def forward(self, weight: Tensor) -> Tensor:
-        self.sub.require_shape()
-        effective: Tensor = _effective_weight(weight, self.coords, self.sub)
-        return effective
-
-
-class _EffectiveWeight(torch.autograd.Function):
-    """W + S z, with project(dW) as the gradient of z."""
-
-    @staticmethod
-    @override
-    def forward(ctx: Any, weight: Tensor, coords: Tensor, sub: Subspace) -> Tensor:
-        ctx.sub = sub
-        return sub.add_to(weight, coords)
-
-    @staticmethod
-    @once
-    @override
-    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, None]:
-        sub: Subspace = ctx.sub
-        matrix = DenseGradient(sub.weight.layout.matrix(dense(grad)))
-        projected = sub.map().project(matrix)
-        if sub.basis.due:  # autograd may use its buffer again; a sum writes into ours
-            sub.record(matrix, projected, lambda: DenseGradient(matrix.dense().clone()))
-        return None, average(projected.to(sub.coords.dtype)), None
-
-
-@uncompiled
-def _effective_weight(*args: Any) -> Any:
-    return _EffectiveWeight.apply(*args)  # type: ignore[no-untyped-call]
+        return read(self.sub, averages=True)

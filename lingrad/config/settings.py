@@ -37,7 +37,7 @@ class Settings:
     stagger: bool = False
     share: Share | None = None
     ledger: bool = False
-    self_contained: bool = False
+    self_contained: bool = True
     merge_every: int | None = None
     keep_remainder: bool = False
 

@@ -30,6 +30,7 @@ from lingrad.subspaces.basis import Basis
 from lingrad.subspaces.ledger import Ledger
 from lingrad.subspaces.subspace import Subspace
 from lingrad.transforms.linalg import derive_seed
+from lingrad.weights.dense import DenseWeight
 
 Named = tuple[str, nn.Parameter]
 Trainable = nn.Module | Iterable[Named] | Iterable[dict[str, Any]]
@@ -232,7 +233,8 @@ def start(run: Run, mode: Mode) -> None:
         run: The run.
         mode: The mode.
     """
-    parallel.broadcast(attachment.sub.weight.param.data for attachment in run.attachments if attachment.averages)
+    weights = (attachment.sub.weight for attachment in run.attachments)
+    parallel.broadcast(weight.param.data for weight in weights if isinstance(weight, DenseWeight))
     run.attach(mode)
     schedule(run)
 

@@ -89,15 +89,19 @@ def load(run: Run, state_dict: dict[str, Any]) -> None:
     """
     saved = Saved(state_dict)
     own = identity(run)
+    fixed = own.keys() | set()
     if saved.upgraded:
         own["base"] = run.stepper.base.name  # that format does not tell the kinds of 8-bit moments apart
+    contained = all(group.get("self_contained") is True for group in saved.groups)
+    if run.mode == "optimizer" or (run.settings.self_contained and not contained):
+        del own["self_contained"]  # of no effect in optimizer mode; else the model's state has the coordinates
     check_groups(saved.groups, run.groups, own)
     check_values(saved.groups)
     indices = [index for group in saved.groups for index in group["params"]]
     found = []
     for named, index in zip(run.named(), indices, strict=True):
         base = run.stepper.base_of(named.group["kind"])
-        stored = {} if named.attachment is None else _stored(run, named.attachment)
+        stored = _stored(run, named.attachment) if named.attachment is not None and contained else {}
         entries = _unpack(run, saved.state.get(index, {}), named.param, named.name, named.attachment, base, stored)
         found.append((named, stored, entries))
     run.stepper.load([(named.param, entries.moments) for named, _, entries in found])
@@ -115,7 +119,7 @@ def load(run: Run, state_dict: dict[str, Any]) -> None:
         sub.coords.grad = None  # of weights and a basis that are replaced
         run.step = entries.step
     for group, was in zip(run.groups, saved.groups, strict=True):
-        group.update({key: trees.copied(value) for key, value in was.items() if key != "params" and key not in own})
+        group.update({key: trees.copied(value) for key, value in was.items() if key != "params" and key not in fixed})
     look_ahead(run)  # a redraw that was due had happened before the state was saved
     if run.layerwise is not None:
         run.layerwise.begin()

@@ -17,7 +17,8 @@ from lingrad.engine.layerwise import Layerwise
 from lingrad.engine.stepper import Group, Stepper
 from lingrad.errors import ModeError
 from lingrad.subspaces.basis import Basis
-from lingrad.subspaces.subspace import Subspace, allocate
+from lingrad.subspaces.subspace import Subspace
+from lingrad.subspaces.watched import allocate
 
 
 class Named(NamedTuple):
@@ -138,7 +139,7 @@ class Run:
         for group in self.groups:
             group["mode"] = mode  # as a checkpoint says it
         if mode == "adapter":
-            allocate(self.subspaces)
+            allocate([sub.coords for sub in self.subspaces])
         else:
             for sub in self.subspaces:
                 sub.release()
@@ -154,7 +155,7 @@ class Run:
             return
         merged = [sub for sub in self.subspaces if not sub.released and bool(sub.coords.any())]
         for sub in merged:
-            sub.require_shape()
+            sub.require_intact()
         for sub in merged:  # all of them first: where one cannot be merged, the run stays attached
             sub.merge()
         for i, attachment in enumerate(self.attachments):
@@ -206,5 +207,7 @@ class Run:
     def _exclude_from_ddp(self, attachments: list[Attachment]) -> None:
         """Leave the gradients that are averaged here out of a DistributedDataParallel that is built later."""
         if self.model is not None:
-            own = [p for a in attachments if a.averages for p in (a.sub.weight.param, a.sub.coords)]
-            parallel.exclude(self.model, own)
+            own = [a.sub.coords for a in attachments if a.averages]
+            # in optimizer mode a weight has a gradient only where it is read without its layer, which is averaged here too
+            weights = [a.sub.weight.param for a in attachments if a.averages or self.mode == "optimizer"]
+            parallel.exclude(self.model, own + weights)

@@ -19,7 +19,7 @@ from lingrad.engine.run import Run
 from lingrad.engine.stepper import Built, Group
 from lingrad.errors import ModeError
 from lingrad.subspaces.ledger import Ledger
-from lingrad.subspaces.subspace import allocate
+from lingrad.subspaces.watched import allocate
 
 
 @torch.no_grad()
@@ -124,7 +124,7 @@ def _advance(run: Run, optimizers: Sequence[Built], attachments: Sequence[Attach
     decay_last = run.stepper.arithmetic.decay_last
     if not decay_last:
         _decay(run, stepped)
-    allocate(live)
+    allocate([sub.coords for sub in live])
     for i, built in enumerate(optimizers):
         try:
             run.stepper.step(built, run.step + 1)

@@ -269,4 +269,6 @@ def _flatten(params: Iterable[Any]) -> Iterable[Tensor]:
 
 
 def _fusible(param: Tensor, devices: set[str]) -> bool:
-    return type(param) in (Tensor, nn.Parameter) and param.is_floating_point() and param.device.type in devices
+    # coordinates that are released have a class of their own until they are stepped
+    plain = type(param) is Tensor or isinstance(param, nn.Parameter)
+    return plain and param.is_floating_point() and param.device.type in devices

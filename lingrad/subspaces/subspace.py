@@ -7,14 +7,13 @@ zero between steps. What happens when, and to which weights, is the engine's: `l
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lingrad import parallel
 from lingrad.errors import ModeError, ShapeError
 from lingrad.gradients import DenseGradient, Gradient
 from lingrad.maps import LinearMap
@@ -22,6 +21,7 @@ from lingrad.parallel import average
 from lingrad.subspaces.basis import Basis, products
 from lingrad.subspaces.ledger import Change, Ledger, total
 from lingrad.subspaces.pending import PendingGradient
+from lingrad.subspaces.watched import ReleasedCoords, SummedWeight, release
 from lingrad.tensors import dense, wide
 from lingrad.weights.base import Remainder, Weight
 
@@ -89,11 +89,12 @@ class Subspace:
             weight = self.add_to(wanted, self.coords.detach() if dtype is None else self.coords.detach().to(dtype))
         return weight.to(self.weight.dtype if dtype is None else dtype)
 
-    def require_shape(self) -> None:
-        """Make sure that the weight has the shape that it was given with.
+    def require_intact(self) -> None:
+        """Make sure that weight and coordinates belong together still.
 
         Raises:
-            ShapeError: It has another.
+            ShapeError: The weight has another shape than it was given with.
+            ModeError: Another program has written into both.
         """
         now, given = self.weight.shape, self.weight.layout.weight_shape
         if now != given:
@@ -102,6 +103,22 @@ class Subspace:
                 "and their moments are for that shape. Call detach() before such a change (resize_token_embeddings and the "
                 "like), and lingrad.wrap or lingrad.adapt after it; to go on now, give the weight its shape back first"
             )
+        weight = self.weight.param
+        if isinstance(weight, SummedWeight) and weight.written:
+            weight.written = False
+            if bool(self.coords.any()):
+                raise ModeError(
+                    f"another program has written into {self.name} and into its coordinates (an average of the model's "
+                    "parameters that was put back?); in adapter mode only their sum, W + S z, means anything across refreshes. "
+                    "Average opt.weights(), or use optimizer mode"
+                )
+
+    @torch.no_grad()
+    def open(self) -> None:
+        """Have W be the sum, W + S z, for another program to write into."""
+        self.require_intact()
+        self.ledger.replaced = self.ledger.replaced or self.ledger.merged or bool(self.coords.any())
+        self.merge()
 
     def add_to(self, weight: Tensor, coords: Tensor) -> Tensor:
         """``weight + S z``, in the weight's shape and dtype; S z is rounded to that before the sum."""
@@ -129,7 +146,7 @@ class Subspace:
         grad = param.grad
         if grad is not None:
             param.grad = None
-            self.require_shape()
+            self.require_intact()
             self.capture(DenseGradient(self.weight.layout.matrix(dense(grad))))
 
     def record(self, grad: Gradient, projected: Tensor, owned: Callable[[], Gradient] | None = None) -> None:
@@ -228,16 +245,12 @@ class Subspace:
 
     @property
     def released(self) -> bool:
-        """Whether the coordinates, all zero, hold no memory."""
-        return self.coords.stride() == (0, 0)
+        """Whether the coordinates are all zero, and nothing has been written to them since."""
+        return isinstance(self.coords, ReleasedCoords)
 
     def release(self) -> None:
-        """Give back the memory of coordinates that are zero: one zero stands for all. They can be read, not written."""
-        if not parallel.initialized():  # DistributedDataParallel writes into parameters
-            zero = self._zero
-            if zero is None or zero.dtype != self.coords.dtype or zero.device != self.coords.device:
-                zero = self._zero = self.coords.new_zeros(()).expand(self.coords.shape)
-            self.coords.data = zero
+        """Give back the memory of coordinates that are zero; see `lingrad.subspaces.watched`."""
+        self._zero = release(self.coords, self._zero)
 
     def forget(self) -> None:
         """Drop what backwards have left for a refresh, and a refresh that was chosen from it."""
@@ -262,13 +275,3 @@ def call(method: weakref.WeakMethod[Callable[..., None]] | None, *args: Any) -> 
     found = None if method is None else method()
     if found is not None:
         found(*args)
-
-
-@torch.no_grad()
-def allocate(subs: Iterable[Subspace]) -> None:
-    """Give released coordinates memory of their own."""
-    released: list[Tensor] = [sub.coords for sub in subs if sub.released]
-    for coords in released:
-        coords.data = coords.new_empty(coords.shape)
-    if released:
-        torch._foreach_zero_(released)

@@ -72,6 +72,7 @@ class DenseWeight(Weight):
                 f"the {attribute} of a {type(module).__name__} is not a parameter any more (weight_norm and the like turn it "
                 "into a computed tensor), and its updates would be lost; make it an nn.Parameter again first"
             )
+        weight = weight.detach()  # a parameter that is watched asks for a merge where others write into it
         matrix = self.layout.matrix(weight)
         if matrix is weight or storage(matrix) == storage(weight):
             current.add_lift_(matrix, coords)

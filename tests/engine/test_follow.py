@@ -206,7 +206,10 @@ def test_a_state_that_is_assigned_is_followed_by_linear_layers(mode):
     for model, optimizer in zip(models, optimizers, strict=True):
         teach(model, optimizer, 4, x)
     weights = [optimizer.weights() for optimizer in optimizers]
-    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    # in adapter mode the state has the sum of W and S z, and the run goes on from that: float64, rounded once more
+    tolerance = 0.0 if mode == "optimizer" else 1e-12
+    for name, weight in weights[0].items():
+        torch.testing.assert_close(weights[1][name], weight, rtol=tolerance, atol=tolerance)
 
 
 @each_mode
@@ -295,16 +298,17 @@ def test_detach_is_all_or_nothing(mode, broken):
     assert list(model.state_dict()) == list(mixed().state_dict())
 
 
-def test_a_weight_that_was_resized_is_not_detached_where_its_coordinates_hold_something():
+def test_a_weight_that_was_resized_is_detached_with_what_its_coordinates_held():
+    """Whoever resizes it reads the sum, W + S z, and replaces it."""
     model = mixed()
     optimizer = lingrad.adapt(model, RULES, lr=1e-2)
     teach(model, optimizer)
+    sum_ = optimizer.weights()["inner.weight"].clone()
+    assert any(sub.coords.any() for sub in optimizer.subspaces if sub.name == "inner.weight")
     resize(model.inner, "weight", (12, 8))
-    with pytest.raises(ShapeError, match=r"inner\.weight has shape \(12, 8\) now"):
-        optimizer.detach()
-    assert optimizer.mode == "adapter"
-    resize(model.inner, "weight", (8, 8))
     optimizer.detach()
+    assert torch.equal(model.inner.weight[:8], sum_)
+    assert not model.inner.weight[8:].any()
 
 
 HOOKS = {

@@ -293,15 +293,31 @@ class TestForwardOfAdapterMode:
             optimizer.step()
 
     @each_mode
-    def test_a_forward_that_lost_ours_is_told_of(self, mode):
-        """As who restores the forward of before: the layer would silently stay as it is."""
-        model = nn.Sequential(nn.Linear(12, 9)).double()
-        optimizer = MODES[mode](model, {"*": "random(rank=3)"}, "sgd", lr=0.1)
-        model[0].forward = lambda x: nn.functional.linear(x, model[0].weight, model[0].bias)
-        x = torch.randn(5, 12, dtype=torch.float64)
-        model(x).sum().backward()
-        with pytest.warns(RuntimeWarning, match="replaced after lingrad had wrapped it"):
-            optimizer.step()
+    @pytest.mark.parametrize("kind", ["reads", "loses"])
+    def test_a_forward_that_lost_ours_trains_what_it_reads_and_is_told_of_else(self, mode, kind):
+        """As who restores the forward of before: it reads the weight, W + S z. A copy of the weight would stay as it is."""
+        found = []
+        for lost in (False, True):
+            torch.manual_seed(0)
+            model = nn.Sequential(nn.Linear(12, 9)).double()
+            optimizer = MODES[mode](model, {"*": "random(rank=3, every=2)"}, "sgd", lr=0.1)
+            copied = model[0].weight.detach().clone()
+            if lost:
+                model[0].forward = lambda x, m=model[0], w=copied: nn.functional.linear(
+                    x, m.weight if kind == "reads" else w, m.bias
+                )
+            for i in range(5):
+                optimizer.zero_grad()
+                x = torch.randn(5, 12, generator=torch.Generator().manual_seed(i), dtype=torch.float64)
+                model(x).square().sum().backward()
+                if lost and kind == "loses" and i == 0:
+                    with pytest.warns(RuntimeWarning, match="replaced after lingrad had wrapped it"):
+                        optimizer.step()
+                else:
+                    optimizer.step()
+            found.append(optimizer.weights()["0.weight"])
+        if kind == "reads":
+            torch.testing.assert_close(found[1], found[0], rtol=1e-12, atol=1e-12)  # float64, sums in another order
 
     @each_mode
     def test_the_class_s_own_forward_comes_back(self, mode):

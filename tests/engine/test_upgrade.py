@@ -58,11 +58,14 @@ def test_what_is_saved_now_has_every_entry_of_then(name):
     model, opt = make(name)
     train(model, opt, batches(BEFORE))
     then, now = Saved(state), Saved(opt.state_dict())
+    # a run whose state is not self-contained was the default then, and had its coordinates in the model's
+    more = set() if name == "contained" else {key for entries in now.state.values() for key in entries if ".stored." in key}
+    assert (name in {"adapter", "kron"}) == bool(more)
     for index, entries in then.state.items():
-        assert entries.keys() - {ENERGY} == now.state[index].keys() - {ENERGY}
+        assert entries.keys() - {ENERGY} == now.state[index].keys() - {ENERGY} - more
         # a flattened state is looked up by the keys of now before lingrad sees it; one with a ledger never loaded so
         if not any(".ledger." in key for key in entries):
-            assert state["state"][index].keys() - {ENERGY} == now.state[index].keys() - {ENERGY}
+            assert state["state"][index].keys() - {ENERGY} == now.state[index].keys() - {ENERGY} - more
     assert {group["format"] for group in state["param_groups"]} == {3}  # what was read is left as it was
 
 

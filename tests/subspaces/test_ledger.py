@@ -283,7 +283,7 @@ class TestSelfContained:
     def test_another_kind_of_run_is_refused(self):
         model = llama()
         state = self.run(model).state_dict()
-        other = lingrad.adapt(llama(), self.SPEC, lr=1e-2)
+        other = lingrad.adapt(llama(), self.SPEC, lr=1e-2, self_contained=False)
         with pytest.raises(errors.CheckpointError, match="self_contained True, this run has False"):
             other.load_state_dict(state)
 

@@ -1,0 +1,244 @@
+"""What another program gets that reads the weight of a layer in adapter mode: W + S z, and writing to it changes W.
+
+Torch's fused encoder, quantization, penalties, kernels of the layer around it: all read ``layer.weight`` without calling the
+layer. They get a tensor whose numbers are formed where they are asked for; what asks for its shape, dtype or device alone pays
+nothing. Autograd ties it to the coordinates. Where it is written to, the coordinates are merged first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, final
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+from typing_extensions import override
+
+from lingrad.adapters.base import once, uncompiled
+from lingrad.errors import ModeError
+from lingrad.gradients.local import DenseGradient
+from lingrad.parallel import average
+from lingrad.subspaces.subspace import Subspace
+from lingrad.tensors import dense
+
+_READ = "_lingrad_read_{}"  # in the dict of a module: gives the value of its attribute
+_CLASSES: dict[tuple[type, str], type] = {}  # by the class and the attribute
+_SAME = (torch.ops.aten.detach.default, torch.ops.aten.alias.default)
+
+
+def project(sub: Subspace, grad: Tensor, *, averages: bool) -> Tensor:
+    """The gradient of the coordinates, in a backward that forms the weight's; what a refresh reads of it is recorded.
+
+    Args:
+        sub: The subspace.
+        grad: The gradient of the weight, in its shape.
+        averages: Whether it is averaged over ranks here.
+
+    Returns:
+        The gradient [p, q] in the coordinates' dtype.
+    """
+    matrix = DenseGradient(sub.weight.layout.matrix(dense(grad)))
+    projected = sub.map().project(matrix)
+    if sub.basis.due:  # autograd may use its buffer again; a sum writes into ours
+        sub.record(matrix, projected, lambda: DenseGradient(matrix.dense().clone()))
+    projected = projected.to(sub.coords.dtype)
+    return average(projected) if averages else projected
+
+
+@final
+class EffectiveWeight(Tensor):
+    """W + S z without memory of its own: its numbers are formed where an operation asks for them.
+
+    Attributes:
+        subspace: The subspace.
+        part: The numbers of a view of it (a transpose, a row); None where it is the whole weight.
+    """
+
+    subspace: Subspace
+    part: Tensor | None
+    _is_param = True  # for isinstance: to its readers it is the layer's nn.Parameter
+
+    @staticmethod
+    def __new__(cls: Any, sub: Subspace, part: Tensor | None = None) -> EffectiveWeight:
+        """Make the whole weight, or a view of it; arguments as the attributes."""
+        like = sub.weight.param if part is None else part
+        # under autograd's Python key a tensor without memory; what asks for its address is told so by torch
+        made: EffectiveWeight = Tensor._make_wrapper_subclass(
+            cls, like.shape, strides=like.stride(), dtype=like.dtype, device=like.device
+        )
+        torch._C._set_throw_on_mutable_data_ptr(made)
+        made.subspace, made.part = sub, part
+        return made
+
+    __torch_function__: Any = torch._C._disabled_torch_function_impl
+
+    @classmethod
+    @override
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in _SAME and isinstance(args[0], cls):
+            return cls(args[0].subspace, args[0].part)
+        written = {id(one): one for one in _written(func, args, kwargs) if isinstance(one, cls)}
+        for one in written.values():
+            one.merge()
+
+        def plain(one: EffectiveWeight) -> Tensor:
+            return one.subspace.weight.dense() if id(one) in written else one.form()
+
+        found = func(*tree_map_only(cls, plain, args), **tree_map_only(cls, plain, kwargs))
+        if len(written) == 1 and isinstance(found, Tensor):
+            return next(iter(written.values()))
+        if any(one.alias_info is not None and not one.alias_info.is_write for one in func._schema.returns):
+            sub = next((one.subspace for one in args if isinstance(one, cls)), None)
+            return found if sub is None else tree_map_only(Tensor, lambda view: cls(sub, view), found)
+        return found
+
+    @torch.no_grad()
+    def form(self) -> Tensor:
+        """The numbers, in a plain tensor that is not to be written into."""
+        return self.subspace.effective() if self.part is None else self.part
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        """Have W be the sum, for another program to write into.
+
+        Raises:
+            ModeError: This is a view, of numbers that were formed for it.
+        """
+        if self.part is not None:
+            raise ModeError(
+                f"a part of {self.subspace.name} is written to, which in adapter mode is a sum, W + S z, formed for its "
+                "readers. Write to the whole weight (layer.weight.copy_(changed)), or use optimizer mode"
+            )
+        self.subspace.open()
+
+    @property
+    def grad(self) -> Tensor | None:
+        """The gradient that another program has assigned to the weight, for the next step to take."""
+        return self.subspace.weight.param.grad
+
+    @grad.setter
+    def grad(self, value: Tensor | None) -> None:
+        self.subspace.weight.param.grad = value
+
+    @property
+    def data(self) -> Tensor:
+        """The same, apart from autograd."""
+        return EffectiveWeight(self.subspace, self.part)
+
+    @data.setter
+    def data(self, value: Tensor) -> None:
+        self.merge()
+        self.subspace.weight.param.data = value
+
+    @override
+    def numpy(self, *, force: bool = False) -> Any:
+        return self.form().numpy(force=force)
+
+    @override
+    def tolist(self) -> list[Any]:
+        return self.form().tolist()
+
+    @override
+    def __array__(self, dtype: Any = None) -> Any:
+        return self.form().__array__(dtype)
+
+    @override
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
+        return self.form().clone()
+
+    @override
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.form().clone().__reduce_ex__(protocol)
+
+
+def _written(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[Any]:
+    """The arguments that an operation writes into, those in lists one by one."""
+    given = dict(zip((one.name for one in func._schema.arguments), args, strict=False)) | dict(kwargs)
+    for argument in func._schema.arguments:
+        if argument.alias_info is not None and argument.alias_info.is_write and argument.name in given:
+            value = given[argument.name]
+            yield from value if isinstance(value, list | tuple) else [value]
+
+
+class _Read(torch.autograd.Function):
+    """W + S z, with project(dW) as the gradient of z."""
+
+    @staticmethod
+    @override
+    def forward(ctx: Any, coords: Tensor, sub: Subspace, averages: bool, formed: bool) -> Tensor:
+        ctx.sub, ctx.averages = sub, averages
+        return sub.add_to(sub.weight.dense(), coords) if formed else EffectiveWeight(sub)
+
+    @staticmethod
+    @once
+    @override
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return project(ctx.sub, grad, averages=ctx.averages), None, None, None
+
+
+def read(sub: Subspace, *, averages: bool) -> Tensor:
+    """The weight as other programs see it in adapter mode.
+
+    Args:
+        sub: Its subspace.
+        averages: Whether the gradient that reaches the coordinates so is averaged over ranks here.
+
+    Returns:
+        An `EffectiveWeight`, tied to the coordinates where gradients are recorded; in what is compiled, a plain tensor.
+    """
+    weight: Tensor = _read(sub, averages, torch.compiler.is_dynamo_compiling())
+    return weight
+
+
+@uncompiled
+def _read(sub: Subspace, averages: bool, formed: bool) -> Tensor:
+    sub.require_intact()
+    if formed or (torch.is_grad_enabled() and sub.coords.requires_grad):
+        tied: Tensor = _Read.apply(sub.coords, sub, averages, formed)  # type: ignore[no-untyped-call]
+        return tied
+    return EffectiveWeight(sub)
+
+
+def make_readable(module: nn.Module, attribute: str, give: Callable[[], Tensor]) -> None:
+    """Have an attribute of one module, a parameter, give something else to whoever reads it.
+
+    Args:
+        module: The module, whose class becomes one of the same name that derives from it.
+        attribute: The parameter's name. The parameter stays what it is for ``named_parameters`` and the like.
+        give: What is called instead.
+    """
+    vars(module)[_READ.format(attribute)] = give
+    module.__class__ = _readable(type(module), attribute)
+
+
+def _readable(cls: type, attribute: str) -> type:
+    """The class that derives from another one and has a property in the place of a parameter."""
+    if (cls, attribute) not in _CLASSES:
+
+        def value(self: nn.Module) -> Any:
+            give = vars(self).get(_READ.format(attribute))
+            return self.__getattr__(attribute) if give is None else give()
+
+        def reduce(self: nn.Module, protocol: Any) -> Any:  # pickle finds classes by their name
+            return _empty, (cls, attribute), vars(self)
+
+        names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
+        _CLASSES[cls, attribute] = type(cls.__name__, (cls,), {**names, attribute: property(value), "__reduce_ex__": reduce})
+    return _CLASSES[cls, attribute]
+
+
+def _empty(cls: type, attribute: str) -> Any:
+    made: Any = _readable(cls, attribute)
+    return made.__new__(made)
+
+
+def make_plain(module: nn.Module, attribute: str) -> None:
+    """Undo `make_readable`; another program's class on top of it stays, and gives the parameter."""
+    vars(module).pop(_READ.format(attribute), None)
+    for (cls, name), readable in _CLASSES.items():
+        if readable is type(module) and name == attribute:
+            module.__class__ = cls

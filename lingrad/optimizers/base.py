@@ -91,7 +91,7 @@ class Base:
             options["fused"] = all(_fusible(p, devices) for p in _flatten(params))
         try:
             optimizer = self.factory(params, **options)
-        except (TypeError, ValueError, IndexError, AssertionError, RuntimeError) as error:
+        except Exception as error:  # other code
             given = ", ".join(f"{key}={value!r}" for key, value in self.options.items())
             why = f"{error or type(error).__name__}{self.hint}"
             raise SpecError(f"base '{self.name}' refused its options ({given}): {why}") from error
@@ -180,7 +180,7 @@ def find(base: BaseLike, options: Mapping[str, Any], *, decay: bool = True, othe
         name, built_in = base, BUILT_IN[base]
         factory: Callable[..., Optimizer] = _load(name, built_in)
     elif callable(base):
-        name, factory = name_of(base), base
+        name, factory, built_in = name_of(base), base, _fallback_of(base)
     else:
         raise SpecError(f"base must be a name, an optimizer class or a factory, not {base!r}")
     fallback = built_in.fallback
@@ -202,6 +202,14 @@ def find(base: BaseLike, options: Mapping[str, Any], *, decay: bool = True, othe
     return replace(found, fallback=find(fallback, {**left, **general}, decay=decay))
 
 
+def _fallback_of(factory: Callable[..., Optimizer]) -> BuiltIn:
+    """What a class has of the table: the fallback, if it is one of those, or derived from one, that cannot step everything."""
+    for name, row in BUILT_IN.items():
+        if row.fallback is not None and isinstance(factory, type) and issubclass(factory, _load(name, row)):  # type: ignore[arg-type]
+            return replace(row, options={})
+    return BuiltIn("")
+
+
 def name_of(base: BaseLike) -> str:
     """The name of a base in messages: the one given, or that of the class or factory."""
     return base if isinstance(base, str) else getattr(base, "__name__", type(base).__name__)
@@ -216,7 +224,10 @@ def _load(name: str, built_in: BuiltIn) -> Callable[..., Optimizer]:
 @cache
 def _option_names(factory: Callable[..., Optimizer]) -> tuple[str, ...]:
     """The names of a factory's options, without its first parameter, params; ``**`` if it takes any."""
-    parameters = list(inspect.signature(factory).parameters.values())[1:]
+    try:
+        parameters = list(inspect.signature(factory).parameters.values())[1:]
+    except (TypeError, ValueError) as error:
+        raise SpecError(f"base '{name_of(factory)}' cannot be used, since its options cannot be read: {error}") from error
     return tuple("**" if p.kind is inspect.Parameter.VAR_KEYWORD else p.name for p in parameters)
 
 

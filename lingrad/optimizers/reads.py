@@ -10,7 +10,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,42 +18,33 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from typing_extensions import override
 
+from lingrad.optimizers.operators import Read, Terms, elementwise, tensors, terms
 from lingrad.tensors import storage
 
 # Operators that read shapes, dtypes and devices only
 _NO_DATA = {
-    *("zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like", "randint_like", "is_same_size", "is_pinned"),
+    *(
+        "zeros_like",
+        "ones_like",
+        "empty_like",
+        "full_like",
+        "rand_like",
+        "randn_like",
+        "randint_like",
+        "is_same_size",
+        "is_pinned",
+    ),
     *("new_zeros", "new_ones", "new_empty", "new_full", "new_empty_strided", "result_type", "can_cast", "record_stream"),
     *("_has_same_storage_numel", "_has_compatible_shallow_copy_type"),
 }
-_COPIES = {"clone", "_to_copy", "contiguous", "alias_copy", "detach_copy", "view_copy", "_reshape_copy", "lift_fresh_copy"}
-_OVERWRITES = {"zero", "fill", "normal", "uniform", "random", "bernoulli", "exponential"}  # in place, of any value before
-_ADDED_TO = {"index_add", "scatter_add", "index_put", "_index_put_impl"}  # the first argument plus others
-_PRODUCT_ADDED_TO = {"addmm", "addmv", "addr", "addbmm", "baddbmm"}
 _READING_OPTIONS = ("weight_decay", "max_unorm")  # of kernels of a whole step: without them these only add to the parameter
 _FOREACH = "_foreach_"
 _CALLED = {"_local_scalar_dense": "item", "_to_copy": "to", "linalg_vector_norm": "norm"}  # as users write them
 _NEAR = 1e-12  # factors come of a few products and sums in float64
 
-Terms = list[tuple[Any, float]]
-
-
-class Read(NamedTuple):
-    """What a tensor holds of a parameter.
-
-    Args:
-        param: Which parameter.
-        factor: The tensor is this times the parameter plus what is made of gradients; None if it is any other function of it.
-        by: The operator that read the parameter; empty for the parameter itself.
-    """
-
-    param: int
-    factor: float | None
-    by: str = ""
-
 
 class ParameterReads(TorchDispatchMode):
-    """Follows parameters through the operators that run in this context: that of building an optimizer, then `step` for each step.
+    """Follows parameters through the operators that run in this context, in which an optimizer is built, and in `step`.
 
     It sees torch's operators and custom ones. It does not see a parameter that is read past torch, as by ``numpy()`` or by a
     kernel that is launched with its address. Of custom operators and fused kernels it believes that they add to the parameters
@@ -67,14 +58,16 @@ class ParameterReads(TorchDispatchMode):
     """
 
     def __init__(self, params: Sequence[Tensor]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.found = ""
         self._params = params
         self._known: dict[int, tuple[StorageWeakRef, Read]] = {}
+        self._indices: list[Tensor] = []
         self._kept: set[int] = set()  # what of it was alive when the last step ended
         self._start()
 
     def _start(self) -> None:
+        self._indices.clear()
         for i, param in enumerate(self._params):
             self._set(param, Read(i, 1.0))
 
@@ -96,7 +89,7 @@ class ParameterReads(TorchDispatchMode):
         self._kept = set(self._known)
 
     def _judge(self, read: Read | None, param: int) -> None:
-        if read is None or read.param != param:
+        if read is None or read.param != param or read.at:
             self._report("it sets the parameter to values that are not the parameter plus an update")
         elif read.factor is None:
             self._report(f"its update is computed from the parameter (by {read.by})")
@@ -121,10 +114,25 @@ class ParameterReads(TorchDispatchMode):
 
     @override
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        if any(self._of(tensor) is not None for tensor in _tensors((args, kwargs or {}))):
-            self._follow(func, args, kwargs or {}, result)
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        if self._touched(args) or (kwargs and self._touched(kwargs.values())):
+            self._follow(func, args, kwargs, result)
         return result
+
+    @classmethod
+    @override
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # a wrapper that costs as much as the rest
+
+    def _touched(self, values: Iterable[Any]) -> bool:
+        for value in values:
+            if isinstance(value, list | tuple):
+                if self._touched(value):
+                    return True
+            elif self._of(value) is not None:
+                return True
+        return False
 
     def _follow(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], result: Any) -> None:
         schema = func._schema
@@ -136,7 +144,7 @@ class ParameterReads(TorchDispatchMode):
             return
         if name.startswith(_FOREACH):
             name = name.removeprefix(_FOREACH)
-            for each, returned in _elementwise(given, result, _RENAMED.get(name, {})):
+            for each, returned in elementwise(name, given, result):
                 self._store(name, each, written, returned)
         elif func.namespace != "aten" or name.startswith("_fused_"):
             self._store_kernel(name, given, written, result)
@@ -145,16 +153,20 @@ class ParameterReads(TorchDispatchMode):
 
     def _store(self, name: str, given: Mapping[str, Any], written: Sequence[str], returned: Any) -> None:
         """Record what an operator's results hold."""
-        inputs = list(_tensors(given.values()))
+        inputs = list(tensors(given.values()))
         if not any(self._of(tensor) is not None for tensor in inputs):
             return
-        terms = self._terms(name, given)
-        read = self._any(name, inputs) if terms is None else self._sum(name, terms)
+        parts = self._indexed(name, given) or terms(name, given, self._of)
+        read = self._any(name, inputs) if parts is None else self._sum(name, parts)
+        if name == "index" and parts is not None and read is not None:
+            read = read._replace(at=(*read.at, self._place(given["indices"])))
         if written:
-            targets = list(_tensors(given[key] for key in written))
+            targets = list(tensors(given[key] for key in written))
         else:
-            shared = {storage(tensor) for tensor in inputs if tensor.layout == torch.strided}  # views are known by their storage
-            targets = [t for t in _tensors([returned]) if t.layout != torch.strided or storage(t) not in shared]
+            shared = {
+                storage(tensor) for tensor in inputs if tensor.layout is torch.strided
+            }  # views are known by their storage
+            targets = [t for t in tensors([returned]) if t.layout is not torch.strided or storage(t) not in shared]
             if read is not None and isinstance(returned, bool | int | float | complex):
                 self._report(f"it reads values of the parameter in Python (by {read.by})")
         for target in targets:
@@ -162,16 +174,33 @@ class ParameterReads(TorchDispatchMode):
 
     def _store_kernel(self, name: str, given: Mapping[str, Any], written: Sequence[str], returned: Any) -> None:
         """The same for one that makes a whole step, or is no operator of torch."""
-        targets = list(_tensors(given[key] for key in written))
+        targets = list(tensors(given[key] for key in written))
         stepped = {storage(target) for target in targets}
-        inputs = list(_tensors(given.values()))
+        inputs = list(tensors(given.values()))
         steps = all(read.factor == 1.0 and storage(t) in stepped for t in inputs if (read := self._of(t)) is not None)
         if not steps or any(given.get(option) for option in _READING_OPTIONS):
-            for target in [*targets, *_tensors([returned])]:
+            for target in [*targets, *tensors([returned])]:
                 self._assign(target, self._any(name, inputs), name)
 
+    def _indexed(self, name: str, given: Mapping[str, Any]) -> Terms | None:
+        """As `terms`, for ``x[indices]`` and for what is written back to where it was read, as by ``x[indices] += update``."""
+        this, values = self._of(given.get("self")), self._of(given.get("values"))
+        if name not in ("index", "index_put", "_index_put_impl") or this is None or self._touched(given["indices"]):
+            return None
+        if name == "index":
+            return [(given["self"], 1.0)]
+        there = this._replace(at=(*this.at, self._place(given["indices"])))
+        return [(given["self"], 1.0)] if not given["accumulate"] and there.like(values) else None
+
+    def _place(self, indices: Sequence[Tensor | None]) -> Any:
+        self._indices += [index for index in indices if index is not None]  # alive, so that others have other storages
+        return tuple(
+            None if index is None else (storage(index), index.storage_offset(), index.shape, index.stride(), index._version)
+            for index in indices
+        )
+
     def _assign(self, target: Tensor, read: Read | None, by: str) -> None:
-        if target.layout != torch.strided:
+        if target.layout is not torch.strided:
             if read is not None:
                 self._report(f"it keeps values computed from the parameter (by {by})")
             return
@@ -179,7 +208,7 @@ class ParameterReads(TorchDispatchMode):
         covered = target.numel() * target.element_size() >= target.untyped_storage().nbytes()
         if read is not None and read.factor is not None and not (target.is_floating_point() or target.is_complex()):
             read = read._replace(factor=None)
-        if covered or (old is not None and read is not None and old[:2] == read[:2]):
+        if covered or (old is not None and old.like(read)):
             self._set(target, read)
         elif old is not None or read is not None:
             either = old if read is None else read  # part of the storage holds one thing, and the rest another
@@ -193,7 +222,7 @@ class ParameterReads(TorchDispatchMode):
             self._known[storage(tensor)] = StorageWeakRef(tensor.untyped_storage()), read
 
     def _of(self, value: Any) -> Read | None:
-        if not isinstance(value, Tensor) or value.layout != torch.strided:
+        if not isinstance(value, Tensor) or value.layout is not torch.strided:
             return None
         known = self._known.get(storage(value))  # a storage that is weakly referred to leaves its key to no other
         return None if known is None else known[1]
@@ -201,96 +230,15 @@ class ParameterReads(TorchDispatchMode):
     def _any(self, name: str, inputs: Iterable[Tensor]) -> Read:
         reads = [read for tensor in inputs if (read := self._of(tensor)) is not None]
         first = next((read for read in reads if read.factor is None), reads[0])
-        return Read(first.param, None, first.by or _CALLED.get(name, name))
+        return Read(first.param, None, by=first.by if first.factor is None else _CALLED.get(name, name))
 
-    def _sum(self, name: str, terms: Terms) -> Read | None:
+    def _sum(self, name: str, parts: Terms) -> Read | None:
         """What a sum of multiples of tensors holds."""
-        reads = [(read, factor) for value, factor in terms if (read := self._of(value)) is not None and factor != 0]
+        reads = [(read, factor) for value, factor in parts if (read := self._of(value)) is not None and factor != 0]
         if not reads:
             return None
-        param, _, by = reads[0][0]
-        if any(read.factor is None or read.param != param for read, _ in reads):
-            return self._any(name, (value for value, factor in terms if isinstance(value, Tensor) and factor != 0))
+        param, _, at, by = reads[0][0]
+        if any(read.factor is None or read.param != param or read.at != at for read, _ in reads):
+            return self._any(name, (value for value, factor in parts if isinstance(value, Tensor) and factor != 0))
         total = sum(read.factor * factor for read, factor in reads if read.factor is not None)
-        return None if abs(total) < _NEAR else Read(param, total, by or _CALLED.get(name, name))
-
-    def _terms(self, name: str, a: Mapping[str, Any]) -> Terms | None:
-        """An operator's result as a sum of multiples of its arguments, constants left out; None if it is not linear in these."""
-
-        def unread(*keys: str) -> bool:
-            return all(self._of(tensor) is None for tensor in _tensors(a[key] for key in keys if key in a))
-
-        other = a.get("other")
-        if name in ("add", "sub"):
-            scale = self._number(a.get("alpha", 1))
-            return None if scale is None else [(a["self"], 1.0), (other, scale if name == "add" else -scale)]
-        if name == "rsub":
-            scale = self._number(a.get("alpha", 1))
-            return None if scale is None else [(other, 1.0), (a["self"], -scale)]
-        if name == "mul":
-            value, by = (other, a["self"]) if unread("self") else (a["self"], other)
-            scale = self._number(by)
-            return None if scale is None else [(value, scale)]
-        if name == "div":
-            scale = self._number(other)
-            return [(a["self"], 1 / scale)] if scale and a.get("rounding_mode") is None else None
-        if name == "neg":
-            return [(a["self"], -1.0)]
-        if name == "lerp":
-            scale = self._number(a["weight"])
-            return None if scale is None else [(a["self"], 1 - scale), (a["end"], scale)]
-        if name in ("addcmul", "addcdiv"):
-            return [(a["self"], 1.0)] if self._number(a["value"]) == 0 or unread("tensor1", "tensor2") else None
-        if name == "copy":
-            return [(a["src"], 1.0)]
-        if name in _COPIES:
-            return [(a["self"], 1.0)]
-        if name in _OVERWRITES:
-            return [] if unread("value") else None
-        if name == "where" and unread("condition") and self._same(a.get("self"), other):
-            return [(other, 1.0)]
-        if name in _ADDED_TO and (a.get("accumulate", True)) and unread("index", "indices", "source", "src", "values"):
-            return [(a["self"], 1.0)]
-        if name in _PRODUCT_ADDED_TO and unread("mat1", "mat2", "mat", "vec", "vec1", "vec2", "batch1", "batch2"):
-            scale = self._number(a["beta"])
-            return None if scale is None else [(a["self"], scale)]
-        return None
-
-    def _same(self, one: Any, other: Any) -> bool:
-        read, like = self._of(one), self._of(other)
-        return read is not None and like is not None and read.factor is not None and read[:2] == like[:2]
-
-    def _number(self, value: Any) -> float | None:
-        """A number, or the only element of a tensor that holds nothing of a parameter."""
-        if isinstance(value, Tensor):
-            return float(value) if value.numel() == 1 and self._of(value) is None and not value.is_complex() else None
-        return float(value) if isinstance(value, bool | int | float) else None
-
-
-def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
-    for value in values:
-        if isinstance(value, Tensor):
-            yield value
-        elif isinstance(value, list | tuple):
-            yield from _tensors(value)
-        elif isinstance(value, dict):
-            yield from _tensors(value.values())
-
-
-# What operators over lists call the arguments that those over tensors call otherwise
-_RENAMED = {
-    **dict.fromkeys(("add", "sub", "mul", "div"), {"scalar": "other", "scalars": "other"}),
-    **dict.fromkeys(("addcmul", "addcdiv"), {"scalars": "value"}),
-    "lerp": {"tensors1": "end", "weights": "weight"},
-}
-
-
-def _elementwise(given: Mapping[str, Any], result: Any, renamed: Mapping[str, str]) -> Iterator[tuple[dict[str, Any], Any]]:
-    """The arguments and the result of an operator over lists, for one element of these after another."""
-    count = len(given["self"])
-
-    def at(value: Any, i: int) -> Any:
-        return value[i] if isinstance(value, list | tuple) and len(value) == count else value
-
-    for i in range(count):
-        yield {renamed.get(key, key): at(value, i) for key, value in given.items()}, at(result, i)
+        return None if abs(total) < _NEAR else Read(param, total, at, by or _CALLED.get(name, name))

@@ -99,6 +99,21 @@ class Base:
             raise SpecError(f"base '{self.name}' returned a {type(optimizer).__name__}; expected a torch.optim.Optimizer")
         return optimizer if self.quantizer is None else QuantizedOptimizer(optimizer, self.quantizer)
 
+    def build_dry(self, params: Iterable[Any]) -> Optimizer:
+        """Build the optimizer for steps on no GPU, whose numbers are the same; ``capturable`` is only for one.
+
+        Args:
+            params: Parameters or param groups.
+
+        Returns:
+            The optimizer.
+        """
+        optimizer = self.build(params)
+        for group in optimizer.param_groups:
+            if group.get("capturable"):
+                group["capturable"], group["lr"] = False, float(group["lr"])
+        return optimizer
+
     def unfused(self) -> Base:
         """The same base without a fused kernel, which compilers cannot trace; an option that the user set stays."""
         chosen = {"fused", "foreach", "capturable", "differentiable"} & self.options.keys()
@@ -117,7 +132,7 @@ class Base:
         """
         dummy = nn.Parameter(torch.zeros_like(param))
         dummy.grad = torch.zeros_like(dummy)
-        optimizer = self.build([dummy])
+        optimizer = self.build_dry([dummy]) if param.device.type in ("cpu", "meta") else self.build([dummy])
         optimizer.step()
         return dict(optimizer.state[dummy])
 
@@ -194,7 +209,7 @@ def find(base: BaseLike, options: Mapping[str, Any], *, decay: bool = True, othe
         _refuse_own_decay(name, factory)
         merged["weight_decay"] = 0.0
     found = Base(name, factory, merged, row=built_in.moments, hint=_hint(accepted, options, others))
-    found = replace(found, quantizer=find_quantizer(general, name, found.build))
+    found = replace(found, quantizer=find_quantizer(general, name, found.build_dry))
     if fallback is None:
         return found
     # both have one learning rate; any other option belongs to the base if it takes it, otherwise to the fallback
@@ -265,7 +280,8 @@ def _refuse_own_decay(name: str, factory: Callable[..., Optimizer]) -> None:
 def _fused_on(factory: Callable[..., Optimizer]) -> set[str]:
     """The devices on which a class has a fused kernel that is faster."""
     # not SGD: its fused kernel fails if a parameter's first gradient comes late or is sparse
-    if not (isinstance(factory, type) and issubclass(factory, (torch.optim.Adam, torch.optim.Adagrad))):
+    takes = _takes(_option_names(factory), "fused")
+    if not (takes and isinstance(factory, type) and issubclass(factory, (torch.optim.Adam, torch.optim.Adagrad))):
         return set()
     devices = set(torch_optimizer._get_fused_kernels_supported_devices()) & {"cpu", "cuda", "meta"}  # type: ignore[attr-defined]
     return devices - {"cuda", "meta"} if issubclass(factory, torch.optim.Adagrad) else devices

@@ -124,7 +124,9 @@ def check_steps(base: Base, named: Iterable[tuple[str, Tensor]], *, capturable: 
                 option="capturable",
             )
         try:
-            base.state_of(torch.zeros((2,) * param.dim(), dtype=param.dtype, device=param.device))
+            small = nn.Parameter(torch.zeros((4,) * param.dim(), dtype=param.dtype, device=param.device))
+            small.grad = torch.ones_like(small) if small.dim() == 0 else _windows(small, 1, seed=1)[0]
+            base.build([small]).step()
         except Exception as error:
             dims = "1 dimension" if param.dim() == 1 else f"{param.dim()} dimensions"
             raise SpecError(
@@ -144,7 +146,7 @@ def check_no_shared_state(base: Base, option: str = "layerwise=True") -> None:
         SpecError: A step changes its param group: a counter or a step size that all parameters share.
     """
     param = nn.Parameter(torch.zeros(SHAPE, device="cpu"))
-    optimizer = base.build([param])
+    optimizer = base.build_dry([param])
     param.grad = _windows(param, 1, seed=1)[0].clone()
     before, name = _group_options(optimizer), option.partition("=")[0]
     optimizer.step()
@@ -247,12 +249,9 @@ def _dry_run(
     params = [nn.Parameter(torch.zeros(shape, dtype=dtype, device="cpu")) for shape in shapes]
     reads = ParameterReads(params) if followed else nullcontext()
     with reads:
-        optimizer = base.build(params)
+        optimizer = base.build_dry(params)
     for group in optimizer.param_groups:
-        plain = not isinstance(group.get("lr"), Tensor) or group.get("capturable")
-        group["lr"] = 1.0 if plain else torch.ones_like(group["lr"])
-        if group.get("capturable"):
-            group["capturable"] = False  # only for a GPU; the numbers are the same
+        group["lr"] = torch.ones_like(group["lr"]) if isinstance(group.get("lr"), Tensor) else 1.0
     gradients = [_windows(param, steps, seed=1) for param in params]
     positions = [_windows(param, steps, seed=0) for param in params] if placed else []
     updates: list[list[Tensor]] = [[] for _ in params]
@@ -272,10 +271,10 @@ def _dry_run(
 
 
 def _windows(param: Tensor, steps: int, *, seed: int) -> list[Tensor]:
-    """A standard normal tensor for every step, on the CPU; each is the one before it, moved by a row."""
+    """A standard normal tensor for every step, the same on every device; each is the one before it, moved by a row."""
     generator = torch.Generator().manual_seed(seed)
     rows = len(param)
-    noise = torch.randn(rows + steps, *param.shape[1:], generator=generator, dtype=torch.float64, device="cpu").to(param.dtype)
+    noise = torch.randn(rows + steps, *param.shape[1:], generator=generator, dtype=torch.float64, device="cpu").to(param)
     return [noise[i : i + rows] for i in range(steps)]
 
 

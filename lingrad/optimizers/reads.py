@@ -84,7 +84,7 @@ class ParameterReads(TorchDispatchMode):
         for i, param in enumerate(self._params):
             self._judge(self._of(param), i)
         if not self.found and self._judge_kept():
-            gc.collect()  # such as a frame that an exception has kept alive
+            gc.collect(1)  # what the step has left in cycles, such as the frames of an exception
             self.found = self._judge_kept()
         self._kept = set(self._known)
 
@@ -119,11 +119,6 @@ class ParameterReads(TorchDispatchMode):
         if self._touched(args) or (kwargs and self._touched(kwargs.values())):
             self._follow(func, args, kwargs, result)
         return result
-
-    @classmethod
-    @override
-    def _should_skip_dynamo(cls) -> bool:
-        return False  # a wrapper that costs as much as the rest
 
     def _touched(self, values: Iterable[Any]) -> bool:
         for value in values:
@@ -208,7 +203,9 @@ class ParameterReads(TorchDispatchMode):
         covered = target.numel() * target.element_size() >= target.untyped_storage().nbytes()
         if read is not None and read.factor is not None and not (target.is_floating_point() or target.is_complex()):
             read = read._replace(factor=None)
-        if covered or (old is not None and old.like(read)):
+        if old is not None and old.like(read):
+            return
+        if covered:
             self._set(target, read)
         elif old is not None or read is not None:
             either = old if read is None else read  # part of the storage holds one thing, and the rest another

@@ -8,7 +8,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import cache
 from typing import Any
 
 import torch
@@ -236,7 +235,6 @@ def _load(name: str, built_in: BuiltIn) -> Callable[..., Optimizer]:
     return factory
 
 
-@cache
 def _option_names(factory: Callable[..., Optimizer]) -> tuple[str, ...]:
     """The names of a factory's options, without its first parameter, params; ``**`` if it takes any."""
     try:
@@ -280,8 +278,9 @@ def _refuse_own_decay(name: str, factory: Callable[..., Optimizer]) -> None:
 def _fused_on(factory: Callable[..., Optimizer]) -> set[str]:
     """The devices on which a class has a fused kernel that is faster."""
     # not SGD: its fused kernel fails if a parameter's first gradient comes late or is sparse
-    takes = _takes(_option_names(factory), "fused")
-    if not (takes and isinstance(factory, type) and issubclass(factory, (torch.optim.Adam, torch.optim.Adagrad))):
+    if not (isinstance(factory, type) and issubclass(factory, (torch.optim.Adam, torch.optim.Adagrad))):
+        return set()
+    if not _takes(_option_names(factory), "fused"):
         return set()
     devices = set(torch_optimizer._get_fused_kernels_supported_devices()) & {"cpu", "cuda", "meta"}  # type: ignore[attr-defined]
     return devices - {"cuda", "meta"} if issubclass(factory, torch.optim.Adagrad) else devices

@@ -130,6 +130,13 @@ class TestWords:
         with pytest.raises(SpecError, match="base 'dict' cannot be used, since its options cannot be read"):
             check(dict)
 
+    def test_a_factory_that_has_no_hash(self):
+        class Factory(dict):
+            def __call__(self, params, lr):
+                return torch.optim.SGD(params, lr=lr)
+
+        check(Factory())
+
     def test_a_step_that_only_a_mode_cannot_follow_is_compared(self, monkeypatch):
         def fails(self, func, types, args=(), kwargs=None):
             raise NotImplementedError("no rule for this operator")

@@ -26,6 +26,9 @@ from lingrad.engine.step import step_one
 from lingrad.engine.stepper import Group, Stepper
 from lingrad.errors import SpecError, did_you_mean, require
 from lingrad.optimizers import Base, BaseLike, checks
+from lingrad.optimizers.acceptance import check_accepts
+from lingrad.optimizers.hooks import without_global_hooks
+from lingrad.subspaces import trees
 from lingrad.subspaces.basis import Basis
 from lingrad.subspaces.ledger import Ledger
 from lingrad.subspaces.subspace import Subspace
@@ -123,7 +126,9 @@ def make_groups(
     known: dict[str, dict[str, Any]] = {}
     for kind in KINDS:
         if named[kind]:
-            known[kind] = {**_hyper_parameters(base if kind == "coords" else base.fallback or base), **defaults}
+            steps = base if kind == "coords" else base.fallback or base
+            check_accepts(steps, named[kind])
+            known[kind] = {**_hyper_parameters(steps), **defaults}
             if arithmetic.default_eps is not None and "eps" not in base.options:
                 known[kind]["eps"] = arithmetic.default_eps
             if kind != "coords":
@@ -134,7 +139,8 @@ def make_groups(
             raise SpecError(f"unknown option '{option}' in a param group{did_you_mean(option, all_known)}", option=option)
     groups = []
     for kind, hyper in known.items():
-        hyper |= {key: value for key, value in options.items() if key in hyper}
+        # a learning rate that is a tensor is each group's own: schedulers and users change it in place, group by group
+        hyper = {key: trees.copied(options.get(key, value)) for key, value in hyper.items()}
         group = {"params": named[kind], "name": prefix + kind, "kind": kind, **hyper}
         groups.append(group | {"specs": [spec.format(sub.basis.transform) for sub in subs]} if kind == "coords" else group)
     return groups
@@ -159,7 +165,8 @@ def split_groups(groups: list[Group], decaying: Callable[[str], bool]) -> list[G
             found.append({**group, **_part(group, kept)})
         if others:
             name = f"{group['name']}.no_decay" if kept else group["name"]
-            found.append({**group, **_part(group, others), "name": name, "weight_decay": 0.0})
+            own = {key: trees.copied(value) for key, value in group.items()}
+            found.append({**own, **_part(group, others), "name": name, "weight_decay": 0.0})
     return found
 
 
@@ -168,6 +175,7 @@ def _part(group: Group, indices: list[int]) -> Group:
     return {key: [group[key][i] for i in indices] for key in by_parameter}
 
 
+@without_global_hooks()
 def build(model: Trainable, rules: Rules, base: BaseLike, mode: Mode, options: Mapping[str, Any]) -> tuple[Run, list[Group]]:
     """Make a run, not attached yet.
 
@@ -184,13 +192,13 @@ def build(model: Trainable, rules: Rules, base: BaseLike, mode: Mode, options: M
     settings, base_options = Settings.split(options)
     settings.check_mode(mode)
     found = optimizers.find(base, base_options, decay=False, others=Settings.names())
-    checks.check_reads_only_gradients(found)
-    degrees = checks.moment_degrees(found) if settings.carry == "rotate" else {}
+    checks.check_reads_only_gradients(found.tried)
+    degrees = checks.moment_degrees(found.tried) if settings.carry == "rotate" else {}
     steps_as = arithmetic(settings.compat, found.name)
     if settings.layerwise:
-        checks.check_no_shared_state(found)
+        checks.check_no_shared_state(found.tried)
     if found.quantizer is not None:
-        checks.check_no_shared_state(found, f"moments='{found.quantizer.kind}'")
+        checks.check_no_shared_state(found.tried, f"moments='{found.quantizer.kind}'")
     if isinstance(model, nn.Module):
         parallel.refuse_wrapped(model)
     plans = resolve_groups(model, rules)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim import optimizer as torch_optimizer
 
-from lingrad.errors import DualityError, SpecError, did_you_mean, optional
+from lingrad.errors import DualityError, SpecError, did_you_mean, optional, require
 from lingrad.optimizers.eight_bit import QuantizedOptimizer, Quantizer, find_quantizer
 from lingrad.optimizers.table import BUILT_IN, BuiltIn, StateRow
 from lingrad.tensors import TensorSpec
@@ -52,6 +52,15 @@ class Base:
     def unquantised(self) -> Base:
         """The same base with unquantised moments."""
         return self if self.quantizer is None else replace(self, quantizer=None)
+
+    @property
+    def tried(self) -> Base:
+        """The same base for dry runs on the CPU: without ``capturable``, which changes where a step computes, and not what."""
+        if not self.options.get("capturable"):
+            return self
+        # torch allows foreach with a learning rate in a tensor only where the step is capturable
+        options = {key: value for key, value in self.options.items() if key not in ("capturable", "foreach")}
+        return replace(self, options=options)
 
     def moments(self, shape: tuple[int, ...], dtype: torch.dtype) -> list[TensorSpec]:
         """The optimizer state of one parameter on its device, as the memory estimate counts it.
@@ -189,12 +198,17 @@ def find(base: BaseLike, options: Mapping[str, Any], *, decay: bool = True, othe
     general = {key: value for key, value in options.items() if key in _OF_ANY_BASE and key not in known}
     options = {key: value for key, value in options.items() if key not in general}
     _check_options(name, known, options, others)
+    require(
+        not options.get("differentiable"),
+        "differentiable",
+        "differentiable=True has autograd go through steps, which change coordinates and weights outside of it; leave it out",
+    )
     merged = {**built_in.options, **{k: v for k, v in options.items() if _takes(accepted, k)}}
     if not decay and "weight_decay" in accepted:
         _refuse_own_decay(name, factory)
         merged["weight_decay"] = 0.0
     found = Base(name, factory, merged, row=built_in.moments, hint=_hint(accepted, options, others))
-    found = replace(found, quantizer=find_quantizer(general, name, found.build))
+    found = replace(found, quantizer=find_quantizer(general, name, found.tried.build))
     if fallback is None:
         return found
     # both have one learning rate; any other option belongs to the base if it takes it, otherwise to the fallback

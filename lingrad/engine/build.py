@@ -26,7 +26,6 @@ from lingrad.engine.step import step_one
 from lingrad.engine.stepper import Group, Stepper
 from lingrad.errors import SpecError, did_you_mean, require
 from lingrad.optimizers import Base, BaseLike, checks
-from lingrad.optimizers.acceptance import check_accepts
 from lingrad.optimizers.hooks import without_global_hooks
 from lingrad.subspaces import trees
 from lingrad.subspaces.basis import Basis
@@ -126,9 +125,7 @@ def make_groups(
     known: dict[str, dict[str, Any]] = {}
     for kind in KINDS:
         if named[kind]:
-            steps = base if kind == "coords" else base.fallback or base
-            check_accepts(steps, named[kind])
-            known[kind] = {**_hyper_parameters(steps), **defaults}
+            known[kind] = {**_hyper_parameters(base if kind == "coords" else base.fallback or base), **defaults}
             if arithmetic.default_eps is not None and "eps" not in base.options:
                 known[kind]["eps"] = arithmetic.default_eps
             if kind != "coords":
@@ -192,13 +189,13 @@ def build(model: Trainable, rules: Rules, base: BaseLike, mode: Mode, options: M
     settings, base_options = Settings.split(options)
     settings.check_mode(mode)
     found = optimizers.find(base, base_options, decay=False, others=Settings.names())
-    checks.check_reads_only_gradients(found.tried)
-    degrees = checks.moment_degrees(found.tried) if settings.carry == "rotate" else {}
+    checks.check_reads_only_gradients(found)
+    degrees = checks.moment_degrees(found) if settings.carry == "rotate" else {}
     steps_as = arithmetic(settings.compat, found.name)
     if settings.layerwise:
-        checks.check_no_shared_state(found.tried)
+        checks.check_no_shared_state(found)
     if found.quantizer is not None:
-        checks.check_no_shared_state(found.tried, f"moments='{found.quantizer.kind}'")
+        checks.check_no_shared_state(found, f"moments='{found.quantizer.kind}'")
     if isinstance(model, nn.Module):
         parallel.refuse_wrapped(model)
     plans = resolve_groups(model, rules)

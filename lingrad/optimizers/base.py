@@ -53,15 +53,6 @@ class Base:
         """The same base with unquantised moments."""
         return self if self.quantizer is None else replace(self, quantizer=None)
 
-    @property
-    def tried(self) -> Base:
-        """The same base for dry runs on the CPU: without ``capturable``, which changes where a step computes, and not what."""
-        if not self.options.get("capturable"):
-            return self
-        # torch allows foreach with a learning rate in a tensor only where the step is capturable
-        options = {key: value for key, value in self.options.items() if key not in ("capturable", "foreach")}
-        return replace(self, options=options)
-
     def moments(self, shape: tuple[int, ...], dtype: torch.dtype) -> list[TensorSpec]:
         """The optimizer state of one parameter on its device, as the memory estimate counts it.
 
@@ -208,7 +199,7 @@ def find(base: BaseLike, options: Mapping[str, Any], *, decay: bool = True, othe
         _refuse_own_decay(name, factory)
         merged["weight_decay"] = 0.0
     found = Base(name, factory, merged, row=built_in.moments, hint=_hint(accepted, options, others))
-    found = replace(found, quantizer=find_quantizer(general, name, found.tried.build))
+    found = replace(found, quantizer=find_quantizer(general, name, found.build))
     if fallback is None:
         return found
     # both have one learning rate; any other option belongs to the base if it takes it, otherwise to the fallback

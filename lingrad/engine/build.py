@@ -217,6 +217,9 @@ def build(model: Trainable, rules: Rules, base: BaseLike, mode: Mode, options: M
             prefix=f"{i}." if len(plans) > 1 else "",
         )
     _check_effective(settings, mode, attachments)
+    for group in groups:
+        stepped = found if group["kind"] == "coords" else found.fallback or found
+        checks.check_steps(stepped, group["params"], capturable=bool(group.get("capturable")))
     bases = list(dict.fromkeys(attachment.sub.basis for attachment in attachments))
     for i, basis in enumerate(bases if settings.stagger else ()):
         basis.offset = i * basis.transform.period // len(bases)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import cache
 from typing import Any
 
 import torch
@@ -91,13 +90,28 @@ class Base:
             options["fused"] = all(_fusible(p, devices) for p in _flatten(params))
         try:
             optimizer = self.factory(params, **options)
-        except (TypeError, ValueError, IndexError, AssertionError, RuntimeError) as error:
+        except Exception as error:  # other code
             given = ", ".join(f"{key}={value!r}" for key, value in self.options.items())
             why = f"{error or type(error).__name__}{self.hint}"
             raise SpecError(f"base '{self.name}' refused its options ({given}): {why}") from error
         if not isinstance(optimizer, Optimizer):
             raise SpecError(f"base '{self.name}' returned a {type(optimizer).__name__}; expected a torch.optim.Optimizer")
         return optimizer if self.quantizer is None else QuantizedOptimizer(optimizer, self.quantizer)
+
+    def build_dry(self, params: Iterable[Any]) -> Optimizer:
+        """Build the optimizer for steps on no GPU, whose numbers are the same; ``capturable`` is only for one.
+
+        Args:
+            params: Parameters or param groups.
+
+        Returns:
+            The optimizer.
+        """
+        optimizer = self.build(params)
+        for group in optimizer.param_groups:
+            if group.get("capturable"):
+                group["capturable"], group["lr"] = False, float(group["lr"])
+        return optimizer
 
     def unfused(self) -> Base:
         """The same base without a fused kernel, which compilers cannot trace; an option that the user set stays."""
@@ -117,7 +131,7 @@ class Base:
         """
         dummy = nn.Parameter(torch.zeros_like(param))
         dummy.grad = torch.zeros_like(dummy)
-        optimizer = self.build([dummy])
+        optimizer = self.build_dry([dummy]) if param.device.type in ("cpu", "meta") else self.build([dummy])
         optimizer.step()
         return dict(optimizer.state[dummy])
 
@@ -180,7 +194,7 @@ def find(base: BaseLike, options: Mapping[str, Any], *, decay: bool = True, othe
         name, built_in = base, BUILT_IN[base]
         factory: Callable[..., Optimizer] = _load(name, built_in)
     elif callable(base):
-        name, factory = name_of(base), base
+        name, factory, built_in = name_of(base), base, _fallback_of(base)
     else:
         raise SpecError(f"base must be a name, an optimizer class or a factory, not {base!r}")
     fallback = built_in.fallback
@@ -199,12 +213,20 @@ def find(base: BaseLike, options: Mapping[str, Any], *, decay: bool = True, othe
         _refuse_own_decay(name, factory)
         merged["weight_decay"] = 0.0
     found = Base(name, factory, merged, row=built_in.moments, hint=_hint(accepted, options, others))
-    found = replace(found, quantizer=find_quantizer(general, name, found.build))
+    found = replace(found, quantizer=find_quantizer(general, name, found.build_dry))
     if fallback is None:
         return found
     # both have one learning rate; any other option belongs to the base if it takes it, otherwise to the fallback
     left = {k: v for k, v in options.items() if k == "lr" or k not in accepted}
     return replace(found, fallback=find(fallback, {**left, **general}, decay=decay))
+
+
+def _fallback_of(factory: Callable[..., Optimizer]) -> BuiltIn:
+    """What a class has of the table: the fallback, if it is one of those, or derived from one, that cannot step everything."""
+    for name, row in BUILT_IN.items():
+        if row.fallback is not None and isinstance(factory, type) and issubclass(factory, _load(name, row)):  # type: ignore[arg-type]
+            return replace(row, options={})
+    return BuiltIn("")
 
 
 def name_of(base: BaseLike) -> str:
@@ -218,10 +240,12 @@ def _load(name: str, built_in: BuiltIn) -> Callable[..., Optimizer]:
     return factory
 
 
-@cache
 def _option_names(factory: Callable[..., Optimizer]) -> tuple[str, ...]:
     """The names of a factory's options, without its first parameter, params; ``**`` if it takes any."""
-    parameters = list(inspect.signature(factory).parameters.values())[1:]
+    try:
+        parameters = list(inspect.signature(factory).parameters.values())[1:]
+    except (TypeError, ValueError) as error:
+        raise SpecError(f"base '{name_of(factory)}' cannot be used, since its options cannot be read: {error}") from error
     return tuple("**" if p.kind is inspect.Parameter.VAR_KEYWORD else p.name for p in parameters)
 
 
@@ -260,6 +284,8 @@ def _fused_on(factory: Callable[..., Optimizer]) -> set[str]:
     """The devices on which a class has a fused kernel that is faster."""
     # not SGD: its fused kernel fails if a parameter's first gradient comes late or is sparse
     if not (isinstance(factory, type) and issubclass(factory, (torch.optim.Adam, torch.optim.Adagrad))):
+        return set()
+    if not _takes(_option_names(factory), "fused"):
         return set()
     devices = set(torch_optimizer._get_fused_kernels_supported_devices()) & {"cpu", "cuda", "meta"}  # type: ignore[attr-defined]
     return devices - {"cuda", "meta"} if issubclass(factory, torch.optim.Adagrad) else devices

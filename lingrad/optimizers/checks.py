@@ -6,7 +6,10 @@ rotated into another basis must be means of gradients or of their squares.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -14,35 +17,122 @@ from torch.optim import Optimizer
 
 from lingrad.errors import DualityError, SpecError
 from lingrad.optimizers.base import Base
+from lingrad.optimizers.reads import ParameterReads
 
-# Large enough for a base that quantises tensors of 4096 elements or more.
-SHAPE = (64, 64)
-STEPS = 3
+Shape = tuple[int, ...]
+
+# A base may quantise tensors of 4096 elements or more, and leave smaller ones as they are.
+SHAPE: Shape = (64, 64)
+SMALL: Shape = (8, 8)
+MATRICES: tuple[Shape, ...] = (SHAPE, SMALL)
+VECTORS: tuple[Shape, ...] = ((16,),)
+STEPS = 2  # the second is one that finds a state
+MANY_STEPS = 12  # a base that looks back does so every 5 or 6 steps, or more seldom and with a copy that it keeps
+
+# Classes that have read only gradients, with the options with which they did; a factory may be another the next time
+_PASSED: WeakKeyDictionary[type, set[Any]] = WeakKeyDictionary()
+_PLAIN = (bool, int, float, str, type(None))
+
+
+class _DryRun(NamedTuple):
+    """A few steps of a base.
+
+    Args:
+        updates: Of every parameter, [steps, *its shape].
+        state: The optimizer state of the first one.
+        found: What reads a parameter; empty if nothing does, or if nothing was followed.
+    """
+
+    updates: list[Tensor]
+    state: dict[str, Any]
+    found: str = ""
 
 
 def check_reads_only_gradients(base: Base) -> None:
-    """Run a base on a parameter that only its own steps change, and on one that is set to other values before each step.
+    """Run a base on parameters that only its own steps change, and on others that are set to other values before each step.
 
-    With equal gradients the updates must be equal: adapter mode has the first parameter; optimizer mode, which merges after
-    each step, the second. The learning rate of the dry run is 1.
+    In the second run everything that reads the parameters is followed: they may be added to, and nothing else. For what cannot
+    be seen, such as kernels of the base's own, the updates are compared: with equal gradients they must be equal, since adapter
+    mode has the first kind of parameters, and optimizer mode, which merges after each step, the second. The learning rate is 1.
 
     Args:
-        base: The base to test; a few steps on a 64 x 64 parameter, in float64 if the base supports it.
+        base: The base to test, on matrices of 4096 elements and of fewer, and on a vector if it steps vectors; in float64 if it
+            supports that.
 
     Raises:
-        DualityError: The updates differ, so the two modes would too.
+        DualityError: An update reads the parameter, so the two modes would differ.
         SpecError: The base cannot step on gradients alone.
     """
-    positions = _random(seed=0)
-    moved, _ = _dry_run(base, [torch.zeros(SHAPE, device="cpu")])
-    other, _ = _dry_run(base, list(positions))
-    # bitsandbytes rounds to float32: updates of about 1 differ by 4e-7; with a decay of 1e-5 they would differ by 3e-5
-    if not torch.allclose(moved, other, rtol=0, atol=2e-6 * float(moved.abs().max())):
-        raise DualityError(
-            f"the update of base '{base.name}' reads the parameter, not only its gradient (a trust ratio, parameter "
-            "scaling, a decay of its own, or stored values of the parameter), so optimizer mode and adapter mode would "
-            "differ. Switch that off in the base (weight decay is the engine's: weight_decay=...), or choose another base."
+    passed, key = _passed(base)
+    if key in passed:
+        return
+    shapes, dtype, moved = _first_run(base)
+    try:
+        placed = _dry_run(base, shapes, dtype, placed=True, followed=True)
+    except Exception:  # what no dispatch mode can follow may raise anything
+        placed = _dry_run(base, shapes, dtype, placed=True)
+    why = placed.found
+    if not why:
+        longer = [_dry_run(base, [SMALL], dtype, steps=MANY_STEPS, placed=placed) for placed in (False, True)]
+        same = map(_agree, moved.updates + longer[0].updates, placed.updates + longer[1].updates)
+        why = (
+            ""
+            if all(same)
+            else "with equal gradients it differs where the parameter does (a trust ratio, or a decay of its own)"
         )
+    if why:
+        raise DualityError(
+            f"the update of base '{base.name}' reads the parameter, not only its gradient: {why}; so optimizer mode "
+            "and adapter mode would differ. Switch that off in the base (weight decay is the engine's: weight_decay=...), or "
+            "choose another base."
+        )
+    if key is not None:
+        passed.add(key)
+
+
+def _passed(base: Base) -> tuple[set[Any], Any]:
+    """The options with which the base's class has passed, and those of the base as one of these; None if they may change."""
+    plain = all(
+        isinstance(value, _PLAIN) for given in base.options.values() for value in (given if type(given) is tuple else [given])
+    )
+    if not plain or not isinstance(base.factory, type):
+        return set(), None
+    return _PASSED.setdefault(base.factory, set()), (base.quantizer, base.fallback is None, *sorted(base.options.items()))
+
+
+def check_steps(base: Base, named: Iterable[tuple[str, Tensor]], *, capturable: bool) -> None:
+    """Make sure that a base can step the parameters it is to step; one of each number of dimensions and each device is tried.
+
+    Args:
+        base: The base.
+        named: The parameters with their names; those on the meta device are passed over.
+        capturable: Whether its steps are to be recorded as CUDA graphs.
+
+    Raises:
+        SpecError: It cannot, and why.
+    """
+    tried: set[tuple[int, torch.device]] = set()
+    for name, param in named:
+        key = param.dim(), param.device
+        if param.is_meta or key in tried:
+            continue
+        tried.add(key)
+        if capturable and param.device.type == "cpu":
+            raise SpecError(
+                f"capturable=True is for parameters on a GPU, and {name} is on the CPU; move the model there before it is "
+                "wrapped, or leave capturable out",
+                option="capturable",
+            )
+        try:
+            small = nn.Parameter(torch.zeros((4,) * param.dim(), dtype=param.dtype, device=param.device))
+            small.grad = torch.ones_like(small) if small.dim() == 0 else _windows(small, 1, seed=1)[0]
+            base.build([small]).step()
+        except Exception as error:
+            dims = "1 dimension" if param.dim() == 1 else f"{param.dim()} dimensions"
+            raise SpecError(
+                f"base '{base.name}' cannot step {name}, a parameter of {dims}: {error or type(error).__name__}. Freeze it "
+                "(requires_grad=False), transform it by a rule, or choose another base"
+            ) from error
 
 
 def check_no_shared_state(base: Base, option: str = "layerwise=True") -> None:
@@ -56,8 +146,8 @@ def check_no_shared_state(base: Base, option: str = "layerwise=True") -> None:
         SpecError: A step changes its param group: a counter or a step size that all parameters share.
     """
     param = nn.Parameter(torch.zeros(SHAPE, device="cpu"))
-    optimizer = base.build([param])
-    param.grad = _random(seed=1)[0].to(param.dtype)
+    optimizer = base.build_dry([param])
+    param.grad = _windows(param, 1, seed=1)[0].clone()
     before, name = _group_options(optimizer), option.partition("=")[0]
     optimizer.step()
     for key, value in _group_options(optimizer).items():
@@ -94,8 +184,8 @@ def moment_degrees(base: Base) -> dict[str, int]:
         DualityError: A state tensor is neither, so that it cannot be rotated into another basis.
     """
     base = base.unquantised
-    start = [torch.zeros(SHAPE, device="cpu")]
-    once, twice = (_dry_run(base, start, factor)[1] for factor in (1.0, 2.0))
+    _, dtype, _ = _first_run(base)
+    once, twice = (_dry_run(base, [SHAPE], dtype, steps=3, factor=factor).state for factor in (1.0, 2.0))
     degrees = {}
     for key, value in once.items():
         if not isinstance(value, Tensor) or value.numel() == 1:
@@ -110,44 +200,87 @@ def moment_degrees(base: Base) -> dict[str, int]:
     return degrees
 
 
-def _dry_run(base: Base, positions: list[Tensor], factor: float = 1.0) -> tuple[Tensor, dict[str, Any]]:
-    """A few steps on fixed gradients; the parameter has the given value before a step, or that of the step before.
+def _first_run(base: Base) -> tuple[Sequence[Shape], torch.dtype, _DryRun]:
+    """A dry run on what the base can step, where only its own steps change the parameters; they start at zero.
 
     Returns:
-        The updates [steps, rows, columns], and the optimizer state.
+        The shapes and the dtype that it can step, and the run.
 
     Raises:
         SpecError: The base cannot step on gradients alone.
     """
-    for dtype in (torch.float64, torch.float32):
-        param = nn.Parameter(positions[0].to(dtype))
-        optimizer = base.build([param])
-        for group in optimizer.param_groups:
-            group["lr"] = torch.ones_like(group["lr"]) if isinstance(group.get("lr"), Tensor) else 1.0
-        try:
-            return _updates(optimizer, param, positions, factor), dict(optimizer.state[param])
-        except (TypeError, ValueError, RuntimeError) as error:
-            failure = error  # bitsandbytes has no float64
-    raise SpecError(f"base '{base.name}' cannot be used: its step(), without a closure, failed with: {failure}") from failure
+    failure: Exception | None = None
+    for shapes in [MATRICES] if base.fallback else [MATRICES + VECTORS, MATRICES]:
+        for dtype in (torch.float64, torch.float32):
+            try:
+                return shapes, dtype, _dry_run(base, shapes, dtype)
+            except Exception as error:  # other code; bitsandbytes, for one, has no float64
+                failure = error
+    if isinstance(failure, SpecError):
+        raise failure
+    why = str(failure) or type(failure).__name__
+    raise SpecError(f"base '{base.name}' cannot be used: its step(), without a closure, failed with: {why}") from failure
 
 
-def _random(*, seed: int) -> Tensor:
-    """A standard normal matrix for every step of a dry run, [steps, rows, columns]; on the CPU, whatever the default device."""
+def _dry_run(
+    base: Base,
+    shapes: Sequence[Shape],
+    dtype: torch.dtype,
+    *,
+    steps: int = STEPS,
+    factor: float = 1.0,
+    placed: bool = False,
+    followed: bool = False,
+) -> _DryRun:
+    """A few steps on fixed gradients, times a factor.
+
+    Args:
+        base: The base.
+        shapes: Of the parameters.
+        dtype: Their dtype.
+        steps: How many.
+        factor: The factor.
+        placed: Whether the parameters are set to other values before each step.
+        followed: Whether they are followed; then the run ends with the first thing that reads them.
+
+    Returns:
+        The run.
+    """
+    params = [nn.Parameter(torch.zeros(shape, dtype=dtype, device="cpu")) for shape in shapes]
+    reads = ParameterReads(params) if followed else nullcontext()
+    with reads:
+        optimizer = base.build_dry(params)
+    for group in optimizer.param_groups:
+        group["lr"] = torch.ones_like(group["lr"]) if isinstance(group.get("lr"), Tensor) else 1.0
+    gradients = [_windows(param, steps, seed=1) for param in params]
+    positions = [_windows(param, steps, seed=0) for param in params] if placed else []
+    updates: list[list[Tensor]] = [[] for _ in params]
+    for i in range(steps):
+        for param, position in zip(params, positions, strict=False):
+            param.data.copy_(position[i])
+        before = [param.detach().clone() for param in params]
+        for param, gradient in zip(params, gradients, strict=True):
+            param.grad = factor * gradient[i]
+        with reads.step() if isinstance(reads, ParameterReads) else reads:
+            optimizer.step()
+        if isinstance(reads, ParameterReads) and reads.found:
+            return _DryRun([], {}, reads.found)
+        for param, was, own in zip(params, before, updates, strict=True):
+            own.append(param.detach() - was)
+    return _DryRun([torch.stack(own) for own in updates], dict(optimizer.state.get(params[0], {})))
+
+
+def _windows(param: Tensor, steps: int, *, seed: int) -> list[Tensor]:
+    """A standard normal tensor for every step, the same on every device; each is the one before it, moved by a row."""
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(STEPS, *SHAPE, generator=generator, dtype=torch.float64, device="cpu")
+    rows = len(param)
+    noise = torch.randn(rows + steps, *param.shape[1:], generator=generator, dtype=torch.float64, device="cpu").to(param)
+    return [noise[i : i + rows] for i in range(steps)]
 
 
-def _updates(optimizer: Optimizer, param: nn.Parameter, positions: list[Tensor], factor: float) -> Tensor:
-    gradients = _random(seed=1)
-    updates = []
-    for i, gradient in enumerate(gradients.to(param.dtype)):
-        if i < len(positions):
-            param.data.copy_(positions[i])
-        before = param.detach().clone()
-        param.grad = factor * gradient
-        optimizer.step()
-        updates.append(param.detach() - before)
-    return torch.stack(updates)
+def _agree(moved: Tensor, other: Tensor) -> bool:
+    # bitsandbytes rounds to float32: updates of about 1 differ by 4e-7; with a decay of 1e-5 they would differ by 3e-5
+    return torch.allclose(moved, other, rtol=0, atol=2e-6 * float(moved.abs().max()))
 
 
 def _grew(once: Tensor, twice: Tensor, factor: float) -> bool:

@@ -205,6 +205,7 @@ def _dry_run_state(name: str, build: Callable[[list[Tensor]], Optimizer]) -> dic
         for _ in range(3):
             param.grad = torch.randn(param.shape, generator=generator, device="cpu")
             optimizer.step()
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise SpecError(f"base '{name}' cannot be used: its step(), without a closure, failed with: {error}") from error
+    except Exception as error:  # other code
+        why = str(error) or type(error).__name__
+        raise SpecError(f"base '{name}' cannot be used: its step(), without a closure, failed with: {why}") from error
     return dict(optimizer.state[param])

@@ -39,6 +39,19 @@ def find_base(name, options):
         pytest.skip(str(error))
 
 
+@pytest.mark.parametrize("base", ["adamw", torch.optim.RAdam])
+def test_capturable_is_taken_and_changes_no_weight(base):
+    batches = moved(text_batches(4))
+    weights = []
+    for options in ({}, {"capturable": True}):
+        model = llama(torch.float32).to(DEVICE)
+        optimizer = lingrad.wrap(model, "random(rank=4, every=2)", base, lr=1e-3, foreach=True, **options)
+        train(model, optimizer, batches)
+        assert all(group.get("capturable") is bool(options) for group in optimizer.param_groups)
+        weights.append(optimizer.weights())
+    assert gap(*weights) < 1e-5  # float32: bias corrections are computed on the GPU
+
+
 class TestDuality:
     """Optimizer mode, adapter mode and a run that switches twice, with micro-batches, a schedule, decay and scale."""
 

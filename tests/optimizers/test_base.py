@@ -210,6 +210,21 @@ def test_stock_adamw_is_fused_unless_told_otherwise():
     assert not optimizers.find("adamw", {"fused": False}).build([nn.Parameter(torch.zeros(2))]).param_groups[0]["fused"]
 
 
+def test_a_class_derived_from_adam_is_fused_only_if_it_takes_that():
+    class Plain(torch.optim.Adam):
+        def __init__(self, params, lr=1e-3):
+            super().__init__(params, lr=lr)
+
+    class Open(torch.optim.Adam):
+        def __init__(self, params, **options):
+            super().__init__(params, **options)
+
+    for base, fused in ((Plain, None), (Open, True)):
+        optimizer = lingrad.wrap(llama(), "svd(rank=4)", base, lr=1e-3)
+        train_once(optimizer)
+        assert optimizer.base.param_groups[0]["fused"] is fused
+
+
 def test_muon_steps_matrices_and_adamw_the_rest():
     model = llama()
     optimizer = lingrad.wrap(model, "svd(rank=4)", "muon", lr=1e-3, betas=(0.8, 0.9), ns_steps=4)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from typing_extensions import override
 
-from lingrad.adapters.base import CHILD, Attachment, Coords, once, refuse_hooks, uncompiled
+from lingrad.adapters.base import CHILD, Attachment, Coords, once, outside_of_graph, refuse_hooks
 from lingrad.config.settings import Mode
 from lingrad.errors import ModeError
 from lingrad.gradients.local import DenseGradient
@@ -109,7 +109,7 @@ class _Effective(Coords):
     @override
     def forward(self, weight: Tensor) -> Tensor:
         self.sub.require_shape()
-        effective: Tensor = _effective_weight(weight, self.coords, self.sub)
+        effective: Tensor = outside_of_graph(_EffectiveWeight, weight, self.coords, self.sub)
         return effective
 
 
@@ -132,8 +132,3 @@ class _EffectiveWeight(torch.autograd.Function):
         if sub.basis.due:  # autograd may use its buffer again; a sum writes into ours
             sub.record(matrix, projected, lambda: DenseGradient(matrix.dense().clone()))
         return None, average(projected.to(sub.coords.dtype)), None
-
-
-@uncompiled
-def _effective_weight(*args: Any) -> Any:
-    return _EffectiveWeight.apply(*args)  # type: ignore[no-untyped-call]

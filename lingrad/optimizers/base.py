@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim import optimizer as torch_optimizer
 
-from lingrad.errors import DualityError, SpecError, did_you_mean, optional, require
+from lingrad.errors import DualityError, SpecError, did_you_mean, optional
 from lingrad.optimizers.eight_bit import QuantizedOptimizer, Quantizer, find_quantizer
 from lingrad.optimizers.table import BUILT_IN, BuiltIn, StateRow
 from lingrad.tensors import TensorSpec
@@ -203,11 +203,10 @@ def find(base: BaseLike, options: Mapping[str, Any], *, decay: bool = True, othe
     general = {key: value for key, value in options.items() if key in _OF_ANY_BASE and key not in known}
     options = {key: value for key, value in options.items() if key not in general}
     _check_options(name, known, options, others)
-    require(
-        not options.get("differentiable"),
-        "differentiable",
-        "differentiable=True has autograd go through steps, which change coordinates and weights outside of it; leave it out",
-    )
+    if options.get("differentiable"):
+        raise SpecError(
+            "differentiable=True is not supported: steps are outside of autograd; leave it out", option="differentiable"
+        )
     merged = {**built_in.options, **{k: v for k, v in options.items() if _takes(accepted, k)}}
     if not decay and "weight_decay" in accepted:
         _refuse_own_decay(name, factory)

@@ -51,10 +51,17 @@ def cases(chosen):
 
 each_accepted = cases(lambda name: name not in REFUSED)
 
+slow = pytest.mark.slow
+
 each_kind = pytest.mark.parametrize(
     ("optimizer_class", "options"),
     [
-        pytest.param(info.optim_cls, {kind: True, **lr}, id=f"{info.optim_cls.__name__}-{kind}{'-lr' if lr else ''}")
+        pytest.param(
+            info.optim_cls,
+            {kind: True, **lr},
+            id=f"{info.optim_cls.__name__}-{kind}{'-lr' if lr else ''}",
+            marks=slow if lr else (),
+        )
         for info in OPTIMIZERS
         for kind in (*info.supported_impls, *(["capturable"] if info.has_capturable_arg else []))
         for lr in ({}, {"lr": torch.tensor(1e-3)})
@@ -183,28 +190,6 @@ def test_what_coordinates_cannot_be_stepped_with_is_refused_in_words(option, mod
         MODES[mode](model_for(None), "full()", "adam", **{option: True})
     with pytest.raises(SpecError, match=f"{option}=True"):
         MODES[mode](model_for(None), "full()", "adam", moments="8bit", min_8bit_size=2, **{option: True})
-
-
-@each_mode
-def test_a_base_that_cannot_step_a_parameter_is_refused_by_its_name(mode):
-    """Muon as a class has no other optimizer for what is no matrix; one may also find that in its first step only."""
-
-    class OnlyMatrices(torch.optim.SGD):
-        def step(self, closure=None):
-            for group in self.param_groups:
-                for param in group["params"]:
-                    _rows, _columns = param.shape
-            super().step(closure)
-
-    for base in (torch.optim.Muon, OnlyMatrices):
-        with pytest.raises(SpecError, match=r"cannot step 0\.bias \[7\]: .*freeze that"):
-            MODES[mode](model_for(None), "svd(rank=2)", base)
-    model = model_for(None)
-    model[0].bias.requires_grad_(False)
-    model[2].bias.requires_grad_(False)
-    optimizer = MODES[mode](model, "svd(rank=2)", OnlyMatrices)
-    backward(model, 0)
-    optimizer.step()
 
 
 HOOKS = {

@@ -203,10 +203,6 @@ def find(base: BaseLike, options: Mapping[str, Any], *, decay: bool = True, othe
     general = {key: value for key, value in options.items() if key in _OF_ANY_BASE and key not in known}
     options = {key: value for key, value in options.items() if key not in general}
     _check_options(name, known, options, others)
-    if options.get("differentiable"):
-        raise SpecError(
-            "differentiable=True is not supported: steps are outside of autograd; leave it out", option="differentiable"
-        )
     merged = {**built_in.options, **{k: v for k, v in options.items() if _takes(accepted, k)}}
     if not decay and "weight_decay" in accepted:
         _refuse_own_decay(name, factory)

@@ -189,7 +189,7 @@ def compared(layer, given, training, mode):
     yield plain, wrapped, transformed
 
 
-@pytest.mark.parametrize(("layer", "given", "training"), cases())
+@pytest.mark.parametrize(("layer", "given", "training"), list(cases()))
 @each_mode
 @pytest.mark.filterwarnings("ignore")  # of torch, about its inputs
 def test_a_wrapped_layer_is_to_its_caller_the_plain_one(layer, given, training, mode):

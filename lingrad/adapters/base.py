@@ -246,10 +246,37 @@ def refuse_attached(name: str, param: nn.Parameter, module: nn.Module | None = N
         )
 
 
+def applied(function: Any, *args: Any) -> Any:
+    """Call an autograd function.
+
+    Args:
+        function: Its class.
+        *args: Its arguments.
+
+    Returns:
+        What it returns.
+
+    Raises:
+        ModeError: A transform of torch.func is active, which would lose what the backward hands to a refresh.
+    """
+    if torch._C._are_functorch_transforms_active():
+        raise ModeError(
+            "torch.func (vmap, grad, jvp and the like) cannot go through a layer that lingrad trains: the gradient of its "
+            "weight is computed on the way. Call it after opt.detach(), or on a plain model that has loaded opt.weights(); in "
+            "optimizer mode under torch.no_grad() it can"
+        )
+    return function.apply(*args)
+
+
 # torch.compile breaks its graph where an attachment's autograd function is called: what its backward hands to a refresh is a
 # side effect, which a compiled graph would lose. Unlike torch.compiler.disable, torch.optim's own helper waits with the
 # import of the compiler, which takes longer than that of torch.
-uncompiled: Callable[[Callable[..., Any]], Callable[..., Any]] = torch._disable_dynamo  # type: ignore[attr-defined]
+outside_of_graph: Callable[..., Any] = torch._disable_dynamo(applied)  # type: ignore[attr-defined]
+# what torch.compiler.disable(reason=...) would note, for the message of fullgraph=True
+vars(outside_of_graph)["_torchdynamo_disable"] = True
+vars(outside_of_graph)["_torchdynamo_disable_msg"] = (
+    "a layer that lingrad trains is not compiled in one graph with others; leave out fullgraph=True, or call opt.detach() first"
+)
 
 
 def once(backward: Callable[..., Any]) -> Callable[..., Any]:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lingrad.adapters.base import once, uncompiled
+from lingrad.adapters.base import applied, once, outside_of_graph
 from lingrad.errors import ModeError
 from lingrad.gradients import FactoredGradient
 from lingrad.maps import LinearMap
@@ -163,7 +163,7 @@ class Adapted(torch.autograd.Function):
     ) -> Tensor:
         sub, layout = layer.sub, layer.sub.weight.layout
         current, matrix, due = sub.basis.map(), layout.matrix(weight), sub.basis.due
-        tokens = x.numel() // max(1, x.shape[-1])
+        tokens = x.numel() // max(1, layout.shape[1])
         ctx.forms_sum = coords.dtype == weight.dtype and current.lifts_cheaper(tokens, layout.shape)
         out = nn.functional.linear(x, _sum(current, matrix, coords) if ctx.forms_sum else matrix, bias)
         given, x = x, cast(x, out.dtype)  # under autocast the layer computes in another dtype, and so does its gradient
@@ -203,9 +203,4 @@ def _sum(current: LinearMap, matrix: Tensor, coords: Tensor) -> Tensor:
 
 def run(function: Any, *args: Any) -> Any:
     """Call an autograd function, outside of what is compiled."""
-    return _uncompiled(function, *args) if torch.compiler.is_dynamo_compiling() else function.apply(*args)
-
-
-@uncompiled
-def _uncompiled(function: Any, *args: Any) -> Any:
-    return function.apply(*args)
+    return outside_of_graph(function, *args) if torch.compiler.is_dynamo_compiling() else applied(function, *args)

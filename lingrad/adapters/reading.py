@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 from typing_extensions import override
 
-from lingrad.adapters.base import once, uncompiled
+from lingrad.adapters.base import applied, once, outside_of_graph
 from lingrad.errors import ModeError
 from lingrad.gradients.local import DenseGradient
 from lingrad.parallel import average
@@ -170,6 +170,7 @@ class _Read(torch.autograd.Function):
     @staticmethod
     @override
     def forward(ctx: Any, coords: Tensor, sub: Subspace, averages: bool, formed: bool) -> Tensor:
+        sub.require_intact()
         ctx.sub, ctx.averages = sub, averages
         return sub.add_to(sub.weight.dense(), coords) if formed else EffectiveWeight(sub)
 
@@ -190,16 +191,12 @@ def read(sub: Subspace, *, averages: bool) -> Tensor:
     Returns:
         An `EffectiveWeight`, tied to the coordinates where gradients are recorded; in what is compiled, a plain tensor.
     """
-    weight: Tensor = _read(sub, averages, torch.compiler.is_dynamo_compiling())
-    return weight
-
-
-@uncompiled
-def _read(sub: Subspace, averages: bool, formed: bool) -> Tensor:
-    sub.require_intact()
-    if formed or (torch.is_grad_enabled() and sub.coords.requires_grad):
-        tied: Tensor = _Read.apply(sub.coords, sub, averages, formed)  # type: ignore[no-untyped-call]
+    compiling = torch.compiler.is_dynamo_compiling()
+    if compiling or (torch.is_grad_enabled() and sub.coords.requires_grad):
+        call = outside_of_graph if compiling else applied
+        tied: Tensor = call(_Read, sub.coords, sub, averages, compiling)
         return tied
+    sub.require_intact()
     return EffectiveWeight(sub)
 
 

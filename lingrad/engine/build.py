@@ -26,6 +26,8 @@ from lingrad.engine.step import step_one
 from lingrad.engine.stepper import Group, Stepper
 from lingrad.errors import SpecError, did_you_mean, require
 from lingrad.optimizers import Base, BaseLike, checks
+from lingrad.optimizers.hooks import without_global_hooks
+from lingrad.subspaces import trees
 from lingrad.subspaces.basis import Basis
 from lingrad.subspaces.ledger import Ledger
 from lingrad.subspaces.subspace import Subspace
@@ -135,7 +137,8 @@ def make_groups(
             raise SpecError(f"unknown option '{option}' in a param group{did_you_mean(option, all_known)}", option=option)
     groups = []
     for kind, hyper in known.items():
-        hyper |= {key: value for key, value in options.items() if key in hyper}
+        # a learning rate that is a tensor is each group's own: schedulers and users change it in place, group by group
+        hyper = {key: trees.copied(options.get(key, value)) for key, value in hyper.items()}
         group = {"params": named[kind], "name": prefix + kind, "kind": kind, **hyper}
         groups.append(group | {"specs": [spec.format(sub.basis.transform) for sub in subs]} if kind == "coords" else group)
     return groups
@@ -160,7 +163,8 @@ def split_groups(groups: list[Group], decaying: Callable[[str], bool]) -> list[G
             found.append({**group, **_part(group, kept)})
         if others:
             name = f"{group['name']}.no_decay" if kept else group["name"]
-            found.append({**group, **_part(group, others), "name": name, "weight_decay": 0.0})
+            own = {key: trees.copied(value) for key, value in group.items()}
+            found.append({**own, **_part(group, others), "name": name, "weight_decay": 0.0})
     return found
 
 
@@ -169,6 +173,7 @@ def _part(group: Group, indices: list[int]) -> Group:
     return {key: [group[key][i] for i in indices] for key in by_parameter}
 
 
+@without_global_hooks()
 def build(model: Trainable, rules: Rules, base: BaseLike, mode: Mode, options: Mapping[str, Any]) -> tuple[Run, list[Group]]:
     """Make a run, not attached yet.
 

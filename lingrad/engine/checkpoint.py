@@ -17,6 +17,7 @@ from lingrad.engine.saved import ENERGY, FORMAT, NOT_MEASURED, PREFIX, Saved, ch
 from lingrad.engine.stepper import placed
 from lingrad.errors import CheckpointError
 from lingrad.optimizers import Base
+from lingrad.optimizers.hooks import without_global_hooks
 from lingrad.subspaces import trees
 from lingrad.subspaces.ledger import Ledger
 from lingrad.weights.base import MergeLoss
@@ -64,22 +65,32 @@ def state(run: Run) -> defaultdict[Tensor, dict[str, Any]]:
     return merged
 
 
-def save(run: Run, packed: dict[str, Any]) -> dict[str, Any]:
-    """Complete a state dict with what the run knows.
+def save(run: Run) -> dict[str, Any]:
+    """The state of a run in torch's layout.
 
     Args:
         run: The run.
-        packed: What torch's own ``state_dict`` gives of it.
 
     Returns:
-        The same, with ``subspace.*``.
+        ``state`` by index, with ``subspace.*`` next to the base's entries, and ``param_groups``.
     """
+    index, groups = 0, []
+    for group in run.groups:
+        indices = list(range(index, index + len(group["params"])))
+        groups.append({**{key: value for key, value in group.items() if key != "params"}, "params": indices})
+        index += len(indices)
+    states: dict[Any, dict[str, Any]] = {}
     for index, named in enumerate(run.named()):
+        entries = dict(run.stepper.state.get(named.param, {}))
         if named.attachment is not None:
-            packed["state"].setdefault(index, {}).update(_pack(run, named.attachment))
-    return packed
+            entries.update(_pack(run, named.attachment))
+        if entries:
+            states[index] = entries
+    return {"state": states, "param_groups": groups}
 
 
+@torch.no_grad()
+@without_global_hooks()
 def load(run: Run, state_dict: dict[str, Any]) -> None:
     """Resume from a saved state; nothing is changed unless all of it fits.
 

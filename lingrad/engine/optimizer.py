@@ -246,10 +246,14 @@ class SubspaceOptimizer(Optimizer):
             Tensors and plain values only; loads with ``weights_only=True``.
         """
         self._run.require_attached()
-        return checkpoint.save(self._run, super().state_dict())
+        for before in self._optimizer_state_dict_pre_hooks.values():
+            before(self)
+        saved = checkpoint.save(self._run)
+        for after in self._optimizer_state_dict_post_hooks.values():
+            saved = _or_given(after(self, saved), saved)
+        return saved
 
     @override
-    @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Resume from a saved state; nothing is changed unless all of it fits.
 
@@ -258,7 +262,12 @@ class SubspaceOptimizer(Optimizer):
                 parameters or another spec, base, carry, seed or mode; the first difference is named.
         """
         self._run.require_attached()
-        checkpoint.load(self._run, state_dict)
+        given = dict(state_dict) if isinstance(state_dict, dict) else state_dict  # hooks may change it, as in torch
+        for before in self._optimizer_load_state_dict_pre_hooks.values():
+            given = _or_given(before(self, given), given)
+        checkpoint.load(self._run, given)
+        for after in self._optimizer_load_state_dict_post_hooks.values():
+            after(self)
 
     @override
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -280,3 +289,8 @@ class SubspaceOptimizer(Optimizer):
             "this optimizer is tied to its model by hooks and cannot be copied or pickled; "
             "save opt.state_dict() and model.state_dict(), and load them into a new model and optimizer"
         )
+
+
+def _or_given(returned: dict[str, Any] | None, given: dict[str, Any]) -> dict[str, Any]:
+    """What a hook returned in place of what it was given, if anything."""
+    return given if returned is None else returned

@@ -18,6 +18,7 @@ from lingrad.engine.refresh import choose, commit, renew, schedule
 from lingrad.engine.run import Run
 from lingrad.engine.stepper import Built, Group
 from lingrad.errors import ModeError
+from lingrad.optimizers.hooks import without_global_hooks
 from lingrad.subspaces.ledger import Ledger
 from lingrad.subspaces.watched import allocate
 
@@ -38,6 +39,12 @@ def step(run: Run, closure: Callable[[], Any] | None = None) -> Any:
     if closure is not None:
         with torch.enable_grad():
             loss = closure()
+    _step(run)
+    return loss
+
+
+@without_global_hooks()
+def _step(run: Run) -> None:
     for group in run.groups:
         run.stepper.follow(group, group["params"])
     take_assigned(run)
@@ -54,9 +61,9 @@ def step(run: Run, closure: Callable[[], Any] | None = None) -> Any:
         schedule(run)
     if run.layerwise is not None:
         run.layerwise.begin()
-    return loss
 
 
+@without_global_hooks()
 def step_one(run: Run, param: Tensor) -> None:
     """Step one parameter inside the backward and free its gradient.
 

@@ -94,6 +94,29 @@ class TrainerMixin(_Trainer):  # type: ignore[misc]
                 check_checkpoint(resume_from_checkpoint)
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
+    def get_optimizer_group(self, param: Any = None) -> Any:
+        """The param group of a parameter; of a transformed weight that of its coordinates, which are stepped for it.
+
+        Args:
+            param: A parameter of the model, or its name; None for the parameters of all groups.
+
+        Returns:
+            The group, or the parameters of each.
+
+        Raises:
+            ModeError: The optimizer does not step this parameter.
+        """
+        optimizer = find_optimizer(self)
+        if optimizer is None or param is None:
+            return super().get_optimizer_group(param)
+        for attachment in optimizer.attachments:
+            param = attachment.sub.coords if param is attachment.sub.weight.param else param
+        for group in optimizer.param_groups:
+            named = isinstance(param, str) and param in group["param_names"]
+            if named or any(param is other for other in group["params"]):  # == compares values
+                return group
+        raise ModeError("no param group has this parameter; give one of the model that trains, or its name")
+
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Log; what is logged during training gets ``lingrad/*`` added.
 

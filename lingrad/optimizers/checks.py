@@ -63,6 +63,10 @@ def check_reads_only_gradients(base: Base) -> None:
         DualityError: An update reads the parameter, so the two modes would differ.
         SpecError: The base cannot step on gradients alone.
     """
+    if base.options.get("differentiable"):
+        raise SpecError(
+            "differentiable=True is not supported: steps are outside of autograd; leave it out", option="differentiable"
+        )
     passed, key = _passed(base)
     if key in passed:
         return

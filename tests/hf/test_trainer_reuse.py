@@ -103,3 +103,28 @@ def test_importing_it_imports_none_of_theirs():
         "found = {'transformers', 'trl', 'peft', 'accelerate', 'safetensors'} & sys.modules.keys(); assert not found, found"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_group_of_a_parameter_is_that_of_its_coordinates(tmp_path, mode):
+    """A transformed weight is in no param group itself; the Trainer's own compares values, which fails."""
+    trainer = make(tmp_path, mode=mode)
+    trainer.create_optimizer()
+    optimizer = lingrad.hf.optimizer_of(trainer)
+    found = {}
+    for attachment in optimizer.attachments:
+        for given in (attachment.sub.weight.param, attachment.sub.coords, attachment.sub.name):
+            assert trainer.get_optimizer_group(given)["kind"] == "coords"
+    for name, param in trainer.model.named_parameters():
+        if not name.endswith(".coords"):
+            group = trainer.get_optimizer_group(param)
+            assert name in group["param_names"]
+            assert trainer.get_optimizer_group(name) is group
+            found.setdefault(group["name"], []).append(name)
+    assert {name: sorted(names) for name, names in found.items()} == {
+        group["name"]: sorted(group["param_names"]) for group in optimizer.param_groups
+    }
+    assert trainer.get_optimizer_group() == [group["params"] for group in optimizer.param_groups]
+    for unknown in (torch.nn.Parameter(torch.zeros(3)), "unknown"):
+        with pytest.raises(ModeError, match="no param group has this parameter"):
+            trainer.get_optimizer_group(unknown)

@@ -191,7 +191,7 @@ def read(sub: Subspace, *, averages: bool) -> Tensor:
     Returns:
         An `EffectiveWeight`, tied to the coordinates where gradients are recorded; in what is compiled, a plain tensor.
     """
-    compiling = torch.compiler.is_dynamo_compiling()
+    compiling = torch.compiler.is_compiling()  # or exporting
     if compiling or (torch.is_grad_enabled() and sub.coords.requires_grad):
         call = outside_of_graph if compiling else applied
         tied: Tensor = call(_Read, sub.coords, sub, averages, compiling)

@@ -241,8 +241,7 @@ def start(run: Run, mode: Mode) -> None:
         run: The run.
         mode: The mode.
     """
-    weights = (attachment.sub.weight for attachment in run.attachments)
-    parallel.broadcast(weight.param.data for weight in weights if isinstance(weight, DenseWeight))
+    parallel.broadcast(sub.weight.param.data for sub in run.subspaces if isinstance(sub.weight, DenseWeight))
     run.attach(mode)
     schedule(run)
 

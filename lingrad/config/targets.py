@@ -18,8 +18,9 @@ from lingrad.config import spec
 from lingrad.config.rules import Rules, parse_rules
 from lingrad.errors import ShapeError, SpecError
 from lingrad.transforms.base import Transform
+from lingrad.transforms.experts import Experts
 from lingrad.weights.bitsandbytes import packed_of
-from lingrad.weights.layout import Layout, is_conv1d, is_packed, layout_of
+from lingrad.weights.layout import Layout, fused_experts, is_conv1d, is_packed, layout_of
 
 Route = Literal["projected", "packed", "weight"]
 
@@ -64,10 +65,13 @@ class Plan:
     Args:
         targets: The transformed ones.
         full: (name, parameter) of the others.
+        unasked: Names of the matrices among these that nobody asked to train in full: no rule says ``none`` of them, and they
+            are neither embeddings nor the output head.
     """
 
     targets: list[Target] = field(default_factory=list)
     full: list[tuple[str, nn.Parameter]] = field(default_factory=list)
+    unasked: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -83,6 +87,11 @@ class _Candidate:
         """Whether it contains codes of 4 or 8 bits."""
         return any(is_packed(module) and attribute == "weight" for module, attribute in self.owners)
 
+    @property
+    def experts(self) -> int:
+        """How many experts it fuses; 0 if none."""
+        return max((fused_experts(self.param, module, name) for (module, _), name in zip(self.owners, self.names)), default=0)
+
     def known_as(self) -> set[str]:
         """Names a rule may match: of the parameter and of the modules that own it."""
         return {*self.names, *(name.rpartition(".")[0] for name in self.names)}
@@ -93,8 +102,9 @@ def resolve_model(model: nn.Module, rules: Rules) -> Plan:
 
     Args:
         model: The model; not changed.
-        rules: A config string for every Linear (and Conv1D) weight but the output head's, or a mapping of globs over module or
-            parameter names to specs, where ``none`` means to train in full; the first match wins.
+        rules: A config string for every Linear (and Conv1D) weight but the output head's, and for every expert's matrix of
+            fused experts; or a mapping of globs over module or parameter names to specs, where ``none`` means to train in full;
+            the first match wins.
 
     Returns:
         The plan.
@@ -105,9 +115,10 @@ def resolve_model(model: nn.Module, rules: Rules) -> Plan:
     """
     candidates = _candidates(model)
     parsed = parse_rules(rules)
+    head = _output_head(model)
+    asked = {i for i, c in enumerate(candidates) if _owned_by(c, head)}
     if isinstance(parsed, Transform):
-        head = _output_head(model)
-        chosen = [parsed if _is_linear_weight(c) and not _owned_by(c, head) else None for c in candidates]
+        chosen = [_bare(parsed, c) if i not in asked else None for i, c in enumerate(candidates)]
         if not any(chosen):
             if not candidates:
                 raise SpecError(f"nothing to train: every parameter of {type(model).__name__} is frozen")
@@ -116,8 +127,8 @@ def resolve_model(model: nn.Module, rules: Rules) -> Plan:
                 f"name the weights to transform by rules, such as {{'*.proj': '{spec.format(parsed)}'}}"
             )
     else:
-        chosen = _match(candidates, parsed, [name for name, param in model.named_parameters() if not param.requires_grad])
-    return _plan(candidates, chosen)
+        chosen = _match(candidates, parsed, [name for name, param in model.named_parameters() if not param.requires_grad], asked)
+    return _plan(candidates, chosen, asked)
 
 
 def resolve_parameters(named: Iterable[tuple[str, nn.Parameter]], rules: Rules) -> Plan:
@@ -139,11 +150,12 @@ def resolve_parameters(named: Iterable[tuple[str, nn.Parameter]], rules: Rules) 
         _require_initialized(name, param)
     candidates = [_Candidate([name], param) for name, param in named if param.requires_grad]
     parsed = parse_rules(rules)
+    asked = {i for i, c in enumerate(candidates) if _is_named_as_head(c.names[0])}
     if isinstance(parsed, Transform):
         chosen = [parsed if c.param.dim() >= 2 else None for c in candidates]
     else:
-        chosen = _match(candidates, parsed, [name for name, param in named if not param.requires_grad])
-    return _plan(candidates, chosen)
+        chosen = _match(candidates, parsed, [name for name, param in named if not param.requires_grad], asked)
+    return _plan(candidates, chosen, asked)
 
 
 def _candidates(model: nn.Module) -> list[_Candidate]:
@@ -166,10 +178,13 @@ def _require_initialized(name: str, param: Tensor) -> None:
         )
 
 
-def _is_linear_weight(candidate: _Candidate) -> bool:
-    return any(
-        attribute == "weight" and (isinstance(module, nn.Linear) or is_conv1d(module)) for module, attribute in candidate.owners
-    )
+def _bare(transform: Transform, candidate: _Candidate) -> Transform | None:
+    """What a config string alone means for a parameter."""
+    if any(name == "weight" and (isinstance(module, nn.Linear) or is_conv1d(module)) for module, name in candidate.owners):
+        return transform
+    if not candidate.experts or isinstance(transform, Experts):
+        return transform if candidate.experts else None
+    return Experts(each=transform, count=candidate.experts)
 
 
 def _output_head(model: nn.Module) -> set[nn.Module]:
@@ -186,11 +201,20 @@ def _output_head(model: nn.Module) -> set[nn.Module]:
 
 
 def _owned_by(candidate: _Candidate, heads: set[nn.Module]) -> bool:
-    tied_to_embedding = any(isinstance(module, nn.Embedding) for module, _ in candidate.owners)
+    tied_to_embedding = any(isinstance(module, nn.Embedding | nn.EmbeddingBag) for module, _ in candidate.owners)
     return tied_to_embedding or any(module in heads for module, _ in candidate.owners)
 
 
-def _match(candidates: list[_Candidate], rules: Mapping[str, Transform | None], frozen: list[str]) -> list[Transform | None]:
+def _is_named_as_head(name: str) -> bool:
+    """Whether a parameter whose module is not known has the name of an embedding or of an output head."""
+    owner = name.rpartition(".")[0].rpartition(".")[2] or name
+    return owner in _HEADS or "emb" in owner.lower() or owner in ("wte", "wpe")
+
+
+def _match(
+    candidates: list[_Candidate], rules: Mapping[str, Transform | None], frozen: list[str], asked: set[int]
+) -> list[Transform | None]:
+    """The transform of each candidate by the first rule that matches it; ``asked`` gets those that a rule has in full."""
     chosen: list[Transform | None] = [None] * len(candidates)
     taken: set[int] = set()
     for glob, transform in rules.items():
@@ -214,6 +238,8 @@ def _match(candidates: list[_Candidate], rules: Mapping[str, Transform | None], 
             raise SpecError(f"rule '{glob}' is never reached: the rules before it take every parameter it matches")
         for i in fresh:
             chosen[i] = transform
+        if transform is None:
+            asked.update(fresh)
         taken.update(matched)
     return chosen
 
@@ -235,21 +261,25 @@ def _near(glob: str, candidates: list[_Candidate]) -> str:
     return f"{hit} Rules are globs over module names, such as '{max(owners, key=len, default='')}'."
 
 
-def _plan(candidates: list[_Candidate], chosen: list[Transform | None]) -> Plan:
+def _plan(candidates: list[_Candidate], chosen: list[Transform | None], asked: set[int]) -> Plan:
     plan = Plan()
-    for candidate, transform in zip(candidates, chosen, strict=True):
+    for i, (candidate, transform) in enumerate(zip(candidates, chosen, strict=True)):
         name = candidate.names[0]
         if transform is None and candidate.is_packed:
             continue  # codes are not trained in full
         if transform is None:
             plan.full.append((name, candidate.param))
+            if candidate.param.dim() >= 2 and i not in asked:
+                plan.unasked.append(name)
             continue
         if candidate.param.is_complex():
             raise SpecError(f"{name} is complex, and transforms are real; leave it out by a rule: 'none'")
         owners = tuple(candidate.owners)
         if candidate.is_packed and len(owners) != 1:
             raise SpecError(f"{name} is stored in 4 or 8 bits and shared by several layers; leave it out by a rule: 'none'")
-        layout = layout_of(candidate.param, owners[0][0] if owners else None, name)
+        layout = layout_of(candidate.param, owners[0][0] if owners else None, name, stacked=isinstance(transform, Experts))
+        if isinstance(transform, Experts):
+            transform = transform.of(candidate.experts or (len(candidate.param) if candidate.param.dim() == 3 else 0))
         try:
             transform.ranks(layout.shape)
         except ShapeError as error:

@@ -65,22 +65,24 @@ class Plan:
     Args:
         targets: The transformed ones.
         full: (name, parameter) of the others.
-        unasked: Names of the matrices among these that nobody asked to train in full: no rule says ``none`` of them, and they
-            are neither embeddings nor the output head.
+        none: Names of the matrices among these that a rule says ``none`` of, apart from embeddings and the output head.
+        unasked: Name of a matrix that nobody asked to train in full -> how many experts it fuses; apart from the same.
     """
 
     targets: list[Target] = field(default_factory=list)
     full: list[tuple[str, nn.Parameter]] = field(default_factory=list)
-    unasked: list[str] = field(default_factory=list)
+    none: list[str] = field(default_factory=list)
+    unasked: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass
 class _Candidate:
-    """A trainable parameter, all its names, and the modules that own it."""
+    """A trainable parameter, all its names, the modules that own it, and whether a rule matches it."""
 
     names: list[str]
     param: nn.Parameter
     owners: list[tuple[nn.Module, str]] = field(default_factory=list)
+    ruled: bool = False
 
     @property
     def is_packed(self) -> bool:
@@ -116,9 +118,9 @@ def resolve_model(model: nn.Module, rules: Rules) -> Plan:
     candidates = _candidates(model)
     parsed = parse_rules(rules)
     head = _output_head(model)
-    asked = {i for i, c in enumerate(candidates) if _owned_by(c, head)}
+    ends = [_owned_by(c, head) for c in candidates]
     if isinstance(parsed, Transform):
-        chosen = [_bare(parsed, c) if i not in asked else None for i, c in enumerate(candidates)]
+        chosen = [None if end else _bare(parsed, c) for c, end in zip(candidates, ends, strict=True)]
         if not any(chosen):
             if not candidates:
                 raise SpecError(f"nothing to train: every parameter of {type(model).__name__} is frozen")
@@ -127,8 +129,8 @@ def resolve_model(model: nn.Module, rules: Rules) -> Plan:
                 f"name the weights to transform by rules, such as {{'*.proj': '{spec.format(parsed)}'}}"
             )
     else:
-        chosen = _match(candidates, parsed, [name for name, param in model.named_parameters() if not param.requires_grad], asked)
-    return _plan(candidates, chosen, asked)
+        chosen = _match(candidates, parsed, [name for name, param in model.named_parameters() if not param.requires_grad])
+    return _plan(candidates, chosen, ends)
 
 
 def resolve_parameters(named: Iterable[tuple[str, nn.Parameter]], rules: Rules) -> Plan:
@@ -150,12 +152,11 @@ def resolve_parameters(named: Iterable[tuple[str, nn.Parameter]], rules: Rules) 
         _require_initialized(name, param)
     candidates = [_Candidate([name], param) for name, param in named if param.requires_grad]
     parsed = parse_rules(rules)
-    asked = {i for i, c in enumerate(candidates) if _is_named_as_head(c.names[0])}
     if isinstance(parsed, Transform):
         chosen = [parsed if c.param.dim() >= 2 else None for c in candidates]
     else:
-        chosen = _match(candidates, parsed, [name for name, param in named if not param.requires_grad], asked)
-    return _plan(candidates, chosen, asked)
+        chosen = _match(candidates, parsed, [name for name, param in named if not param.requires_grad])
+    return _plan(candidates, chosen, [_named_as_end(c.names[0]) for c in candidates])
 
 
 def _candidates(model: nn.Module) -> list[_Candidate]:
@@ -205,16 +206,13 @@ def _owned_by(candidate: _Candidate, heads: set[nn.Module]) -> bool:
     return tied_to_embedding or any(module in heads for module, _ in candidate.owners)
 
 
-def _is_named_as_head(name: str) -> bool:
+def _named_as_end(name: str) -> bool:
     """Whether a parameter whose module is not known has the name of an embedding or of an output head."""
     owner = name.rpartition(".")[0].rpartition(".")[2] or name
     return owner in _HEADS or "emb" in owner.lower() or owner in ("wte", "wpe")
 
 
-def _match(
-    candidates: list[_Candidate], rules: Mapping[str, Transform | None], frozen: list[str], asked: set[int]
-) -> list[Transform | None]:
-    """The transform of each candidate by the first rule that matches it; ``asked`` gets those that a rule has in full."""
+def _match(candidates: list[_Candidate], rules: Mapping[str, Transform | None], frozen: list[str]) -> list[Transform | None]:
     chosen: list[Transform | None] = [None] * len(candidates)
     taken: set[int] = set()
     for glob, transform in rules.items():
@@ -238,8 +236,7 @@ def _match(
             raise SpecError(f"rule '{glob}' is never reached: the rules before it take every parameter it matches")
         for i in fresh:
             chosen[i] = transform
-        if transform is None:
-            asked.update(fresh)
+            candidates[i].ruled = True
         taken.update(matched)
     return chosen
 
@@ -261,16 +258,19 @@ def _near(glob: str, candidates: list[_Candidate]) -> str:
     return f"{hit} Rules are globs over module names, such as '{max(owners, key=len, default='')}'."
 
 
-def _plan(candidates: list[_Candidate], chosen: list[Transform | None], asked: set[int]) -> Plan:
+def _plan(candidates: list[_Candidate], chosen: list[Transform | None], ends: list[bool]) -> Plan:
+    """The plan; ``ends`` says which candidates are embeddings or the output head."""
     plan = Plan()
-    for i, (candidate, transform) in enumerate(zip(candidates, chosen, strict=True)):
+    for candidate, transform, end in zip(candidates, chosen, ends, strict=True):
         name = candidate.names[0]
         if transform is None and candidate.is_packed:
             continue  # codes are not trained in full
         if transform is None:
             plan.full.append((name, candidate.param))
-            if candidate.param.dim() >= 2 and i not in asked:
-                plan.unasked.append(name)
+            if candidate.param.dim() >= 2 and not end and candidate.ruled:
+                plan.none.append(name)
+            elif candidate.param.dim() >= 2 and not end:
+                plan.unasked[name] = candidate.experts
             continue
         if candidate.param.is_complex():
             raise SpecError(f"{name} is complex, and transforms are real; leave it out by a rule: 'none'")

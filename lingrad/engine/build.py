@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lingrad import optimizers, parallel
 from lingrad.adapters import Attachment, SharedInput, make_attachment, make_weight, refuse_attached
 from lingrad.config import spec
+from lingrad.config.coverage import remark
 from lingrad.config.rules import Rules
 from lingrad.config.settings import Mode, Settings, check_not_negative
 from lingrad.config.sharing import GroupedTarget, group_targets, require_shared
@@ -24,7 +25,7 @@ from lingrad.engine.refresh import schedule
 from lingrad.engine.run import Run
 from lingrad.engine.step import step_one
 from lingrad.engine.stepper import Group, Stepper
-from lingrad.errors import SpecError, did_you_mean, require
+from lingrad.errors import SpecError, did_you_mean, require, warn_caller
 from lingrad.optimizers import Base, BaseLike, checks
 from lingrad.subspaces.basis import Basis
 from lingrad.subspaces.ledger import Ledger
@@ -212,6 +213,9 @@ def build(model: Trainable, rules: Rules, base: BaseLike, mode: Mode, options: M
             prefix=f"{i}." if len(plans) > 1 else "",
         )
     _check_effective(settings, mode, attachments)
+    mostly_full = remark([plan for plan, _ in plans])
+    if mostly_full:
+        warn_caller(mostly_full, UserWarning)
     bases = list(dict.fromkeys(attachment.sub.basis for attachment in attachments))
     for i, basis in enumerate(bases if settings.stagger else ()):
         basis.offset = i * basis.transform.period // len(bases)

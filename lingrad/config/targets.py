@@ -57,6 +57,11 @@ class Target:
         dtype = torch.float32 if self.param.is_meta else packed_of(self.owners[0][0], self.name).dtype
         return torch.empty(0, dtype=dtype, device=self.param.device)
 
+    @property
+    def stored(self) -> list[Tensor]:
+        """The tensors that hold the weight."""
+        return packed_of(self.owners[0][0], self.name).tensors() if self.route == "packed" else [self.param]
+
 
 @dataclass
 class Plan:
@@ -92,7 +97,7 @@ class _Candidate:
     @property
     def experts(self) -> int:
         """How many experts it fuses; 0 if none."""
-        return max((fused_experts(self.param, module, name) for (module, _), name in zip(self.owners, self.names)), default=0)
+        return fused_experts(self.param, self.owners[0][0], self.names[0]) if self.owners else 0
 
     def known_as(self) -> set[str]:
         """Names a rule may match: of the parameter and of the modules that own it."""
@@ -183,9 +188,9 @@ def _bare(transform: Transform, candidate: _Candidate) -> Transform | None:
     """What a config string alone means for a parameter."""
     if any(name == "weight" and (isinstance(module, nn.Linear) or is_conv1d(module)) for module, name in candidate.owners):
         return transform
-    if not candidate.experts or isinstance(transform, Experts):
-        return transform if candidate.experts else None
-    return Experts(each=transform, count=candidate.experts)
+    if not candidate.experts:
+        return None
+    return transform if isinstance(transform, Experts) else Experts(each=transform)
 
 
 def _output_head(model: nn.Module) -> set[nn.Module]:
@@ -267,9 +272,11 @@ def _plan(candidates: list[_Candidate], chosen: list[Transform | None], ends: li
             continue  # codes are not trained in full
         if transform is None:
             plan.full.append((name, candidate.param))
-            if candidate.param.dim() >= 2 and not end and candidate.ruled:
+            if candidate.param.dim() < 2 or end:
+                continue
+            if candidate.ruled:
                 plan.none.append(name)
-            elif candidate.param.dim() >= 2 and not end:
+            else:
                 plan.unasked[name] = candidate.experts
             continue
         if candidate.param.is_complex():

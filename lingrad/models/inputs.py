@@ -33,8 +33,8 @@ def make_inputs(model: nn.Module, *, rows: int, length: int, loss: bool = False,
     """Random arguments for the forward of a model of transformers.
 
     Args:
-        model: The model, on any device; on the meta device nothing is computed. It is run on one row, in eval mode and without
-            gradients, unless it is a language model that reads token ids.
+        model: The model, on any device; on the meta device nothing is computed. It is run on one row, in eval mode, unless it
+            is a language model that reads token ids; nothing of it changes.
         rows: Rows of the batch.
         length: Positions of a row, for what the config gives no length of: tokens, frames of sound.
         loss: Have the output contain a loss, by labels, where the model computes one; see `loss_of`.
@@ -74,8 +74,9 @@ def make_inputs(model: nn.Module, *, rows: int, length: int, loss: bool = False,
 def reads_tokens(model: nn.Module) -> bool:
     """Whether a model reads token ids and computes the loss of predicting tokens, so that nothing needs to be tried."""
     config, takes = getattr(model, "config", None), signature(model.forward).parameters
-    known = getattr(model, "main_input_name", None) == "input_ids" and type(getattr(config, "vocab_size", None)) is int
-    return known and type(model).__name__.endswith(_OF_TOKENS) and {"input_ids", "labels"} <= takes.keys()
+    if getattr(model, "main_input_name", None) != "input_ids" or getattr(config, "is_encoder_decoder", False):
+        return False
+    return type(getattr(config, "vocab_size", None)) is int and type(model).__name__.endswith(_OF_TOKENS) and {"input_ids", "labels"} <= takes.keys()
 
 
 def loss_of(output: Any) -> Tensor:
@@ -110,14 +111,15 @@ def _leaves(output: Any) -> Iterator[Tensor]:
 def _failed(model: nn.Module, inputs: Tried, seed: int, *, wants_loss: bool) -> str | None:
     """Why a model does not run on inputs; None where it does."""
     try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        # of meta tensors, which cost nothing, some kernels run with gradients only
+        with torch.set_grad_enabled(next(model.parameters()).is_meta), torch.random.fork_rng(devices=[]):
             output = model(**_drawn(model, inputs, 1, seed))
             own = getattr(output, "loss", None)
             if wants_loss and not (isinstance(own, Tensor) and own.numel() == 1):
                 return "its output has no loss"
             loss_of(output)
     except Exception as error:  # a model may raise any exception on inputs that are not its own
-        return str(error).partition("\n")[0] or type(error).__name__
+        return str(error).partition("\n")[0].rstrip(".") or type(error).__name__
     return None
 
 

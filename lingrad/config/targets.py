@@ -70,19 +70,20 @@ class Plan:
     Args:
         targets: The transformed ones.
         full: (name, parameter) of the others.
-        none: Names of the matrices among these that a rule says ``none`` of, apart from embeddings and the output head.
-        unasked: Name of a matrix that nobody asked to train in full -> how many experts it fuses; apart from the same.
+        none: Name of a matrix among these that a rule says ``none`` of -> how many experts it fuses. Embeddings and the output
+            head are not in it.
+        unasked: The same of matrices that nobody asked to train in full.
     """
 
     targets: list[Target] = field(default_factory=list)
     full: list[tuple[str, nn.Parameter]] = field(default_factory=list)
-    none: list[str] = field(default_factory=list)
+    none: dict[str, int] = field(default_factory=dict)
     unasked: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass
 class _Candidate:
-    """A trainable parameter, all its names, the modules that own it, and whether a rule matches it."""
+    """A trainable parameter, all its names, the modules that own it, and whether a rule has it in full or transformed."""
 
     names: list[str]
     param: nn.Parameter
@@ -272,12 +273,8 @@ def _plan(candidates: list[_Candidate], chosen: list[Transform | None], ends: li
             continue  # codes are not trained in full
         if transform is None:
             plan.full.append((name, candidate.param))
-            if candidate.param.dim() < 2 or end:
-                continue
-            if candidate.ruled:
-                plan.none.append(name)
-            else:
-                plan.unasked[name] = candidate.experts
+            if candidate.param.dim() >= 2 and not end:
+                (plan.none if candidate.ruled else plan.unasked)[name] = candidate.experts
             continue
         if candidate.param.is_complex():
             raise SpecError(f"{name} is complex, and transforms are real; leave it out by a rule: 'none'")

@@ -44,7 +44,7 @@ def remark(plans: Sequence[Plan]) -> str:
     transform = _example(plans)
     rule = f"{{'{largest[0]}': '{f'experts(each={transform})' if largest[0] in fused else transform}', ...}}"
     return (
-        f"{count:,} of the {total:,} elements of the model's matrices ({count / total:.1%}; embeddings and output head left out) "
+        f"{count:,} of the {total:,} elements of the model's matrices ({count / total:.1%}; no embeddings, no output head) "
         f"are stepped in full, and no rule asks for it; most are in {shown}. Name them in the "
         f"rules to transform them: {rule}; 'none' instead trains them in full without this line"
     )

@@ -70,9 +70,8 @@ class Plan:
     Args:
         targets: The transformed ones.
         full: (name, parameter) of the others.
-        none: Name of a matrix among these that a rule says ``none`` of -> how many experts it fuses. Embeddings and the output
-            head are not in it.
-        unasked: The same of matrices that nobody asked to train in full.
+        none: Name of a matrix among these, no embedding or output head, that a rule says ``none`` of -> experts it fuses.
+        unasked: The same of those that nobody asked to train in full.
     """
 
     targets: list[Target] = field(default_factory=list)
@@ -189,9 +188,8 @@ def _bare(transform: Transform, candidate: _Candidate) -> Transform | None:
     """What a config string alone means for a parameter."""
     if any(name == "weight" and (isinstance(module, nn.Linear) or is_conv1d(module)) for module, name in candidate.owners):
         return transform
-    if not candidate.experts:
-        return None
-    return transform if isinstance(transform, Experts) else Experts(each=transform)
+    each = transform if isinstance(transform, Experts) else Experts(each=transform)
+    return each if candidate.experts else None
 
 
 def _output_head(model: nn.Module) -> set[nn.Module]:

@@ -150,7 +150,8 @@ class BatchedMap(LinearMap):
         return _both_sides(self, old, squares, power=2)
 
     def _split(self, matrix: Tensor) -> Tensor:
-        return matrix.unflatten(0, (self.count, -1))
+        split: Tensor = matrix.unflatten(0, (self.count, -1))
+        return split
 
     def _each(self, side: Tensor | None) -> Sequence[Tensor | None]:
         return [None] * self.count if side is None else side.unbind()
@@ -212,9 +213,7 @@ def _joined(parts: Sequence[Tensor]) -> Tensor:
     """Tensors of one shape as one, [count, ...]: a view where they lie one behind the other in memory, as slices do."""
     first, size = parts[0], parts[0].numel()
     adjacent = all(
-        storage(part) == storage(first)
-        and part.is_contiguous()
-        and part.storage_offset() == first.storage_offset() + size * i
+        storage(part) == storage(first) and part.is_contiguous() and part.storage_offset() == first.storage_offset() + size * i
         for i, part in enumerate(parts)
     )
     if not adjacent:
@@ -242,7 +241,7 @@ def _both_sides(new: BatchedMap, old: BatchedMap, coords: Tensor, *, power: int)
     def overlap(a: Tensor, b: Tensor) -> Tensor:
         return (cast(a, coords.dtype).mT @ cast(b, coords.dtype)) ** power
 
-    found = coords.unflatten(0, (new.count, -1))
+    found: Tensor = coords.unflatten(0, (new.count, -1))
     if new.left is not None and old.left is not None:
         found = overlap(new.left, old.left) @ found
     if new.right is not None and old.right is not None:

@@ -62,7 +62,7 @@ def simulate(
         batch: Rows of a batch.
         length: Tokens of a row.
         loss: Computes the loss of the model; by default the loss that a model of transformers computes itself, on random inputs
-            of what it reads (token ids [batch, length], images, sound), or, where it computes none, the mean of its first output.
+            of what it reads (token ids [batch, length], images, sound), or, if it computes none, the mean of its first output.
         dtype: The dtype to cast the model to; None leaves it as it is.
         checkpointing: Recompute each layer in the backward (transformers' ``gradient_checkpointing_enable``).
         layerwise: Step each parameter inside the backward and free its gradient.

@@ -76,7 +76,11 @@ def reads_tokens(model: nn.Module) -> bool:
     config, takes = getattr(model, "config", None), signature(model.forward).parameters
     if getattr(model, "main_input_name", None) != "input_ids" or getattr(config, "is_encoder_decoder", False):
         return False
-    return type(getattr(config, "vocab_size", None)) is int and type(model).__name__.endswith(_OF_TOKENS) and {"input_ids", "labels"} <= takes.keys()
+    return (
+        type(getattr(config, "vocab_size", None)) is int
+        and type(model).__name__.endswith(_OF_TOKENS)
+        and {"input_ids", "labels"} <= takes.keys()
+    )
 
 
 def loss_of(output: Any) -> Tensor:
@@ -178,7 +182,10 @@ def _shapes(config: Any, name: str, length: int) -> list[Shape]:
     if name in ("pixel_values", "pixel_values_videos"):
         height, width = _sides(config)
         channels = _number(config, "num_channels", "in_channels", "in_chans", "n_channels") or 3
-        image, frames = (1, channels, height, width), _number(config, "num_frames", "frames_per_clip", "num_image_with_embedding")
+        image, frames = (
+            (1, channels, height, width),
+            _number(config, "num_frames", "frames_per_clip", "num_image_with_embedding"),
+        )
         video = [(1, frames or 16, channels, height, width)] if frames or name.endswith("videos") else []
         return [*video, image] if name.endswith("videos") else [image, *video]
     if name == "input_features":
@@ -195,7 +202,10 @@ def _shapes(config: Any, name: str, length: int) -> list[Shape]:
         spectrogram = [(1, frames, bands)] if bands and frames else []
         return [*spectrogram, (1, samples), (1, _number(config, "audio_channels") or 1, samples)]
     if name == "past_values":
-        steps, series = _number(config, "context_length", "seq_length", "prediction_length"), _number(config, "num_input_channels")
+        steps, series = (
+            _number(config, "context_length", "seq_length", "prediction_length"),
+            _number(config, "num_input_channels"),
+        )
         return [(1, steps or length, series or 1), (1, steps or length)]
     return []
 

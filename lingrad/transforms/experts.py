@@ -103,8 +103,8 @@ class Experts(Transform):
         if not self.count or rows % self.count or rows < self.count:
             how = f"{rows} rows are not those of {self.count} experts" if self.count else "it does not say of how many experts"
             raise ShapeError(
-                f"experts(...) does not fit a {rows} x {columns} weight: {how}; expected count=..., a divisor of {rows} (it can "
-                "be left out for a weight with three dimensions, the first of which counts the experts)"
+                f"experts(...) does not fit a {rows} x {columns} weight: {how}; expected count=..., a divisor of {rows} (to "
+                "be left out where a weight has three dimensions: the first counts the experts)"
             )
         return rows // self.count, columns
 

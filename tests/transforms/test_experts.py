@@ -52,7 +52,9 @@ class Routed(nn.Module):
 
     def forward(self, ids):
         x, to = self.embed(ids).mean(1), ids[:, 0] % self.num_experts
-        outs = [out * (to == e)[:, None] for e, out in enumerate(self.experts(x) if self.stacked else [e(x) for e in self.experts])]
+        outs = [
+            out * (to == e)[:, None] for e, out in enumerate(self.experts(x) if self.stacked else [e(x) for e in self.experts])
+        ]
         return self.head(sum(outs).tanh())
 
 
@@ -179,7 +181,11 @@ def test_by_a_rule():
 @pytest.mark.parametrize(
     ("rules", "error", "message"),
     [
-        ({"biased": "experts(each=svd(rank=2))"}, ShapeError, "biased.weight: .* does not say of how many experts; expected count"),
+        (
+            {"biased": "experts(each=svd(rank=2))"},
+            ShapeError,
+            "biased.weight: .* does not say of how many experts; expected count",
+        ),
         ({"biased": "experts(each=svd(rank=2), count=4)"}, ShapeError, "11 rows are not those of 4 experts"),
         ({"experts": "experts(each=svd(rank=11))"}, ShapeError, "rank 11 is larger than min.* = 10 of a 12 x 10 weight"),
         ({"experts": "experts(each=experts(each=full()))"}, SpecError, "each must be the transform of one expert's matrix"),

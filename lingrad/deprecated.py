@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 import sys
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache, wraps
 from importlib import import_module
-from inspect import currentframe, signature
-from os import sep
-from pathlib import Path
+from inspect import signature
 from types import ModuleType
 from typing import Any, ParamSpec, TypeVar
 
-from lingrad.errors import SpecError
+from lingrad.errors import SpecError, warn_caller
 
 P = ParamSpec("P")
 R = TypeVar("R")
-
-_INSIDE = (f"{Path(__file__).parent}{sep}", "<frozen importlib")  # how names of files begin that no warning is of
 
 # --- names in Python ---
 
@@ -161,19 +156,7 @@ def renamed_keywords(where: str, /, **names: str) -> Callable[[Callable[P, R]], 
 
 
 def _warn(message: str) -> None:
-    """Warn at the line outside the package that led here, however many calls of the package are between."""
-    frame = currentframe()
-    while frame is not None and frame.f_back is not None and frame.f_code.co_filename.startswith(_INSIDE):
-        frame = frame.f_back
-    assert frame is not None  # noqa: S101 - Python has frames
-    warnings.warn_explicit(
-        message,
-        DeprecationWarning,
-        frame.f_code.co_filename,
-        frame.f_lineno,
-        frame.f_globals.get("__name__", "<unknown>"),
-        frame.f_globals.setdefault("__warningregistry__", {}),
-    )
+    warn_caller(message, DeprecationWarning)
 
 
 # --- the command line ---

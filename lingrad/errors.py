@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 from importlib import import_module
+from inspect import currentframe
+from os import sep
+from pathlib import Path
 from typing import Any
+
+_INSIDE = (f"{Path(__file__).parent}{sep}", "<frozen importlib")  # how names of files begin that no warning is of
 
 
 class LingradError(Exception):
@@ -119,3 +125,24 @@ def optional(module: str, what: str, extra: str) -> Any:
     except ImportError as error:
         package = module.partition(".")[0]
         raise DependencyError(f"{what} needs the package {package}: pip install 'lingrad[{extra}]'") from error
+
+
+def warn_caller(message: str, category: type[Warning]) -> None:
+    """Warn at the line outside the package that led here, however many calls of the package are between.
+
+    Args:
+        message: What is to be said.
+        category: The kind of warning.
+    """
+    frame = currentframe()
+    while frame is not None and frame.f_back is not None and frame.f_code.co_filename.startswith(_INSIDE):
+        frame = frame.f_back
+    assert frame is not None  # noqa: S101 - Python has frames
+    warnings.warn_explicit(
+        message,
+        category,
+        frame.f_code.co_filename,
+        frame.f_lineno,
+        frame.f_globals.get("__name__", "<unknown>"),
+        frame.f_globals.setdefault("__warningregistry__", {}),
+    )

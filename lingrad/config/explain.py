@@ -7,7 +7,7 @@ from math import prod
 
 from torch import nn
 
-from lingrad.config import spec
+from lingrad.config import coverage, spec
 from lingrad.config.rules import Rules
 from lingrad.config.settings import Share
 from lingrad.config.sharing import GroupedTarget, group_targets
@@ -25,7 +25,8 @@ class Line:
     Args:
         name: The parameter's name; ``*`` stands for the layer numbers of several.
         count: How many parameters the line stands for.
-        weight: Its shape as a matrix, such as ``1024 x 4096``.
+        weight: Its shape as a matrix, such as ``1024 x 4096``; of fused experts as so many matrices, ``8 x 1024 x 4096``, and
+            so their coordinates and bases.
         transform: Its config string, or ``in full``.
         coords: The shape of its coordinates.
         basis: The shapes of its bases in memory.
@@ -51,11 +52,13 @@ class Explanation:
         lines: One for each parameter, or for all that differ in layer numbers only.
         parameters: Elements of the trainable parameters.
         trained: Elements that the base optimizer steps.
+        remark: What `lingrad.wrap` warns of: that most of the matrices are stepped in full unasked; else empty.
     """
 
     lines: tuple[Line, ...]
     parameters: int
     trained: int
+    remark: str = ""
 
     def __str__(self) -> str:
         cells = [HEADERS]
@@ -65,6 +68,7 @@ class Explanation:
         text = columns(cells, right=[name == "trained" for name in HEADERS], rule=True)
         share = self.trained / self.parameters if self.parameters else 0.0
         text.append(f"{self.trained:,} of {self.parameters:,} elements are stepped by the base optimizer ({share:.1%})")
+        text += [self.remark] if self.remark else []
         return "\n".join(text)
 
 
@@ -89,25 +93,26 @@ def explain(model: nn.Module, rules: Rules, *, share: Share | None = None, every
     lines = [targets.get(name) or untouched[name] for name in order]
     sizes = {t.name: prod(t.layout.shape) for t in plan.targets} | {name: p.numel() for name, p in plan.full}
     parameters, trained = sum(sizes.values()), sum(line.trained for line in lines)
-    return Explanation(tuple(lines if every_parameter else _alike(lines)), parameters, trained)
+    return Explanation(tuple(lines if every_parameter else _alike(lines)), parameters, trained, coverage.remark([plan]))
 
 
 def _line(grouped: GroupedTarget) -> Line:
-    target, coords, shape = grouped.target, grouped.coords, grouped.target.layout.shape
-    bases = [_by(s) for s in target.transform.basis_shapes(grouped.shape) if s is not None]
+    target, coords, blocks = grouped.target, grouped.coords, grouped.target.transform.blocks
+    bases = [_by(s, blocks) for s in target.transform.basis_shapes(grouped.shape) if s is not None]
     if not grouped.is_first:
         bases = [f"that of {grouped.group[0].name.removesuffix('.weight').rpartition('.')[2]}"]
     gradient = "hook" if target.route == "weight" else "projected"
-    text = spec.format(target.transform)
-    return Line(target.name, 1, _by(shape), text, _by(coords), ", ".join(bases) or "-", gradient, coords[0] * coords[1])
+    shapes = _by(target.layout.shape, blocks), spec.format(target.transform), _by(coords, blocks), ", ".join(bases) or "-"
+    return Line(target.name, 1, *shapes, gradient, coords[0] * coords[1])
 
 
 def _untouched(name: str, param: nn.Parameter) -> Line:
     return Line(name, 1, _by(param.shape), "in full", "-", "-", "full", param.numel())
 
 
-def _by(shape: tuple[int, ...]) -> str:
-    return " x ".join(map(str, shape)) or "scalar"
+def _by(shape: tuple[int, ...], blocks: int = 1) -> str:
+    whole = shape if blocks == 1 else (blocks, shape[0] // blocks, *shape[1:])
+    return " x ".join(map(str, whole)) or "scalar"
 
 
 def _alike(lines: list[Line]) -> list[Line]:

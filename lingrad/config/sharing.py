@@ -101,7 +101,7 @@ def require_shared(found: Sequence[GroupedTarget]) -> None:
 def _key(target: Target) -> object:
     parent, _, layer = target.name.removesuffix(".weight").rpartition(".")
     family = next((i for i, family in enumerate(FAMILIES) if layer in family), None)
-    if family is None or target.route == "weight":
+    if family is None or target.route == "weight" or target.transform.blocks > 1:
         return target.name
     return parent, family, target.layout.shape[1], target.transform
 

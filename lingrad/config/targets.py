@@ -18,8 +18,9 @@ from lingrad.config import spec
 from lingrad.config.rules import Rules, parse_rules
 from lingrad.errors import ShapeError, SpecError
 from lingrad.transforms.base import Transform
+from lingrad.transforms.experts import Experts
 from lingrad.weights.bitsandbytes import packed_of
-from lingrad.weights.layout import Layout, is_conv1d, is_packed, layout_of
+from lingrad.weights.layout import Layout, fused_experts, is_conv1d, is_packed, layout_of
 
 Route = Literal["projected", "packed", "weight"]
 
@@ -56,6 +57,11 @@ class Target:
         dtype = torch.float32 if self.param.is_meta else packed_of(self.owners[0][0], self.name).dtype
         return torch.empty(0, dtype=dtype, device=self.param.device)
 
+    @property
+    def stored(self) -> list[Tensor]:
+        """The tensors that hold the weight."""
+        return packed_of(self.owners[0][0], self.name).tensors() if self.route == "packed" else [self.param]
+
 
 @dataclass
 class Plan:
@@ -64,24 +70,34 @@ class Plan:
     Args:
         targets: The transformed ones.
         full: (name, parameter) of the others.
+        none: Name of a matrix among these, no embedding or output head, that a rule says ``none`` of -> experts it fuses.
+        unasked: The same of those that nobody asked to train in full.
     """
 
     targets: list[Target] = field(default_factory=list)
     full: list[tuple[str, nn.Parameter]] = field(default_factory=list)
+    none: dict[str, int] = field(default_factory=dict)
+    unasked: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass
 class _Candidate:
-    """A trainable parameter, all its names, and the modules that own it."""
+    """A trainable parameter, all its names, the modules that own it, and whether a rule has it in full or transformed."""
 
     names: list[str]
     param: nn.Parameter
     owners: list[tuple[nn.Module, str]] = field(default_factory=list)
+    ruled: bool = False
 
     @property
     def is_packed(self) -> bool:
         """Whether it contains codes of 4 or 8 bits."""
         return any(is_packed(module) and attribute == "weight" for module, attribute in self.owners)
+
+    @property
+    def experts(self) -> int:
+        """How many experts it fuses; 0 if none."""
+        return fused_experts(self.param, self.owners[0][0], self.names[0]) if self.owners else 0
 
     def known_as(self) -> set[str]:
         """Names a rule may match: of the parameter and of the modules that own it."""
@@ -93,8 +109,9 @@ def resolve_model(model: nn.Module, rules: Rules) -> Plan:
 
     Args:
         model: The model; not changed.
-        rules: A config string for every Linear (and Conv1D) weight but the output head's, or a mapping of globs over module or
-            parameter names to specs, where ``none`` means to train in full; the first match wins.
+        rules: A config string for every Linear (and Conv1D) weight but the output head's, and for every expert's matrix of
+            fused experts; or a mapping of globs over module or parameter names to specs, where ``none`` means to train in full;
+            the first match wins.
 
     Returns:
         The plan.
@@ -105,9 +122,10 @@ def resolve_model(model: nn.Module, rules: Rules) -> Plan:
     """
     candidates = _candidates(model)
     parsed = parse_rules(rules)
+    head = _output_head(model)
+    ends = [_owned_by(c, head) for c in candidates]
     if isinstance(parsed, Transform):
-        head = _output_head(model)
-        chosen = [parsed if _is_linear_weight(c) and not _owned_by(c, head) else None for c in candidates]
+        chosen = [None if end else _bare(parsed, c) for c, end in zip(candidates, ends, strict=True)]
         if not any(chosen):
             if not candidates:
                 raise SpecError(f"nothing to train: every parameter of {type(model).__name__} is frozen")
@@ -117,7 +135,7 @@ def resolve_model(model: nn.Module, rules: Rules) -> Plan:
             )
     else:
         chosen = _match(candidates, parsed, [name for name, param in model.named_parameters() if not param.requires_grad])
-    return _plan(candidates, chosen)
+    return _plan(candidates, chosen, ends)
 
 
 def resolve_parameters(named: Iterable[tuple[str, nn.Parameter]], rules: Rules) -> Plan:
@@ -143,7 +161,7 @@ def resolve_parameters(named: Iterable[tuple[str, nn.Parameter]], rules: Rules) 
         chosen = [parsed if c.param.dim() >= 2 else None for c in candidates]
     else:
         chosen = _match(candidates, parsed, [name for name, param in named if not param.requires_grad])
-    return _plan(candidates, chosen)
+    return _plan(candidates, chosen, [_named_as_end(c.names[0]) for c in candidates])
 
 
 def _candidates(model: nn.Module) -> list[_Candidate]:
@@ -166,10 +184,12 @@ def _require_initialized(name: str, param: Tensor) -> None:
         )
 
 
-def _is_linear_weight(candidate: _Candidate) -> bool:
-    return any(
-        attribute == "weight" and (isinstance(module, nn.Linear) or is_conv1d(module)) for module, attribute in candidate.owners
-    )
+def _bare(transform: Transform, candidate: _Candidate) -> Transform | None:
+    """What a config string alone means for a parameter."""
+    if any(name == "weight" and (isinstance(module, nn.Linear) or is_conv1d(module)) for module, name in candidate.owners):
+        return transform
+    each = transform if isinstance(transform, Experts) else Experts(each=transform)
+    return each if candidate.experts else None
 
 
 def _output_head(model: nn.Module) -> set[nn.Module]:
@@ -186,8 +206,14 @@ def _output_head(model: nn.Module) -> set[nn.Module]:
 
 
 def _owned_by(candidate: _Candidate, heads: set[nn.Module]) -> bool:
-    tied_to_embedding = any(isinstance(module, nn.Embedding) for module, _ in candidate.owners)
+    tied_to_embedding = any(isinstance(module, nn.Embedding | nn.EmbeddingBag) for module, _ in candidate.owners)
     return tied_to_embedding or any(module in heads for module, _ in candidate.owners)
+
+
+def _named_as_end(name: str) -> bool:
+    """Whether a parameter whose module is not known has the name of an embedding or of an output head."""
+    owner = name.rpartition(".")[0].rpartition(".")[2] or name
+    return owner in _HEADS or "emb" in owner.lower() or owner in ("wte", "wpe")
 
 
 def _match(candidates: list[_Candidate], rules: Mapping[str, Transform | None], frozen: list[str]) -> list[Transform | None]:
@@ -214,6 +240,7 @@ def _match(candidates: list[_Candidate], rules: Mapping[str, Transform | None], 
             raise SpecError(f"rule '{glob}' is never reached: the rules before it take every parameter it matches")
         for i in fresh:
             chosen[i] = transform
+            candidates[i].ruled = True
         taken.update(matched)
     return chosen
 
@@ -235,21 +262,26 @@ def _near(glob: str, candidates: list[_Candidate]) -> str:
     return f"{hit} Rules are globs over module names, such as '{max(owners, key=len, default='')}'."
 
 
-def _plan(candidates: list[_Candidate], chosen: list[Transform | None]) -> Plan:
+def _plan(candidates: list[_Candidate], chosen: list[Transform | None], ends: list[bool]) -> Plan:
+    """The plan; ``ends`` says which candidates are embeddings or the output head."""
     plan = Plan()
-    for candidate, transform in zip(candidates, chosen, strict=True):
+    for candidate, transform, end in zip(candidates, chosen, ends, strict=True):
         name = candidate.names[0]
         if transform is None and candidate.is_packed:
             continue  # codes are not trained in full
         if transform is None:
             plan.full.append((name, candidate.param))
+            if candidate.param.dim() >= 2 and not end:
+                (plan.none if candidate.ruled else plan.unasked)[name] = candidate.experts
             continue
         if candidate.param.is_complex():
             raise SpecError(f"{name} is complex, and transforms are real; leave it out by a rule: 'none'")
         owners = tuple(candidate.owners)
         if candidate.is_packed and len(owners) != 1:
             raise SpecError(f"{name} is stored in 4 or 8 bits and shared by several layers; leave it out by a rule: 'none'")
-        layout = layout_of(candidate.param, owners[0][0] if owners else None, name)
+        layout = layout_of(candidate.param, owners[0][0] if owners else None, name, stacked=isinstance(transform, Experts))
+        if isinstance(transform, Experts):
+            transform = transform.of(candidate.experts or (len(candidate.param) if candidate.param.dim() == 3 else 0))
         try:
             transform.ranks(layout.shape)
         except ShapeError as error:

@@ -6,12 +6,12 @@ import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
 
 from lingrad import optimizers, parallel
 from lingrad.adapters import Attachment, SharedInput, make_attachment, make_weight, refuse_attached
 from lingrad.config import spec
+from lingrad.config.coverage import remark
 from lingrad.config.rules import Rules
 from lingrad.config.settings import Mode, Settings, check_not_negative
 from lingrad.config.sharing import GroupedTarget, group_targets, require_shared
@@ -24,7 +24,7 @@ from lingrad.engine.refresh import schedule
 from lingrad.engine.run import Run
 from lingrad.engine.step import step_one
 from lingrad.engine.stepper import Group, Stepper
-from lingrad.errors import SpecError, did_you_mean, require
+from lingrad.errors import SpecError, did_you_mean, require, warn_caller
 from lingrad.optimizers import Base, BaseLike, checks
 from lingrad.optimizers.hooks import without_global_hooks
 from lingrad.subspaces import trees
@@ -126,7 +126,7 @@ def make_groups(
     known: dict[str, dict[str, Any]] = {}
     for kind in KINDS:
         if named[kind]:
-            known[kind] = {**_hyper_parameters(base if kind == "coords" else base.fallback or base), **defaults}
+            known[kind] = {**checks.hyper_parameters(base if kind == "coords" else base.fallback or base), **defaults}
             if arithmetic.default_eps is not None and "eps" not in base.options:
                 known[kind]["eps"] = arithmetic.default_eps
             if kind != "coords":
@@ -221,6 +221,9 @@ def build(model: Trainable, rules: Rules, base: BaseLike, mode: Mode, options: M
     for group in groups:
         stepped = found if group["kind"] == "coords" else found.fallback or found
         checks.check_steps(stepped, group["params"], capturable=bool(group.get("capturable")))
+    mostly_full = remark([plan for plan, _ in plans])
+    if mostly_full:
+        warn_caller(mostly_full, UserWarning)
     bases = list(dict.fromkeys(attachment.sub.basis for attachment in attachments))
     for i, basis in enumerate(bases if settings.stagger else ()):
         basis.offset = i * basis.transform.period // len(bases)
@@ -292,9 +295,3 @@ def _check_effective(settings: Settings, mode: Mode, attachments: Sequence[Attac
 def _short(item: Any) -> str:
     text = repr(item)
     return text if len(text) < 80 else f"a {type(item).__name__}"
-
-
-def _hyper_parameters(base: Base) -> dict[str, Any]:
-    """What a base optimizer has in its groups, with the user's options; read from one built on a dummy parameter."""
-    group = base.build([nn.Parameter(torch.zeros(2, 2))]).param_groups[0]
-    return {key: value for key, value in group.items() if key != "params"}

@@ -11,5 +11,8 @@ from lingrad.maps.base import LinearMap as LinearMap
 from lingrad.maps.base import as_gradient as as_gradient
 from lingrad.maps.kronecker import KroneckerMap as KroneckerMap
 from lingrad.maps.selection import SelectionMap as SelectionMap
+from lingrad.maps.stacked import BatchedMap as BatchedMap
+from lingrad.maps.stacked import StackedMap as StackedMap
+from lingrad.maps.stacked import stacked_map as stacked_map
 from lingrad.maps.two_sided import TwoSidedMap as TwoSidedMap
 from lingrad.maps.two_sided import two_sided as two_sided

@@ -25,6 +25,10 @@ from lingrad.methods import FullRank, GaloreTorch, Lingrad, Lora, Method
 from lingrad.models import open_model
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+INSTEAD = (
+    "lingrad memory estimate gives the memory between steps in closed form and runs nothing; in Python lingrad.memory.simulate "
+    "takes a function that computes the loss"
+)
 LARGEST = 2**16  # rows; no larger batch is tried
 
 
@@ -161,6 +165,7 @@ def simulate(question: Question, method: Method | None = None) -> MemoryReport:
         question.method if method is None else method,
         batch=question.batch,
         length=question.length,
+        loss=runs.OwnLoss(question.batch, question.length, INSTEAD),
         dtype=DTYPES[question.dtype],
         checkpointing=question.checkpointing,
         layerwise=question.layerwise,

@@ -23,7 +23,6 @@ from lingrad.files.atomic import write_whole
 from lingrad.memory.log import CATEGORIES
 from lingrad.memory.units import readable
 from lingrad.tensors import TensorSpec, nbytes, storage, wide
-from lingrad.weights.bitsandbytes import packed_of
 
 SHARED = "(shared by all)"
 
@@ -184,9 +183,7 @@ def _sum(tensors: list[TensorSpec]) -> int:
 
 def _new(grouped: GroupedTarget, seen: set[int]) -> int:
     """Bytes of a weight that are not in `seen` yet: quantised weights may share code books."""
-    target = grouped.target
-    tensors = packed_of(target.owners[0][0], target.name).tensors() if target.route == "packed" else [target.param]
-    fresh = {storage(tensor): tensor for tensor in tensors if storage(tensor) not in seen}
+    fresh = {storage(tensor): tensor for tensor in grouped.target.stored if storage(tensor) not in seen}
     seen |= fresh.keys()
     return nbytes(*fresh.values())
 

@@ -11,13 +11,14 @@ from torch import Tensor, nn
 from lingrad.config.rules import Rules
 from lingrad.config.settings import Mode
 from lingrad.deprecated import renamed_keywords
-from lingrad.errors import MemoryModelError, require, require_one_of
+from lingrad.errors import DataError, MemoryModelError, require, require_one_of
 from lingrad.memory import kernels
 from lingrad.memory.devices import allocator_of
 from lingrad.memory.log import END_OF_STEP
 from lingrad.memory.report import MemoryReport, summarize
 from lingrad.memory.tracker import Tracker
 from lingrad.methods import Lingrad, Method, Training
+from lingrad.models import loss_of, make_inputs
 from lingrad.optimizers.base import BaseLike
 
 Build = Callable[[], nn.Module]
@@ -60,7 +61,8 @@ def simulate(
         mode: ``optimizer`` or ``adapter``; not with a `Method`.
         batch: Rows of a batch.
         length: Tokens of a row.
-        loss: Computes the loss of the model; by default the model's own loss on token ids [batch, length].
+        loss: Computes the loss of the model; by default the loss that a model of transformers computes itself, on random inputs
+            of what it reads (token ids [batch, length], images, sound), or, if it computes none, the mean of its first output.
         dtype: The dtype to cast the model to; None leaves it as it is.
         checkpointing: Recompute each layer in the backward (transformers' ``gradient_checkpointing_enable``).
         layerwise: Step each parameter inside the backward and free its gradient.
@@ -93,14 +95,17 @@ def simulate(
             f"'{strays[0]}' was built on {device_of}, not on the meta device: the model's code names a device; build it on the "
             "default device"
         )
+    compute_loss = OwnLoss(batch, length) if loss is None else loss
     choices = kernels.as_on_cuda(attention, assumed) if device == "cuda" else kernels.as_on_cpu(assumed)
     with choices, kernels.without_autocast():
         execute = kernels.answered(assumed)
         with Tracker("meta", execute):  # only to answer what the preparation reads back
+            if isinstance(compute_loss, OwnLoss):
+                compute_loss.prepare(model)
             training = method.prepare(_checkpointed(model, checkpointing), layerwise=layerwise)
         tracker = Tracker("meta", execute)
         with kernels.explained(type(model).__name__):
-            _run(training, tracker, steps, _loss(loss, batch, length, torch.device("meta")))
+            _run(training, tracker, steps, compute_loss)
     assumptions = [
         f"{steps} steps of {training.model.__class__.__name__} on meta tensors, operators as on {device}",
         *sorted(assumed),
@@ -165,11 +170,13 @@ def measure(
     target = torch.device(allocator.device)
     method = _method(rules, base, mode, options)
     tracker = Tracker(allocator.device)
-    compute_loss = _loss(loss, batch, length, target)
+    compute_loss = OwnLoss(batch, length) if loss is None else loss
 
     def prepare() -> Training:
         with target:
             model = _cast(build(), dtype)
+            if isinstance(compute_loss, OwnLoss):
+                compute_loss.prepare(model)
         return method.prepare(_checkpointed(model, checkpointing), layerwise=layerwise)
 
     measured = allocator.peak_of(prepare, lambda training: _run(training, tracker, steps, compute_loss))
@@ -230,24 +237,36 @@ def _checkpointed(model: nn.Module, checkpointing: bool) -> nn.Module:
     return model
 
 
-def _loss(loss: Loss | None, batch: int, length: int, device: torch.device) -> Loss:
-    if loss is not None:
-        return loss
+class OwnLoss:
+    """The loss that a model of transformers computes on random inputs, or the mean of its first output.
 
-    def own(model: nn.Module) -> Tensor:
-        vocabulary = getattr(getattr(model, "config", None), "vocab_size", None)
-        if vocabulary is None:
-            raise MemoryModelError(
-                f"{type(model).__name__} has no config.vocab_size; give a function that computes its loss: loss=..."
-            )
-        ids = torch.randint(vocabulary, (batch, length), device=device)
+    Args:
+        batch: Rows of a batch.
+        length: Positions of a row.
+        remedy: What to do where no inputs are known, for the message.
+    """
+
+    def __init__(self, batch: int, length: int, remedy: str = "give a function that computes its loss: loss=...") -> None:
+        self.batch, self.length, self.remedy = batch, length, remedy
+        self._inputs: dict[str, Any] = {}
+
+    def prepare(self, model: nn.Module) -> None:
+        """Find the inputs before anything is counted, since a model may be run to find them.
+
+        Args:
+            model: The model, on the device it is to run on.
+
+        Raises:
+            MemoryModelError: None are known.
+        """
         try:
-            value: Tensor = model(input_ids=ids, labels=ids).loss
-        except (AttributeError, ValueError) as error:
-            raise MemoryModelError(
-                f"{type(model).__name__} is not a causal language model: its loss with token ids as labels failed with "
-                f"'{error}'; give a function that computes its loss: loss=..."
-            ) from error
-        return value
+            self._inputs = make_inputs(model, rows=self.batch, length=self.length, loss=True)
+        except DataError as error:
+            raise MemoryModelError(f"{error}; {self.remedy}") from error
 
-    return own
+    def __call__(self, model: nn.Module) -> Tensor:
+        """The loss of a step; its inputs are tensors of their own, as those of a data loader are."""
+        copies = {name: value.clone() if isinstance(value, Tensor) else value for name, value in self._inputs.items()}
+        if "labels" in copies and self._inputs["labels"] is self._inputs.get("input_ids"):
+            copies["labels"] = copies["input_ids"]
+        return loss_of(model(**copies))

@@ -289,3 +289,9 @@ def _agree(moved: Tensor, other: Tensor) -> bool:
 
 def _grew(once: Tensor, twice: Tensor, factor: float) -> bool:
     return once.is_floating_point() and torch.allclose(twice, factor * once, rtol=1e-3, atol=0.0)
+
+
+def hyper_parameters(base: Base) -> dict[str, Any]:
+    """What a base optimizer has in its groups, with the user's options; read from one built on a dummy parameter."""
+    group = base.build([nn.Parameter(torch.zeros(2, 2))]).param_groups[0]
+    return {key: value for key, value in group.items() if key != "params"}

@@ -165,6 +165,11 @@ class Transform(ABC):
         """Whether the map is stored between uses; False if it is computed again at each use, to save memory."""
         return True
 
+    @property
+    def blocks(self) -> int:
+        """How many blocks of rows of a weight have a basis of their own; 1 if there is one basis for the whole weight."""
+        return 1
+
     def coords_shape(self, shape: tuple[int, int]) -> tuple[int, int]:
         """The shape of the coordinates.
 

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from lingrad.errors import ShapeError
 
+_OF_TORCH = (nn.Linear, nn.Bilinear, nn.Embedding, nn.EmbeddingBag, nn.modules.conv._ConvNd, nn.RNNBase, nn.MultiheadAttention)
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -43,18 +45,19 @@ class Layout:
         return rearrange(matrix, self.backward, **dict(zip(axes, self.weight_shape, strict=True)))
 
 
-def layout_of(weight: Tensor, module: nn.Module | None, name: str) -> Layout:
+def layout_of(weight: Tensor, module: nn.Module | None, name: str, *, stacked: bool = False) -> Layout:
     """Choose how a weight is read as a matrix.
 
     Linear and embedding weights are matrices already; a Conv1D of GPT-2, stored [in, out], is transposed; the output
-    channels of a convolution are its rows. Anything else is cut where the shorter side of the matrix comes out longest:
-    fused experts [experts, in, out] become [experts * in, out] and share a right basis, and a convolution whose module is
-    not known is cut as if it were.
+    channels of a convolution are its rows. The matrices of fused experts [experts, in, out], by `fused_experts`, are one
+    under the other, [experts * in, out]. Anything else is cut where the shorter side of the matrix comes out longest; a
+    convolution whose module is not known, too.
 
     Args:
         weight: A parameter with at least two dimensions.
         module: The module that owns it, if known.
-        name: The parameter's name, for messages.
+        name: The parameter's name.
+        stacked: Whether it is known to be a stack of matrices, whatever its module.
 
     Returns:
         The layout.
@@ -74,10 +77,42 @@ def layout_of(weight: Tensor, module: nn.Module | None, name: str) -> Layout:
     if is_conv1d(module):
         return Layout(f"{whole} -> a1 a0", f"a1 a0 -> {whole}", tuple(weight.shape), (weight.shape[1], weight.shape[0]))
     cuts = [1] if isinstance(module, nn.modules.conv._ConvNd) else range(1, weight.dim())
+    if stacked or fused_experts(weight, module, name):
+        cuts = [weight.dim() - 1]
     shapes = {cut: (prod(weight.shape[:cut]), prod(weight.shape[cut:])) for cut in cuts}
     cut = max(shapes, key=lambda cut: min(shapes[cut]))
     grouped = f"({' '.join(axes[:cut])}) ({' '.join(axes[cut:])})"
     return Layout(f"{whole} -> {grouped}", f"{grouped} -> {whole}", tuple(weight.shape), shapes[cut])
+
+
+def fused_experts(weight: Tensor, module: nn.Module | None, name: str) -> int:
+    """How many matrices of experts one parameter fuses, as the layers of mixtures of experts in transformers do.
+
+    It is one of floating-point numbers, [experts, m, n] or [experts * m, n] with m and n above 1, and belongs to a module that
+    is no layer of torch's own. Of three dimensions either that module counts as many experts (an int attribute such as
+    ``num_experts``), or the name of its class or its path has the word; of two dimensions both.
+
+    Args:
+        weight: The parameter.
+        module: The module that owns it, if known.
+        name: The parameter's name.
+
+    Returns:
+        How many; 0 if it is none of these.
+    """
+    if not weight.is_floating_point() or weight.dim() not in (2, 3) or isinstance(module, _OF_TORCH) or is_conv1d(module):
+        return 0
+    if module is None or all(cls.__module__.partition(".")[0] == "torch" for cls in type(module).__mro__[:-1]):
+        return 0
+    of_experts = "expert" in type(module).__name__.lower()
+    counts = {value for key, value in vars(module).items() if "expert" in key.lower() and type(value) is int and value > 1}
+    rows = weight.shape[0]
+    if weight.dim() == 2:
+        found = next((count for count in sorted(counts) if rows % count == 0 and rows > count), 0) if of_experts else 0
+    else:
+        named = of_experts or "expert" in name.rpartition(".")[0].lower()
+        found = rows if min(weight.shape[1:]) > 1 and (named or rows in counts) else 0
+    return found if weight.shape[-1] > 1 else 0
 
 
 def is_conv1d(module: nn.Module | None) -> bool:

@@ -253,3 +253,35 @@ def test_python_on_the_page_runs(monkeypatch, tmp_path):
     exec(compile(block, "docs/memory.md", "exec"), names)  # noqa: S102 - our own text
     assert {path.name for path in tmp_path.iterdir()} == {"run.png", "run.pickle", "run.json"}
     assert names["report"].fits
+
+
+@pytest.mark.parametrize(
+    ("kind", "cls"),
+    [("vit", "ViTForImageClassification"), ("whisper", "WhisperForConditionalGeneration"), ("clip", "CLIPModel")],
+)
+def test_models_that_read_no_tokens(lingrad, tmp_path, kind, cls):
+    path = written(tmp_path, kind, cls)
+    status, out, _ = lingrad("memory", "simulate", "--model", path, "--rules", "svd(rank=16, clip=true)", "--length", "16")
+    assert status == 0
+    assert out.startswith("simulated on cuda: ")
+
+
+def test_where_no_inputs_are_known_the_closed_form_is_named(lingrad, tmp_path):
+    path = written(tmp_path, "siglip2", "Siglip2ForImageClassification")
+    status, _, errors = lingrad("memory", "simulate", "--model", path, "--rules", "svd(rank=16, clip=true)")
+    assert status == 2
+    assert "lingrad memory estimate gives the memory between steps in closed form and runs nothing" in errors
+    assert "loss=" not in errors
+    assert lingrad("memory", "estimate", "--model", path, "--rules", "svd(rank=16, clip=true)")[0] == 0
+
+
+def written(folder, kind, cls):
+    """The config of a model with one layer."""
+    from transformers import AutoConfig
+
+    config = json.loads(AutoConfig.for_model(kind).to_json_string(use_diff=False))
+    for part in (config, *(value for value in config.values() if isinstance(value, dict))):
+        part.update({name: 1 for name in ("num_hidden_layers", "encoder_layers", "decoder_layers") if name in part})
+    path = folder / f"{kind}.json"
+    path.write_text(json.dumps({**config, "architectures": [cls]}))
+    return path

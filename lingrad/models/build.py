@@ -138,7 +138,16 @@ def open_model(name: str) -> nn.Module:
             model = cls(config) if cls is not None else transformers.AutoModel.from_config(config, trust_remote_code=False)
         except Exception as error:
             raise DataError(f"'{name}' holds no config that transformers can build a model from: {error}") from error
-        return model
+        return _without_weights(model)
+
+
+def _without_weights(model: nn.Module) -> nn.Module:
+    """The model with all parameters on the meta device: some models make a few on the CPU, whatever the default device."""
+    for module in model.modules():
+        for name, param in module._parameters.items():
+            if param is not None and not param.is_meta:
+                module._parameters[name] = nn.Parameter(torch.empty_like(param, device="meta"), param.requires_grad)
+    return model
 
 
 def load_model(path: Path) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
@@ -11,7 +12,11 @@ from os import sep
 from pathlib import Path
 from typing import Any
 
-_INSIDE = (f"{Path(__file__).parent}{sep}", "<frozen importlib")  # how names of files begin that no warning is of
+_INSIDE = (
+    f"{Path(__file__).parent}{sep}",
+    "<frozen importlib",
+    contextlib.__file__,
+)  # how names of files begin that no warning is of
 
 
 class LingradError(Exception):

@@ -12,12 +12,12 @@ import json
 import multiprocessing
 import os
 import re
-import signal
 import sys
 import time
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
@@ -42,49 +42,81 @@ FAULTS = ("error", "wrong")
 Row = dict[str, Any]
 
 
-def run_one(architecture: Architecture) -> Row:
-    """Run the checks of one architecture in a process of its own, and write its result.
+class Worker:
+    """A process that runs one architecture after the other, and is replaced where one takes too long or ends it."""
 
-    Args:
-        architecture: The architecture.
+    def __init__(self) -> None:
+        self.job: Architecture | None = None
+        self.begin = 0.0
+        context = multiprocessing.get_context("fork")
+        self.pipe, theirs = context.Pipe()
+        self.process = context.Process(target=_serve, args=(theirs, self.pipe), daemon=True)
+        self.process.start()
+        theirs.close()
 
-    Returns:
-        The row.
-    """
-    path = FOLDER / f"{architecture.name}.json"
-    child = os.fork()
-    if child == 0:
-        with open(os.devnull, "w") as null:  # noqa: PTH123 - for its file descriptor
-            os.dup2(null.fileno(), 1)
-            os.dup2(null.fileno(), 2)
-        signal.alarm(SECONDS)
-        row = check(architecture)
-        write_whole(path, json.dumps(row).encode())
-        os._exit(0)
-    _, status = os.waitpid(child, 0)
-    if status != 0:
-        ended = f"took more than {SECONDS} s" if os.WTERMSIG(status) == signal.SIGALRM else f"its process ended with {status}"
-        write_whole(path, json.dumps(architecture._asdict() | {"reason": ended}).encode())
-    row = json.loads(path.read_text())
-    return row
+    def start(self, job: Architecture) -> None:
+        """Give it something to run."""
+        self.job, self.begin = job, time.perf_counter()
+        self.pipe.send(job)
+
+    def result(self) -> Row | None:
+        """The row of what it runs, if it is done; where it cannot be, it is ended."""
+        assert self.job is not None  # noqa: S101 - for type checkers
+        if self.pipe.poll():
+            try:
+                row: Row = self.pipe.recv()
+            except EOFError:
+                self.process.join()
+                return self.job._asdict() | {"reason": f"its process ended with {self.process.exitcode}"}
+            return row
+        if time.perf_counter() - self.begin > SECONDS:
+            self.process.kill()
+            self.process.join()
+            return self.job._asdict() | {"reason": f"it took more than {SECONDS} s"}
+        return None
+
+
+def _serve(pipe: Connection, parents: Connection) -> None:
+    parents.close()
+    with open(os.devnull, "w") as null:  # noqa: PTH123 - for its file descriptor
+        os.dup2(null.fileno(), 1)
+        os.dup2(null.fileno(), 2)
+    torch.set_num_threads(1)
+    while True:
+        try:
+            job = pipe.recv()
+        except EOFError:
+            return
+        pipe.send(check(job))
 
 
 def run_all(architectures: Sequence[Architecture], workers: int) -> None:
-    """Run them, with a line for each.
+    """Run them and write a file for each, with a line of progress.
 
     Args:
         architectures: What to run.
         workers: How many at a time.
     """
     FOLDER.mkdir(parents=True, exist_ok=True)
-    warnings.simplefilter("ignore")
     _preload()
-    begin = time.perf_counter()
-    with multiprocessing.get_context("fork").Pool(workers) as pool:
-        for done, row in enumerate(pool.imap_unordered(run_one, architectures), 1):
-            seconds = time.perf_counter() - begin
-            left = seconds / done * (len(architectures) - done)
-            print(f"{done} of {len(architectures)}, {left / 60:.0f} min left  {row['name']}: {_short(row)}", flush=True)
+    begin, todo, done = time.perf_counter(), list(architectures), 0
+    busy: list[Worker] = []
+    idle = [Worker() for _ in range(min(workers, len(todo)))]
+    while todo or busy:
+        while todo and idle:
+            busy.append(idle.pop())
+            busy[-1].start(todo.pop(0))
+        wait([worker.pipe for worker in busy], timeout=1)
+        for worker in list(busy):
+            row = worker.result()
+            if row is None:
+                continue
+            busy.remove(worker)
+            idle.append(worker if worker.process.is_alive() else Worker())
+            write_whole(FOLDER / f"{row['name']}.json", json.dumps(row).encode())
+            done += 1
+            left = (time.perf_counter() - begin) / done * (len(architectures) - done) / 60
+            print(f"{done} of {len(architectures)}, {left:.0f} min left  {row['name']}: {_short(row)}", flush=True)
 
 
 def _preload() -> None:

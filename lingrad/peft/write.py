@@ -261,6 +261,9 @@ def _config(model: nn.Module, planned: AdapterPlan, ranks: Mapping[str, int], ba
 
 
 def _task(model: nn.Module) -> str | None:
+    """The task, for which PEFT has a class of its own, where that class calls the model as it must be called."""
+    if getattr(model, "main_input_name", "input_ids") != "input_ids":
+        return None  # PEFT's classes for generation pass token ids to everything
     if not (type(model).__name__.endswith(_GENERATES) and hasattr(model, "prepare_inputs_for_generation")):
         return None
     return "SEQ_2_SEQ_LM" if getattr(getattr(model, "config", None), "is_encoder_decoder", False) else "CAUSAL_LM"

@@ -88,7 +88,7 @@ def build(architecture: Architecture, level: str) -> Any:
                     param.normal_(std=0.02)
                 elif not param.isfinite().all():
                     param.zero_()
-    config.architectures = [architecture.name]
+    model.config.architectures = [architecture.name]
     return model
 
 

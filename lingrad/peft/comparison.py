@@ -103,6 +103,8 @@ class Comparison:
                 f"on, such as inputs={{'{reads}': ...}}"
             )
         found = None if asked is None else compare_outputs(asked, model, self._loaded)
+        if asked is not None and found is None:
+            raise ExportError(f"the outputs of {type(model).__name__} on {asked.what} hold no numbers that could be compared")
         if found is None or found.change is None:
             return None
         eps = max(torch.finfo(p.dtype).eps for p in model.parameters() if p.is_floating_point())

@@ -68,7 +68,9 @@ def make_inputs(inputs: Any, model: nn.Module) -> Inputs | None:
         return Inputs((inputs,), {}, "the inputs given")
     config = getattr(model, "config", None)
     vocabulary = getattr(config, "vocab_size", None)
-    if vocabulary is None and hasattr(config, "get_text_config"):  # of a model that reads pictures or sounds too
+    if (
+        vocabulary is None and config is not None and hasattr(config, "get_text_config")
+    ):  # of a model that reads pictures or sounds too
         vocabulary = getattr(config.get_text_config(), "vocab_size", None)
     if not isinstance(vocabulary, int) or getattr(model, "main_input_name", None) != "input_ids":
         return None
@@ -269,11 +271,12 @@ def in_short(error: Exception) -> str:
 
 
 def _tensor(output: Any) -> Tensor | None:
-    """What to compare of a model's output: its logits, or its first floating-point tensor."""
+    """What to compare of a model's output: its logits, or its first floating-point tensor at any depth."""
     if isinstance(output, Tensor):
         return output
     logits = getattr(output, "logits", None)
     if isinstance(logits, Tensor):
         return logits
-    values = output.values() if isinstance(output, Mapping) else output if isinstance(output, Sequence) else ()
-    return next((v for v in values if isinstance(v, Tensor) and v.is_floating_point()), None)
+    values = output.values() if isinstance(output, Mapping) else output if isinstance(output, list | tuple) else ()
+    found = (value if isinstance(value, Tensor) else _tensor(value) for value in values)
+    return next((value for value in found if value is not None and value.is_floating_point()), None)

@@ -274,6 +274,9 @@ def _ties_embeddings(model: nn.Module) -> bool:
     config = getattr(model, "config", None)
     if not (getattr(config, "tie_word_embeddings", False) and getattr(model, "_tied_weights_keys", None)):
         return False
-    weight = getattr(getattr(model, "get_input_embeddings", lambda: None)(), "weight", None)
+    try:
+        weight = getattr(getattr(model, "get_input_embeddings", lambda: None)(), "weight", None)
+    except NotImplementedError:  # as transformers says that it knows none
+        return False
     every = [module for _, module in model.named_modules(remove_duplicate=False) if getattr(module, "weight", None) is weight]
     return sum(not isinstance(module, nn.Linear) for module in every) == 1

@@ -133,6 +133,50 @@ def test_a_bias_of_a_head_that_peft_ties_to_the_embedding(tmp_path):
         bridge.export(opt, tmp_path / "a", quiet=True)
 
 
+class _Nested(nn.Module):
+    """Returns its numbers in a tuple in a tuple, or none at all."""
+
+    def __init__(self, empty=False):
+        super().__init__()
+        self.proj, self.empty = nn.Linear(6, 6), empty
+
+    def forward(self, x):
+        found = self.proj(x)
+        return (found,) if self.training else ({"scores": 3} if self.empty else {"scores": (found.argmax(), (found,))})
+
+
+def test_outputs_in_outputs_are_compared(tmp_path):
+    opt = tuned(fresh(_Nested).train(), {"x": drawn(5, 6)}, {"*": "svd(rank=2)"})
+    assert bridge.export(opt, tmp_path / "a", inputs=drawn(5, 6), quiet=True).outputs.change > 0
+
+
+def test_outputs_without_numbers_are_not_compared(tmp_path):
+    opt = tuned(_Nested(empty=True).double(), {"x": drawn(5, 6)}, {"*": "svd(rank=2)"})
+    with pytest.raises(ExportError, match="the outputs of _Nested on the inputs given hold no numbers"):
+        bridge.export(opt, tmp_path / "a", inputs=drawn(5, 6), quiet=True)
+
+
+def test_a_model_that_knows_no_embedding(tmp_path):
+    class Tied(nn.Module):
+        _tied_weights_keys = ("head.weight",)
+
+        def __init__(self):
+            super().__init__()
+            self.proj, self.table, self.head = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 6)
+            self.head.weight = self.table.weight
+            self.config = type("Config", (), {"tie_word_embeddings": True, "get": lambda self, name, default=None: default})()
+
+        def get_input_embeddings(self):
+            raise NotImplementedError
+
+        def forward(self, x):
+            return (self.head(self.table(self.proj(x))),)
+
+    opt = tuned(fresh(Tied), {"x": drawn(5, 6)}, {"proj": "svd(rank=2)", "*": "none"})
+    with pytest.raises(ExportError, match="PEFT does not load the adapter: NotImplementedError"):
+        bridge.export(opt, tmp_path / "a", inputs=drawn(5, 6), quiet=True)
+
+
 def test_states_that_a_forward_has_left_in_the_model(tmp_path):
     class Remembers(nn.Module):
         def __init__(self):
@@ -165,6 +209,8 @@ def test_hidden_states_are_recorded_through_peft(tmp_path):
     model = llama()
     ids = text_batches(1)[0][0]
     opt = lingrad.adapt(model, "svd(rank=2, every=2)", "adamw", lr=1e-2, ledger=True)
-    train(model, opt, text_batches(3), lambda model, ids: model(input_ids=ids, output_hidden_states=True).hidden_states[1].mean())
+    train(
+        model, opt, text_batches(3), lambda model, ids: model(input_ids=ids, output_hidden_states=True).hidden_states[1].mean()
+    )
     inputs = {"input_ids": ids, "output_hidden_states": True}
     assert bridge.export(opt, tmp_path / "a", inputs=inputs, quiet=True).outputs.difference <= EXACT

@@ -83,7 +83,7 @@ def build(architecture: Architecture, level: str) -> Any:
     with seeded(0):
         model = cls(config)
         with torch.no_grad():  # zeros that hide a fault, and memory that no initialisation of transformers has filled
-            for name, param in model.named_parameters():
+            for param in model.parameters():
                 if param.is_floating_point() and param.dim() > 1 and (not param.isfinite().all() or not param.any()):
                     param.normal_(std=0.02)
                 elif not param.isfinite().all():

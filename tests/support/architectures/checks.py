@@ -1,4 +1,4 @@
-"""What lingrad does, tried on one tiny model: each check works, is refused in words, fails with an error, or gives a wrong value."""
+"""What lingrad does, tried on one tiny model: a check works, is refused in words, raises an error, or finds a wrong value."""
 
 import copy
 import io
@@ -61,7 +61,11 @@ def check(architecture: Architecture) -> dict[str, Any]:
 
 def _checked(architecture: Architecture) -> dict[str, Any]:
     ready = prepare(architecture)
-    row: dict[str, Any] = {"dtype": str(ready.dtype).removeprefix("torch."), "train_mode": ready.training, "inputs": list(ready.inputs)}
+    row: dict[str, Any] = {
+        "dtype": str(ready.dtype).removeprefix("torch."),
+        "train_mode": ready.training,
+        "inputs": list(ready.inputs),
+    }
     row |= {"level": ready.level, "elements": sum(param.numel() for param in ready.model.parameters())}
     return row | {"checks": Checks(ready).run()}
 
@@ -107,7 +111,9 @@ class Checks:
             return
         nudged = self._nudged()
         if not worst <= ROOM * nudged:
-            raise WrongValueError(f"the modes differ by {worst:.0e} at '{name}', and a rounding at the start makes {nudged:.0e}")
+            raise WrongValueError(
+                f"the modes differ by {worst:.0e} at '{name}', and a rounding at the start makes {nudged:.0e}"
+            )
         raise SkippedError(f"a rounding at the start makes {nudged:.0e}, and the modes differ by {worst:.0e}")
 
     def resume(self) -> None:
@@ -138,7 +144,9 @@ class Checks:
         for one, expected, initial in zip(outputs(adapted, ready), outputs(model, ready), before, strict=True):
             change, difference = (float((expected - value).abs().max()) for value in (initial, one))
             if not difference <= OUTPUTS * float(expected.abs().max()) + 1e-3 * change:
-                raise WrongValueError(f"through PEFT the outputs differ by {difference:.0e}, and training changed them by {change:.0e}")
+                raise WrongValueError(
+                    f"through PEFT the outputs differ by {difference:.0e}, and training changed them by {change:.0e}"
+                )
         if report.outputs is None:
             raise WrongValueError("the export was not compared")
 

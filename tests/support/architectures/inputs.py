@@ -152,8 +152,9 @@ class Inputs:
                 count = 0
             if count:
                 each = max(1, count // ROWS)
-                marks = torch.full((ROWS, each), token)
-                yield self._completed({"input_ids": torch.cat([text[:, :2], marks, text[:, 2:]], 1), **more})
+                marked = torch.cat([text[:, :2], torch.full((ROWS, each), token), text[:, 2:]], 1)
+                kinds = {"mm_token_type_ids": (marked == token).long()} if "mm_token_type_ids" in self.parameters else {}
+                yield self._completed({"input_ids": marked, **more, **kinds})
         yield self._completed({"input_ids": text, **more})
 
     def _completed(self, found: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -28,8 +28,8 @@ def _most(limit: int) -> Callable[[int], int]:
 DEPTHS: tuple[Rule, ...] = (
     (r"\w*_group_vocab|\w*vocab_size(_per_layer_input)?|unpadded_vocab_size|additional_vocab_size", _most(VOCABULARY)),
     (r"\w*(num_position_embeddings|pos_emb_height|pos_emb_width|posemb_grid_size)", _most(64)),
-    (r"max_(source|target)_positions|(left_|right_)?max_position_embeddings|n_positions|n_ctx|context_length|max_seq(uence)?_len(gth)?"
-     r"|max_seq_length|max_length|max_text_len|max_pos_emb|max_2d_position_embeddings|max_vit_seq_len", _most(64)),
+    (r"max_(source|target)_positions|(left_|right_)?max_position_embeddings|n_positions|n_ctx|context_length"
+     r"|max_seq(uence)?_len(gth)?|max_seq_length|max_length|max_text_len|max_pos_emb|max_2d_position_embeddings|max_vit_seq_len", _most(64)),
     (r"\w*(period|interval|every_n|sparse_step|layer_step|frequency|pattern|n_layers_per\w*)", _most(2)),
     (r"attn_layer_offset|expert_layer_offset|first_k_dense_replace|num_dense_layers|max_window_layers", _most(1)),
     (r"num_kv_shared_layers|num_nextn_predict_layers|num_mtp_layers|mtp_num_hidden_layers", lambda value: 0),
@@ -39,7 +39,8 @@ DEPTHS: tuple[Rule, ...] = (
     (r"num_experts_per_tok(en)?|moe_(topk|top_k|k)|top_k|experts_per_token|num_selected_experts|expert_capacity", _most(2)),
     (r"(mamba_|ssm_)?n_groups|mamba_ngroups|n_group|topk_group|num_expert_group\w*", lambda value: 1),
     (r"(n|num|moe_num)_shared_experts?|num_zero_experts\w*|zero_expert_num", _most(1)),
-    (r"num_queries|num_object_queries|num_denoising|\w*query_tokens|num_latents|resampler_n_latents|num_proposals|latent_query_num", _most(8)),
+    (r"num_queries|num_object_queries|num_denoising|\w*query_tokens|num_latents|resampler_n_latents|num_proposals"
+     r"|latent_query_num", _most(8)),
     (r"sliding_window(_size)?|attention_window|attention_chunk_size|local_attention\w*|index_topk\w*|\w*block_size|chunk_size"
      r"|mamba_chunk_size|context_size|window_length", _most(8)),
     (r"codebook_size|codevectors?_\w*|num_codevectors_per_group", _most(32)),
@@ -51,7 +52,8 @@ WIDTHS: tuple[Rule, ...] = (
     (r"\w*window_size", _most(2)),
     (r"num_conv_pos_embeddings", _most(16)),
     (r"num_frames", _most(4)),
-    (r"(\w*_)?(kv_heads|num_key_value_heads|num_kv_heads|multi_query_group_num|num_key_value_groups|num_global_key_value_heads)", _most(2)),
+    (r"(\w*_)?(kv_heads|num_key_value_heads|num_kv_heads|multi_query_group_num|num_key_value_groups"
+     r"|num_global_key_value_heads)", _most(2)),
     (r"\w*(attention_heads|num_heads|n_heads?|num_attn_heads|num_head|_heads)$|attention_heads|heads", _most(HEADS)),
     (r"\w*(head_dim|head_size|d_kv|dim_head|d_head|dim_per_head)|key_length", _most(HEAD)),
     (r"rotary_dim", _most(HEAD // 2)),
@@ -62,7 +64,9 @@ WIDE = re.compile(
     r"\w*(hidden|embed|dim|size|channels|width|units|inner|ffn|d_ff|d_model|n_embd|proj|intermediate|filters|state|latent|"
     r"features|planes|rank|feedforward|scalar|out|length|num_positions|embds?)\w*"
 )
-LISTS = re.compile(r"\w*(sizes|repeats|dims?|channels|embed_dims?|widths?|num_heads|heads|depths|layers|blocks|filters|units|planes)\w*")
+LISTS = re.compile(
+    r"\w*(sizes|repeats|dims?|channels|embed_dims?|widths?|num_heads|heads|depths|layers|blocks|filters|units|planes)\w*"
+)
 
 # What no rule on names can know: sizes that one type's other sizes must agree with, and what a default config lacks. By type
 # of config or by class of model.
@@ -82,14 +86,23 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "mamba2": {"num_heads": 8},
     "ministral": {"head_dim": HEAD},
+    "mobilebert": {"embedding_size": 16},
     "nemotron": {"head_dim": HEAD},
     "perceiver": {"num_self_attention_heads": 1, "num_cross_attention_heads": 1},
-    "reformer": {"axial_pos_embds_dim": (8, 24), "axial_pos_shape": (8, 8), "attn_layers": ["local", "lsh"], "num_buckets": 2},
+    "reformer": {"axial_pos_embds_dim": (8, 24), "axial_pos_shape": (4, 4), "attn_layers": ["local", "lsh"], "num_buckets": 2},
     "ReformerModelWithLMHead": {"is_decoder": True},
+    "wav2vec2-bert": {"vocab_size": 32},
+    "wav2vec2-conformer": {"vocab_size": 32},
     "xmod": {"default_language": "en_XX"},
     "zamba": {"num_hidden_layers": 4, "layer_types": ["linear_attention", "hybrid"] * 2},
     "zamba2": {"n_mamba_heads": 8},
 }
+# Types whose code splits the positions of pictures by sections that its default config does not name: of 8 / 2 frequencies.
+_SECTIONS = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}}
+for _name in ("qwen2_vl_text", "qwen2_5_vl_text", "glm4v_text", "glm_image_text", "glm_ocr_text"):
+    EXCEPTIONS[_name] = _SECTIONS
+for _name in ("qwen2_5_vl_vision", "qwen2_5_vl", "qwen2_5_omni_vision_encoder"):
+    EXCEPTIONS[_name] = {"window_size": 2 * WIDTH}
 _TIMM = {"detr", "conditional_detr", "dab-detr", "deformable_detr", "table-transformer", "maskformer", "omdet-turbo"}
 
 
@@ -136,6 +149,10 @@ class Shrinker:
                 changed[name] = self._token(value)
             elif defaults[name] is not None and not isinstance(value, dict):
                 changed[name] = value
+            elif isinstance(value, dict) and "mrope_section" in value and self.level == "tiny":
+                changed[name] = value | {"mrope_section": [2, 1, 1]}
+        if "out_indices" in kinds:
+            changed["out_indices"] = kinds["out_indices"]
         if depth and "num_hidden_layers" in changed:
             changed["num_hidden_layers"] = depth
         if "window_size" in changed and "image_size" in changed and self.level == "tiny":
@@ -146,9 +163,14 @@ class Shrinker:
         if heads is not None and heads == values.get("num_key_value_heads") and "num_key_value_heads" in changed:
             changed["num_key_value_heads"] = changed["num_attention_heads"]
         for key in (type(config).model_type, self.name):
-            changed |= EXCEPTIONS.get(key, {})
+            changed |= {name: value for name, value in EXCEPTIONS.get(key, {}).items() if name in defaults}
         if type(config).model_type in _TIMM:
-            changed |= {"use_timm_backbone": False, "use_pretrained_backbone": False, "backbone": None, "backbone_config": _resnet()}
+            changed |= {
+                "use_timm_backbone": False,
+                "use_pretrained_backbone": False,
+                "backbone": None,
+                "backbone_config": _resnet(),
+            }
         return type(config)(**changed)
 
     def _integer(self, name: str, value: int, base: int) -> int:
@@ -160,7 +182,9 @@ class Shrinker:
         if self.level == "shallow" or KEEP.match(name):
             return value
         if self.level == "divided":
-            return value // 8 if WIDE.fullmatch(name) and value >= 128 and not re.search("image|img|patch|length", name) else value
+            return (
+                value // 8 if WIDE.fullmatch(name) and value >= 128 and not re.search("image|img|patch|length", name) else value
+            )
         for pattern, small in WIDTHS:
             if re.fullmatch(pattern, name):
                 return small(value)
@@ -216,8 +240,9 @@ def _layers(values: dict[str, Any]) -> tuple[int, dict[str, Any]]:
     name = next((n for n in ("out_indices", "_out_indices", "backbone_out_indices") if values.get(n)), "")
     indices = values.get(name)
     if isinstance(indices, list | tuple) and max(indices) > 4:
-        name = name.removeprefix("_")
-        wanted, found[name] = max(wanted, len(indices)), list(range(len(indices)))
+        first = int(name.startswith("_"))  # a backbone counts its stem
+        wanted = max(wanted, len(indices))
+        found[name.removeprefix("_")] = [wanted] if first and len(indices) == 1 else [i + first for i in range(len(indices))]
     return wanted, found
 
 

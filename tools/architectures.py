@@ -36,7 +36,7 @@ from tools.marks import put  # noqa: E402
 
 PAGE, RESULTS = ROOT / "docs" / "architectures.md", ROOT / "docs" / "architectures.json"
 FOLDER = ROOT / "runs" / "architectures"
-SECONDS = 60  # of one architecture
+SECONDS = 120  # of one architecture
 FAULTS = ("error", "wrong")
 STATES = {
     "works": "works",
@@ -146,6 +146,10 @@ def _short(row: Row) -> str:
     )
 
 
+# What differs between messages that say the same: what is quoted, dotted, has digits, or is the name of a class.
+_NAMES = re.compile(r"'[^']*'|\S*[\d.]\S*|\b\w*[a-z0-9][A-Z]\w*\b(?<!Error)")
+
+
 class Notes:
     """Numbered reasons; those that differ in names and numbers only share one."""
 
@@ -155,7 +159,7 @@ class Notes:
 
     def number(self, state: str, why: str) -> int:
         """The number of a reason."""
-        key = state + re.sub(r"'[^']*'|\S*[\d.A-Z]\S*", "", why.partition(":")[2])[:90]
+        key = f"{state} {re.sub(_NAMES, '', why)[:90]}"
         self._counts[key] += 1
         return self._known.setdefault(key, (len(self._known) + 1, why))[0]
 

@@ -29,7 +29,8 @@ DEPTHS: tuple[Rule, ...] = (
     (r"\w*_group_vocab|\w*vocab_size(_per_layer_input)?|unpadded_vocab_size|additional_vocab_size", _most(VOCABULARY)),
     (r"\w*(num_position_embeddings|pos_emb_height|pos_emb_width|posemb_grid_size)", _most(64)),
     (r"max_(source|target)_positions|(left_|right_)?max_position_embeddings|n_positions|n_ctx|context_length"
-     r"|max_seq(uence)?_len(gth)?|max_seq_length|max_length|max_text_len|max_pos_emb|max_2d_position_embeddings|max_vit_seq_len", _most(64)),
+     r"|max_seq(uence)?_len(gth)?|max_seq_length|max_length|max_text_len|max_pos_emb"
+     r"|max_2d_position_embeddings|max_vit_seq_len", _most(64)),
     (r"\w*(period|interval|every_n|sparse_step|layer_step|frequency|pattern|n_layers_per\w*)", _most(2)),
     (r"attn_layer_offset|expert_layer_offset|first_k_dense_replace|num_dense_layers|max_window_layers", _most(1)),
     (r"num_kv_shared_layers|num_nextn_predict_layers|num_mtp_layers|mtp_num_hidden_layers", lambda value: 0),

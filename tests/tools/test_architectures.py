@@ -18,7 +18,7 @@ FEW = ("BertForMaskedLM", "ViTForImageClassification")
 SAMPLE = (
     "GPT2LMHeadModel", "MixtralForCausalLM", "DeepseekV3ForCausalLM", "BambaForCausalLM", "DebertaV2ForMaskedLM",
     "T5ForConditionalGeneration", "SwinForImageClassification", "DetrForObjectDetection", "Wav2Vec2ForCTC",
-    "WhisperForConditionalGeneration", "LlavaForConditionalGeneration", "CLIPModel",
+    "WhisperForConditionalGeneration", "LlavaForConditionalGeneration", "Qwen2_5_VLForConditionalGeneration",
 )  # fmt: skip
 
 

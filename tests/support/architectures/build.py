@@ -44,10 +44,12 @@ class Ready:
         """A model with the initial weights."""
         return copy.deepcopy(self.model).train(self.training)
 
-    def loss(self, model: nn.Module, step: int) -> Tensor:
-        """The loss of a step; the same random numbers in every run."""
+    def backward(self, model: nn.Module, step: int) -> Tensor:
+        """Forward and backward of a step, with the same random numbers in every run, and the loss."""
         with seeded(step), Float64() if self.dtype == torch.float64 else nullcontext():
-            return loss_of(model(**self.inputs))
+            loss = loss_of(model(**self.inputs))
+            loss.backward()  # in which some models compute their layers again
+        return loss.detach()
 
 
 @contextmanager
@@ -121,8 +123,7 @@ def _running(model: Any, dtype: torch.dtype, level: str, reasons: list[str]) -> 
             ready = Ready(model, inputs, dtype, training, level)
             try:
                 trial = ready.copy()
-                loss = ready.loss(trial, 0)
-                loss.backward()
+                loss = ready.backward(trial, 0)
             except Exception as error:  # a model may raise any exception
                 reasons.append(f"{', '.join(inputs)}: {_words(error)}")
                 continue

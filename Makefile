@@ -8,7 +8,7 @@ export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 SOURCES := pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo finetune smollm2 examples readme duality structure memory bench mutants mutants-operators test coverage slow check lint types layers clean
+.PHONY: help demo finetune smollm2 examples readme duality structure memory architectures bench mutants mutants-operators test coverage slow check lint types layers clean
 
 help:  ## list the targets
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 19
@@ -71,6 +71,9 @@ structure: $(VENV)/.dev  ## measure how the package is built: files, imports, na
 
 memory: $(VENV)/.dev  ## simulate the runs of docs/memory.md and fill its tables
 	$(BIN)/python tools/measure_memory.py
+
+architectures: $(VENV)/.dev  ## run tiny models of every architecture of transformers through lingrad (15 minutes); ARGS="--only NAME", --again faults
+	$(BIN)/python tools/architectures.py $(ARGS)
 
 bench: $(VENV)/.bench  ## compare speed and memory with other implementations, into benchmarks/out; ARGS=--quick for four minutes, ARGS=--docs for the docs
 	$(BIN)/python -m benchmarks $(ARGS)

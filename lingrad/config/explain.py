@@ -85,7 +85,8 @@ def explain(model: nn.Module, rules: Rules, *, share: Share | None = None, every
         A table; its ``str`` is for reading. Errors are those of `lingrad.wrap`.
     """
     instead = "lingrad.models.open_model makes one from a name or a config"
-    require(isinstance(model, nn.Module), "model", f"model must be a torch.nn.Module, not {model!r}; {instead}")
+    known = isinstance(model, nn.Module)  # the text of a model is long, and some can be written only where they have values
+    require(known, "model", f"model must be a torch.nn.Module, not {'one' if known else repr(model)}; {instead}")
     plan = resolve_model(model, rules)
     targets = {grouped.target.name: _line(grouped) for grouped in group_targets(plan.targets, share)}
     untouched = {name: _untouched(name, param) for name, param in plan.full}

@@ -38,8 +38,8 @@ def as_on_cuda(attention: Attention, assumed: set[str]) -> Iterator[None]:
     """Choose operators as PyTorch does on CUDA, on meta tensors.
 
     Args:
-        attention: The kernel of ``scaled_dot_product_attention``. With a mask or in float32 flash attention does not apply,
-            and ``flash`` means ``efficient``.
+        attention: The kernel of ``scaled_dot_product_attention``. Flash attention does not apply with a mask, in float32, and
+            where values have another width than keys; ``flash`` then means ``efficient``.
         assumed: Receives a sentence for each choice.
 
     Yields:
@@ -130,7 +130,7 @@ def _attend(
         if query.is_meta:
             assumed.add("attention is the plain formula (math), which forms the matrix of attention weights")
         return original(query, key, value, **options, enable_gqa=enable_gqa)
-    flash = attention == "flash" and attn_mask is None and query.dtype in _HALF
+    flash = attention == "flash" and attn_mask is None and query.dtype in _HALF and query.shape[-1] == value.shape[-1]
     if not flash and enable_gqa and key.shape[-3] != query.shape[-3]:
         assumed.add("attention is the plain formula (math): of the other kernels only flash takes fewer key and value heads")
         return original(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=True)
@@ -229,7 +229,7 @@ def as_on_cpu(assumed: set[str]) -> Iterator[None]:
     def attend(
         query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0, **options: Any
     ) -> Tensor:
-        if not query.is_meta or dropout_p:
+        if not query.is_meta or dropout_p or query.shape[-1] != value.shape[-1]:  # torch too takes the formula then
             return original(query, key, value, attn_mask=attn_mask, dropout_p=dropout_p, **options)
         options.pop("enable_gqa", None)  # this kernel takes fewer key and value heads without it
         assumed.add("attention is the CPU's flash kernel")

@@ -16,6 +16,8 @@ from lingrad.errors import ExportError
 from lingrad.weights.bitsandbytes import packed_of
 from lingrad.weights.layout import is_packed
 
+# Attributes by which transformers knows that it has put hooks in a model; a copy has none.
+_HOOKED = ("_output_capturing_hooks_installed",)
 # Attributes by which accelerate and lingrad replace a forward; a copy of one would run the original's.
 _FORWARDS = ("forward", "_old_forward", "_hf_hook")
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -59,6 +61,10 @@ def bare_copy(model: nn.Module, attachments: Sequence[Attachment] = (), mode: Mo
         for param in model.parameters():
             if type(param) is nn.Parameter:  # packed weights define their own copies
                 memo[id(param)] = nn.Parameter(param.detach(), requires_grad=False)
+        for module in model.modules():  # states that a forward has left, of which torch cannot copy those with a gradient
+            for value in vars(module).values():
+                if isinstance(value, torch.Tensor) and not value.is_leaf:
+                    memo[id(value)] = value.detach().clone()
         copied = copy.deepcopy(model, memo)
     for name, module in copied.named_modules():
         if is_packed(module):  # bitsandbytes may have repacked the codes for a faster, less exact evaluation
@@ -89,6 +95,7 @@ def _hidden_hooks(model: nn.Module) -> Iterator[None]:
     try:
         for module in model.modules():
             own = vars(module)
+            hidden += [(own, name, own.pop(name)) for name in _HOOKED if name in own]
             for name in _FORWARDS:
                 if name in own:
                     hidden.append((own, name, own.pop(name)))

@@ -90,13 +90,21 @@ class Comparison:
             residual: The largest residual of any weight.
 
         Returns:
-            What was found; None where there are no inputs.
+            What was found; None where there are no inputs, and it is no model of transformers.
 
         Raises:
-            ExportError: They differ by more than the weights and rounding explain.
+            ExportError: They differ by more than the weights and rounding explain, or cannot be compared.
         """
         asked, model = make_inputs(inputs, self.source.model), self.source.model
+        reads = getattr(model, "main_input_name", None)
+        if asked is None and reads is not None:
+            raise ExportError(
+                f"the outputs of {type(model).__name__} cannot be compared: no inputs are known for it. Pass some that it runs "
+                f"on, such as inputs={{'{reads}': ...}}"
+            )
         found = None if asked is None else compare_outputs(asked, model, self._loaded)
+        if asked is not None and found is None:
+            raise ExportError(f"the outputs of {type(model).__name__} on {asked.what} hold no numbers that could be compared")
         if found is None or found.change is None:
             return None
         eps = max(torch.finfo(p.dtype).eps for p in model.parameters() if p.is_floating_point())

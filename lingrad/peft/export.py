@@ -45,7 +45,8 @@ def export(
             merged); or the trained plain model and the changes of its weights as a pair ``(model, changes)``.
         path: The folder to write; must not exist.
         inputs: What to run both models on: a tensor, a tuple, or a mapping of named arguments. By default random token ids for
-            a model with a vocabulary; for other models only weights are compared.
+            a model of transformers that reads tokens; for one that reads something else they are needed. For a model of
+            another library only weights are compared without them.
         start: The model the run started from, as a folder or a module, to compare with. By default the run's own frozen
             weights, or the weights minus their change.
         dtype: Of the factors; by default that of the coordinates.

@@ -20,6 +20,7 @@ from lingrad.peft.write import WEIGHTS, AdapterPlan, Written
 
 SEED = 0
 ROWS, LENGTH = 2, 16  # of generated token ids
+_SHORT = 300  # characters of a message of another program
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,10 @@ def make_inputs(inputs: Any, model: nn.Module) -> Inputs | None:
         return Inputs((inputs,), {}, "the inputs given")
     config = getattr(model, "config", None)
     vocabulary = getattr(config, "vocab_size", None)
+    if (
+        vocabulary is None and config is not None and hasattr(config, "get_text_config")
+    ):  # of a model that reads pictures or sounds too
+        vocabulary = getattr(config.get_text_config(), "vocab_size", None)
     if not isinstance(vocabulary, int) or getattr(model, "main_input_name", None) != "input_ids":
         return None
     longest = getattr(config, "max_position_embeddings", None)
@@ -97,7 +102,7 @@ class LoadedAdapter:
             try:
                 self.model: Any = peft.PeftModel.from_pretrained(model, str(folder)).eval()
             except Exception as error:  # PEFT may raise any exception
-                raise ExportError(f"PEFT does not load the adapter: {error}") from error
+                raise ExportError(f"PEFT does not load the adapter: {in_short(error)}") from error
         self._check_wrappers()
 
     def delta(self, slot: Slot) -> Tensor:
@@ -106,12 +111,25 @@ class LoadedAdapter:
         return found.detach()
 
     def tensor(self, name: str) -> Tensor:
-        """A tensor that was saved in full."""
+        """A tensor that was saved in full.
+
+        Args:
+            name: Its name in the plain model.
+
+        Returns:
+            The value that PEFT's model uses.
+
+        Raises:
+            ExportError: It has none.
+        """
         for module in self.planned.saved_modules:
             if name.startswith(f"{module}."):
                 wrapper = self._bare().get_submodule(module)
-                found: Tensor = wrapper.modules_to_save["default"].state_dict()[name.removeprefix(f"{module}.")]
-                return found
+                saved: dict[str, Tensor] = wrapper.modules_to_save["default"].state_dict()
+                attribute = name.removeprefix(f"{module}.")
+                if attribute not in saved:
+                    raise ExportError(f"PEFT's copy of '{module}' has no '{attribute}', so that it would be lost")
+                return saved[attribute]
         alongside: Tensor = self._bare().get_parameter(self.planned.key(name).removeprefix(PREFIX))
         return alongside.detach()
 
@@ -194,14 +212,23 @@ def compare_outputs(inputs: Inputs, trained: nn.Module, adapted: LoadedAdapter) 
         What was found; None where the trained model gives no tensor of numbers.
 
     Raises:
-        ExportError: PEFT's model gives none, or one of another shape.
+        ExportError: A model does not run on the inputs, or PEFT's gives none, or one of another shape.
     """
-    expected = inputs.run(trained)
+    try:
+        expected = inputs.run(trained)
+    except Exception as error:  # a model may raise any exception
+        raise ExportError(f"{type(trained).__name__} does not run on {inputs.what}: {in_short(error)}; pass inputs=") from error
     if expected is None:
         return None
-    got = inputs.run(adapted.model)
-    with adapted.without():
-        before = inputs.run(adapted.model)
+    try:
+        got = inputs.run(adapted.model)
+        with adapted.without():
+            before = inputs.run(adapted.model)
+    except Exception as error:  # a model may raise any exception
+        raise ExportError(
+            f"{type(trained).__name__} with the adapter does not run through PEFT on {inputs.what}: {in_short(error)}. The "
+            "model treats one of the layers as PEFT's wrapper cannot be treated; leave that layer out by a rule: 'none'"
+        ) from error
     if got is None or before is None or got.shape != expected.shape:
         raise ExportError("PEFT's model does not give outputs of the run's shape")
     found, change = (float((value - expected).abs().max()) for value in (got, before))
@@ -237,12 +264,19 @@ def check_structure(folder: Path, model: nn.Module, low_rank: Sequence[str]) -> 
     return found
 
 
+def in_short(error: Exception) -> str:
+    """An error of another program in one line; some print whole models."""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text}" if len(text) <= _SHORT else f"{type(error).__name__}: {text[:_SHORT]} ..."
+
+
 def _tensor(output: Any) -> Tensor | None:
-    """What to compare of a model's output: its logits, or its first floating-point tensor."""
+    """What to compare of a model's output: its logits, or its first floating-point tensor at any depth."""
     if isinstance(output, Tensor):
         return output
     logits = getattr(output, "logits", None)
     if isinstance(logits, Tensor):
         return logits
-    values = output.values() if isinstance(output, Mapping) else output if isinstance(output, Sequence) else ()
-    return next((v for v in values if isinstance(v, Tensor) and v.is_floating_point()), None)
+    values = output.values() if isinstance(output, Mapping) else output if isinstance(output, list | tuple) else ()
+    found = (value if isinstance(value, Tensor) else _tensor(value) for value in values)
+    return next((value for value in found if value is not None and value.is_floating_point()), None)

@@ -261,6 +261,9 @@ def _config(model: nn.Module, planned: AdapterPlan, ranks: Mapping[str, int], ba
 
 
 def _task(model: nn.Module) -> str | None:
+    """The task, for which PEFT has a class of its own, where that class calls the model as it must be called."""
+    if getattr(model, "main_input_name", "input_ids") != "input_ids":
+        return None  # PEFT's classes for generation pass token ids to everything
     if not (type(model).__name__.endswith(_GENERATES) and hasattr(model, "prepare_inputs_for_generation")):
         return None
     return "SEQ_2_SEQ_LM" if getattr(getattr(model, "config", None), "is_encoder_decoder", False) else "CAUSAL_LM"
@@ -271,6 +274,9 @@ def _ties_embeddings(model: nn.Module) -> bool:
     config = getattr(model, "config", None)
     if not (getattr(config, "tie_word_embeddings", False) and getattr(model, "_tied_weights_keys", None)):
         return False
-    weight = getattr(getattr(model, "get_input_embeddings", lambda: None)(), "weight", None)
+    try:
+        weight = getattr(getattr(model, "get_input_embeddings", lambda: None)(), "weight", None)
+    except NotImplementedError:  # as transformers says that it knows none
+        return False
     every = [module for _, module in model.named_modules(remove_duplicate=False) if getattr(module, "weight", None) is weight]
     return sum(not isinstance(module, nn.Linear) for module in every) == 1

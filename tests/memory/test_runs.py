@@ -259,6 +259,26 @@ class TestChoicesOfCuda:
             report = memory.simulate(lambda: build_llama(shape, seed=0), "svd(rank=8)", dtype=dtype, length=32)
             assert any(kernel in said for said in report.assumptions)
 
+    @pytest.mark.parametrize("device", ["cuda", "cpu"])
+    def test_values_of_another_width_than_keys(self, device):
+        """As in DeepSeek's attention: flash attention does not apply, on either device."""
+
+        class Attention(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.q, self.k, self.v, self.o = (nn.Linear(m, n) for m, n in ((64, 64), (64, 64), (64, 32), (32, 64)))
+
+            def forward(self, x):
+                q, k, v = (layer(x).unflatten(-1, (4, -1)).transpose(1, 2) for layer in (self.q, self.k, self.v))
+                made = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+                return self.o(made.transpose(1, 2).flatten(2))
+
+        def loss(model):
+            return model(torch.randn(2, 16, 64, device="meta", dtype=torch.bfloat16)).float().sum()
+
+        report = memory.simulate(Attention, {"*": "svd(rank=4)"}, loss=loss, dtype=torch.bfloat16, device=device)
+        assert not any("flash" in said for said in report.assumptions)
+
     def test_verdict(self):
         small, large = self.report(capacity=2**20), self.report(capacity=2**33)
         assert small.fits is False

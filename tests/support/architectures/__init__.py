@@ -1,0 +1,1 @@
+"""Every architecture of transformers, made tiny and run through what lingrad does; `make architectures` writes the table."""

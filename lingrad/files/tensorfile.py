@@ -6,9 +6,7 @@ Nothing in a file is trusted before its header fits its length exactly; only wha
 
 from __future__ import annotations
 
-import ctypes
 import json
-import os
 from collections.abc import Callable, Iterable, Mapping
 from math import prod
 from pathlib import Path
@@ -19,7 +17,7 @@ from torch import Tensor
 
 from lingrad.errors import DataError
 from lingrad.files.atomic import new_file
-from lingrad.files.reading import open_plain
+from lingrad.files.reading import memory_of, open_plain, open_same, stamp
 
 DTYPES = {
     "F64": torch.float64,
@@ -93,7 +91,8 @@ class TensorFile:
         self.path = path
         try:
             with open_plain(path) as file:
-                size = os.fstat(file.fileno()).st_size
+                self._stamp = stamp(file)
+                size = self._stamp.size
                 length = int.from_bytes(file.read(8), "little")
                 if size < 8 or length > min(size - 8, _LARGEST_HEADER):
                     raise _damaged(path, f"its header would be {length:,} bytes long, and the file is {size:,}")
@@ -125,10 +124,13 @@ class TensorFile:
 
     def _read(self, entry: TensorEntry, begin: int, count: int) -> Tensor:
         found = torch.empty(count, dtype=entry.dtype)
-        with open_plain(self.path) as file:
-            file.seek(begin)
-            if count and file.readinto(_memory(found)) != found.nbytes:
-                raise _damaged(self.path, "it became shorter while it was read")
+        try:
+            with open_same(self.path, self._stamp) as file:
+                file.seek(begin)
+                if count and file.readinto(memory_of(found)) != found.nbytes:
+                    raise _damaged(self.path, "it became shorter while it was read")
+        except OSError as error:
+            raise DataError(f"cannot read {self.path}: {error.strerror}") from error
         return found
 
 
@@ -165,7 +167,7 @@ def write_tensors(path: Path, pieces: Mapping[str, Piece], metadata: Mapping[str
                 raise DataError(f"'{name}' is {tensor.dtype} {tuple(tensor.shape)}; its piece has {dtype} {tuple(shape)}")
             flat = tensor.detach().cpu().contiguous()
             if flat.numel():
-                file.write(_memory(flat))
+                file.write(memory_of(flat))
             del tensor, flat  # before the next one is made
     return path
 
@@ -232,11 +234,6 @@ def _unique(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
             raise ValueError(f"'{name}' occurs twice")
         found[name] = value
     return found
-
-
-def _memory(tensor: Tensor) -> memoryview:
-    """The bytes of a contiguous tensor on the CPU, valid as long as the tensor; numpy is not needed, and has no bfloat16."""
-    return memoryview((ctypes.c_ubyte * tensor.nbytes).from_address(tensor.data_ptr())).cast("B")
 
 
 def _damaged(path: Path, what: str) -> DataError:

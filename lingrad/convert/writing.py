@@ -29,11 +29,12 @@ from lingrad.peft.report import AdapterReport, ChangedTensor, Writer
 from lingrad.peft.slots import Slot
 from lingrad.peft.write import WEIGHTS, write_adapter
 
+Identity = Callable[[], Mapping[str, Any]]
 Finder = Callable[[TensorPair], tuple[ChangeRecord, Factors | None]]
 T = TypeVar("T")
 
 
-def make_adapter(source: Writer, models: Models, output: Output, find: Finder, identity: Mapping[str, Any]) -> AdapterReport:
+def make_adapter(source: Writer, models: Models, output: Output, find: Finder, identity: Identity) -> AdapterReport:
     """Find the changes that are not found yet, write the adapter, and give it its name.
 
     Args:
@@ -41,19 +42,27 @@ def make_adapter(source: Writer, models: Models, output: Output, find: Finder, i
         models: The models.
         output: What to write.
         find: Gives the record and the factors of one tensor's change.
-        identity: What is converted, and how: an unfinished conversion is resumed where this is the same.
+        identity: Gives what is converted, and how: an unfinished conversion is resumed where this is the same, and the folder
+            is published where it still is.
 
     Returns:
         The report.
 
     Raises:
-        DataError: A folder cannot be written, or another conversion left its work or is running.
+        DataError: A folder cannot be written, what is converted changed meanwhile, or another conversion left its work or is
+            running.
     """
-    with unfinished(output.out, identity) as work:
+    with unfinished(output.out, was := identity()) as work:
         job = _Job(models, output, work)
         job.find(find)
         with job.start_for() as start:
             report = job.write(source, start)
+            changed = [key for key, value in identity().items() if value != was[key]]
+            if changed:
+                raise DataError(
+                    f"{changed[0]} changed while it was converted, and nothing was written; run the command again once whatever "
+                    f"writes there has finished, with another --out, or without '{work.folder}'"
+                )
             publish(work.finished, output.out)
     return replace(report, path=str(output.out))
 
@@ -111,10 +120,23 @@ class _Job:
         """Find the change of every tensor that is not done yet."""
         pairs, tick = self.models.pairs, self.output.tick
         for index, pair in enumerate(pairs):
-            if self.work.find(index) is None:
-                self.work.store(index, *find(pair))
+            if not self._has(index, pair):
+                record, factors = find(pair)
+                self.work.store(index, record, factors, self._inputs(pair))
             if tick is not None:
                 tick(index + 1, len(pairs), pair.name)
+
+    def _has(self, index: int, pair: TensorPair) -> bool:
+        """Whether a tensor was done before, from the values that the folders hold now; to see that one is equal is to find it."""
+        record = self.work.find(index)
+        if record is None or record.name != pair.name or record.kind == "equal":
+            return False
+        return self.work.find(index, self._inputs(pair)) is not None
+
+    def _inputs(self, pair: TensorPair) -> str:
+        """A checksum of a tensor in both folders."""
+        folders = (self.models.start, self.models.tuned)
+        return " ".join(folder.digest(pair.name) for folder in folders if folder is not None)
 
     @contextmanager
     def start_for(self) -> Iterator[Path | None]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Mapping
+from hashlib import blake2b
 from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -37,6 +38,7 @@ DTYPES = {
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _MOST_DIMENSIONS = 64  # torch's own limit
 _LARGEST_HEADER = 100_000_000  # as in the safetensors package
+_BLOCK = 1 << 20  # elements that a checksum reads at once
 
 
 class TensorEntry(NamedTuple):
@@ -121,6 +123,15 @@ class TensorFile:
         entry = self.entries[name]
         found = self._read(entry, entry.begin + start * columns * entry.dtype.itemsize, (stop - start) * columns)
         return found.view(stop - start, columns)
+
+    def digest(self, name: str) -> str:
+        """A checksum of a tensor's elements."""
+        entry = self.entries[name]
+        found, count = blake2b(digest_size=16), prod(entry.shape)
+        for first in range(0, count, _BLOCK):
+            block = self._read(entry, entry.begin + first * entry.dtype.itemsize, min(_BLOCK, count - first))
+            found.update(memory_of(block))
+        return found.hexdigest()
 
     def _read(self, entry: TensorEntry, begin: int, count: int) -> Tensor:
         found = torch.empty(count, dtype=entry.dtype)

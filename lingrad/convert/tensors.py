@@ -165,6 +165,25 @@ def require_parameter(model: nn.Module, pair: TensorPair) -> None:
         )
 
 
+def smaller_in_full(model: nn.Module, pair: TensorPair, rank: int) -> bool:
+    """Whether a change is of full rank, so that its factors are larger than the weight, and PEFT can save its layer instead.
+
+    Args:
+        model: The model.
+        pair: The tensor.
+        rank: The rank of its change.
+
+    Returns:
+        Whether to save it in full.
+    """
+    owner = pair.param.rpartition(".")[0]
+    if pair.shape is None or rank < min(pair.shape) or not owner:
+        return False
+    own = {name for name, _ in model.get_submodule(owner).named_parameters()}
+    alone = not any(name != owner and name.endswith(owner) for name, _ in model.named_modules(remove_duplicate=False))
+    return own <= {"weight", "bias"} and alone  # as PEFT matches the modules that it saves
+
+
 def _low_rank(model: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters to find low-rank changes of: those a config string transforms, convolutions and fused experts."""
     params = dict(model.named_parameters())

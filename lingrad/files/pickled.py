@@ -1,7 +1,7 @@
 """Pickles that torch.save writes, interpreted: plain values and descriptions of tensors come out, and nothing is called.
 
-Only the few operations and names that an optimizer's state needs are known; whatever else a pickle asks for is an error. What it
-takes is linear in the pickle's length.
+Only the few operations and names that an optimizer's state needs are known; whatever else a pickle asks for is an error. The
+time and the memory that it takes are linear in its length.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 _VALUES = {"BININT", "BININT1", "BININT2", "LONG1", "LONG4", "BINFLOAT", "BINUNICODE", "SHORT_BINUNICODE"}
 
 
-class Refused(ValueError):
+class PickleError(ValueError):
     """A pickle holds something else than plain values and tensors."""
 
 
@@ -99,7 +99,7 @@ def interpret(data: bytes, inert: Collection[str] = ()) -> Any:
         Dicts, lists, tuples, plain values and `StoredTensor`; what occurs twice in the pickle may be one object here.
 
     Raises:
-        Refused: It asks for anything else.
+        PickleError: It asks for anything else.
     """
     machine = _Machine({*inert})
     try:
@@ -107,11 +107,11 @@ def interpret(data: bytes, inert: Collection[str] = ()) -> Any:
             if opcode.name == "STOP":
                 return machine.stack.pop()
             machine.do(opcode.name, argument)
-    except Refused:
+    except PickleError:
         raise
     except (ValueError, TypeError, KeyError, IndexError, AttributeError, OverflowError) as error:
-        raise Refused(f"damaged pickle ({type(error).__name__}: {error})") from error
-    raise Refused("damaged pickle (no end)")
+        raise PickleError(f"damaged pickle ({type(error).__name__}: {error})") from error
+    raise PickleError("damaged pickle (no end)")
 
 
 class _Name(NamedTuple):
@@ -145,14 +145,14 @@ class _Machine:
             count = _TUPLES[name]
             found = tuple(self.stack[-count:])
             if len(found) < count:
-                raise Refused("damaged pickle (a short tuple)")
+                raise PickleError("damaged pickle (a short tuple)")
             self.stack[-count:] = [found]
         elif name == "GLOBAL":
             self.stack.append(_Name(argument.replace(" ", ".", 1)))
         elif name not in ("PROTO", "FRAME"):
             method = getattr(self, f"_{name.lower()}", None)
             if method is None:
-                raise Refused(f"Unsupported operation {name}")
+                raise PickleError(f"Unsupported operation {name}")
             method()
 
     def _mark(self) -> None:
@@ -190,55 +190,55 @@ class _Machine:
         path = _of(kind, _Name).path
         dtype = None if path == "torch.storage.UntypedStorage" else _STORAGES.get(path.removeprefix("torch."))
         if word != "storage" or (dtype is None) != (path == "torch.storage.UntypedStorage"):
-            raise Refused(f"Unsupported storage {path}")
+            raise PickleError(f"Unsupported storage {path}")
         self.stack.append(Storage(_of(key, str), dtype, _size(count)))
 
     def _newobj(self) -> None:
         arguments, cls = self.stack.pop(), self.stack.pop()
         if _of(cls, _Name).path not in self._inert or arguments != ():
-            raise Refused(f"Unsupported GLOBAL {cls.path}")
+            raise PickleError(f"Unsupported GLOBAL {cls.path}")
         self.stack.append(Inert())
 
     def _build(self) -> None:
         state = self.stack.pop()
         if not (isinstance(self.stack[-1], Inert) and isinstance(state, dict) and all(type(key) is str for key in state)):
-            raise Refused("Unsupported object state")
+            raise PickleError("Unsupported object state")
         vars(self.stack[-1]).update(state)
 
     def _reduce(self) -> None:
         arguments, function = _of(self.stack.pop(), tuple), self.stack.pop()
         make = _CALLS.get(_of(function, _Name).path)
         if make is None:
-            raise Refused(f"Unsupported GLOBAL {function.path}")
+            raise PickleError(f"Unsupported GLOBAL {function.path}")
         self.stack.append(make(*arguments))
 
 
 def _of(value: Any, kind: type[Any]) -> Any:
     if type(value) is not kind:
-        raise Refused(f"damaged pickle (a {type(value).__name__} where a {kind.__name__} belongs)")
+        raise PickleError(f"damaged pickle (a {type(value).__name__} where a {kind.__name__} belongs)")
     return value
 
 
 def _key(value: Any) -> Any:
     if type(value) not in (str, int, float, bool, type(None)):
-        raise Refused(f"a {type(value).__name__} as a key")
+        raise PickleError(f"a {type(value).__name__} as a key")
     return value
 
 
 def _size(value: Any) -> int:
     if type(value) is not int or not 0 <= value < 2**63:
-        raise Refused("damaged pickle (a size)")
+        raise PickleError("damaged pickle (a size)")
     return value
 
 
 def _tensor(storage: Any, offset: Any, shape: Any, strides: Any, dtype: torch.dtype | None) -> StoredTensor:
     sizes, steps = (tuple(map(_size, _of(part, tuple))) for part in (shape, strides))
     if type(storage) is not Storage or dtype is None or len(sizes) != len(steps) or len(sizes) > _MOST_DIMENSIONS:
-        raise Refused("damaged pickle (a tensor)")
+        raise PickleError("damaged pickle (a tensor)")
     found = StoredTensor(storage, dtype, _size(offset), sizes, steps)
     count = found.nbytes // dtype.itemsize
     if 0 not in sizes and (found.offset + found.span > count or prod(sizes) > count):
-        raise Refused(f"a tensor of {prod(sizes):,} elements in {found.nbytes:,} bytes")
+        raise PickleError(f"a tensor of {prod(sizes):,} elements in {found.nbytes:,} bytes")
     return found
 
 

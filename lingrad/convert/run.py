@@ -20,7 +20,7 @@ from lingrad.convert.work import ChangeRecord
 from lingrad.convert.writing import make_adapter
 from lingrad.deprecated import renamed_keywords
 from lingrad.engine.saved import FORMAT, Saved
-from lingrad.errors import CheckpointError, LingradError, optional, require
+from lingrad.errors import CheckpointError, LingradError, optional, require, shown
 from lingrad.files.model_folder import ModelFolder
 from lingrad.files.optimizer_file import FILE, identify, load_state
 from lingrad.maps.factors import Factors, compress
@@ -122,7 +122,7 @@ class _Run:
             )
         for found in saved.formats:
             if found != FORMAT:
-                raise CheckpointError(f"{name} has format {found!r}; expected {FORMAT!r}, of this version")
+                raise CheckpointError(f"{name} has format {shown(found)}; expected {FORMAT!r}, of this version")
         try:
             specs, self.full = saved.names(coords=True), {*saved.names(coords=False)}
         except CheckpointError as error:

@@ -206,6 +206,8 @@ def _parse(path: Path, header: bytes, size: int) -> tuple[dict[str, TensorEntry]
     entries: dict[str, TensorEntry] = {}
     extents = []
     for name, value in found.items():
+        if not name.isascii() and any("\ud800" <= char <= "\udfff" for char in name):  # half a character, in no file of UTF-8
+            raise _damaged(path, f"it has a tensor called {name!r}")
         dtype, shape, offsets = _fields(path, name, value)
         # before numbers of any length are multiplied; an empty tensor with a side that large is no tensor of a model
         if len(shape) > _MOST_DIMENSIONS or max(shape, default=0) > max(size, 2**32):

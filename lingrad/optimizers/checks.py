@@ -126,8 +126,8 @@ def _dry_run(base: Base, positions: list[Tensor], factor: float = 1.0) -> tuple[
             group["lr"] = torch.ones_like(group["lr"]) if isinstance(group.get("lr"), Tensor) else 1.0
         try:
             return _updates(optimizer, param, positions, factor), dict(optimizer.state[param])
-        except (TypeError, ValueError, RuntimeError) as error:
-            failure = error  # bitsandbytes has no float64
+        except (TypeError, ValueError, RuntimeError, AssertionError) as error:
+            failure: Exception = error  # bitsandbytes has no float64
     raise SpecError(f"base '{base.name}' cannot be used: its step(), without a closure, failed with: {failure}") from failure
 
 

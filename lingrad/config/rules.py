@@ -39,7 +39,8 @@ def parse_rules(rules: Rules) -> Transform | dict[str, Transform | None]:
         for part in parts:
             if len(part) != 2:
                 raise SpecError(
-                    f"a rule is written 'glob: config string', and rules are separated by ';', not {shown(':'.join(part).strip())}"
+                    f"a rule is written 'glob: config string', and rules are separated by ';', not "
+                    f"{shown(':'.join(part).strip())}"
                 )
         globs = [glob.strip() for glob, _ in parts]
         for glob, count in Counter(globs).items():
@@ -48,7 +49,8 @@ def parse_rules(rules: Rules) -> Transform | dict[str, Transform | None]:
         rules = {glob: text.strip() for glob, (_, text) in zip(globs, parts, strict=True)}
     if not isinstance(rules, Mapping) or not rules:
         raise SpecError(
-            f"expected a config string such as 'svd(rank=128)' or rules such as {{'*.attn.*': 'svd(rank=64)'}}, not {shown(rules)}"
+            f"expected a config string such as 'svd(rank=128)' or rules such as {{'*.attn.*': 'svd(rank=64)'}}, not "
+            f"{shown(rules)}"
         )
     for glob in rules:
         if not isinstance(glob, str):

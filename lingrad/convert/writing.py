@@ -60,8 +60,8 @@ def make_adapter(source: Writer, models: Models, output: Output, find: Finder, i
             changed = [key for key, value in identity().items() if value != was[key]]
             if changed:
                 raise DataError(
-                    f"{changed[0]} changed while it was converted, and nothing was written; wait until whatever writes there has "
-                    f"finished, remove '{work.folder}', and run the command again"
+                    f"{changed[0]} changed while it was converted, and nothing was written; wait until whatever writes there "
+                    f"has finished, remove '{work.folder}', and run the command again"
                 )
             publish(work.finished, output.out)
     return replace(report, path=str(output.out))

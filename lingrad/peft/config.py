@@ -71,7 +71,8 @@ def read_config(folder: Path) -> dict[str, Any]:
         value = config.get(option) or {}
         if not isinstance(value, dict) or not all(names.positive(v) for v in value.values()) or not patterns.are_bounded(value):
             raise DataError(
-                f"{path}: {option} must map names, or simple regular expressions of names, to numbers above 0, not {shown(value)}"
+                f"{path}: {option} must map names, or simple regular expressions of names, to numbers above 0, not "
+                f"{shown(value)}"
             )
     for option in names.OF_MODULES:
         if not names.readable(option, config.get(option)):

@@ -74,6 +74,11 @@ def _format_option(value: Any) -> str:
     return format_value(value)
 
 
+def _is_too_large(value: Any) -> bool:
+    """Whether a number is infinite, or a whole one that no count or seed is."""
+    return value == float("inf") if isinstance(value, float) else isinstance(value, int) and value >= 2**63
+
+
 class _Reader:
     """Reads one config string; an error points at its column."""
 
@@ -156,7 +161,7 @@ class _Reader:
         return optimizers.Choice(node.func.id, tuple(options))
 
     def _literal(self, node: ast.expr) -> Any:
-        if isinstance(node, ast.Constant) and isinstance(node.value, int | float) and not abs(node.value) < 2**63:
+        if isinstance(node, ast.Constant) and _is_too_large(node.value):
             self._fail_at(node, "this number is too large")
         if isinstance(node, ast.Constant) and isinstance(node.value, int | float | str | None):
             return node.value

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from lingrad.errors import CheckpointError, DataError
-from lingrad.files.pickled import Inert, StoredTensor, interpret
+from lingrad.files.pickled import Inert, Name, Storage, StoredTensor, interpret
 from lingrad.files.reading import Stamp, memory_of, open_plain, open_same, stamp
 
 __all__ = ["FILE", "Inert", "identify", "load_state"]
@@ -237,6 +237,8 @@ def _tensors(found: Any) -> Iterator[StoredTensor]:
         value = waiting.pop()
         if isinstance(value, StoredTensor):
             yield value
+        elif isinstance(value, (Name, Storage)):
+            raise ValueError(f"Unsupported GLOBAL {value}")
         elif isinstance(value, (dict, list, tuple, Inert)) and id(value) not in seen:
             seen.add(id(value))
             inner = vars(value) if isinstance(value, Inert) else value

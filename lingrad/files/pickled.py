@@ -114,7 +114,7 @@ def interpret(data: bytes, inert: Collection[str] = ()) -> Any:
     raise PickleError("damaged pickle (no end)")
 
 
-class _Name(NamedTuple):
+class Name(NamedTuple):
     """A name of a module, not imported."""
 
     path: str
@@ -148,7 +148,8 @@ class _Machine:
                 raise PickleError("damaged pickle (a short tuple)")
             self.stack[-count:] = [found]
         elif name == "GLOBAL":
-            self.stack.append(_Name(argument.replace(" ", ".", 1)))
+            found = Name(argument.replace(" ", ".", 1))
+            self.stack.append(_dtype(found) or found)
         elif name not in ("PROTO", "FRAME"):
             method = getattr(self, f"_{name.lower()}", None)
             if method is None:
@@ -187,7 +188,7 @@ class _Machine:
 
     def _binpersid(self) -> None:
         word, kind, key, _, count = self.stack.pop()
-        path = _of(kind, _Name).path
+        path = _of(kind, Name).path
         dtype = None if path == "torch.storage.UntypedStorage" else _STORAGES.get(path.removeprefix("torch."))
         if word != "storage" or (dtype is None) != (path == "torch.storage.UntypedStorage"):
             raise PickleError(f"Unsupported storage {path}")
@@ -195,7 +196,7 @@ class _Machine:
 
     def _newobj(self) -> None:
         arguments, cls = self.stack.pop(), self.stack.pop()
-        if _of(cls, _Name).path not in self._inert or arguments != ():
+        if _of(cls, Name).path not in self._inert or arguments != ():
             raise PickleError(f"Unsupported GLOBAL {cls.path}")
         self.stack.append(Inert())
 
@@ -207,7 +208,7 @@ class _Machine:
 
     def _reduce(self) -> None:
         arguments, function = _of(self.stack.pop(), tuple), self.stack.pop()
-        make = _CALLS.get(_of(function, _Name).path)
+        make = _CALLS.get(_of(function, Name).path)
         if make is None:
             raise PickleError(f"Unsupported GLOBAL {function.path}")
         self.stack.append(make(*arguments))
@@ -242,8 +243,8 @@ def _tensor(storage: Any, offset: Any, shape: Any, strides: Any, dtype: torch.dt
     return found
 
 
-def _named(name: Any) -> torch.dtype | None:
-    found = getattr(torch, name.path.removeprefix("torch."), None) if isinstance(name, _Name) else None
+def _dtype(name: Name) -> torch.dtype | None:
+    found = getattr(torch, name.path.removeprefix("torch."), None) if name.path.startswith("torch.") else None
     return found if isinstance(found, torch.dtype) else None
 
 
@@ -252,7 +253,7 @@ def _of_typed(storage: Any, offset: Any, shape: Any, strides: Any, *_: Any) -> S
 
 
 def _of_untyped(storage: Any, offset: Any, shape: Any, strides: Any, _grad: Any, _hooks: Any, dtype: Any, *_: Any) -> Any:
-    return _tensor(storage, offset, shape, strides, _named(dtype))
+    return _tensor(storage, offset, shape, strides, _of(dtype, torch.dtype))
 
 
 def _ordered(*items: Any) -> dict[Any, Any]:

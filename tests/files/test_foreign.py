@@ -1,4 +1,4 @@
-"""Files of others, damaged at random: the right content, or an error of lingrad's, within 2 s and 200 MB. Each has an oracle."""
+"""Files of others, damaged at random: the right content, or an error of lingrad's, in 2 s and 200 MB. Each has an oracle."""
 
 import io
 import json
@@ -22,6 +22,7 @@ from lingrad.models import open_model
 from lingrad.peft.read import read_adapter
 from lingrad.subspaces.ledger import Ledger
 from lingrad.transforms.base import Transform
+from lingrad.transforms.options import kinds
 from tests.support.cases import SPECS
 from tests.support.mutations import (
     ODD,
@@ -175,6 +176,8 @@ LLAMA = {
 def _(folder, seeds):
     transformers = pytest.importorskip("transformers", reason="make test installs it (extra: hf)", exc_type=ImportError)
     count, path = 0, folder / "config.json"
+    write_json(path, LLAMA)
+    open_model(str(path))  # transformers imports a model's code when it is first built
     for seed in seeds:
         rng = rng_of(seed)
         write_json(path, damaged(LLAMA, rng))
@@ -259,9 +262,7 @@ def _(folder, seeds):
     for seed in seeds:
         path.write_bytes(damaged_bytes(good.getvalue(), rng_of(seed)))
         found = read(load_state, path)
-        if found is None or read(lambda found=found: [dict(entries) for entries in found["state"].values()]) is None:
-            continue
-        count += check_state(path)
+        count += check_state(path) if found is not None and accepted(path) else 0
     assert count
 
 
@@ -292,6 +293,9 @@ class Call:
     def __init__(self, function, *arguments):
         self.function, self.arguments = function, arguments
 
+    def __deepcopy__(self, memo):
+        return self
+
     def __reduce__(self):
         return self.function, self.arguments
 
@@ -301,7 +305,7 @@ def _(folder, seeds):
     data, records = contents()
     calls = [
         Call(bytearray, 2**40),
-        Call(eval, "1"),
+        Call(open, "ran", "w"),
         Call(print),
         Call(torch.zeros, 10**12),
         Call(complex, 1, 2),
@@ -434,13 +438,21 @@ def check_stable(transform):
     assert spec.format(spec.parse(text)) == text
 
 
+def another(rng):
+    """A config string with one or two of its values replaced."""
+    text = rng.choice(SPECS)
+    for _ in range(rng.choice([1, 2])):
+        text = re.sub("=[a-z0-9.]+", lambda old: rng.choice([old[0]] * 3 + [f"={value}" for value in VALUES]), text)
+    return text
+
+
 @both("config_string")
 def _(folder, seeds):
     del folder
     count = 0
     for seed in seeds:
         rng = rng_of(seed)
-        found = read(spec.parse, damaged_text(rng.choice(SPECS), rng, WORDS))
+        found = read(spec.parse, damaged_text(rng.choice(SPECS), rng, WORDS) if seed % 2 else another(rng))
         if found is not None:
             count += 1
             check_stable(found)
@@ -480,7 +492,7 @@ def _(folder, seeds):
     for seed in seeds:
         rng = rng_of(seed)
         transform = rng.choice([*base.values()])
-        options = {name: getattr(transform, name) for name in transform.__dataclass_fields__}
+        options = {name: getattr(transform, name) for name in kinds(type(transform))}
         for name in rng.sample([*options], min(len(options), rng.choice([1, 2]))):
             options[name] = rng.choice(VALUES)
         made = read(lambda: type(transform)(**options))  # noqa: B023 - called at once

@@ -88,7 +88,8 @@ def damaged(value, rng, odd=ODD):
                 found = found[key]
             parent[path[-1]] = copy.deepcopy(found)
         else:
-            parent[path[-1]] = copy.deepcopy(rng.choice(odd))
+            new = rng.choice(odd)
+            parent[path[-1]] = copy.deepcopy(new) if isinstance(new, (list, dict)) else new
     return value
 
 
@@ -130,8 +131,7 @@ def read(reader, *arguments, **options):
     start = time.process_time()
     try:
         return reader(*arguments, **options)
-    except LingradError as error:
-        assert len(str(error)) < 20_000
+    except LingradError:
         return None
     finally:
         assert time.process_time() - start < SECONDS

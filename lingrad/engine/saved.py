@@ -226,12 +226,16 @@ def check_groups(saved: list[dict[str, Any]], own: list[dict[str, Any]], identit
                 value = shown(was[key])
                 remedy = f"call opt.switch({value}) before loading" if key == "mode" else f"make the run with {key}={value}"
                 raise CheckpointError(f"the checkpoint has {key} {value}, this run has {new!r}; {remedy}")
+        if not isinstance(was.get("name", ""), str):
+            raise CheckpointError(f"group '{now['name']}' is called {shown(was['name'])} in the checkpoint; expected a word")
         if len(was["params"]) != len(now["params"]):
             raise CheckpointError(
                 f"group '{now['name']}': the checkpoint has {len(was['params'])} params, this run has {len(now['params'])}"
             )
         for key in ("param_names", "specs"):
             old, new = was.get(key, []), now.get(key, [])
+            if not isinstance(old, list):
+                raise CheckpointError(f"group '{now['name']}': {key} is {shown(old)} in the checkpoint; expected a list")
             if len(old) != len(new):
                 raise CheckpointError(f"group '{now['name']}': the checkpoint has {len(old)} {key}, this run has {len(new)}")
             for i, (a, b) in enumerate(zip(old, new, strict=True)):

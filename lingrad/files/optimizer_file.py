@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from lingrad.errors import CheckpointError, DataError
-from lingrad.files.pickled import Inert, Name, Storage, StoredTensor, interpret
+from lingrad.files.pickled import Inert, Name, StoredStorage, StoredTensor, interpret
 from lingrad.files.reading import Stamp, memory_of, open_plain, open_same, stamp
 
 __all__ = ["FILE", "Inert", "identify", "load_state"]
@@ -202,7 +202,9 @@ class _Records:
         try:
             with open_same(self.path, self.stamp) as file:
                 file.seek(begin)
-                name, extra = struct.unpack("<26x2H", file.read(_LOCAL_HEADER))
+                mark, name, extra = struct.unpack("<4s22x2H", file.read(_LOCAL_HEADER))
+                if mark != b"PK\3\4" or file.read(name) != self.infos[record].orig_filename.encode():
+                    raise CheckpointError(f"'{self.path}' is damaged before '{record}'; save or copy it again")
                 file.seek(begin + _LOCAL_HEADER + name + extra + offset)
                 if file.readinto(target) != target.nbytes:
                     raise CheckpointError(f"'{self.path}' is truncated in '{record}'; save or copy it again")
@@ -237,7 +239,7 @@ def _tensors(found: Any) -> Iterator[StoredTensor]:
         value = waiting.pop()
         if isinstance(value, StoredTensor):
             yield value
-        elif isinstance(value, (Name, Storage)):
+        elif isinstance(value, (Name, StoredStorage)):
             raise ValueError(f"Unsupported GLOBAL {value}")
         elif isinstance(value, (dict, list, tuple, Inert)) and id(value) not in seen:
             seen.add(id(value))

@@ -44,18 +44,18 @@ class Inert:
     """An object of another program: its saved attributes, without its code."""
 
 
-class Storage(NamedTuple):
+class StoredStorage(NamedTuple):
     """Where the elements of tensors are.
 
     Args:
         key: The name of the record.
         dtype: Of its elements; None where each tensor says it.
-        count: How many elements, or bytes where there is no dtype.
+        size: How many elements, or bytes where there is no dtype.
     """
 
     key: str
     dtype: torch.dtype | None
-    count: int
+    size: int
 
 
 class StoredTensor(NamedTuple):
@@ -69,7 +69,7 @@ class StoredTensor(NamedTuple):
         strides: Its strides.
     """
 
-    storage: Storage
+    storage: StoredStorage
     dtype: torch.dtype
     offset: int
     shape: tuple[int, ...]
@@ -85,7 +85,7 @@ class StoredTensor(NamedTuple):
     @property
     def nbytes(self) -> int:
         """The size of the record that it is in."""
-        return self.storage.count * (1 if self.storage.dtype is None else self.dtype.itemsize)
+        return self.storage.size * (1 if self.storage.dtype is None else self.dtype.itemsize)
 
 
 def interpret(data: bytes, inert: Collection[str] = ()) -> Any:
@@ -192,7 +192,7 @@ class _Machine:
         dtype = None if path == "torch.storage.UntypedStorage" else _STORAGES.get(path.removeprefix("torch."))
         if word != "storage" or (dtype is None) != (path == "torch.storage.UntypedStorage"):
             raise PickleError(f"Unsupported storage {path}")
-        self.stack.append(Storage(_of(key, str), dtype, _size(count)))
+        self.stack.append(StoredStorage(_of(key, str), dtype, _size(count)))
 
     def _newobj(self) -> None:
         arguments, cls = self.stack.pop(), self.stack.pop()
@@ -234,7 +234,7 @@ def _size(value: Any) -> int:
 
 def _tensor(storage: Any, offset: Any, shape: Any, strides: Any, dtype: torch.dtype | None) -> StoredTensor:
     sizes, steps = (tuple(map(_size, _of(part, tuple))) for part in (shape, strides))
-    if type(storage) is not Storage or dtype is None or len(sizes) != len(steps) or len(sizes) > _MOST_DIMENSIONS:
+    if type(storage) is not StoredStorage or dtype is None or len(sizes) != len(steps) or len(sizes) > _MOST_DIMENSIONS:
         raise PickleError("damaged pickle (a tensor)")
     found = StoredTensor(storage, dtype, _size(offset), sizes, steps)
     count = found.nbytes // dtype.itemsize

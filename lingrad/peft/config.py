@@ -71,13 +71,14 @@ def read_config(folder: Path) -> dict[str, Any]:
         value = config.get(option) or {}
         if not isinstance(value, dict) or not all(names.positive(v) for v in value.values()) or not patterns.are_bounded(value):
             raise DataError(
-                f"{path}: {option} must map names, or simple regular expressions of names, to numbers above 0, not "
+                f"{path}: {option} must map regular expressions to numbers above 0, and simple ones (no repeated groups), not "
                 f"{shown(value)}"
             )
     for option in names.OF_MODULES:
         if not names.readable(option, config.get(option)):
             raise DataError(
-                f"{path}: {option} must be names or simple regular expressions of names, not {shown(config.get(option))}"
+                f"{path}: {option} must be names or regular expressions, simple ones (no repeated groups), not "
+                f"{shown(config.get(option))}"
             )
     for option in ("r", "lora_alpha"):
         if not names.positive(config.get(option)):

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lingrad.errors import CheckpointError
+from lingrad.errors import CheckpointError, shown
 from lingrad.maps.factors import Factors, stack
 from lingrad.subspaces import trees
 from lingrad.transforms.base import Transform
@@ -169,7 +169,10 @@ class Ledger:
             raise CheckpointError(f"the decay of {name} is {found.decay} in the checkpoint; give an earlier one")
         if "open" in flat:
             found._open = trees.copied(trees.checked(coords, flat, "open", f"the ledger of {name}"), coords.device)
-        for i in range(trees.checked(0, flat, "parts", f"the ledger of {name}")):
+        parts = trees.checked(0, flat, "parts", f"the ledger of {name}")
+        if parts < 0:
+            raise CheckpointError(f"the ledger of {name} has {shown(parts)} merges in the checkpoint; give an earlier one")
+        for i in range(parts):
             found._parts.append(_part(transform, flat, i, template, coords, f"merge {i} of {name}"))
         return found
 

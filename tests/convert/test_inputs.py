@@ -38,6 +38,9 @@ def shift(folder):
     edit(folder, lambda tensors: tensors[NORM].add_(1))
 
 
+SLOW_PLANTS = [pytest.param(what, marks=pytest.mark.slow) for what in ("another residual", "another's")]
+
+
 def rows(report):
     return {row.name for row in report.rows}
 
@@ -88,10 +91,7 @@ def _fresh(pair, tmp_path):
     return contents(tmp_path / "out")
 
 
-@pytest.mark.parametrize(
-    "plant",
-    ["equal", "other factors", *(pytest.param(what, marks=pytest.mark.slow) for what in ("another residual", "another's"))],
-)
+@pytest.mark.parametrize("plant", ["equal", "other factors", *SLOW_PLANTS])
 def test_unfinished_work_that_says_what_is_not_so(pair, tmp_path, plant):
     with pytest.raises(Stop):
         convert.convert(*pair, tmp_path / "out", tick=at_end(stop))

@@ -202,6 +202,8 @@ class _Machine:
 
     def _build(self) -> None:
         state = self.stack.pop()
+        if type(self.stack[-1]) is dict and isinstance(state, dict):
+            return  # attributes of an OrderedDict, such as the versions in a model's state_dict
         if not (isinstance(self.stack[-1], Inert) and isinstance(state, dict) and all(type(key) is str for key in state)):
             raise PickleError("Unsupported object state")
         vars(self.stack[-1]).update(state)

@@ -295,7 +295,7 @@ def _(folder, seeds):
         for i, factors in enumerate(closed):
             if f"{i}.left" in flat:
                 ratio = flat["decay"] / flat[f"{i}.decay"]
-                assert torch.equal(factors.dense(), (flat[f"{i}.left"] * ratio) @ flat[f"{i}.right"])
+                assert equal(factors.dense(), (flat[f"{i}.left"] * ratio) @ flat[f"{i}.right"])
     assert count
 
 

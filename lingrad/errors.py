@@ -10,6 +10,7 @@ from importlib import import_module
 from inspect import currentframe
 from os import sep
 from pathlib import Path
+from reprlib import Repr
 from typing import Any
 
 _INSIDE = (
@@ -66,6 +67,33 @@ class MemoryModelError(LingradError, RuntimeError):
 
 class DependencyError(LingradError, ImportError):
     """An optional package is missing; the message names the extra that brings it."""
+
+
+class _Short(Repr):
+    """`repr` in a few words: foreign values may be huge, or lists that hold each other twice, 2^30 words in 3 kB."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxlevel, self.maxdict, self.maxlist, self.maxtuple, self.maxset = 2, 4, 4, 4, 4
+        self.maxstring = self.maxother = self.maxlong = 100
+
+    def repr_int(self, x: int, level: int) -> str:  # reprlib's own fails where a number has too many digits
+        return repr(x) if abs(x) < 10**40 else f"a whole number of about {x.bit_length() * 0.30103:.0f} digits"
+
+    def repr_instance(self, x: Any, level: int) -> str:
+        return super().repr_instance(x, level) if type(x).__module__ == "builtins" else f"a {type(x).__name__}"
+
+
+def shown(value: object) -> str:
+    """A value of a foreign file for a message, short whatever it is.
+
+    Args:
+        value: The value.
+
+    Returns:
+        Its ``repr``, cut.
+    """
+    return _Short().repr(value)
 
 
 def did_you_mean(word: str, names: Iterable[str]) -> str:

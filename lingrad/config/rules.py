@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 
 from lingrad.config import spec
-from lingrad.errors import SpecError
+from lingrad.errors import SpecError, shown
 from lingrad.transforms.base import Transform
 
+_LONGEST = 2**20  # characters of rules in one string: some for each layer of the largest models
 SpecLike = str | Transform
 
 Rules = SpecLike | Mapping[str, SpecLike | None]
@@ -28,6 +30,8 @@ def parse_rules(rules: Rules) -> Transform | dict[str, Transform | None]:
     """
     if isinstance(rules, Transform):
         return rules
+    if isinstance(rules, str) and len(rules) > _LONGEST:
+        raise SpecError(f"rules have at most {_LONGEST:,} characters, and these have {len(rules):,}: {shown(rules)}")
     if isinstance(rules, str) and rules.strip():
         parts = [_outside_brackets(line, ":") for line in _outside_brackets(rules, ";\n") if line.strip()]
         if len(parts) == 1 and len(parts[0]) == 1:
@@ -35,33 +39,34 @@ def parse_rules(rules: Rules) -> Transform | dict[str, Transform | None]:
         for part in parts:
             if len(part) != 2:
                 raise SpecError(
-                    f"a rule is written 'glob: config string', and rules are separated by ';', not '{':'.join(part).strip()}'"
+                    f"a rule is written 'glob: config string', and rules are separated by ';', not "
+                    f"{shown(':'.join(part).strip())}"
                 )
         globs = [glob.strip() for glob, _ in parts]
-        for glob in globs:
-            if globs.count(glob) > 1:
+        for glob, count in Counter(globs).items():
+            if count > 1:
                 raise SpecError(f"rule '{glob}' is given twice; the first match wins, so keep one of them")
         rules = {glob: text.strip() for glob, (_, text) in zip(globs, parts, strict=True)}
     if not isinstance(rules, Mapping) or not rules:
         raise SpecError(
-            f"expected a config string such as 'svd(rank=128)' or rules such as {{'*.attn.*': 'svd(rank=64)'}}, not {rules!r}"
+            f"expected a config string such as 'svd(rank=128)' or rules such as {{'*.attn.*': 'svd(rank=64)'}}, not "
+            f"{shown(rules)}"
         )
     for glob in rules:
         if not isinstance(glob, str):
-            raise SpecError(f"rules are globs over module names, such as '*.attn.*', not {glob!r}")
+            raise SpecError(f"rules are globs over module names, such as '*.attn.*', not {shown(glob)}")
     return {glob: _rule_value(glob, value) for glob, value in rules.items()}
 
 
 def _outside_brackets(text: str, separators: str) -> list[str]:
     """Split a text at the separators that are outside brackets; those inside belong to a config string."""
-    parts, depth = [""], 0
-    for char in text:
+    parts, depth, begin = [], 0, 0
+    for i, char in enumerate(text):
         depth += (char == "(") - (char == ")")
         if char in separators and depth <= 0:
-            parts.append("")
-        else:
-            parts[-1] += char
-    return parts
+            parts.append(text[begin:i])
+            begin = i + 1
+    return [*parts, text[begin:]]
 
 
 def _rule_value(glob: str, value: SpecLike | None) -> Transform | None:

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
 
+import torch
 from torch import Tensor
 
-from lingrad.errors import did_you_mean, require, require_one_of
+from lingrad.errors import did_you_mean, require, require_one_of, shown
 
 Mode = Literal["optimizer", "adapter"]  # when coordinates are merged: at every step, or at each refresh
 Carry = Literal["keep", "reset", "rotate"]  # what a refresh does to moments
 Share = Literal["input"]  # which weights share a basis: linear layers that read one input
 Compat = Literal["galore"]  # another program's arithmetic
+
+_LARGEST = torch.finfo(torch.float64).max  # of a number
 
 # A checkpoint may be loaded with other values of these; any other option changes what it means.
 _FREE = ("weight_decay", "scale", "layerwise", "merge_every")
@@ -109,5 +111,5 @@ def check_not_negative(option: str, value: Any) -> None:
         value: Its value.
     """
     number = value.item() if isinstance(value, Tensor) and value.numel() == 1 and not value.is_meta else value
-    fits = isinstance(number, int | float) and not isinstance(number, bool) and 0 <= number < math.inf
-    require(fits, option, f"{option} must be a number, 0 or more, not {value!r}")
+    fits = isinstance(number, int | float) and not isinstance(number, bool) and 0 <= number <= _LARGEST
+    require(fits, option, f"{option} must be a number, 0 or more, not {shown(value)}")

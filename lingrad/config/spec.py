@@ -12,11 +12,12 @@ import dataclasses
 from typing import Any, NoReturn
 
 from lingrad import optimizers
-from lingrad.errors import SpecError, did_you_mean
+from lingrad.errors import SpecError, did_you_mean, shown
 from lingrad.transforms import registry
 from lingrad.transforms.base import Transform
 from lingrad.transforms.options import default, format_value, kinds
 
+LONGEST = 4096  # characters of a config string
 _WORDS = {"true": True, "false": False, "none": None}
 
 
@@ -33,7 +34,10 @@ def parse(text: str) -> Transform:
         SpecError: The string is malformed, or names an unknown transform, option or value. The message carries the string
             with a caret under the error, and the nearest valid name.
     """
-    return _Reader(text).transform()
+    try:
+        return _Reader(text).transform()
+    except RecursionError:
+        raise SpecError(f"this is nested too deeply for a config string: {shown(text)}") from None
 
 
 def format(transform: Transform) -> str:  # noqa: A001 - the inverse of parse; read as spec.format
@@ -70,12 +74,19 @@ def _format_option(value: Any) -> str:
     return format_value(value)
 
 
+def _is_too_large(value: Any) -> bool:
+    """Whether a number is infinite, or a whole one that no count or seed is."""
+    return value == float("inf") if isinstance(value, float) else isinstance(value, int) and value >= 2**63
+
+
 class _Reader:
     """Reads one config string; an error points at its column."""
 
     def __init__(self, text: str) -> None:
         if not isinstance(text, str):
-            raise SpecError(f"a config string was expected, such as 'svd(rank=128)', not {text!r}")
+            raise SpecError(f"a config string was expected, such as 'svd(rank=128)', not {shown(text)}")
+        if len(text) > LONGEST:
+            raise SpecError(f"a config string has at most {LONGEST:,} characters, and this has {len(text):,}: {shown(text)}")
         self.text = text.replace("\n", " ").strip()  # one line, so that a column is a position
 
     def transform(self) -> Transform:
@@ -140,15 +151,17 @@ class _Reader:
             return optimizers.Choice(node.id)
         if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Name) or node.args:
             self._fail_at(node, "expected an optimizer, such as adam or sgd(momentum=0.9)")
-        options = []
+        options: list[tuple[str, Any]] = []
         for keyword in node.keywords:
             if keyword.arg is None:
                 self._fail_at(keyword.value, "options are written option=value")
+            if keyword.arg in dict(options):
+                self._fail(f"option '{keyword.arg}' is given twice", self._column(keyword), len(keyword.arg))
             options.append((keyword.arg, self._literal(keyword.value)))
         return optimizers.Choice(node.func.id, tuple(options))
 
     def _literal(self, node: ast.expr) -> Any:
-        if isinstance(node, ast.Constant) and isinstance(node.value, int | float) and not abs(node.value) < 2**63:
+        if isinstance(node, ast.Constant) and _is_too_large(node.value):
             self._fail_at(node, "this number is too large")
         if isinstance(node, ast.Constant) and isinstance(node.value, int | float | str | None):
             return node.value

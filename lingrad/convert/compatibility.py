@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -52,13 +53,13 @@ def refuse_other_model(start: ModelFolder, tuned: ModelFolder, tied: Collection[
     if start.path.resolve() == tuned.path.resolve():
         raise DataError(f"START and TUNED are the same folder, '{start.path}'")
     (was, of_start), (now, of_tuned) = (_config(folder.path) for folder in (start, tuned))
-    known = of_start | of_tuned
+    known, read = of_start | of_tuned, _tokens_read(now)
     ignored = []
     for key in sorted({*was, *now}, key=lambda key: (key not in ("model_type", "architectures"), key)):
-        harmless = key in _HARMLESS or key.endswith(("dropout", "drop", "pdrop"))
+        harmless = (key in _HARMLESS and key not in read) or key.endswith(("dropout", "drop", "pdrop"))
         if harmless or was.get(key) == now.get(key):
             continue
-        if key in _NOTES or key not in known:
+        if key in _NOTES or key not in known or (key in read and None in (was.get(key), now.get(key))):
             ignored.append(key)
         else:
             raise DataError(
@@ -93,6 +94,23 @@ def _config(path: Path) -> tuple[dict[str, Any], set[str]]:
     unknown = {*entries} - known - _NOTES
     source = _source(found) if unknown else ""
     return dict(entries), known | {key for key in unknown if source is None or key in source}
+
+
+def _tokens_read(entries: Mapping[str, Any]) -> set[str]:
+    # ids of special tokens that change what a model computes: a classifier pools at one, and RoBERTa counts positions from one;
+    # where one of two configs has none, they agree on all that both can compute
+    transformers = optional("transformers", "comparing two models", "hf")
+    cls = getattr(transformers, (entries.get("architectures") or [""])[0], None)
+    if cls is None:
+        return set()
+    module = vars(sys.modules[cls.__module__])
+    embeddings = [vars(found) for name, found in module.items() if name.endswith("Embeddings")]
+    counted = any("create_position_ids_from_input_ids" in names for names in (module, *embeddings))
+    read = {"pad_token_id"} if counted else set()
+    if "SequenceClassification" in cls.__name__:
+        forward = inspect.getsource(cls.forward)
+        read |= {key for key in ("pad_token_id", "bos_token_id", "eos_token_id") if key in forward}
+    return read
 
 
 def _source(config: Any) -> str | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -81,15 +82,17 @@ def convert(
     optional("peft", "checking an adapter", "hf")  # before the search, not after it
     model = open_model(str(Path(start).absolute()))  # a name alone may be that of a built-in model
     ignored = refuse_other_model(was, now, tied_names(model, was) | tied_names(model, now))
-    identity = {
-        "goal": asdict(goal),
-        "dtype": dtype,
-        "full_svd": full_svd,
-        "start": str(start),
-        "start files": was.fingerprint(),
-        "tuned files": now.fingerprint(),
-        "torch": torch.__version__,
-    }
+
+    def identity() -> dict[str, Any]:
+        return {
+            "goal": asdict(goal),
+            "dtype": dtype,
+            "full_svd": full_svd,
+            "start": str(start),
+            "start files": was.fingerprint(),
+            "tuned files": now.fingerprint(),
+            "torch": torch.__version__,
+        }
 
     def find(pair: TensorPair) -> tuple[ChangeRecord, Factors | None]:
         return _find(pair, start=was, tuned=now, model=model, output=output, full_svd=full_svd)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -19,9 +20,9 @@ from lingrad.convert.work import ChangeRecord
 from lingrad.convert.writing import make_adapter
 from lingrad.deprecated import renamed_keywords
 from lingrad.engine.saved import FORMAT, Saved
-from lingrad.errors import CheckpointError, LingradError, optional, require
+from lingrad.errors import CheckpointError, LingradError, optional, require, shown
 from lingrad.files.model_folder import ModelFolder
-from lingrad.files.optimizer_file import FILE, load_state
+from lingrad.files.optimizer_file import FILE, identify, load_state
 from lingrad.maps.factors import Factors, compress
 from lingrad.models import open_model
 from lingrad.peft.report import AdapterReport
@@ -81,13 +82,14 @@ def convert_run(
     ignored = () if was is None else refuse_other_model(was, tuned, tied)
     models = Models(was, tuned, model, pairs(model, was or tuned, tuned, list(saved.targets)), ignored)
     saved.require_all(models.pairs)
-    stat = (Path(run) / FILE).stat()
-    identity = {
-        "run": {**tuned.fingerprint(), FILE: [stat.st_size, stat.st_mtime_ns]},
-        "start": None if was is None else [str(start), was.fingerprint()],
-        "options": {"rank": rank, "dtype": dtype},
-        "torch": torch.__version__,
-    }
+
+    def identity() -> dict[str, Any]:
+        return {
+            "run": {**tuned.fingerprint(), FILE: identify(Path(run))},
+            "start": None if was is None else [str(start), was.fingerprint()],
+            "options": {"rank": rank, "dtype": dtype},
+            "torch": torch.__version__,
+        }
 
     def find(pair: TensorPair) -> tuple[ChangeRecord, Factors | None]:
         return saved.find(pair, was, output)
@@ -120,7 +122,7 @@ class _Run:
             )
         for found in saved.formats:
             if found != FORMAT:
-                raise CheckpointError(f"{name} has format {found!r}; expected {FORMAT!r}, of this version")
+                raise CheckpointError(f"{name} has format {shown(found)}; expected {FORMAT!r}, of this version")
         try:
             specs, self.full = saved.names(coords=True), {*saved.names(coords=False)}
         except CheckpointError as error:

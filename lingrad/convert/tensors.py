@@ -69,6 +69,8 @@ class TensorPair:
 
     def equal(self, start: ModelFolder, tuned: ModelFolder) -> bool:
         """Whether it has the same values in both."""
+        if 0 in start.entry(self.name).shape:  # without elements, however many rows
+            return True
         dtypes = {folder.entry(self.name).dtype for folder in (start, tuned)}
         if len(dtypes) == 2 and not dtypes <= {*_FLOATS}:
             return False
@@ -163,6 +165,25 @@ def require_parameter(model: nn.Module, pair: TensorPair) -> None:
             "adapter can have the change. If transformers writes this model's files under other names, save both folders under "
             "the names of the parameters: safetensors.torch.save_model(model, 'model.safetensors'), with the config.json"
         )
+
+
+def smaller_in_full(model: nn.Module, pair: TensorPair, rank: int) -> bool:
+    """Whether a change is of full rank, so that its factors are larger than the weight, and PEFT can save its layer instead.
+
+    Args:
+        model: The model.
+        pair: The tensor.
+        rank: The rank of its change.
+
+    Returns:
+        Whether to save it in full.
+    """
+    owner = pair.param.rpartition(".")[0]
+    if pair.shape is None or rank < min(pair.shape) or not owner:
+        return False
+    own = {name for name, _ in model.get_submodule(owner).named_parameters()}
+    alone = not any(name != owner and name.endswith(owner) for name, _ in model.named_modules(remove_duplicate=False))
+    return own <= {"weight", "bias"} and alone  # as PEFT matches the modules that it saves
 
 
 def _low_rank(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from lingrad.errors import DataError
 from lingrad.files.atomic import refuse_existing, write_whole
-from lingrad.files.reading import read_json
+from lingrad.files.reading import memory_of, read_json
 from lingrad.files.tensorfile import TensorFile, in_memory, write_tensors
 from lingrad.maps.factors import Factors
 
@@ -89,33 +90,43 @@ class WorkFolder:
         """Where the result is assembled."""
         return self.folder / "finished"
 
-    def find(self, index: int) -> ChangeRecord | None:
-        """The record of a tensor that is done; an incomplete file is ignored.
+    def find(self, index: int, inputs: str | None = None) -> ChangeRecord | None:
+        """The record of a tensor that is done; a file that is not as it was written is ignored.
 
         Args:
             index: The tensor's number.
+            inputs: A checksum of what the tensor was computed from, which must be that of the file; None for any.
 
         Returns:
             The record, or None.
         """
         try:
-            fields = json.loads(TensorFile(self._path(index)).metadata["record"])
+            file = TensorFile(self._path(index))
+            text, of = file.metadata["record"], file.metadata["inputs"]
+            parts = [file.digest(name) for name in sorted(file.entries)]
+            if file.metadata["checksum"] != _checksum(text, of, parts) or inputs not in (None, of):
+                return None
+            fields = json.loads(text)
             return ChangeRecord(**fields | {"shape": tuple(fields["shape"])})
-        except (DataError, KeyError, TypeError, ValueError):
+        except (DataError, KeyError, TypeError, ValueError, RecursionError):
             return None
 
-    def store(self, index: int, record: ChangeRecord, factors: Factors | None = None) -> None:
+    def store(self, index: int, record: ChangeRecord, factors: Factors | None = None, inputs: str = "") -> None:
         """Store a tensor that is done.
 
         Args:
             index: The tensor's number.
             record: Its change.
             factors: Its factors.
+            inputs: A checksum of what it was computed from.
         """
         tensors: dict[str, Tensor] = {}
         if factors is not None:
-            tensors = {"left": factors.left, "right": factors.right}
-        write_tensors(self._path(index), in_memory(tensors), {"record": json.dumps(asdict(record), sort_keys=True)})
+            tensors = {"left": factors.left.cpu().contiguous(), "right": factors.right.cpu().contiguous()}
+        text = json.dumps(asdict(record), sort_keys=True)
+        parts = [blake2b(memory_of(tensor), digest_size=16).hexdigest() for _, tensor in sorted(tensors.items())]
+        metadata = {"record": text, "inputs": inputs, "checksum": _checksum(text, inputs, parts)}
+        write_tensors(self._path(index), in_memory(tensors), metadata)
 
     def factors(self, index: int) -> Factors:
         """The factors of a tensor that is done."""
@@ -163,7 +174,7 @@ class WorkFolder:
     def _check(self, manifest: Path, identity: Mapping[str, Any]) -> None:
         try:
             was = read_json(manifest)
-        except ValueError:
+        except (ValueError, RecursionError):
             was = None
         remedy = f"remove '{self.folder}', or name another folder with --out"
         if not isinstance(was, dict):
@@ -174,6 +185,10 @@ class WorkFolder:
                     f"'{self.folder}' has unfinished work of another conversion, which differs in '{key}': {was.get(key)} "
                     f"there, {identity.get(key)} now; {remedy}"
                 )
+
+
+def _checksum(*parts: Any) -> str:
+    return blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
 
 
 @contextmanager

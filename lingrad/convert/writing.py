@@ -7,17 +7,18 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from lingrad.convert.lazy import Lazy, padded
 from lingrad.convert.logits import compare_logits
 from lingrad.convert.lowrank import Goal
 from lingrad.convert.merge import decayed_weight, write_model
 from lingrad.convert.notes import notes
 from lingrad.convert.output import Output
-from lingrad.convert.tensors import Models, TensorPair
+from lingrad.convert.tensors import Models, TensorPair, smaller_in_full
 from lingrad.convert.work import ChangeRecord, WorkFolder, unfinished
 from lingrad.errors import DataError, ExportError
 from lingrad.files.atomic import publish
@@ -29,11 +30,11 @@ from lingrad.peft.report import AdapterReport, ChangedTensor, Writer
 from lingrad.peft.slots import Slot
 from lingrad.peft.write import WEIGHTS, write_adapter
 
+Identity = Callable[[], Mapping[str, Any]]
 Finder = Callable[[TensorPair], tuple[ChangeRecord, Factors | None]]
-T = TypeVar("T")
 
 
-def make_adapter(source: Writer, models: Models, output: Output, find: Finder, identity: Mapping[str, Any]) -> AdapterReport:
+def make_adapter(source: Writer, models: Models, output: Output, find: Finder, identity: Identity) -> AdapterReport:
     """Find the changes that are not found yet, write the adapter, and give it its name.
 
     Args:
@@ -41,19 +42,27 @@ def make_adapter(source: Writer, models: Models, output: Output, find: Finder, i
         models: The models.
         output: What to write.
         find: Gives the record and the factors of one tensor's change.
-        identity: What is converted, and how: an unfinished conversion is resumed where this is the same.
+        identity: Gives what is converted, and how: an unfinished conversion is resumed where this is the same, and the folder
+            is published where it still is.
 
     Returns:
         The report.
 
     Raises:
-        DataError: A folder cannot be written, or another conversion left its work or is running.
+        DataError: A folder cannot be written, what is converted changed meanwhile, or another conversion left its work or is
+            running.
     """
-    with unfinished(output.out, identity) as work:
+    with unfinished(output.out, was := identity()) as work:
         job = _Job(models, output, work)
         job.find(find)
         with job.start_for() as start:
             report = job.write(source, start)
+            changed = [key for key, value in identity().items() if value != was[key]]
+            if changed:
+                raise DataError(
+                    f"{changed[0]} changed while it was converted, and nothing was written; wait until whatever writes there "
+                    f"has finished, remove '{work.folder}', and run the command again"
+                )
             publish(work.finished, output.out)
     return replace(report, path=str(output.out))
 
@@ -111,10 +120,23 @@ class _Job:
         """Find the change of every tensor that is not done yet."""
         pairs, tick = self.models.pairs, self.output.tick
         for index, pair in enumerate(pairs):
-            if self.work.find(index) is None:
-                self.work.store(index, *find(pair))
+            if not self._has(index, pair):
+                record, factors = find(pair)
+                self.work.store(index, record, factors, self._inputs(pair))
             if tick is not None:
                 tick(index + 1, len(pairs), pair.name)
+
+    def _has(self, index: int, pair: TensorPair) -> bool:
+        """Whether a tensor was done before, from the values that the folders hold now; that one is equal is looked up again."""
+        record = self.work.find(index)
+        if record is None or record.name != pair.name or record.kind == "equal":
+            return False
+        return self.work.find(index, self._inputs(pair)) is not None
+
+    def _inputs(self, pair: TensorPair) -> str:
+        """A checksum of a tensor in both folders."""
+        folders = (self.models.start, self.models.tuned)
+        return " ".join(folder.digest(pair.name) for folder in folders if folder is not None)
 
     @contextmanager
     def start_for(self) -> Iterator[Path | None]:
@@ -164,7 +186,7 @@ class _Job:
         changed = {pair: record for pair, record in records.items() if record.kind != "equal"}
         if not changed:
             raise ExportError(f"nothing in '{models.tuned.path}' has changed; there is nothing to convert")
-        low = {pair.param: record for pair, record in changed.items() if record.kind == "low_rank"}
+        low = _as_factors(models, changed)
         ranks = {param: record.rank for param, record in low.items()}
         if output.uniform_rank:
             ranks = dict.fromkeys(ranks, max(ranks.values(), default=0))
@@ -232,40 +254,13 @@ class _Job:
         return found
 
 
-class Lazy(Mapping[str, T], Generic[T]):
-    """A mapping that makes a value whenever it is looked up.
-
-    Args:
-        names: The keys to iterate over.
-        make: Key -> value.
-        known: More keys that have a value.
-    """
-
-    def __init__(self, names: list[str], make: Callable[[str], T], known: Mapping[str, Any] | None = None) -> None:
-        self._names, self._make = names, make
-        self._known = {*names, *(known or ())}
-
-    def __getitem__(self, key: str) -> T:
-        if key not in self._known:
-            raise KeyError(key)
-        return self._make(key)
-
-    def __contains__(self, key: object) -> bool:
-        return key in self._known
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
-
-
-def padded(factors: Factors, rank: int) -> Factors:
-    """The same change with columns of zeros up to a rank."""
-    more = rank - factors.rank
-    left, right = factors.left, factors.right
-    zeros = left.new_zeros(left.shape[0], more), right.new_zeros(more, right.shape[1])
-    return Factors(torch.cat([left, zeros[0]], 1), torch.cat([right, zeros[1]])) if more else factors
+def _as_factors(models: Models, changed: Mapping[TensorPair, ChangeRecord]) -> dict[str, ChangeRecord]:
+    """The changes that are saved as factors: all that were found, without those whose layer is smaller saved in full."""
+    found = {pair: record for pair, record in changed.items() if record.kind == "low_rank"}
+    whole = {p for p, record in found.items() if record.decay == 1.0 and smaller_in_full(models.model, p, record.rank)}
+    if len(whole) == len(found):  # PEFT needs one
+        whole = set()
+    return {pair.param: record for pair, record in found.items() if pair not in whole}
 
 
 def _require_reached(goal: Goal, pair: TensorPair, record: ChangeRecord, left: Residuals) -> None:

@@ -189,6 +189,8 @@ def build(model: Trainable, rules: Rules, base: BaseLike, mode: Mode, options: M
     """
     settings, base_options = Settings.split(options)
     settings.check_mode(mode)
+    if base_options.get("lr") is not None:  # some bases choose their own
+        check_not_negative("lr", base_options["lr"])
     found = optimizers.find(base, base_options, decay=False, others=Settings.names())
     checks.check_reads_only_gradients(found)
     degrees = checks.moment_degrees(found) if settings.carry == "rotate" else {}

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lingrad.config.settings import check_not_negative
 from lingrad.config.sharing import GroupedTarget
-from lingrad.errors import CheckpointError, SpecError
+from lingrad.errors import CheckpointError, SpecError, shown
 from lingrad.maps.factors import Factors
 from lingrad.subspaces import trees
 from lingrad.subspaces.ledger import Ledger, total
@@ -214,7 +214,7 @@ def check_groups(saved: list[dict[str, Any]], own: list[dict[str, Any]], identit
     """
     older = [was["format"] for was in saved if was.get("format", identity["format"]) != identity["format"]]
     if older:
-        raise CheckpointError(f"the checkpoint has format {older[0]!r}, this run has {identity['format']!r}")
+        raise CheckpointError(f"the checkpoint has format {shown(older[0])}, this run has {identity['format']!r}")
     for key in identity:
         if any(key not in was for was in saved):
             raise CheckpointError(f"the checkpoint's param groups have no '{key}': it was not written by lingrad's optimizer")
@@ -223,21 +223,25 @@ def check_groups(saved: list[dict[str, Any]], own: list[dict[str, Any]], identit
     for was, now in zip(saved, own, strict=True):
         for key, new in identity.items():
             if was[key] != new:
-                value = f"{was[key]!r}"
+                value = shown(was[key])
                 remedy = f"call opt.switch({value}) before loading" if key == "mode" else f"make the run with {key}={value}"
                 raise CheckpointError(f"the checkpoint has {key} {value}, this run has {new!r}; {remedy}")
+        if not isinstance(was.get("name", ""), str):
+            raise CheckpointError(f"group '{now['name']}' is called {shown(was['name'])} in the checkpoint; expected a word")
         if len(was["params"]) != len(now["params"]):
             raise CheckpointError(
                 f"group '{now['name']}': the checkpoint has {len(was['params'])} params, this run has {len(now['params'])}"
             )
         for key in ("param_names", "specs"):
             old, new = was.get(key, []), now.get(key, [])
+            if not isinstance(old, list):
+                raise CheckpointError(f"group '{now['name']}': {key} is {shown(old)} in the checkpoint; expected a list")
             if len(old) != len(new):
                 raise CheckpointError(f"group '{now['name']}': the checkpoint has {len(old)} {key}, this run has {len(new)}")
             for i, (a, b) in enumerate(zip(old, new, strict=True)):
                 if a != b:
                     raise CheckpointError(
-                        f"group '{now['name']}', entry {i}: the checkpoint has {_WORDS[key]} '{a}', this run has '{b}'"
+                        f"group '{now['name']}', entry {i}: the checkpoint has {_WORDS[key]} {shown(a)}, this run has {b!r}"
                     )
 
 
@@ -257,14 +261,14 @@ def check_values(groups: list[dict[str, Any]]) -> None:
                 for number in value if key == "eps" and isinstance(value, (tuple, list)) else (value,):  # Adafactor's is a pair
                     check_not_negative(key, number)
         except SpecError as error:
-            raise CheckpointError(f"group '{group.get('name')}' of the checkpoint: {error}") from None
+            raise CheckpointError(f"group {shown(group.get('name'))} of the checkpoint: {error}") from None
         betas = group.get("betas", (0.0, 0.0))
         numbers = isinstance(betas, (tuple, list)) and all(
             isinstance(b, (int, float)) or (isinstance(b, Tensor) and b.numel() == 1) for b in betas
         )
         if not numbers or not all(0 <= float(b) < 1 for b in betas):
             raise CheckpointError(
-                f"group '{group.get('name')}' of the checkpoint: betas must be 0 or more and below 1, not {betas!r}"
+                f"group {shown(group.get('name'))} of the checkpoint: betas must be 0 or more and below 1, not {shown(betas)}"
             )
 
 
@@ -275,4 +279,4 @@ def _check_layout(state: Any, groups: Any) -> None:
         raise CheckpointError("the 'param_groups' of this state_dict are no list of groups with 'params'")
     odd = next((key for entries in state.values() for key in entries if not isinstance(key, str)), None)
     if odd is not None:
-        raise CheckpointError(f"an entry of this state_dict is called {odd!r}; expected a name")
+        raise CheckpointError(f"an entry of this state_dict is called {shown(odd)}; expected a name")

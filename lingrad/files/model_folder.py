@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from hashlib import blake2b
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
 from lingrad.errors import DataError
-from lingrad.files.reading import read_json
+from lingrad.files.reading import open_plain, read_json, stamp
 from lingrad.files.tensorfile import TensorEntry, TensorFile
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -54,11 +56,14 @@ class ModelFolder:
         """Rows ``start`` to ``stop`` of a tensor that is read as a matrix with ``columns`` columns."""
         return self._where[name].rows(name, columns, start, stop)
 
-    def fingerprint(self) -> dict[str, list[int]]:
-        """What identifies this state of the folder: size and modification time of config, index and weight files."""
+    def digest(self, name: str) -> str:
+        """A checksum of a tensor's elements."""
+        return self._where[name].digest(name)
+
+    def fingerprint(self) -> dict[str, list[Any]]:
+        """What identifies the folder as it is now: size, time of change and head of config, index and weight files."""
         files = [self.path / name for name in ("config.json", INDEX, *self.files)]
-        found = {file.name: file.stat() for file in files if file.exists()}
-        return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in sorted(found.items())}
+        return {file.name: _identify(file) for file in sorted(files) if file.exists()}
 
 
 def weight_files(folder: Path, single: str = WEIGHTS) -> list[str]:
@@ -103,6 +108,17 @@ def open_weights(folder: Path) -> dict[str, TensorFile]:
             ]
             raise DataError(f"{folder / INDEX} does not fit its files, first at '{odd[0]}'; copy or save the model again")
     return files
+
+
+def _identify(file: Path) -> list[Any]:
+    try:
+        with open_plain(file) as opened:
+            found, head = stamp(opened), opened.read(8)
+            length = int.from_bytes(head, "little") if file.suffix == ".safetensors" else found.size
+            head += opened.read(min(length, found.size))
+    except OSError as error:
+        raise DataError(f"cannot read {file}: {error.strerror}") from error
+    return [found.size, found.time, blake2b(head, digest_size=16).hexdigest()]
 
 
 def _listed(index: Path) -> dict[str, str]:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import io
 import json
 import os
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+from torch import Tensor
 
 LARGEST_JSON = 64 * 2**20  # bytes; the index of a model with 10^5 tensors has 10 MB
 
@@ -34,6 +39,63 @@ def open_plain(path: str | Path) -> io.BufferedReader:
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
         raise OSError(errno.EINVAL, "it is a pipe or a device; expected a file", str(path))
     return open(handle, "rb")  # noqa: PTH123 - a handle is no path
+
+
+class Stamp(NamedTuple):
+    """What identifies a file and the state it is in, without reading it.
+
+    Args:
+        size: Its size in bytes.
+        time: When it was last written, in ns.
+        inode: Its number in the file system.
+    """
+
+    size: int
+    time: int
+    inode: int
+
+
+def stamp(file: io.BufferedReader) -> Stamp:
+    """What identifies an open file.
+
+    Args:
+        file: The file.
+
+    Returns:
+        Its stamp.
+    """
+    found = os.fstat(file.fileno())
+    return Stamp(found.st_size, found.st_mtime_ns, found.st_ino)
+
+
+@contextmanager
+def open_same(path: Path, was: Stamp) -> Iterator[io.BufferedReader]:
+    """Open a file again, of which a part has been read.
+
+    Args:
+        path: The file.
+        was: Its stamp when it was first opened.
+
+    Yields:
+        The open file.
+
+    Raises:
+        OSError: It cannot be opened, or has changed by the end of the block.
+    """
+    with open_plain(path) as file:
+        _require_same(file, was, path)
+        yield file
+        _require_same(file, was, path)
+
+
+def _require_same(file: io.BufferedReader, was: Stamp, path: Path) -> None:
+    if stamp(file) != was:
+        raise OSError(errno.ESTALE, "it was changed while it was read; wait until it is written, and try again", str(path))
+
+
+def memory_of(tensor: Tensor) -> memoryview:
+    """The bytes of a contiguous tensor on the CPU, valid as long as the tensor; numpy is not needed, and has no bfloat16."""
+    return memoryview((ctypes.c_ubyte * tensor.nbytes).from_address(tensor.data_ptr())).cast("B")
 
 
 def read_json(path: Path) -> Any:

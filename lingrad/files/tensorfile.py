@@ -6,10 +6,9 @@ Nothing in a file is trusted before its header fits its length exactly; only wha
 
 from __future__ import annotations
 
-import ctypes
 import json
-import os
 from collections.abc import Callable, Iterable, Mapping
+from hashlib import blake2b
 from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,7 +18,7 @@ from torch import Tensor
 
 from lingrad.errors import DataError
 from lingrad.files.atomic import new_file
-from lingrad.files.reading import open_plain
+from lingrad.files.reading import memory_of, open_plain, open_same, stamp
 
 DTYPES = {
     "F64": torch.float64,
@@ -39,6 +38,7 @@ DTYPES = {
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _MOST_DIMENSIONS = 64  # torch's own limit
 _LARGEST_HEADER = 100_000_000  # as in the safetensors package
+_BLOCK = 1 << 20  # elements that a checksum reads at once
 
 
 class TensorEntry(NamedTuple):
@@ -93,7 +93,8 @@ class TensorFile:
         self.path = path
         try:
             with open_plain(path) as file:
-                size = os.fstat(file.fileno()).st_size
+                self._stamp = stamp(file)
+                size = self._stamp.size
                 length = int.from_bytes(file.read(8), "little")
                 if size < 8 or length > min(size - 8, _LARGEST_HEADER):
                     raise _damaged(path, f"its header would be {length:,} bytes long, and the file is {size:,}")
@@ -123,12 +124,24 @@ class TensorFile:
         found = self._read(entry, entry.begin + start * columns * entry.dtype.itemsize, (stop - start) * columns)
         return found.view(stop - start, columns)
 
+    def digest(self, name: str) -> str:
+        """A checksum of a tensor's elements."""
+        entry = self.entries[name]
+        found, count = blake2b(digest_size=16), prod(entry.shape)
+        for first in range(0, count, _BLOCK):
+            block = self._read(entry, entry.begin + first * entry.dtype.itemsize, min(_BLOCK, count - first))
+            found.update(memory_of(block))
+        return found.hexdigest()
+
     def _read(self, entry: TensorEntry, begin: int, count: int) -> Tensor:
         found = torch.empty(count, dtype=entry.dtype)
-        with open_plain(self.path) as file:
-            file.seek(begin)
-            if count and file.readinto(_memory(found)) != found.nbytes:
-                raise _damaged(self.path, "it became shorter while it was read")
+        try:
+            with open_same(self.path, self._stamp) as file:
+                file.seek(begin)
+                if count and file.readinto(memory_of(found)) != found.nbytes:
+                    raise _damaged(self.path, "it became shorter while it was read")
+        except OSError as error:
+            raise DataError(f"cannot read {self.path}: {error.strerror}") from error
         return found
 
 
@@ -165,7 +178,7 @@ def write_tensors(path: Path, pieces: Mapping[str, Piece], metadata: Mapping[str
                 raise DataError(f"'{name}' is {tensor.dtype} {tuple(tensor.shape)}; its piece has {dtype} {tuple(shape)}")
             flat = tensor.detach().cpu().contiguous()
             if flat.numel():
-                file.write(_memory(flat))
+                file.write(memory_of(flat))
             del tensor, flat  # before the next one is made
     return path
 
@@ -193,6 +206,8 @@ def _parse(path: Path, header: bytes, size: int) -> tuple[dict[str, TensorEntry]
     entries: dict[str, TensorEntry] = {}
     extents = []
     for name, value in found.items():
+        if not name.isascii() and any("\ud800" <= char <= "\udfff" for char in name):  # half a character, in no file of UTF-8
+            raise _damaged(path, f"it has a tensor called {name!r}")
         dtype, shape, offsets = _fields(path, name, value)
         # before numbers of any length are multiplied; an empty tensor with a side that large is no tensor of a model
         if len(shape) > _MOST_DIMENSIONS or max(shape, default=0) > max(size, 2**32):
@@ -232,11 +247,6 @@ def _unique(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
             raise ValueError(f"'{name}' occurs twice")
         found[name] = value
     return found
-
-
-def _memory(tensor: Tensor) -> memoryview:
-    """The bytes of a contiguous tensor on the CPU, valid as long as the tensor; numpy is not needed, and has no bfloat16."""
-    return memoryview((ctypes.c_ubyte * tensor.nbytes).from_address(tensor.data_ptr())).cast("B")
 
 
 def _damaged(path: Path, what: str) -> DataError:

@@ -30,5 +30,8 @@ def parse_bytes(text: str) -> int:
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
     units = {unit.lower(): size for unit, size in _UNITS.items()}
     if found is None or found[2].lower() not in units:
-        raise SpecError(f"'{text}' is not a size in bytes; write a number and a unit, such as 24GiB or 80GB")
-    return round(float(found[1]) * units[found[2].lower()])
+        raise SpecError(f"'{text[:40]}' is not a size in bytes; write a number and a unit, such as 24GiB or 80GB")
+    size = float(found[1]) * units[found[2].lower()]
+    if size > 2**63:
+        raise SpecError(f"'{text[:40]}' is more than any device has; write a number and a unit, such as 24GiB or 80GB")
+    return round(size)

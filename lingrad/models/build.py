@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,7 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lingrad.errors import DataError, did_you_mean, optional
+from lingrad.errors import DataError, did_you_mean, optional, shown
+
+_LARGEST_CONFIG = 16 * 2**20  # bytes; labels of a classifier are in it
+_MOST_OF_ALL = 2**40
+_MOST = (  # modules that are built one by one
+    (re.compile(r"layers?$|depths?$|blocks$|stages$"), 2_000),
+    (re.compile(r"experts?$|heads$|codebooks$|languages$"), 100_000),
+    (re.compile(r"labels$"), 2**20),
+)
 
 
 @dataclass(frozen=True)
@@ -168,10 +178,32 @@ def read_config(path: Path) -> Any:
     Returns:
         The config, without ``auto_map`` (Python files of the folder) and without attention kernels of a hub, at any depth.
         Raises whatever transformers does where it cannot read the config.
+
+    Raises:
+        DataError: It is no file, or has a number that no model has.
     """
+    file = path / "config.json" if path.is_dir() else path
+    if not file.is_file() or file.stat().st_size > _LARGEST_CONFIG:
+        raise DataError(f"'{file}' is not a config: expected a JSON file of at most {_LARGEST_CONFIG:,} bytes")
+    _refuse_huge(json.loads(file.read_bytes()), file)
     config = _transformers().AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     _drop_code(config, set())
     return config
+
+
+def _refuse_huge(entries: Any, file: Path) -> None:
+    """Refuse numbers of a config that no model has, and whose model would take hours or all memory to build."""
+    if isinstance(entries, list):
+        entries = dict(enumerate(entries))
+    if not isinstance(entries, dict):
+        return
+    for key, value in entries.items():
+        most = next((limit for pattern, limit in _MOST if pattern.search(str(key))), _MOST_OF_ALL)
+        counts = value if isinstance(value, list) and most != _MOST_OF_ALL else [value]
+        found = [count for count in counts if isinstance(count, int) and abs(count) > most]
+        if found:
+            raise DataError(f"'{file}' has {key} {shown(found[0])}; expected at most {most:,}")
+        _refuse_huge(value, file)
 
 
 def _drop_code(config: Any, seen: set[int]) -> None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from lingrad.errors import DataError
+from lingrad.errors import DataError, shown
 from lingrad.files.reading import read_json
-from lingrad.peft import names
+from lingrad.peft import names, patterns
 from lingrad.peft.write import CONFIG
 
 # Options of a LoRA that make it more than W + B A, or change W itself when PEFT loads it.
@@ -49,31 +49,38 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise DataError(f"{path} is not JSON: {error}") from error
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         kind = config.get("peft_type") if isinstance(config, dict) else None
-        raise DataError(f"{path} describes an adapter of type {kind!r}; only LORA is W + B A")
+        raise DataError(f"{path} describes an adapter of type {shown(kind)}; only LORA is W + B A")
     for option in _MORE:
         if config.get(option):
-            raise DataError(f"the adapter in '{folder}' has {option}={config[option]!r}, with which it is more than W + B A")
+            raise DataError(
+                f"the adapter in '{folder}' has {option}={shown(config[option])}, with which it is more than W + B A"
+            )
+    dropout = config.get("lora_dropout") or 0.0
+    if type(dropout) not in (int, float) or not 0 <= dropout < 1:
+        raise DataError(f"{path}: lora_dropout must be a number from 0 to 1, not {shown(dropout)}")
     start = config.get("init_lora_weights", True)
     if start not in _STARTS:
         raise DataError(
-            f"the adapter in '{folder}' has init_lora_weights={start!r}, with which PEFT changes the base weights as it "
+            f"the adapter in '{folder}' has init_lora_weights={shown(start)}, with which PEFT changes the base weights as it "
             "loads; convert it to a plain LoRA with PEFT (save_pretrained with path_initial_model_for_weight_conversion)"
         )
     targets = config.get("target_parameters") or []
     if not isinstance(targets, list) or not all(isinstance(target, str) for target in targets):
-        raise DataError(f"{path}: target_parameters must be a list of names, not {targets!r}")
+        raise DataError(f"{path}: target_parameters must be a list of names, not {shown(targets)}")
     for option in ("rank_pattern", "alpha_pattern"):
         value = config.get(option) or {}
-        if (
-            not isinstance(value, dict)
-            or not all(names.positive(v) for v in value.values())
-            or not all(map(names.compiles, value))
-        ):
-            raise DataError(f"{path}: {option} must map regular expressions to numbers above 0, not {value!r}")
+        if not isinstance(value, dict) or not all(names.positive(v) for v in value.values()) or not patterns.are_bounded(value):
+            raise DataError(
+                f"{path}: {option} must map regular expressions to numbers above 0, and simple ones (no repeated groups), not "
+                f"{shown(value)}"
+            )
     for option in names.OF_MODULES:
         if not names.readable(option, config.get(option)):
-            raise DataError(f"{path}: {option} must be names or regular expressions, not {config.get(option)!r}")
+            raise DataError(
+                f"{path}: {option} must be names or regular expressions, simple ones (no repeated groups), not "
+                f"{shown(config.get(option))}"
+            )
     for option in ("r", "lora_alpha"):
         if not names.positive(config.get(option)):
-            raise DataError(f"{path}: {option} must be a number above 0, not {config.get(option)!r}")
+            raise DataError(f"{path}: {option} must be a number above 0, not {shown(config.get(option))}")
     return config

@@ -7,13 +7,14 @@ of a saved name is a target.
 
 from __future__ import annotations
 
-import math
 import re
+import sys
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from lingrad.errors import ExportError
+from lingrad.peft.patterns import is_bounded
 
 
 def targeted(name: str, entry: str) -> bool:
@@ -77,21 +78,12 @@ def readable(option: str, value: Any) -> bool:
     if not all(isinstance(entry, str) for entry in listed):
         return False
     is_list_of_names = isinstance(value, list) and option in ("target_modules", "exclude_modules")
-    return is_list_of_names or all(map(compiles, listed))
+    return is_list_of_names or (len(listed) <= 64 and all(map(is_bounded, listed)))
 
 
 def positive(value: Any) -> bool:
     """Whether a rank or an alpha is a number above 0."""
-    return type(value) in (int, float) and 0 < value < math.inf
-
-
-def compiles(pattern: str) -> bool:
-    """Whether a text is a regular expression."""
-    try:
-        re.compile(pattern)
-    except re.error:
-        return False
-    return True
+    return type(value) in (int, float) and 0 < value <= sys.float_info.max
 
 
 def _matches(name: str, entries: Any) -> bool:
@@ -189,20 +181,6 @@ def rank_pattern(ranks: dict[str, int]) -> tuple[int, dict[str, int]]:
     special = {name for name, rank in ranks.items() if rank != default}
     special |= {name for name in ranks if special.intersection(_ends(name))}
     return default, {name: ranks[name] for name in sorted(special, key=lambda name: (-len(name), name))}
-
-
-def pattern_values(patterns: Mapping[str, Any], default: Any) -> Callable[[str], Any]:
-    """What ``rank_pattern`` or ``alpha_pattern`` says.
-
-    Args:
-        patterns: Regular expressions of the ends of names -> rank or alpha; the first that matches holds.
-        default: What holds where none matches.
-
-    Returns:
-        A function of a module's or parameter's name.
-    """
-    compiled = [(re.compile(rf"(.*\.)?({pattern})$"), value) for pattern, value in patterns.items()]
-    return lambda name: next((value for pattern, value in compiled if pattern.match(name)), default)
 
 
 def _entries(chosen: Collection[str], every: Collection[str]) -> list[str] | None:

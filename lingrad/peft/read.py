@@ -16,10 +16,12 @@ from torch import Tensor, nn
 from lingrad.errors import CheckpointError, DataError, ShapeError
 from lingrad.files.tensorfile import TensorFile
 from lingrad.maps.factors import Factors
-from lingrad.peft import names
+from lingrad.peft import names, patterns
 from lingrad.peft.config import read_config
 from lingrad.peft.slots import PREFIX, LoraFactor, Slot, aliases, slots
 from lingrad.peft.write import FROZEN, WEIGHTS
+
+_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True)
@@ -152,12 +154,24 @@ def read_adapter(folder: str | Path, model: nn.Module) -> Adapter:
             raise CheckpointError(
                 f"'{name}' is {tuple(full[name].shape)} in the adapter, {tuple(own[name].shape)} in the model"
             )
-    _require_ties(model, full, bool(config.get("ensure_weight_tying")))
     tensors = full | {name: pair.a for name, pair in low_rank.items()} | {f"{n} (B)": p.b for n, p in low_rank.items()}
     for name, tensor in tensors.items():
-        if not bool(torch.isfinite(tensor).all()):
+        if not bool(_finite(tensor)):
             raise DataError(f"'{name}' in '{folder}' has values that are not finite")
+    for name, pair in low_rank.items():
+        for side in (pair.a, pair.b):
+            if side.dtype not in _DTYPES:
+                raise DataError(f"the factors of '{name}' in '{folder}' are {side.dtype}; save them in float32 or bfloat16")
+            if not bool(_finite(side * pair.scaling)):
+                raise DataError(f"the factors of '{name}' in '{folder}' are not finite with their scaling of {pair.scaling:g}")
+    _require_ties(model, full, bool(config.get("ensure_weight_tying")))
     return Adapter(low_rank, full, config)
+
+
+def _finite(tensor: Tensor) -> Tensor:
+    """Whether all elements are finite."""
+    narrow = tensor.is_floating_point() and tensor.dtype.itemsize == 1  # torch has no isfinite for them
+    return torch.isfinite(tensor.float() if narrow else tensor).all()
 
 
 def _require_ties(model: nn.Module, full: Mapping[str, Tensor], ties: bool) -> None:
@@ -219,7 +233,7 @@ def _find_slots(model: nn.Module, config: Mapping[str, Any], keys: set[str]) -> 
 def _scalings(config: Mapping[str, Any]) -> Callable[[Slot, Tensor, Tensor], float]:
     """What PEFT multiplies B A by; the two must be of the rank in the config."""
     ranks, alphas = (
-        names.pattern_values(config.get(f"{kind}_pattern") or {}, config[option])
+        patterns.values(config.get(f"{kind}_pattern") or {}, config[option])
         for kind, option in (("rank", "r"), ("alpha", "lora_alpha"))
     )
 
@@ -238,7 +252,7 @@ def _scalings(config: Mapping[str, Any]) -> Callable[[Slot, Tensor, Tensor], flo
 def _frozen(file: TensorFile) -> dict[str, LoraFactor]:
     try:
         found = json.loads(file.metadata.get(FROZEN, "{}"))
-    except ValueError:
+    except (ValueError, RecursionError):
         found = None
     if not isinstance(found, dict) or not all(side in ("A", "B") for side in found.values()):
         raise DataError(f"{file.path}: the metadata '{FROZEN}' must map parameters to A or B")

@@ -7,13 +7,14 @@ merges through one basis add up in its coordinates.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from lingrad.errors import CheckpointError
+from lingrad.errors import CheckpointError, shown
 from lingrad.maps.factors import Factors, stack
 from lingrad.subspaces import trees
 from lingrad.transforms.base import Transform
@@ -164,21 +165,34 @@ class Ledger:
         if flat is None:
             return found
         found.decay = trees.checked(1.0, flat, "decay", f"the ledger of {name}")
+        if not math.isfinite(found.decay):
+            raise CheckpointError(f"the decay of {name} is {found.decay} in the checkpoint; give an earlier one")
         if "open" in flat:
             found._open = trees.copied(trees.checked(coords, flat, "open", f"the ledger of {name}"), coords.device)
-        for i in range(trees.checked(0, flat, "parts", f"the ledger of {name}")):
+        parts = trees.checked(0, flat, "parts", f"the ledger of {name}")
+        if parts < 0:
+            raise CheckpointError(f"the ledger of {name} has {shown(parts)} merges in the checkpoint; give an earlier one")
+        for i in range(parts):
             found._parts.append(_part(transform, flat, i, template, coords, f"merge {i} of {name}"))
         return found
 
 
 def _part(transform: Transform, flat: Mapping[str, Any], i: int, template: Any, coords: Tensor, owner: str) -> Part:
     decay = trees.checked(1.0, flat, f"{i}.decay", owner)
+    if not math.isfinite(decay) or decay == 0.0:
+        raise CheckpointError(f"the decay of {owner} is {decay} in the checkpoint; give an earlier one")
     if transform.reads == "nothing":
         state = trees.restore(trees.moved(template, CPU), flat, f"{i}.state", owner)
         return Part(decay, trees.copied(trees.checked(coords, flat, f"{i}.coords", owner), CPU), state)
     left, right = (flat.get(f"{i}.{side}") for side in ("left", "right"))
     if not (isinstance(left, Tensor) and isinstance(right, Tensor) and left.dim() == right.dim() == 2):
         raise CheckpointError(f"the checkpoint has no factors of {owner}")
+    for side, value in (("left", left), ("right", right)):
+        trees.require_values(value, f"'{i}.{side}' of {owner}")
+    if left.shape[1] != right.shape[0] or not (left.is_floating_point() and left.dtype == right.dtype):
+        raise CheckpointError(
+            f"the factors of {owner} are {tuple(left.shape)} {left.dtype} and {tuple(right.shape)} {right.dtype}"
+        )
     return Part(decay, factors=Factors(trees.copied(left, CPU), trees.copied(right, CPU)))
 
 

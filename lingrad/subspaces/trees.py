@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lingrad.errors import CheckpointError
+from lingrad.errors import CheckpointError, shown
 
 
 def flatten(value: Any, key: str = "") -> dict[str, Any]:
@@ -48,7 +48,12 @@ def restore(like: Any, flat: Mapping[str, Any], key: str, owner: str) -> Any:
     if like is None:
         return None
     if hasattr(like, "_asdict"):
-        return type(like)(*(restore(item, flat, f"{key}.{field}", owner) for field, item in like._asdict().items()))
+        found = type(like)(*(restore(item, flat, f"{key}.{field}", owner) for field, item in like._asdict().items()))
+        for field in getattr(like, "fixed", ()):
+            was, now = getattr(found, field), getattr(like, field)
+            if was != now:
+                raise CheckpointError(f"'{key}.{field}' of {owner} is {shown(was)} in the checkpoint, and {now} in this run")
+        return found
     if isinstance(like, Mapping):
         return {name: restore(item, flat, f"{key}.{name}", owner) for name, item in like.items()}
     found = checked(like, flat, key, owner)

@@ -29,6 +29,11 @@ class Drawn(NamedTuple):
     q: int | None
     like: Tensor  # empty, with the device and dtype of the bases
 
+    @property
+    def fixed(self) -> tuple[str, ...]:
+        """The fields that a checkpoint must agree on: they are sizes of memory."""
+        return ("m", "n", "p", "q")
+
 
 @register("random")
 @final

@@ -51,7 +51,9 @@ def test_exact(tmp_path, what, mode, build):
     report = convert.convert_run(folder, tmp_path / "out", start=base)
     low = {row.name: row for row in report.rows if row.kind == "low_rank"}
     changes = optimizer.changes()
-    assert low.keys() == changes.keys()
+    whole = changes.keys() - low.keys()  # of full rank in this small model, so that factors would be larger
+    assert low.keys() | whole == changes.keys()
+    assert all(min(changes[name].layout.shape) <= rank for name in whole)
     for name, row in low.items():
         assert 1 <= row.rank <= rank
         assert row.decay == changes[name].decay

@@ -107,6 +107,25 @@ def test_a_damaged_state_is_refused_and_the_run_is_as_it_was(good, damage):
     train(model, optimizer, text_batches(1))
 
 
+def laughs():
+    """60 lists, each twice in the next: 2^60 words."""
+    found = ["ha"]
+    for _ in range(60):
+        found = [found, found]
+    return found
+
+
+@pytest.mark.parametrize("key", ["format", "mode", "base", "lr", "betas", "seed", "name", "param_names", "specs", "params"])
+@pytest.mark.parametrize("value", [laughs(), ["a" * 10**6] * 4, 10**5000], ids=["laughs", "long", "digits"])
+def test_a_value_that_is_endless_is_refused_in_a_few_words(good, key, value):
+    state = copy.deepcopy(good)
+    state["param_groups"] = [{**group, key: value} for group in state["param_groups"]]
+    _, optimizer = build(steps=1)
+    with pytest.raises(CheckpointError) as caught:
+        optimizer.load_state_dict(state)
+    assert len(str(caught.value)) < 2000
+
+
 def test_a_complete_state_that_is_damaged_at_its_end_changes_nothing():
     _, first = build("adapt", steps=4, self_contained=True)
     state = copy.deepcopy(first.state_dict())

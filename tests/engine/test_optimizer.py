@@ -325,3 +325,18 @@ class TestStructure:
             ids = text_batches(1)[0][0]
             with torch.no_grad():
                 assert torch.equal(copy.deepcopy(model)(ids).logits, model(ids).logits)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"lr": float("inf")}, "lr must be a number, 0 or more, not inf"),
+        ({"lr": float("nan")}, "lr must be a number, 0 or more, not nan"),
+        ({"lr": 10**400}, "lr must be a number, 0 or more, not a whole number of about 400 digits"),
+        ({"lr": 1e-2, "capturable": True}, "base 'adamw' cannot be used"),
+    ],
+)
+@pytest.mark.parametrize("make", [lingrad.wrap, lingrad.adapt])
+def test_options_that_no_step_can_be_made_with(make, options, message):
+    with pytest.raises(SpecError, match=message):
+        make(nn.Linear(4, 4), "svd(rank=1)", **options)

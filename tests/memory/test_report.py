@@ -82,6 +82,11 @@ def test_other_sizes_are_refused(text):
         parse_bytes(text)
 
 
+def test_a_size_without_end_is_refused():
+    with pytest.raises(SpecError, match="is more than any device has"):
+        parse_bytes("9" * 400 + "GiB")
+
+
 def test_sizes_are_written():
     assert [readable(n) for n in (0, 1023, 1024, 3 * 2**30, 5 * 2**41)] == [
         "0 B",

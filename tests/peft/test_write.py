@@ -10,7 +10,7 @@ from torch import nn
 
 from lingrad.errors import CheckpointError, DataError, ExportError
 from lingrad.maps.factors import Factors
-from lingrad.peft import names, read_adapter, write_adapter
+from lingrad.peft import names, patterns, read_adapter, write_adapter
 from lingrad.peft.slots import slots, why_not
 from lingrad.weights.layout import layout_of
 from tests.support.models import llama
@@ -68,7 +68,7 @@ class TestNames:
         default, special = names.rank_pattern(ranks)
         for name, rank in ranks.items():
             assert special.get(get_pattern_key(special.keys(), name), default) == rank
-            assert names.pattern_values(special, default)(name) == rank
+            assert patterns.values(special, default)(name) == rank
         assert default in ranks.values()
         if len(set(ranks.values())) == 1:
             assert special == {}

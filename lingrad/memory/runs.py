@@ -248,7 +248,8 @@ class OwnLoss:
 
     def __init__(self, batch: int, length: int, remedy: str = "give a function that computes its loss: loss=...") -> None:
         self.batch, self.length, self.remedy = batch, length, remedy
-        self._inputs: dict[str, Any] = {}
+        self._device = torch.device("meta")
+        self._inputs: dict[str, Any] = {}  # argument -> True, or the shape, the dtype and the bound of a tensor of whole numbers
 
     def prepare(self, model: nn.Module) -> None:
         """Find the inputs before anything is counted, since a model may be run to find them.
@@ -260,13 +261,23 @@ class OwnLoss:
             MemoryModelError: None are known.
         """
         try:
-            self._inputs = make_inputs(model, rows=self.batch, length=self.length, loss=True)
+            found = make_inputs(model, rows=self.batch, length=self.length, loss=True)
         except DataError as error:
             raise MemoryModelError(f"{error}; {self.remedy}") from error
+        self._device = next(model.parameters()).device
+        self._inputs = {name: _described(value) if isinstance(value, Tensor) else value for name, value in found.items()}
 
     def __call__(self, model: nn.Module) -> Tensor:
-        """The loss of a step; its inputs are tensors of their own, as those of a data loader are."""
-        copies = {name: value.clone() if isinstance(value, Tensor) else value for name, value in self._inputs.items()}
-        if "labels" in copies and self._inputs["labels"] is self._inputs.get("input_ids"):
-            copies["labels"] = copies["input_ids"]
-        return loss_of(model(**copies))
+        """The loss of a step; its inputs are made in it, as by a data loader, and labels that are the token ids are the same."""
+        made: dict[Any, Tensor] = {}
+        for described in self._inputs.values():
+            if described is not True and described not in made:
+                shape, dtype, bound = described
+                options: Any = {"dtype": dtype, "device": self._device}
+                made[described] = torch.randint(bound, shape, **options) if bound else torch.randn(shape, **options)
+        return loss_of(model(**{name: made.get(described, True) for name, described in self._inputs.items()}))
+
+
+def _described(value: Tensor) -> tuple[tuple[int, ...], torch.dtype, int]:
+    whole = not value.is_floating_point()
+    return tuple(value.shape), value.dtype, (2 if value.is_meta else int(value.max()) + 1) if whole else 0

@@ -118,7 +118,8 @@ def test_a_base_without_a_row_is_counted_by_a_step():
 
 @pytest.mark.parametrize("name", registry.transform_names())
 def test_every_transform_says_what_it_stores(name):
-    spec = {"kron": "kron(left=svd(rank=4), right=pca(rank=3))", "full": "full()"}.get(name, f"{name}(rank=4)")
+    nested = {"kron": "kron(left=svd(rank=4), right=pca(rank=3))", "experts": "experts(each=pca(rank=4), count=2)"}
+    spec = {**nested, "full": "full()"}.get(name, f"{name}(rank=4)")
     model = nn.Linear(24, 16, bias=False)
     optimizer = lingrad.wrap(model, {"*": spec}, "sgd", lr=0.1)
     for _ in range(2):

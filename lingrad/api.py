@@ -59,7 +59,8 @@ def wrap(
             low-rank change of its initial weights; see ``opt.changes()``.
         self_contained: In adapter mode, store coordinates and the weights they belong to in ``opt.state_dict()``, and make
             ``model.state_dict()`` that of the plain model, W + S z: checkpoints of programs without support for adapters are
-            then complete models and resume bit for bit. Load the model first, then the optimizer.
+            then complete models and resume bit for bit. Load the model first, then the optimizer. False stores W and the
+            coordinates in ``model.state_dict()``, which a plain model cannot load.
         **base_kwargs: Options of the base, such as ``lr``, ``betas``, ``momentum``. Any base also takes ``moments="8bit"``,
             which stores its moments in 8 bits between steps.
 

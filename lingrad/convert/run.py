@@ -49,7 +49,7 @@ def convert_run(
 
     Args:
         run: The checkpoint's folder: the model as ``save_pretrained`` writes it, and ``optimizer.pt``, written by
-            ``torch.save(opt.state_dict())``. In adapter mode the run needs ``self_contained=True``.
+            ``torch.save(opt.state_dict())``. In adapter mode not of a run with ``self_contained=False``.
         out: The adapter's folder; must not exist.
         start: The folder of the model that the run started from, to measure what the adapter leaves of the change.
         rank: At most this many columns for each weight.
@@ -136,7 +136,7 @@ class _Run:
             if saved.of_run("mode") == "adapter" and not saved.has_coords(param):
                 raise CheckpointError(
                     f"'{param}' has coordinates that are not in {FILE}; save the run in optimizer mode, after "
-                    "opt.switch('optimizer'), or make it with self_contained=True"
+                    "opt.switch('optimizer'), or make it without self_contained=False"
                 )
         try:
             plan = resolve_model(model, specs)

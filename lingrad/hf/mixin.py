@@ -235,8 +235,8 @@ def _check_plain(optimizer: SubspaceOptimizer | None) -> None:
     """Make sure that a trainer saves the plain model, W + S z, and not W without the coordinates."""
     if optimizer is not None and optimizer.mode == "adapter" and not optimizer.settings.self_contained:
         raise ModeError(
-            "this optimizer is in adapter mode and was made without self_contained=True: the models and checkpoints that the "
-            "trainer saves would lack its coordinates; make it with self_contained=True"
+            "this optimizer is in adapter mode and was made with self_contained=False: the models and checkpoints that the "
+            "trainer saves would lack its coordinates; leave that option out"
         )
 
 

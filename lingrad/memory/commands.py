@@ -159,19 +159,27 @@ def simulate(question: Question, method: Method | None = None) -> MemoryReport:
 
     Returns:
         The report.
+
+    Raises:
+        MemoryModelError: It cannot be simulated; the message names the closed form.
     """
-    return runs.simulate(
-        lambda: open_model(question.model),
-        question.method if method is None else method,
-        batch=question.batch,
-        length=question.length,
-        loss=runs.OwnLoss(question.batch, question.length, INSTEAD),
-        dtype=DTYPES[question.dtype],
-        checkpointing=question.checkpointing,
-        layerwise=question.layerwise,
-        capacity=None if question.capacity is None else parse_bytes(question.capacity),
-        expandable=question.expandable,
-    )
+    try:
+        return runs.simulate(
+            lambda: open_model(question.model),
+            question.method if method is None else method,
+            batch=question.batch,
+            length=question.length,
+            loss=runs.OwnLoss(question.batch, question.length, INSTEAD),
+            dtype=DTYPES[question.dtype],
+            checkpointing=question.checkpointing,
+            layerwise=question.layerwise,
+            capacity=None if question.capacity is None else parse_bytes(question.capacity),
+            expandable=question.expandable,
+        )
+    except MemoryModelError as error:
+        if INSTEAD in str(error):
+            raise
+        raise MemoryModelError(f"{error}; {INSTEAD}") from error
 
 
 def estimate(question: Question) -> Estimate:

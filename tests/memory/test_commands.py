@@ -266,8 +266,10 @@ def test_models_that_read_no_tokens(lingrad, tmp_path, kind, cls):
     assert out.startswith("simulated on cuda: ")
 
 
-def test_where_no_inputs_are_known_the_closed_form_is_named(lingrad, tmp_path):
-    path = written(tmp_path, "siglip2", "Siglip2ForImageClassification")
+@pytest.mark.parametrize(("kind", "cls"), [("siglip2", "Siglip2ForImageClassification"), ("wav2vec2", "Wav2Vec2ForCTC")])
+def test_what_cannot_be_simulated_names_the_closed_form(lingrad, tmp_path, kind, cls):
+    """No inputs are known for the one; the other masks by the values of a tensor."""
+    path = written(tmp_path, kind, cls)
     status, _, errors = lingrad("memory", "simulate", "--model", path, "--rules", "svd(rank=16, clip=true)")
     assert status == 2
     assert "lingrad memory estimate gives the memory between steps in closed form and runs nothing" in errors

@@ -251,7 +251,7 @@ class OwnLoss:
         self._device = torch.device("meta")
         self._inputs: dict[
             str, Any
-        ] = {}  # argument -> True, or the shape, the dtype and the bound of a tensor of whole numbers
+        ] = {}  # argument -> True, or the shape, dtype and bound of a tensor
 
     def prepare(self, model: nn.Module) -> None:
         """Find the inputs before anything is counted, since a model may be run to find them.
@@ -270,7 +270,7 @@ class OwnLoss:
         self._inputs = {name: _described(value) if isinstance(value, Tensor) else value for name, value in found.items()}
 
     def __call__(self, model: nn.Module) -> Tensor:
-        """The loss of a step; its inputs are made in it, as by a data loader, and labels that are the token ids are the same."""
+        """The loss of a step; its inputs are made in it, as by a data loader, those that are alike once."""
         made: dict[Any, Tensor] = {}
         for described in self._inputs.values():
             if described is not True and described not in made:

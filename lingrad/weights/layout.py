@@ -57,7 +57,7 @@ def layout_of(weight: Tensor, module: nn.Module | None, name: str, *, stacked: b
         weight: A parameter with at least two dimensions.
         module: The module that owns it, if known.
         name: The parameter's name.
-        stacked: Whether it is known to be a stack of matrices, whatever its module.
+        stacked: Whether a weight with three dimensions, not of a convolution, is known to be a stack of matrices.
 
     Returns:
         The layout.
@@ -77,7 +77,7 @@ def layout_of(weight: Tensor, module: nn.Module | None, name: str, *, stacked: b
     if is_conv1d(module):
         return Layout(f"{whole} -> a1 a0", f"a1 a0 -> {whole}", tuple(weight.shape), (weight.shape[1], weight.shape[0]))
     cuts = [1] if isinstance(module, nn.modules.conv._ConvNd) else range(1, weight.dim())
-    if stacked or fused_experts(weight, module, name):
+    if (stacked and weight.dim() == 3 and len(cuts) > 1) or fused_experts(weight, module, name):
         cuts = [weight.dim() - 1]
     shapes = {cut: (prod(weight.shape[:cut]), prod(weight.shape[cut:])) for cut in cuts}
     cut = max(shapes, key=lambda cut: min(shapes[cut]))

@@ -249,9 +249,7 @@ class OwnLoss:
     def __init__(self, batch: int, length: int, remedy: str = "give a function that computes its loss: loss=...") -> None:
         self.batch, self.length, self.remedy = batch, length, remedy
         self._device = torch.device("meta")
-        self._inputs: dict[
-            str, Any
-        ] = {}  # argument -> True, or the shape, dtype and bound of a tensor
+        self._inputs: dict[str, Any] = {}  # argument -> True, or the shape, dtype and bound of a tensor
 
     def prepare(self, model: nn.Module) -> None:
         """Find the inputs before anything is counted, since a model may be run to find them.

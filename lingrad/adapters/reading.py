@@ -99,7 +99,8 @@ class EffectiveWeight(Tensor):
     @torch.no_grad()
     def form(self) -> Tensor:
         """The numbers, in a plain tensor that is not to be written into."""
-        return self.subspace.effective() if self.part is None else self.part
+        sub = self.subspace
+        return sub.add_to(sub.weight.dense(), sub.coords.detach()) if self.part is None else self.part
 
     @torch.no_grad()
     def merge(self) -> None:

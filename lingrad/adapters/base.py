@@ -111,9 +111,9 @@ class Attachment(ABC):
         if f"{prefix}{attribute}" in state:
             state[f"{prefix}{key}"] = state.pop(f"{prefix}{attribute}")
             weight, ledger = self.sub.weight.param, self.sub.ledger
-            weight.data = weight.detach().clone()  # an optimizer's state that is loaded after this may have the memory
+            weight.data = weight.detach().clone()  # and z: an optimizer's state that is loaded after this may have the memory
             ledger.replaced = ledger.replaced or ledger.merged or bool(self.sub.coords.any())
-            self.sub.coords.data.zero_()
+            self.sub.coords.data = torch.zeros_like(self.sub.coords)
 
     @abstractmethod
     def _connect(self, mode: Mode) -> None: ...

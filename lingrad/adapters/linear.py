@@ -136,7 +136,7 @@ class LinearAttachment(LayerAttachment):
             weight.requires_grad_(trains)
         else:
             weight.requires_grad_(False)
-            make_readable(self.module, self.attribute, self._read)
+            make_readable(self.module, self.attribute, self._read, self._replaced)
 
     @override
     def _disconnect(self) -> None:
@@ -160,6 +160,11 @@ class LinearAttachment(LayerAttachment):
     def _read(self) -> Tensor:
         """The weight, for whoever reads it in adapter mode."""
         return self._frozen() if self._runs else read(self.sub, averages=False)
+
+    def _replaced(self) -> None:
+        """Take another parameter for the whole weight: whoever puts it there has read the sum."""
+        self.sub.ledger.replaced = self.sub.ledger.replaced or self.sub.ledger.merged or bool(self.sub.coords.any())
+        self.sub.coords.data = torch.zeros_like(self.sub.coords)
 
     @override
     def _previous(self, *args: Any, **kwargs: Any) -> Tensor:

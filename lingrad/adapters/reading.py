@@ -53,10 +53,12 @@ class EffectiveWeight(Tensor):
     Attributes:
         subspace: The subspace.
         part: The numbers of a view of it (a transpose, a row); None where it is the whole weight.
+        weight: W, as long as it is the layer's parameter; None of a view.
     """
 
     subspace: Subspace
     part: Tensor | None
+    weight: Tensor | None
     _is_param = True  # for isinstance: to its readers it is the layer's nn.Parameter
 
     @staticmethod
@@ -69,6 +71,7 @@ class EffectiveWeight(Tensor):
         )
         torch._C._set_throw_on_mutable_data_ptr(made)
         made.subspace, made.part = sub, part
+        made.weight = like.detach() if part is None else None
         return made
 
     __torch_function__: Any = torch._C._disabled_torch_function_impl
@@ -99,8 +102,10 @@ class EffectiveWeight(Tensor):
     @torch.no_grad()
     def form(self) -> Tensor:
         """The numbers, in a plain tensor that is not to be written into."""
-        sub = self.subspace
-        return sub.add_to(sub.weight.dense(), sub.coords.detach()) if self.part is None else self.part
+        if self.weight is None:
+            assert self.part is not None  # noqa: S101 - one of them is there
+            return self.part
+        return self.subspace.add_to(self.weight, self.subspace.coords.detach())
 
     @torch.no_grad()
     def merge(self) -> None:
@@ -201,15 +206,16 @@ def read(sub: Subspace, *, averages: bool) -> Tensor:
     return EffectiveWeight(sub)
 
 
-def make_readable(module: nn.Module, attribute: str, give: Callable[[], Tensor]) -> None:
+def make_readable(module: nn.Module, attribute: str, give: Callable[[], Tensor], replaced: Callable[[], None]) -> None:
     """Have an attribute of one module, a parameter, give something else to whoever reads it.
 
     Args:
         module: The module, whose class becomes one of the same name that derives from it.
         attribute: The parameter's name. The parameter stays what it is for ``named_parameters`` and the like.
         give: What is called instead.
+        replaced: What is called where another parameter is put in its place.
     """
-    vars(module)[_READ.format(attribute)] = give
+    vars(module)[_READ.format(attribute)] = give, replaced
     module.__class__ = _readable(type(module), attribute)
 
 
@@ -218,14 +224,21 @@ def _readable(cls: type, attribute: str) -> type:
     if (cls, attribute) not in _CLASSES:
 
         def value(self: nn.Module) -> Any:
-            give = vars(self).get(_READ.format(attribute))
-            return self.__getattr__(attribute) if give is None else give()
+            found = vars(self).get(_READ.format(attribute))
+            return self.__getattr__(attribute) if found is None or attribute not in self._parameters else found[0]()
+
+        def put(self: nn.Module, name: str, value: Any) -> None:
+            other = name == attribute and self._parameters.get(name) is not value
+            cls.__setattr__(self, name, value)  # type: ignore[call-arg]
+            if other and (found := vars(self).get(_READ.format(attribute))) is not None:
+                found[1]()
 
         def reduce(self: nn.Module, protocol: Any) -> Any:  # pickle finds classes by their name
             return _empty, (cls, attribute), vars(self)
 
         names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
-        _CLASSES[cls, attribute] = type(cls.__name__, (cls,), {**names, attribute: property(value), "__reduce_ex__": reduce})
+        own = {attribute: property(value), "__setattr__": put, "__reduce_ex__": reduce}
+        _CLASSES[cls, attribute] = type(cls.__name__, (cls,), names | own)
     return _CLASSES[cls, attribute]
 
 

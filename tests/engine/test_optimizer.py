@@ -333,7 +333,7 @@ class TestStructure:
         ({"lr": float("inf")}, "lr must be a number, 0 or more, not inf"),
         ({"lr": float("nan")}, "lr must be a number, 0 or more, not nan"),
         ({"lr": 10**400}, "lr must be a number, 0 or more, not a whole number of about 400 digits"),
-        ({"lr": 1e-2, "capturable": True}, "base 'adamw' cannot be used"),
+        ({"lr": 1e-2, "capturable": True}, "capturable=True is for parameters on a GPU, and weight is on the CPU"),
     ],
 )
 @pytest.mark.parametrize("make", [lingrad.wrap, lingrad.adapt])

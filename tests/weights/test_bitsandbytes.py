@@ -148,7 +148,7 @@ def test_a_run_is_that_of_an_unquantised_twin_whose_merges_are_quantised_by_hand
 
     def follow():
         for attachment in other.attachments:
-            sub, weight = attachment.sub, attachment.sub.weight.param.data
+            sub, weight = attachment.sub, attachment.sub.weight.param.detach()  # W itself, without a merge
             merged = weight - before[sub.name]
             if sub.basis.refreshes != seen[sub.name] and merged.norm() > 1e-5:
                 count, lost_squares, changed_squares = sums[sub.name]
@@ -161,7 +161,7 @@ def test_a_run_is_that_of_an_unquantised_twin_whose_merges_are_quantised_by_hand
                     )
                     kept = remainder if left is None else left @ remainder
                     kept = kept if right is None else kept @ right.t()
-                    sub.coords.data.add_(kept)
+                    sub.coords.detach().add_(kept)
                     remainder = remainder - sub.map().lift(kept)
                     assert remainder.norm() < 0.999 * first  # in every case
                 lost, changed = float(remainder.norm()), float(merged.norm())
@@ -174,7 +174,7 @@ def test_a_run_is_that_of_an_unquantised_twin_whose_merges_are_quantised_by_hand
 
     note()
     for x, y in batches(10):
-        before = {a.sub.name: a.sub.weight.param.data * (1 - 0.1 * 1e-2) for a in other.attachments}
+        before = {a.sub.name: a.sub.weight.param.detach() * (1 - 0.1 * 1e-2) for a in other.attachments}
         go(model, optimizer, [(x, y)])
         go(plain, other, [(x, y)], follow)
     assert all(count == (4 if spec.startswith("power") else 3) for count, *_ in sums.values())

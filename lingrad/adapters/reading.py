@@ -229,7 +229,7 @@ def _readable(cls: type, attribute: str) -> type:
 
         def put(self: nn.Module, name: str, value: Any) -> None:
             other = name == attribute and self._parameters.get(name) is not value
-            cls.__setattr__(self, name, value)  # type: ignore[call-arg]
+            nn.Module.__setattr__(self, name, value)
             if other and (found := vars(self).get(_READ.format(attribute))) is not None:
                 found[1]()
 

@@ -55,7 +55,8 @@ class MethodRun:
         """Bytes that the optimizers keep between steps: moments, bases, coordinates that are held."""
         found: list[Tensor] = []
         for optimizer in self.training.optimizers:
-            held: list[Any] = [value for state in optimizer.state.values() for value in state.values()]
+            entries = [item for state in optimizer.state.values() for item in state.items()]
+            held: list[Any] = [value for key, value in entries if ".stored." not in str(key)]  # not the weights of a checkpoint
             held += [getattr(value, "ortho_matrix", None) for value in held]  # projectors of others
             held += getattr(optimizer, "tensors", list)()  # of one that keeps them elsewhere
             held += [tensor for sub in getattr(optimizer, "subspaces", ()) for tensor in (*sub.basis.tensors(), sub.coords)]

@@ -198,7 +198,7 @@ def gradient_bytes(model: nn.Module, optimizer: Optimizer) -> int:
 
 def state_bytes(optimizer: Optimizer) -> int:
     """Bytes that the optimizer stores between steps: moments, step counters and bases."""
+    if isinstance(optimizer, SubspaceOptimizer):  # whose ``state`` may have the weights too
+        return nbytes(*distinct(tensor for tensor, kind in optimizer.held() if kind in ("moments", "basis")))
     stored: list[Any] = [value for state in optimizer.state.values() for value in state.values()]
-    if isinstance(optimizer, SubspaceOptimizer):
-        stored += [tensor for tensor, kind in optimizer.held() if kind == "basis"]
     return nbytes(*distinct(t for t in stored if isinstance(t, Tensor)))

@@ -72,8 +72,8 @@ def attempt(model, optimizer, i):
 
 def living():
     gc.collect()
-    tensors = [one for one in gc.get_objects() if isinstance(one, torch.Tensor)]
-    return len(tensors), sum(one.untyped_storage().nbytes() for one in tensors if type(one) in (torch.Tensor, nn.Parameter))
+    tensors = [one for one in gc.get_objects() if type(one) in (torch.Tensor, nn.Parameter) and one.layout == torch.strided]
+    return len(tensors), sum(one.untyped_storage().nbytes() for one in tensors)
 
 
 def peak_mib():

@@ -16,7 +16,7 @@ from typing_extensions import override
 from lingrad.config.settings import Mode
 from lingrad.errors import ModeError
 from lingrad.subspaces.subspace import Subspace
-from lingrad.subspaces.watched import settle, unwatch, watch
+from lingrad.subspaces.watched import unwatch, was_written, watch
 from lingrad.tensors import wide
 
 CHILD = "lingrad"  # the name under which a layer holds its coordinates
@@ -110,10 +110,9 @@ class Attachment(ABC):
         """Take the weight of a plain model."""
         if f"{prefix}{attribute}" in state:
             state[f"{prefix}{key}"] = state.pop(f"{prefix}{attribute}")
-            weight, ledger = self.sub.weight.param, self.sub.ledger
-            weight.data = weight.detach().clone()  # and z: an optimizer's state that is loaded after this may have the memory
-            ledger.replaced = ledger.replaced or ledger.merged or bool(self.sub.coords.any())
-            self.sub.coords.data = torch.zeros_like(self.sub.coords)
+            weight = self.sub.weight.param
+            weight.data = weight.detach().clone()  # an optimizer's state that is loaded after this may have the memory
+            self.sub.restart()
 
     @abstractmethod
     def _connect(self, mode: Mode) -> None: ...
@@ -171,7 +170,7 @@ class Coords(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        settle(self.sub.weight.param)
+        was_written(self.sub.weight.param)  # the coordinates that are loaded now belong to it
         if self.active:
             in_place = {**local_metadata, "assign_to_params_buffers": False}  # other coordinates would not be the run's
             super()._load_from_state_dict(state_dict, prefix, in_place, strict, missing_keys, unexpected_keys, error_msgs)

@@ -1,8 +1,8 @@
 """Linear layers: the forward is replaced, on the instance, so that the weight gradient is computed in the small space.
 
-In optimizer mode the plain forward runs as it is, with its weight frozen, so that its output is the plain layer's to the bit,
-and is then tied to the coordinates. In adapter mode the layer acts as W + S z; where another program had replaced its forward,
-or its weight is quantised, S z is added to what that forward gives. See `lingrad.adapters.projected` for the functions.
+In optimizer mode the plain forward runs as it is, its weight apart from autograd, so that its output is the plain layer's to
+the bit, and is then tied to the coordinates. In adapter mode the layer acts as W + S z; where another program had replaced its
+forward, or its weight is quantised, S z is added to what that forward gives. The functions are in `lingrad.adapters.projected`.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from lingrad.adapters.reading import make_plain, make_readable, read
 from lingrad.config.settings import Mode
 from lingrad.errors import ModeError
 from lingrad.subspaces.subspace import Subspace, call
+from lingrad.subspaces.watched import watch
 from lingrad.weights.packed import PackedWeight
 
 
@@ -163,8 +164,8 @@ class LinearAttachment(LayerAttachment):
 
     def _replaced(self) -> None:
         """Take another parameter for the whole weight: whoever puts it there has read the sum."""
-        self.sub.ledger.replaced = self.sub.ledger.replaced or self.sub.ledger.merged or bool(self.sub.coords.any())
-        self.sub.coords.data = torch.zeros_like(self.sub.coords)
+        self.sub.restart()
+        watch(self.sub.weight.param, self.sub.open)
 
     @override
     def _previous(self, *args: Any, **kwargs: Any) -> Tensor:

@@ -27,51 +27,31 @@ _CLASSES: dict[tuple[type, str], type] = {}  # by the class and the attribute
 _SAME = (torch.ops.aten.detach.default, torch.ops.aten.alias.default)
 
 
-def project(sub: Subspace, grad: Tensor, *, averages: bool) -> Tensor:
-    """The gradient of the coordinates, in a backward that forms the weight's; what a refresh reads of it is recorded.
-
-    Args:
-        sub: The subspace.
-        grad: The gradient of the weight, in its shape.
-        averages: Whether it is averaged over ranks here.
-
-    Returns:
-        The gradient [p, q] in the coordinates' dtype.
-    """
-    matrix = DenseGradient(sub.weight.layout.matrix(dense(grad)))
-    projected = sub.map().project(matrix)
-    if sub.basis.due:  # autograd may use its buffer again; a sum writes into ours
-        sub.record(matrix, projected, lambda: DenseGradient(matrix.dense().clone()))
-    projected = projected.to(sub.coords.dtype)
-    return average(projected) if averages else projected
-
-
 @final
 class EffectiveWeight(Tensor):
     """W + S z without memory of its own: its numbers are formed where an operation asks for them.
 
     Attributes:
         subspace: The subspace.
-        part: The numbers of a view of it (a transpose, a row); None where it is the whole weight.
-        weight: W, as long as it is the layer's parameter; None of a view.
+        numbers: W; of a view of the sum (a transpose, a row) its numbers, formed.
+        whole: Whether it is the whole weight.
     """
 
     subspace: Subspace
-    part: Tensor | None
-    weight: Tensor | None
+    numbers: Tensor
+    whole: bool
     _is_param = True  # for isinstance: to its readers it is the layer's nn.Parameter
 
     @staticmethod
-    def __new__(cls: Any, sub: Subspace, part: Tensor | None = None) -> EffectiveWeight:
-        """Make the whole weight, or a view of it; arguments as the attributes."""
-        like = sub.weight.param if part is None else part
+    def __new__(cls: Any, sub: Subspace, view: Tensor | None = None) -> EffectiveWeight:
+        """Make the whole weight, or a view of it from its numbers."""
+        like = sub.weight.dense() if view is None else view
         # under autograd's Python key a tensor without memory; what asks for its address is told so by torch
         made: EffectiveWeight = Tensor._make_wrapper_subclass(
             cls, like.shape, strides=like.stride(), dtype=like.dtype, device=like.device
         )
         torch._C._set_throw_on_mutable_data_ptr(made)
-        made.subspace, made.part = sub, part
-        made.weight = like.detach() if part is None else None
+        made.subspace, made.numbers, made.whole = sub, like, view is None
         return made
 
     __torch_function__: Any = torch._C._disabled_torch_function_impl
@@ -83,13 +63,13 @@ class EffectiveWeight(Tensor):
     ) -> Any:
         kwargs = kwargs or {}
         if func in _SAME and isinstance(args[0], cls):
-            return cls(args[0].subspace, args[0].part)
+            return args[0].data
         written = {id(one): one for one in _written(func, args, kwargs) if isinstance(one, cls)}
         for one in written.values():
             one.merge()
 
         def plain(one: EffectiveWeight) -> Tensor:
-            return one.subspace.weight.dense() if id(one) in written else one.form()
+            return one.numbers if id(one) in written else one.form()
 
         found = func(*tree_map_only(cls, plain, args), **tree_map_only(cls, plain, kwargs))
         if len(written) == 1 and isinstance(found, Tensor):
@@ -102,10 +82,7 @@ class EffectiveWeight(Tensor):
     @torch.no_grad()
     def form(self) -> Tensor:
         """The numbers, in a plain tensor that is not to be written into."""
-        if self.weight is None:
-            assert self.part is not None  # noqa: S101 - one of them is there
-            return self.part
-        return self.subspace.add_to(self.weight, self.subspace.coords.detach())
+        return self.subspace.add_to(self.numbers, self.subspace.coords.detach()) if self.whole else self.numbers
 
     @torch.no_grad()
     def merge(self) -> None:
@@ -114,7 +91,7 @@ class EffectiveWeight(Tensor):
         Raises:
             ModeError: This is a view, of numbers that were formed for it.
         """
-        if self.part is not None:
+        if not self.whole:
             raise ModeError(
                 f"a part of {self.subspace.name} is written to, which in adapter mode is a sum, W + S z, formed for its "
                 "readers. Write to the whole weight (layer.weight.copy_(changed)), or use optimizer mode"
@@ -133,7 +110,7 @@ class EffectiveWeight(Tensor):
     @property
     def data(self) -> Tensor:
         """The same, apart from autograd."""
-        return EffectiveWeight(self.subspace, self.part)
+        return EffectiveWeight(self.subspace, None if self.whole else self.numbers)
 
     @data.setter
     def data(self, value: Tensor) -> None:
@@ -184,7 +161,10 @@ class _Read(torch.autograd.Function):
     @once
     @override
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return project(ctx.sub, grad, averages=ctx.averages), None, None, None
+        matrix = DenseGradient(ctx.sub.weight.layout.matrix(dense(grad)))
+        # autograd may use its buffer again; a sum writes into ours
+        projected = ctx.sub.project(matrix, lambda: DenseGradient(matrix.dense().clone()))
+        return average(projected) if ctx.averages else projected, None, None, None
 
 
 def read(sub: Subspace, *, averages: bool) -> Tensor:

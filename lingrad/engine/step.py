@@ -73,6 +73,8 @@ def step_one(run: Run, param: Tensor) -> None:
     """
     attachment = run.attachment_of(param)
     attachments = [] if attachment is None else [attachment]
+    for one in attachments:
+        one.sub.require_intact()
     _change(run, attachments)
     _advance(run, [run.stepper.single(run.groups, param)], attachments)
     param.grad = None

@@ -21,7 +21,7 @@ from lingrad.parallel import average
 from lingrad.subspaces.basis import Basis, products
 from lingrad.subspaces.ledger import Change, Ledger, total
 from lingrad.subspaces.pending import PendingGradient
-from lingrad.subspaces.watched import ReleasedCoords, SummedWeight, release
+from lingrad.subspaces.watched import ReleasedCoords, release, was_written
 from lingrad.tensors import dense, wide
 from lingrad.weights.base import Remainder, Weight
 
@@ -103,22 +103,31 @@ class Subspace:
                 "and their moments are for that shape. Call detach() before such a change (resize_token_embeddings and the "
                 "like), and lingrad.wrap or lingrad.adapt after it; to go on now, give the weight its shape back first"
             )
-        weight = self.weight.param
-        if isinstance(weight, SummedWeight) and weight.written:
-            weight.written = False
-            if bool(self.coords.any()):
-                raise ModeError(
-                    f"another program has written into {self.name} and into its coordinates (an average of the model's "
-                    "parameters that was put back?); in adapter mode only their sum, W + S z, means anything across refreshes. "
-                    "Average opt.weights(), or use optimizer mode"
-                )
+        self._require_sum(self.weight.param)
+
+    def _require_sum(self, weight: Tensor) -> None:
+        if was_written(weight) and bool(self.coords.any()):
+            raise ModeError(
+                f"another program has written into {self.name} and into its coordinates (an average of the model's "
+                "parameters that was put back?); in adapter mode only their sum, W + S z, means anything across refreshes. "
+                "Average opt.weights(), or use optimizer mode"
+            )
 
     @torch.no_grad()
     def open(self) -> None:
         """Have W be the sum, W + S z, for another program to write into."""
         self.require_intact()
-        self.ledger.replaced = self.ledger.replaced or self.ledger.merged or bool(self.coords.any())
+        self._lose_record()
         self.merge()
+
+    def restart(self) -> None:
+        """Take W, which another program has put there, for the whole weight: z is zero, in memory of its own."""
+        self._lose_record()
+        self.coords.data = torch.zeros_like(self.coords)
+
+    def _lose_record(self) -> None:
+        """The weight is about to be another program's: where it had changed, the recorded change is not its."""
+        self.ledger.replaced = self.ledger.replaced or self.ledger.merged or bool(self.coords.any())
 
     def add_to(self, weight: Tensor, coords: Tensor) -> Tensor:
         """``weight + S z``, in the weight's shape and dtype; S z is rounded to that before the sum."""
@@ -131,18 +140,31 @@ class Subspace:
             grad: G [m, n] of one micro-batch; stored until the step where a refresh reads it.
         """
         self._before_accumulate()
-        projected = self.map().project(grad)
-        if self.basis.due:
-            self.record(grad, projected)
-        projected = average(projected.to(self.coords.dtype))
+        projected = average(self.project(grad))
         if self.coords.grad is None:
             self.coords.grad = projected
         else:
             self.coords.grad.add_(projected)
         self._after_accumulate()
 
+    def project(self, grad: Gradient, owned: Callable[[], Gradient] | None = None) -> Tensor:
+        """The gradient of the coordinates; in a step that gathers it, what a refresh reads is recorded.
+
+        Args:
+            grad: G [m, n] of one backward.
+            owned: See `record`.
+
+        Returns:
+            The projection [p, q] in the coordinates' dtype, of this rank.
+        """
+        projected = self.map().project(grad)
+        if self.basis.due:
+            self.record(grad, projected, owned)
+        return projected.to(self.coords.dtype)
+
     def take(self, param: Tensor) -> None:
-        """`capture` the gradient that a parameter holds for this weight, and free it; nothing where it holds none."""
+        """`capture` the gradient that a parameter holds for this weight, and free it, before a step changes the coordinates."""
+        self._require_sum(param)
         grad = param.grad
         if grad is not None:
             param.grad = None

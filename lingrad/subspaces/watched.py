@@ -78,7 +78,7 @@ class SummedWeight(_Watched):
 
     Attributes:
         sums: Merges the coordinates into it.
-        written: Whether another program has written into it, since the last forward.
+        written: Whether another program has written into it since `was_written` was asked.
     """
 
     sums: weakref.WeakMethod[Callable[[], None]]
@@ -104,10 +104,19 @@ def watch(param: nn.Parameter, sums: Callable[[], None]) -> None:
         vars(param).update(sums=weakref.WeakMethod(sums), written=False)
 
 
-def settle(param: nn.Parameter) -> None:
-    """Take what was written into a W so far, with what its coordinates get now, for the sum: a state that is loaded is both."""
-    if isinstance(param, SummedWeight):
-        param.written = False
+def was_written(param: Tensor) -> bool:
+    """Whether another program has written into the W of a sum since this was asked last.
+
+    Args:
+        param: The parameter.
+
+    Returns:
+        Whether it has; never where it is not watched.
+    """
+    if not isinstance(param, SummedWeight):
+        return False
+    found, param.written = param.written, False
+    return found
 
 
 def unwatch(param: nn.Parameter) -> None:

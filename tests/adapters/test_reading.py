@@ -201,10 +201,62 @@ def test_what_is_written_to_a_weight_is_the_weight_of_the_forward(mode, writer, 
     optimizer.step()
 
 
+@pytest.mark.parametrize("when", ["before forward", "before step"])
+@pytest.mark.parametrize("layerwise", [False, True])
+@each_mode
+def test_data_that_is_only_looked_at_changes_nothing(mode, layerwise, when):
+    """As a program that logs norms does; in adapter mode W is merged, which the trajectory does not depend on."""
+    found = []
+    for looks in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8)).double()
+        optimizer = MODES[mode](model, RULES, lr=1e-2, layerwise=layerwise)
+
+        def look(now, model=model, looks=looks):
+            if looks and now == when:
+                assert all(p.data.norm() >= 0 for p in model.parameters())
+
+        for i in range(6):
+            optimizer.zero_grad()
+            x = torch.randn(5, 8, generator=torch.Generator().manual_seed(i), dtype=torch.float64)
+            look("before forward")
+            loss = model(x).square().sum()
+            loss.backward()
+            look("before step")
+            optimizer.step()
+        found.append(optimizer.weights())
+    for key, weight in found[0].items():
+        close(found[1][key], weight)
+
+
+def test_a_weight_that_may_be_written_to_between_forward_and_backward_is_an_error():
+    """The backward needs the W and z of its forward; autograd sees that they were merged."""
+    model, _ = trained("adapter")
+    loss = model(IDS).square().sum()
+    assert dict(model.named_parameters())["linear.weight"].data.norm() > 0
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
 def test_a_part_of_a_sum_cannot_be_written_to():
     model, _ = trained("adapter")
     with torch.no_grad(), pytest.raises(ModeError, match=r"a part of linear.weight is written to.*layer.weight.copy_"):
         model.linear.weight[0].zero_()
+
+
+@each_mode
+def test_a_weight_that_is_put_in_its_place_is_followed_and_watched(mode):
+    model, optimizer = trained(mode)
+    before = optimizer.weights()["linear.weight"].detach().clone()
+    model.linear.weight = nn.Parameter(model.linear.weight.detach() * 0.5)
+    close(optimizer.weights()["linear.weight"], before * 0.5)
+    for _ in range(2):
+        optimizer.zero_grad()
+        model(IDS).square().sum().backward()
+        optimizer.step()
+    with torch.no_grad():
+        dict(model.named_parameters())["linear.weight"].fill_(0.25)
+    assert (optimizer.weights()["linear.weight"] == 0.25).all()
 
 
 @each_mode

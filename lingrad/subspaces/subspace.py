@@ -251,7 +251,8 @@ class Subspace:
         ledger = self.ledger
         if ledger.replaced:
             raise ModeError(
-                f"{self.name} was loaded into the model after it had changed, and the recorded change is another weight's: "
+                f"{self.name} was loaded into the model after it had changed, or written to by another program, and the "
+                "recorded change is another weight's: "
                 "load the optimizer's state that was saved with it (optimizer.pt of a Trainer's checkpoint), or compare the "
                 "weights with those the run started from (lingrad convert)"
             )

@@ -140,13 +140,12 @@ class Experts(Transform):
     @override
     def refresh(self, state: ExpertsState, grad: Gradient | None, when: When) -> ExpertsState:
         one, found, counts = self.one(when.shape), [], []
-        parts = [] if grad is None else list(_formed(grad).chunk(self.count))
-        # asked of all at once: each question waits for the device
-        chosen = torch.stack([part.any() for part in parts]).tolist() if parts else [True] * self.count
-        for e, seen in enumerate(chosen):
+        parts = [None] * self.count if grad is None else _formed(grad).chunk(self.count)
+        for e, part in enumerate(parts):
             old, refreshes = _apart(state.each, e), _apart(state.refreshes, e)
             own = When(when.step, refreshes, _seed(when.seed, e), one, when.run_seed)
-            found.append(self.each.refresh(old, DenseGradient(parts[e]) if parts else None, own) if seen else old)
+            seen = part is None or bool(part.any())
+            found.append(self.each.refresh(old, None if part is None else DenseGradient(part), own) if seen else old)
             counts.append(refreshes + int(seen))
         return ExpertsState(_together(found), _together(counts))
 

@@ -18,6 +18,7 @@ _INSIDE = (
     "<frozen importlib",
     contextlib.__file__,
 )  # how names of files begin that no warning is of
+_SHORT = 300  # characters of a message of another program
 
 
 class LingradError(Exception):
@@ -94,6 +95,19 @@ def shown(value: object) -> str:
         Its ``repr``, cut.
     """
     return _Short().repr(value)
+
+
+def in_short(error: Exception) -> str:
+    """An error of another program in one line; some print whole models.
+
+    Args:
+        error: The error.
+
+    Returns:
+        Its class and its message, cut.
+    """
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text if len(text) <= _SHORT else f'{text[:_SHORT]} ...'}"
 
 
 def did_you_mean(word: str, names: Iterable[str]) -> str:

@@ -196,6 +196,9 @@ def page(rows: Sequence[Row]) -> str:
         for state, what in STATES.items()
     ]
     lines += [markdown(summary), markdown([["built here", *CHECKS], *faults])]
+    exported = [row for row in built if row["checks"]["export"][0] == "works"]
+    made = sum(bool(row.get("inputs_made")) for row in exported)
+    lines += [f"Of the {len(exported)} exports that work, {made} were compared on inputs that lingrad made by itself.", ""]
     for kind in kinds:
         mine = [row for row in built if row["kind"] == kind]
         good = [row["name"] for row in mine if _works(row)]

@@ -7,14 +7,14 @@ from typing import Any
 
 from torch import Tensor
 
-from lingrad.errors import ExportError, optional
+from lingrad.errors import ExportError, in_short, optional
 from lingrad.models import load_model
 from lingrad.peft.report import OutputComparison
-from lingrad.peft.verify import make_inputs
+from lingrad.peft.verify import Inputs, make_inputs
 
 
 def compare_logits(folder: Path, base: Path, tuned: Path) -> OutputComparison:
-    """Load both models into memory, START with the adapter through PEFT, and compare their logits on random tokens.
+    """Load both models into memory, START with the adapter through PEFT, and compare their logits on random inputs.
 
     Args:
         folder: The adapter's folder.
@@ -26,32 +26,41 @@ def compare_logits(folder: Path, base: Path, tuned: Path) -> OutputComparison:
     """
     peft: Any = optional("peft", "comparing logits", "hf")
     model = load_model(tuned)
-    inputs, expected = make_inputs(None, model), logits_of(model)
+    inputs = _inputs(model)
+    expected = logits_of(model, inputs)
     del model  # before the next one is loaded
-    found = logits_of(peft.PeftModel.from_pretrained(load_model(base), str(folder)))
-    what = "" if inputs is None else inputs.what
-    return OutputComparison(what, float((found - expected).abs().max()), float(expected.abs().max()))
+    found = logits_of(peft.PeftModel.from_pretrained(load_model(base), str(folder)), inputs)
+    return OutputComparison(inputs.what, float((found - expected).abs().max()), float(expected.abs().max()))
 
 
-def logits_of(model: Any) -> Tensor:
-    """The logits of a model on 2 x 16 random tokens, or as many as it takes; hidden states where it has no head.
+def logits_of(model: Any, inputs: Inputs | None = None) -> Tensor:
+    """The logits of a model; hidden states where it has no head.
 
     Args:
         model: The model.
+        inputs: What it is run on; None makes two rows of random ones, of 16 tokens where it reads tokens.
 
     Returns:
         The logits, float64.
 
     Raises:
-        ExportError: The model does not read tokens alone, or fails.
+        ExportError: No inputs are known for the model, or it fails.
     """
-    inputs = make_inputs(None, model)
+    inputs = _inputs(model) if inputs is None else inputs
     try:
-        found = None if inputs is None else inputs.run(model)
+        found = inputs.run(model)
     except Exception as error:  # the model's own code may raise any exception
         raise ExportError(
-            f"logits cannot be compared, {type(model).__name__} fails on random tokens: {error}; leave logits out"
+            f"logits cannot be compared, {type(model).__name__} fails on {inputs.what}: {in_short(error)}; leave logits out"
         ) from error
     if found is None:
-        raise ExportError(f"logits cannot be compared, {type(model).__name__} does not read tokens alone; leave logits out")
+        raise ExportError(f"logits cannot be compared, {type(model).__name__} returns no numbers; leave logits out")
+    return found
+
+
+def _inputs(model: Any) -> Inputs:
+    plain = model.get_base_model() if hasattr(model, "get_base_model") else model  # of PEFT, whose forward takes anything
+    found = make_inputs(None, plain)
+    if found is None:
+        raise ExportError(f"logits cannot be compared, no inputs are known for {type(plain).__name__}; leave logits out")
     return found

@@ -8,6 +8,7 @@ from lingrad.models.build import next_token_loss as next_token_loss
 from lingrad.models.build import norm_in_own_dtype as norm_in_own_dtype
 from lingrad.models.build import open_model as open_model
 from lingrad.models.build import read_config as read_config
+from lingrad.models.inputs import TOKENS as TOKENS
 from lingrad.models.inputs import loss_of as loss_of
 from lingrad.models.inputs import make_inputs as make_inputs
 from lingrad.models.inputs import reads_tokens as reads_tokens

@@ -18,6 +18,7 @@ from lingrad.files.tensorfile import TensorFile
 from lingrad.maps.factors import Factors
 from lingrad.peft import names, patterns
 from lingrad.peft.config import read_config
+from lingrad.peft.earlier import owners, renamed
 from lingrad.peft.slots import PREFIX, LoraFactor, Slot, aliases, slots
 from lingrad.peft.write import FROZEN, WEIGHTS
 
@@ -67,7 +68,7 @@ class Adapter:
 
     low_rank: dict[str, LoraPair]
     full: dict[str, Tensor]
-    config: dict[str, Any]
+    config: Mapping[str, Any]
 
     @property
     def dropout(self) -> float:
@@ -136,20 +137,21 @@ def read_adapter(folder: str | Path, model: nn.Module) -> Adapter:
             )
         raise DataError(f"'{folder}' has no {WEIGHTS}: it is not an adapter's folder, or is incomplete")
     file = TensorFile(folder / WEIGHTS)
-    found = _find_slots(model, config, set(file.entries))
-    frozen, scaling = _frozen(file), _scalings(config)
+    frozen = _frozen(file)
+    config, keys, read = renamed(model, config, file)
+    found, scaling = _find_slots(model, config, set(keys)), _scalings(config)
     low_rank = {}
     for name, slot in found.items():
-        a, b = (file.read(key) for key in slot.keys)
+        a, b = (read(key) for key in slot.keys)
         low_rank[name] = LoraPair(slot, a, b, scaling(slot, a, b), frozen.get(name))
     factor_keys = {key for slot in found.values() for key in slot.keys}
     own = model.state_dict()
     full = {}
-    for key in sorted(file.entries.keys() - factor_keys):
+    for key in sorted(set(keys) - factor_keys):
         name = re.sub(r"(\.base_layer)+(?=\.)", "", key.removeprefix(PREFIX))
         if not key.startswith(PREFIX) or name not in own:
             raise CheckpointError(f"the adapter has '{key}', and the model has no '{name}': it is for another model")
-        full[name] = file.read(key)
+        full[name] = read(key)
         if full[name].shape != own[name].shape:
             raise CheckpointError(
                 f"'{name}' is {tuple(full[name].shape)} in the adapter, {tuple(own[name].shape)} in the model"
@@ -193,19 +195,7 @@ def _find_slots(model: nn.Module, config: Mapping[str, Any], keys: set[str]) -> 
     modules = dict(model.named_modules())
     targets = config.get("target_parameters") or []
     chosen: list[str] = []
-    owners: dict[str, None] = {}
-    for key in sorted(keys):
-        path, mark, _ = key.partition(".lora_")
-        if mark:
-            path = path.removeprefix(PREFIX)
-            while path.endswith(".base_layer"):
-                path = path.removesuffix(".base_layer")
-            owners[path] = None
-    for owner in owners:
-        if owner not in modules:
-            raise CheckpointError(
-                f"the adapter has factors for '{owner}', which the model does not have: it is for another model"
-            )
+    for owner in owners(keys):
         own = [f"{owner}.{attribute}" for attribute, _ in modules[owner].named_parameters(recurse=False)]
         by_parameter = [name for name in own if any(names.targeted(name, entry) for entry in targets)]
         if not by_parameter and f"{owner}.weight" not in own:

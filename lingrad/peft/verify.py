@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lingrad.errors import ExportError, optional
+from lingrad import models
+from lingrad.errors import DataError, ExportError, in_short, optional
 from lingrad.files.tensorfile import TensorFile
 from lingrad.peft.bare import devices_of
 from lingrad.peft.report import ChangedTensor, OutputComparison, ratio
@@ -20,7 +21,6 @@ from lingrad.peft.write import WEIGHTS, AdapterPlan, Written
 
 SEED = 0
 ROWS, LENGTH = 2, 16  # of generated token ids
-_SHORT = 300  # characters of a message of another program
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Inputs:
 
 
 def make_inputs(inputs: Any, model: nn.Module) -> Inputs | None:
-    """Inputs as they were given, or random token ids for a language model.
+    """Inputs as they were given, or random ones for a model of transformers.
 
     Args:
         inputs: A tensor, a tuple of positional arguments, a mapping of named ones, or None.
@@ -66,20 +66,12 @@ def make_inputs(inputs: Any, model: nn.Module) -> Inputs | None:
         return Inputs(inputs, {}, "the inputs given")
     if inputs is not None:
         return Inputs((inputs,), {}, "the inputs given")
-    config = getattr(model, "config", None)
-    vocabulary = getattr(config, "vocab_size", None)
-    if (
-        vocabulary is None and config is not None and hasattr(config, "get_text_config")
-    ):  # of a model that reads pictures or sounds too
-        vocabulary = getattr(config.get_text_config(), "vocab_size", None)
-    if not isinstance(vocabulary, int) or getattr(model, "main_input_name", None) != "input_ids":
+    try:
+        found = models.make_inputs(model, rows=ROWS, length=LENGTH, seed=SEED)
+    except DataError:
         return None
-    longest = getattr(config, "max_position_embeddings", None)
-    length = min(LENGTH, longest) if isinstance(longest, int) and longest > 0 else LENGTH
-    ids = torch.randint(0, vocabulary, (ROWS, length), generator=torch.Generator().manual_seed(SEED), device="cpu")
-    ids = ids.to(next(model.parameters()).device)
-    kwargs = {"input_ids": ids} | ({"decoder_input_ids": ids} if getattr(config, "is_encoder_decoder", False) else {})
-    return Inputs((), kwargs, f"{ROWS} x {length} random token ids")
+    names = [name for name in found if name not in models.TOKENS]
+    return Inputs((), found, f"random {', '.join(found)}" if names else f"{ROWS} x {LENGTH} random token ids")
 
 
 class LoadedAdapter:
@@ -262,12 +254,6 @@ def check_structure(folder: Path, model: nn.Module, low_rank: Sequence[str]) -> 
             f"PEFT expects '{odd}' of shape {expected.get(odd)}, and {written.get(odd)} was written; please report this model"
         )
     return found
-
-
-def in_short(error: Exception) -> str:
-    """An error of another program in one line; some print whole models."""
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text}" if len(text) <= _SHORT else f"{type(error).__name__}: {text[:_SHORT]} ..."
 
 
 def _tensor(output: Any) -> Tensor | None:

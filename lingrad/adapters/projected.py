@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lingrad.adapters.base import applied, once, outside_of_graph
-from lingrad.errors import ModeError
 from lingrad.gradients import FactoredGradient
 from lingrad.maps import LinearMap
 from lingrad.subspaces.subspace import Subspace
@@ -103,12 +102,7 @@ class _Saved:
 
     def map(self) -> LinearMap:
         """The map of the forward."""
-        if self.sub.basis.refreshes != self.refreshes:
-            raise ModeError(
-                f"the basis of {self.sub.name} was refreshed between this forward and its backward; "
-                "run step() after the backward of every forward of the step"
-            )
-        return self.sub.basis.map()
+        return self.sub.basis.map_after(self.refreshes, self.sub.name)
 
     def project(self, current: LinearMap, out_grad: Tensor, reduced_grad: Tensor, x: Tensor) -> Tensor:
         """The gradient of the coordinates; what a refresh reads of the gradient is recorded."""

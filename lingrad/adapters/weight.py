@@ -2,6 +2,7 @@
 
 In optimizer mode a hook projects ``weight.grad`` as soon as it is complete and frees it, one weight after the other. In adapter
 mode the weight is parametrized as W + S z (``torch.nn.utils.parametrize``), and its gradient is projected inside backward.
+Products with fused experts never form it: see `lingrad.adapters.experts`.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from torch.nn.utils import parametrize
 from typing_extensions import override
 
 from lingrad.adapters.base import CHILD, Attachment, Coords, refuse_hooks
-from lingrad.adapters.reading import read
+from lingrad.adapters.experts import ExpertsReader, fuses_experts
+from lingrad.adapters.reading import make_plain, make_readable, read
 from lingrad.config.settings import Mode
 from lingrad.errors import ModeError
 from lingrad.subspaces.subspace import Subspace, call
@@ -59,6 +61,8 @@ class WeightAttachment(Attachment):
             for module, attribute in self.weight.owners[:1]:
                 if not isinstance(module, _RUN_THEIR_CHILDREN):
                     module.add_module(f"{CHILD}_{attribute}", self.holder)
+            if self._fuses:
+                make_readable(*self.weight.owners[0], ExpertsReader(self.sub, adapter=False).read, _nothing)
             return
         if not self.weight.owners:
             raise ModeError(
@@ -75,7 +79,10 @@ class WeightAttachment(Attachment):
         self.weight.param.requires_grad_(False)
         self.orders = [list(module._parameters) for module, _ in self.weight.owners]
         for module, attribute in self.weight.owners:
-            parametrize.register_parametrization(module, attribute, _Effective(self.sub, active=not self.plain), unsafe=True)
+            effective = _Effective(self.sub, active=not self.plain)
+            if self._fuses:
+                effective.reader = ExpertsReader(self.sub, adapter=True)
+            parametrize.register_parametrization(module, attribute, effective, unsafe=True)
 
     @override
     def _keys(self) -> list[tuple[nn.Module, str, str]]:
@@ -88,6 +95,8 @@ class WeightAttachment(Attachment):
             self.handle = None
             for module, attribute in self.weight.owners[:1]:
                 module._modules.pop(f"{CHILD}_{attribute}", None)
+            if self._fuses:
+                make_plain(*self.weight.owners[0])
             return
         for (module, attribute), order in zip(self.weight.owners, self.orders, strict=True):
             parametrize.remove_parametrizations(module, attribute, leave_parametrized=False)
@@ -95,6 +104,11 @@ class WeightAttachment(Attachment):
             for name in [name for name in order if name in module._parameters]:
                 module._parameters[name] = module._parameters.pop(name)
         self.weight.param.requires_grad_(self.sub.coords.requires_grad)
+
+    @property
+    def _fuses(self) -> bool:
+        """Whether the weight fuses experts of one layer, whose products have a projected backward."""
+        return len(self.weight.owners) == 1 and fuses_experts(self.sub)
 
     def _capture(self, weight: Tensor) -> None:
         sub = self.sub
@@ -109,6 +123,11 @@ class WeightAttachment(Attachment):
 class _Effective(Coords):
     """The parametrization W -> W + S z."""
 
+    reader: ExpertsReader | None = None
+
     @override
     def forward(self, weight: Tensor) -> Tensor:
-        return read(self.sub, averages=True)
+        return read(self.sub, averages=True) if self.reader is None else self.reader.read()
+
+
+def _nothing() -> None: ...

@@ -157,6 +157,78 @@ class FactoredGradient(Gradient):
         return self.out_grad.shape[0] * (m + n) < m * n
 
 
+@final
+class RowsGradient(Gradient):
+    """A gradient that is zero but in some adjacent rows: that of one of several fused matrices.
+
+    Args:
+        part: The gradient of these rows, [k, n].
+        first: The first of them.
+        rows: All rows, m.
+    """
+
+    def __init__(self, part: Gradient, first: int, rows: int) -> None:
+        self.part, self.first, self.rows = part, first, rows
+
+    @property
+    @override
+    def shape(self) -> tuple[int, int]:
+        return self.rows, self.part.shape[1]
+
+    @property
+    @override
+    def dtype(self) -> torch.dtype:
+        return self.part.dtype
+
+    @property
+    @override
+    def device(self) -> torch.device:
+        return self.part.device
+
+    @property
+    @override
+    def nbytes(self) -> int:
+        return self.part.nbytes
+
+    @property
+    @override
+    def T(self) -> DenseGradient:
+        return DenseGradient(self.dense()).T
+
+    @override
+    def product(self, left: Tensor | None, right: Tensor | None) -> Tensor:
+        if left is not None:
+            return self.part.product(left[self.own], right)
+        found = self.part.product(None, right)
+        return found.new_zeros(self.rows, found.shape[1]).index_copy_(0, self._indices(), found)
+
+    @override
+    def select(self, rows: Tensor | None, columns: Tensor | None) -> Gradient:
+        if rows is not None:
+            return DenseGradient(self.dense()).select(rows, columns)
+        return RowsGradient(self.part.select(None, columns), self.first, self.rows)
+
+    @override
+    def dense(self) -> Tensor:
+        return self.product(None, None)
+
+    @override
+    def norm(self) -> Tensor:
+        return self.part.norm()
+
+    @override
+    def to(self, dtype: torch.dtype) -> RowsGradient:
+        return RowsGradient(self.part.to(dtype), self.first, self.rows)
+
+    @property
+    def own(self) -> slice:
+        """The rows that may not be zero."""
+        return slice(self.first, self.first + self.part.shape[0])
+
+    def _indices(self) -> Tensor:
+        return torch.arange(self.own.start, self.own.stop, device=self.device)
+
+
 def accumulate(total: Gradient | None, part: Gradient) -> Gradient:
     """Add the gradient of one more micro-batch, in the form that takes less memory.
 
@@ -168,6 +240,8 @@ def accumulate(total: Gradient | None, part: Gradient) -> Gradient:
         The sum: factored while the factors are smaller than the matrix, dense from then on.
     """
     if total is None:
+        if isinstance(part, RowsGradient):
+            return DenseGradient(part.dense())
         if isinstance(part, FactoredGradient) and not part.smaller_than_dense:
             return DenseGradient(_formed(part))
         return part
@@ -179,6 +253,8 @@ def accumulate(total: Gradient | None, part: Gradient) -> Gradient:
     if isinstance(part, FactoredGradient):
         part = part.to(matrix.dtype)
         matrix.addmm_(part.out_grad.t(), part.input)
+    elif isinstance(part, RowsGradient):
+        matrix[part.own].add_(part.part.dense())
     else:
         matrix.add_(part.dense())
     return DenseGradient(matrix)

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lingrad.errors import CheckpointError, LingradError, in_short
+from lingrad.errors import CheckpointError, in_short
 from lingrad.files.tensorfile import TensorFile
 from lingrad.peft.slots import PREFIX
 
@@ -57,18 +57,21 @@ def renamed(
     message = f"the adapter has factors for '{missing}', which the model does not have: it is for another model"
     try:
         from peft import LoraConfig
-        from peft.utils import transformers_weight_conversion as conversion
+        from peft.utils.transformers_weight_conversion import (
+            convert_peft_adapter_state_dict_for_transformers as convert_tensors,
+        )
+        from peft.utils.transformers_weight_conversion import (
+            convert_peft_config_for_transformers as convert_config,
+        )
     except ImportError:  # no PEFT, or one that knows no earlier names
         raise CheckpointError(
             f"{message}, or was saved with transformers 4, whose names are read where PEFT 0.19 or later is installed"
         ) from None
     theirs = LoraConfig(**{key: copy.deepcopy(value) for key, value in config.items() if key in _options(LoraConfig)})
+    tensors = {key: file.read(key) for key in file.entries}
     try:
-        conversion.convert_peft_config_for_transformers(theirs, model, None)
-        tensors = {key: file.read(key) for key in file.entries}
-        found = conversion.convert_peft_adapter_state_dict_for_transformers(model, theirs, tensors)
-    except LingradError:
-        raise
+        convert_config(theirs, model, None)
+        found = convert_tensors(model, theirs, tensors)
     except Exception as error:  # PEFT and transformers may raise any exception
         raise CheckpointError(f"{message}, or PEFT cannot rename its factors: {in_short(error)}") from error
     if any(owner not in modules for owner in owners(found)):

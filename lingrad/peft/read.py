@@ -127,7 +127,7 @@ def read_adapter(folder: str | Path, model: nn.Module) -> Adapter:
         CheckpointError: It is an adapter of another model.
     """
     folder = Path(folder)
-    config = read_config(folder)
+    config: Mapping[str, Any] = read_config(folder)
     if not (folder / WEIGHTS).exists():
         pickled = next((f.name for f in sorted(folder.glob("*.bin"))), None)
         if pickled is not None:

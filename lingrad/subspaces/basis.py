@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lingrad.errors import ModeError
 from lingrad.gradients import Gradient
 from lingrad.maps import KroneckerMap, LinearMap
 from lingrad.subspaces import trees
@@ -109,6 +110,26 @@ class Basis:
         if self.transform.stores_map:
             self._map = current
         return current
+
+    def map_after(self, refreshes: int, name: str) -> LinearMap:
+        """The map that a forward had, for its backward.
+
+        Args:
+            refreshes: How often the basis had been refreshed at the forward.
+            name: The weight's, for the message.
+
+        Returns:
+            The map S.
+
+        Raises:
+            ModeError: The basis was refreshed since.
+        """
+        if self.refreshes != refreshes:
+            raise ModeError(
+                f"the basis of {name} was refreshed between this forward and its backward; "
+                "run step() after the backward of every forward of the step"
+            )
+        return self.map()
 
     def tensors(self) -> list[Tensor]:
         """The tensors that hold the basis between steps: of the transform's state, and of the map where it is stored."""

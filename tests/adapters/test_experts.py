@@ -1,0 +1,270 @@
+"""Products with fused experts: the projected backward gives what the projected gradient of the plain weight is."""
+
+import copy
+import io
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+
+from lingrad.adapters.experts import ExpertsReader
+from lingrad.adapters.grouped import Rows
+from lingrad.errors import ModeError
+from tests.support.runs import MODES, each_mode
+
+EXPERTS, TOKENS, WIDE, HIGH = 4, 24, 12, 16  # rows of 16 bytes in float32, as grouped products want them
+# float64; sums in another order part by 1e-16, and Adam divides what is near zero by its eps, 1e-8, of a step of 1e-2
+TOLERANCE = 1e-10
+
+
+def one_by_one(x, who, weight, turned):
+    out = x.new_zeros(len(x), HIGH)
+    for expert in who.unique():  # tensors, as transformers has them
+        chosen = who == expert
+        mine = x[chosen] @ weight[expert] if turned else functional.linear(x[chosen], weight[expert])
+        out = out.index_put((chosen.nonzero()[:, 0],), mine)
+    return out
+
+
+def by_iteration(x, who, weight, turned):
+    parts = [(x * (who == e)[:, None]) @ (one if turned else one.mT) for e, one in enumerate(weight)]
+    return torch.stack(parts).sum(0)
+
+
+def by_matmul(x, who, weight, turned):
+    parts = [
+        torch.matmul(x * (who == e % EXPERTS)[:, None], weight[e] if turned else weight[e].t()) for e in range(-EXPERTS, 0)
+    ]
+    return torch.stack(parts).sum(0)
+
+
+def in_batches(x, who, weight, turned):
+    rows = torch.stack([x * (who == e)[:, None] for e in range(EXPERTS)])
+    return torch.bmm(rows, weight if turned else weight.transpose(1, 2)).sum(0)
+
+
+def grouped(x, who, weight, turned):
+    order = who.argsort(stable=True)
+    ends = torch.bincount(who, minlength=EXPERTS).cumsum(0).to(torch.int32)
+    found = functional.grouped_mm(x[order], weight if turned else weight.transpose(-2, -1), offs=ends)
+    return found[order.argsort()]
+
+
+def gathered(x, who, weight, turned):
+    """Not known: the weight itself, one matrix for each token."""
+    chosen = weight[who]
+    return torch.bmm(x[:, None], chosen if turned else chosen.mT)[:, 0]
+
+
+KNOWN = {
+    "one by one": one_by_one,
+    "by iteration": by_iteration,
+    "by matmul": by_matmul,
+    "in batches": in_batches,
+    "grouped": grouped,
+}
+PRODUCTS = KNOWN | {"gathered": gathered}
+
+
+class Fused(nn.Module):
+    """A layer of experts; the last one gets no token."""
+
+    def __init__(self, how, turned):
+        super().__init__()
+        torch.manual_seed(0)
+        self.num_experts, self.how, self.turned = EXPERTS, how, turned
+        self.inner = nn.Linear(WIDE, WIDE)
+        self.up = nn.Parameter(torch.randn(EXPERTS, WIDE, HIGH) if turned else torch.randn(EXPERTS, HIGH, WIDE))
+        self.double()
+
+    def forward(self, x, who):
+        return PRODUCTS[self.how](torch.tanh(self.inner(x)), who, self.up, self.turned)
+
+
+def batch(step, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(step)
+    x = torch.randn(TOKENS, WIDE, generator=generator, dtype=torch.float64).to(dtype)
+    return x, torch.randint(0, EXPERTS - 1, (TOKENS,), generator=generator)
+
+
+def built(how, turned, mode, each="svd(rank=2, every=3)", dtype=torch.float64):
+    model = Fused(how, turned).to(dtype)
+    return model, MODES[mode](model, each, "adamw", lr=1e-2)
+
+
+def of_experts(opt):
+    return next(sub for sub in opt.subspaces if sub.name == "up")
+
+
+def train(model, opt, steps=range(7)):
+    for step in steps:
+        opt.zero_grad()
+        model(*batch(step, model.inner.weight.dtype)).square().mean().backward()
+        opt.step()
+    return opt.weights()
+
+
+@pytest.fixture
+def plain(monkeypatch):
+    """Runs something without the projected backward: the oracle."""
+
+    def run(what):
+        with monkeypatch.context() as patch:
+            patch.setattr(ExpertsReader, "read", ExpertsReader.plain)
+            return what()
+
+    return run
+
+
+def far(one, other):
+    return max(float((one[name] - other[name]).abs().max().detach()) for name in other)
+
+
+class Sizes(TorchDispatchMode):
+    """Remembers the shapes of all tensors that operations return, but of views of one."""
+
+    def __init__(self, weight):
+        super().__init__()
+        self.weight, self.shapes = weight.untyped_storage().data_ptr(), set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        found = func(*args, **(kwargs or {}))
+        if isinstance(found, torch.Tensor) and found.untyped_storage().data_ptr() != self.weight:
+            self.shapes.add(tuple(found.shape))
+        return found
+
+
+EACH = (
+    "svd(rank=2, every=3, side=left)",
+    "svd(rank=2, every=3, side=right)",
+    "svd(rank=2, every=3, side=both)",
+    "pca(rank=2)",
+    "random(rank=2, every=3, store=false)",
+    "random(rank=2, every=3, kind=rows)",  # its maps are no dense bases: as by the plain weight
+)
+
+
+@each_mode
+@pytest.mark.parametrize("each", EACH)
+@pytest.mark.parametrize("turned", [False, True], ids=["x W^T", "x W"])
+@pytest.mark.parametrize("how", sorted(PRODUCTS.keys() - {"grouped"}))
+def test_trains_as_by_the_plain_weight(plain, how, turned, each, mode):
+    expected = plain(lambda: train(*built(how, turned, mode, each)))
+    assert far(train(*built(how, turned, mode, each)), expected) < TOLERANCE
+
+
+@each_mode
+@pytest.mark.parametrize("turned", [False, True], ids=["x W^T", "x W"])
+def test_grouped_products_train_as_by_the_plain_weight(plain, turned, mode):
+    """In float32, the widest that torch's grouped product takes: two steps, before roundings grow."""
+
+    def run():
+        model, opt = built("grouped", turned, mode, dtype=torch.float32)
+        return train(model, opt, range(2))
+
+    expected = plain(run)
+    assert far(run(), expected) < 1e-5  # of steps of 1e-2
+
+
+@each_mode
+@pytest.mark.parametrize("how", sorted(KNOWN))
+def test_no_gradient_of_the_weight_exists(how, mode):
+    """But in steps that refresh."""
+    model, opt = built(how, False, mode, dtype=torch.float32)
+    train(model, opt, range(1))
+    opt.zero_grad()
+    loss = model(*batch(1, torch.float32)).square().mean()
+    with Sizes(of_experts(opt).weight.param) as sizes:
+        loss.backward()
+    assert not {(EXPERTS, HIGH, WIDE), (EXPERTS * HIGH, WIDE), (HIGH, WIDE), (WIDE, HIGH)} & sizes.shapes
+    assert of_experts(opt).coords.grad.any()
+
+
+@each_mode
+@pytest.mark.parametrize("how", ["one by one", "in batches"])
+def test_what_else_meets_the_weight_is_added(plain, how, mode):
+    """A penalty on the weight, next to its products; micro-batches; a part of the batch computed again in the backward."""
+
+    def run():
+        model, opt = built(how, False, mode)
+        for step in range(5):
+            opt.zero_grad()
+            for part in (2 * step, 2 * step + 1):
+                x, who = batch(part)
+                loss = checkpoint(model, x, who, use_reentrant=False).square().mean() + model(x, who).sum() * 1e-2
+                (loss + 1e-3 * model.up.square().sum()).backward()
+            opt.step()
+        return opt.weights()
+
+    expected = plain(run)
+    assert far(run(), expected) < TOLERANCE
+
+
+@each_mode
+def test_resumes_to_the_bit(mode):
+    whole, opt = built("one by one", False, mode)
+    train(whole, opt)
+    first, half = built("one by one", False, mode)
+    train(first, half, range(4))
+    file = io.BytesIO()
+    torch.save({"model": first.state_dict(), "optimizer": half.state_dict()}, file)
+    file.seek(0)
+    saved = torch.load(file, weights_only=True)
+    second, rest = built("one by one", False, mode)
+    second.load_state_dict(saved["model"])
+    rest.load_state_dict(saved["optimizer"])
+    train(second, rest, range(4, 7))
+    assert far(rest.weights(), opt.weights()) == 0
+
+
+@each_mode
+def test_is_a_parameter_to_other_readers(mode):
+    model, opt = built("one by one", False, mode)
+    train(model, opt)
+    weight, now = model.up, opt.weights()["up"].clone()
+    assert isinstance(weight, nn.Parameter)
+    assert weight.shape == now.shape
+    assert weight.dtype == now.dtype
+    assert weight.size(0) == len(weight) == EXPERTS
+    assert weight.requires_grad
+    assert torch.equal(weight.detach() + 0, now)
+    assert torch.equal(weight[1].detach() + 0, now[1])
+    assert torch.equal(weight[:2].detach() + 0, now[:2])
+    assert torch.equal(torch.stack([one.sum() for one in weight]).detach(), torch.stack([one.sum() for one in now]))
+    assert torch.equal(copy.deepcopy(model).up.detach() + 0, now)
+    with torch.no_grad():
+        weight.mul_(2)
+    assert torch.equal(opt.weights()["up"], 2 * now)
+    opt.detach()
+    assert type(model.up) is nn.Parameter
+    assert type(model) is Fused
+
+
+@each_mode
+def test_a_basis_that_was_refreshed_before_the_backward_is_told(mode):
+    model, opt = built("one by one", False, mode, each="svd(rank=2, every=1)")
+    late = model(*batch(0)).square().mean()
+    train(model, opt, range(2))
+    opt.zero_grad()
+    with pytest.raises(ModeError, match="refreshed between this forward and its backward"):
+        late.backward()
+
+
+def test_of_one_kernel_as_row_by_row(monkeypatch):
+    """What runs on CUDA in bfloat16 is there on the CPU too."""
+    generator = torch.Generator().manual_seed(0)
+
+    def drawn(*shape):
+        return torch.randn(shape, generator=generator).to(torch.bfloat16)
+
+    ends = torch.tensor([5, 5, 16], dtype=torch.int32)
+    x, y, sides = drawn(16, 8), drawn(16, 24), drawn(3, 8, 16)
+    expected = Rows(ends).times(x, sides), Rows(ends).outer(x, y, 3)
+    monkeypatch.setattr(Rows, "_on_device", lambda self, *factors: True)
+    found = Rows(ends).times(x, sides), Rows(ends).outer(x, y, 3)
+    for one, other in zip(found, expected, strict=True):
+        # one rounding of bfloat16, 2**-8, of sums up to 10
+        assert torch.allclose(one.float(), other.float(), rtol=2**-7, atol=2**-4)

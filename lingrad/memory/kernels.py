@@ -174,14 +174,23 @@ def explained(what: str) -> Iterator[None]:
     except MemoryModelError:
         raise
     except (AssertionError, NotImplementedError, RuntimeError, TypeError) as error:
-        # packages without support for the meta device fail their own assertions on it
-        if isinstance(error, AssertionError) or "meta" in str(error) or _in_meta_kernel(error):
+        if of_meta(error):
             reason = (str(error) or type(error).__name__).rstrip(".")
             raise MemoryModelError(f"{what} cannot run on meta tensors: {reason}. Measure on a real device instead") from error
         raise
 
 
-def _in_meta_kernel(error: BaseException) -> bool:
+def of_meta(error: BaseException) -> bool:
+    """Whether an error comes from meta tensors.
+
+    Args:
+        error: An error of a program that was run on them.
+
+    Returns:
+        Whether it does.
+    """
+    if isinstance(error, AssertionError) or "meta" in str(error):  # packages without support for them fail their own assertions
+        return True
     frames = traceback.extract_tb(error.__traceback__)
     return any(Path(frame.filename).name == "_meta_registrations.py" for frame in frames)
 

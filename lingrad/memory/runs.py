@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lingrad.config.rules import Rules
 from lingrad.config.settings import Mode
 from lingrad.deprecated import renamed_keywords
-from lingrad.errors import DataError, MemoryModelError, require, require_one_of
+from lingrad.errors import DataError, LingradError, MemoryModelError, in_short, require, require_one_of
 from lingrad.memory import kernels
 from lingrad.memory.devices import allocator_of
 from lingrad.memory.log import END_OF_STEP
@@ -275,7 +275,17 @@ class OwnLoss:
                 shape, dtype, bound = described
                 options: Any = {"dtype": dtype, "device": self._device}
                 made[described] = torch.randint(bound, shape, **options) if bound else torch.randn(shape, **options)
-        return loss_of(model(**{name: made.get(described, True) for name, described in self._inputs.items()}))
+        try:
+            return loss_of(model(**{name: made.get(described, True) for name, described in self._inputs.items()}))
+        except (LingradError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # a model may raise any exception
+            if kernels.of_meta(error):
+                raise
+            raise MemoryModelError(
+                f"{type(model).__name__} does not run on the random {', '.join(self._inputs)} that are made for it: "
+                f"{in_short(error)}; {self.remedy}"
+            ) from error
 
 
 def _described(value: Tensor) -> tuple[tuple[int, ...], torch.dtype, int]:

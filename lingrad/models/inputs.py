@@ -78,6 +78,7 @@ def reads_tokens(model: nn.Module) -> bool:
         return False
     return (
         type(getattr(config, "vocab_size", None)) is int
+        and _number(config, "num_codebooks") is None
         and type(model).__name__.endswith(_OF_TOKENS)
         and {"input_ids", "labels"} <= takes.keys()
     )
@@ -139,7 +140,7 @@ def _drawn(model: nn.Module, inputs: Tried, rows: int, seed: int) -> dict[str, A
         if isinstance(shape, bool):
             found[name] = shape
             continue
-        size = (rows, *shape[1:])
+        size = (rows * shape[0], *shape[1:])
         if like.is_meta:
             is_whole = name in TOKENS or not _is_number(name)
             found[name] = torch.empty(size, dtype=torch.int64 if is_whole else dtype, device="meta")
@@ -178,7 +179,8 @@ def _inputs(model: nn.Module, config: Any, main: str, length: int) -> Iterator[T
 def _shapes(config: Any, name: str, length: int) -> list[Shape]:
     """The shapes that an input may have, by its name; none where the name says nothing."""
     if name in TOKENS:
-        return [_tokens(config, length)] if _number(config, "vocab_size") else []
+        books, tokens = _number(config, "num_codebooks"), _tokens(config, length)  # of sound, whose codes are one row each
+        return [tokens, *([(books, tokens[1]), (*tokens, books)] if books else [])] if _number(config, "vocab_size") else []
     if name in ("pixel_values", "pixel_values_videos"):
         height, width = _sides(config)
         channels = _number(config, "num_channels", "in_channels", "in_chans", "n_channels") or 3

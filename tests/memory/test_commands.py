@@ -266,9 +266,12 @@ def test_models_that_read_no_tokens(lingrad, tmp_path, kind, cls):
     assert out.startswith("simulated on cuda: ")
 
 
-@pytest.mark.parametrize(("kind", "cls"), [("siglip2", "Siglip2ForImageClassification"), ("wav2vec2", "Wav2Vec2ForCTC")])
+@pytest.mark.parametrize(
+    ("kind", "cls"),
+    [("siglip2", "Siglip2ForImageClassification"), ("wav2vec2", "Wav2Vec2ForCTC"), ("fnet", "FNetForMaskedLM")],
+)
 def test_what_cannot_be_simulated_names_the_closed_form(lingrad, tmp_path, kind, cls):
-    """No inputs are known for the one; the other masks by the values of a tensor."""
+    """No inputs are known for the first; the second masks by the values of a tensor; the third cannot run in bfloat16."""
     path = written(tmp_path, kind, cls)
     status, _, errors = lingrad("memory", "simulate", "--model", path, "--rules", "svd(rank=16, clip=true)")
     assert status == 2

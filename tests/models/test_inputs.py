@@ -48,6 +48,7 @@ def built(kind, cls, device="meta", **options):
         ("bert", "BertForSequenceClassification", {"input_ids": (2, 12), "labels": (2,)}),
         ("llama", "LlamaForCausalLM", {"input_ids": (2, 12), "labels": (2, 12)}),
         ("bert", "BertModel", {"input_ids": (2, 12)}),
+        ("musicgen_decoder", "MusicgenForCausalLM", {"input_ids": (8, 12)}),  # four codes of sound
     ],
 )
 def test_what_a_model_reads(kind, cls, reads):

@@ -44,9 +44,9 @@ def export(
         what: The run, ``opt`` of `lingrad.wrap` (with ``ledger=True``) or `lingrad.adapt` (without, as long as nothing was
             merged); or the trained plain model and the changes of its weights as a pair ``(model, changes)``.
         path: The folder to write; must not exist.
-        inputs: What to run both models on: a tensor, a tuple, or a mapping of named arguments. By default random token ids for
-            a model of transformers that reads tokens; for one that reads something else they are needed. For a model of
-            another library only weights are compared without them.
+        inputs: What to run both models on: a tensor, a tuple, or a mapping of named arguments. By default random ones of
+            what a model of transformers reads; they are needed where it runs on none that are tried. For a model of another
+            library only weights are compared without them.
         start: The model the run started from, as a folder or a module, to compare with. By default the run's own frozen
             weights, or the weights minus their change.
         dtype: Of the factors; by default that of the coordinates.

@@ -147,6 +147,7 @@ EACH = (
 )
 
 
+@pytest.mark.thinned(4)
 @each_mode
 @pytest.mark.parametrize("each", EACH)
 @pytest.mark.parametrize("turned", [False, True], ids=["x W^T", "x W"])

@@ -64,6 +64,7 @@ def test_goals_name_methods_and_plans_have_them():
         run_main("--plan", "nonsense")
 
 
+@pytest.mark.slow
 def test_a_run_from_end_to_end(tmp_path, monkeypatch, capsys):
     """Of all suites but the one whose size is fixed; then the way into the docs."""
     suites = [suite for suite in benchmarks.SUITES if suite != "pca"]

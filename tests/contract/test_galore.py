@@ -27,6 +27,7 @@ def train_galore(model, batches, proj_type, scale, **options):
     return dict(model.named_parameters())
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("mode", [lingrad.wrap, lingrad.adapt])
 @pytest.mark.parametrize(("proj_type", "side"), PROJECTIONS.items())
 def test_same_trajectory(mode, proj_type, side):

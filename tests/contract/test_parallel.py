@@ -121,6 +121,7 @@ def count_bytes(rank, folder):
     distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_what_is_sent_is_as_small_as_what_is_trained(tmp_path):
     torch.multiprocessing.spawn(count_bytes, (str(tmp_path),), nprocs=2)
     for trained, *steps in torch.load(tmp_path / "0.pt", weights_only=True).values():
@@ -155,6 +156,7 @@ def two_ranks(rank, folder):
     distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_ranks_that_see_different_layers_agree(tmp_path):
     torch.multiprocessing.spawn(two_ranks, (str(tmp_path),), nprocs=2)
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))

@@ -101,6 +101,7 @@ def pairwise():
     return chosen
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize(list(FACTORS), pairwise())
 def test_resuming_is_exact(deal, base, dtype, mode, at, carry):
     """Saved before (3), right after (4) and between (5) refreshes; every transform with every base, and all other pairs."""

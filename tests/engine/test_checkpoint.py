@@ -33,6 +33,7 @@ def assert_resumes(build, make, batches, loss, at):
         assert torch.equal(value, resumed.state_dict()[name]), name
 
 
+@pytest.mark.thinned(4)
 @each_mode
 @pytest.mark.parametrize("at", [3, 4, 5])  # before, at and after the refresh of step 4
 @pytest.mark.parametrize("spec", [s.format(side="short").replace("every=7", "every=4") for s in SIDED] + list(UNSIDED))
@@ -264,6 +265,7 @@ def test_torch_distributed_checkpoint_s_functions_carry_the_state_over(mode):
         assert torch.equal(value, resumed.state_dict()[name]), name
 
 
+@pytest.mark.slow
 def test_a_saved_model_goes_on_in_another_process(tmp_path):
     """Nothing of a run lives in the process: seeds, bases, moments and weights come from the files."""
     program = """

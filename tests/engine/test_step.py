@@ -159,6 +159,7 @@ class TestNoWaiting:
 
 
 class TestMergeEvery:
+    @pytest.mark.thinned(3)
     @pytest.mark.parametrize("text", ["svd(rank=4, every=5)", "power(rank=4, every=5)", "random(rank=4, every=5, side=both)"])
     @pytest.mark.parametrize("merge_every", [1, 2, 3, 100])
     @pytest.mark.parametrize("layerwise", [False, True])

@@ -46,6 +46,7 @@ def halfway(tmp_path, steps=10, proj_type="std", **options):
 
 
 class TestContinued:
+    @pytest.mark.thinned(3)
     @pytest.mark.parametrize("mode", ["optimizer", "adapter"])
     @pytest.mark.parametrize("proj_type", PROJECTIONS)
     def test_the_same_trajectory(self, tmp_path, proj_type, mode):

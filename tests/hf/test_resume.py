@@ -41,6 +41,7 @@ def resumed(folder, at, **options):
     return trainer
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize(("spec", "dtype"), CASES)
 def test_bit_for_bit(tmp_path, mode, spec, dtype):
@@ -55,6 +56,7 @@ def test_bit_for_bit(tmp_path, mode, spec, dtype):
         assert_equal(again.model.state_dict(), straight.model.state_dict())
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("options", [
     {"base": "adamw8bit", "min_8bit_size": 16}, {"base": "muon"}, {"moments": "8bit", "min_8bit_size": 16},
     {"share": "input", "spec": "svd(rank=4, every=3, side=right)"},

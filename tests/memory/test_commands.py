@@ -224,6 +224,7 @@ def test_tables_of_reports_line_up():
     assert len({len(line) for line in lines[1:]}) == 1
 
 
+@pytest.mark.slow
 def test_commands_on_the_page_run(lingrad, monkeypatch, tmp_path):
     """The shell lines of docs/memory.md, on the demo's model at a small rank in place of 7B."""
     monkeypatch.chdir(tmp_path)

@@ -15,6 +15,7 @@ from lingrad.models import LlamaShape, build_llama, open_model
 from tests.support.memory import LEEWAY, METHODS, RECIPES, build
 
 
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("method", METHODS)
 def test_simulated_tracked_and_measured_agree(method, recipe):
@@ -34,6 +35,7 @@ def test_simulated_tracked_and_measured_agree(method, recipe):
         assert simulated.steady_breakdown.get(category, 0) == measured.steady_breakdown.get(category, 0)
 
 
+@pytest.mark.slow
 def test_resident_memory_of_a_process():
     """What the operating system says of a 130M Llama's step, within 5 % and 20 MB of the simulation."""
     program = """

@@ -167,6 +167,7 @@ def test_signs_are_told_by_trying(base, options):
     assert unsigned == {key for key in kept if key in squares}
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize(("base", "options"), [*WITH_MOMENTS, ("adamw", {"lr": 1e-2, "moments": "8bit_linear"})], ids=str)
 def test_training_goes_as_with_moments_as_they_are(base, options):
     batches = text_batches(12, seed=2)[-1:] * 25

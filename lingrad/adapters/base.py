@@ -256,8 +256,14 @@ def applied(function: Any, *args: Any) -> Any:
         What it returns.
 
     Raises:
-        ModeError: A transform of torch.func is active, which would lose what the backward hands to a refresh.
+        ModeError: A transform of torch.func is active, or torch.jit.trace, which would lose what the backward hands to a
+            refresh.
     """
+    if torch._C._get_tracing_state() is not None:
+        raise ModeError(
+            "torch.jit.trace cannot go through a layer that lingrad trains. Call it after opt.detach(), or on a plain model "
+            "that has loaded opt.weights(); in optimizer mode under torch.no_grad() it can, and torch.export can in both modes"
+        )
     if torch._C._are_functorch_transforms_active():
         raise ModeError(
             "torch.func (vmap, grad, jvp and the like) cannot go through a layer that lingrad trains: the gradient of its "

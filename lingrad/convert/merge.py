@@ -18,6 +18,7 @@ from lingrad.files.model_folder import INDEX, WEIGHTS, ModelFolder
 from lingrad.files.tensorfile import Piece, write_tensors
 from lingrad.models import open_model
 from lingrad.peft.read import read_adapter
+from lingrad.tensors import all_finite
 
 _WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx"}
 
@@ -66,7 +67,7 @@ def merge(start: str | Path, adapter: str | Path, out: str | Path, *, tick: Tick
             if not param:
                 return weight
         changed = found.apply(param, weight)
-        if not bool(changed.isfinite().all()):
+        if not all_finite(changed):
             raise DataError(f"'{name}' of '{start}' with the adapter has elements that are not finite")
         return changed
 

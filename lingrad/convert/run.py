@@ -27,6 +27,7 @@ from lingrad.maps.factors import Factors, compress
 from lingrad.models import open_model
 from lingrad.peft.report import AdapterReport
 from lingrad.subspaces import trees as trees
+from lingrad.tensors import all_finite
 
 
 @renamed_keywords("lingrad.convert.convert_run", base="start", decayed_base="decayed_start")
@@ -192,7 +193,7 @@ class _Run:
         if factors.shape != self.targets[pair.param].target.layout.shape:
             raise CheckpointError(f"'{pair.name}' is {shape} in the model, and {factors.shape} in its ledger")
         factors = factors.to(dtype=torch.float64)
-        if not all(bool(side.isfinite().all()) for side in (factors.left, factors.right)):
+        if not all(map(all_finite, (factors.left, factors.right))):
             raise CheckpointError(
                 f"the recorded change of '{pair.name}' is not finite: the run has diverged; give an earlier one"
             )

@@ -17,6 +17,7 @@ from lingrad.errors import CheckpointError, require_one_of
 from lingrad.files.optimizer_file import Inert, load_state
 from lingrad.galore.arguments import GaloreTargets
 from lingrad.galore.names import MOMENTS, PROJECTOR, SIDES
+from lingrad.tensors import all_finite
 from lingrad.weights.layout import is_conv1d
 
 _TAKEN = ("lr", "betas", "eps", "weight_decay", "initial_lr")  # options of a param group that are taken over
@@ -155,7 +156,7 @@ def _read(saved: dict[str, Any], model: nn.Module, name: str, group: dict[str, A
         reason = (
             "no moments: the Trainer saves nothing of a layerwise run"
             if not entries
-            else f"{sorted(entries)}: an 8-bit or Adafactor state, which cannot be resumed exactly"
+            else f"{sorted(map(str, entries))}: an 8-bit or Adafactor state, which cannot be resumed exactly"
         )
         raise CheckpointError(f"the file has for '{name}' {reason}; expected exp_avg and exp_avg_sq of galore_torch's AdamW")
     if type(entries.get("step")) is not int:
@@ -172,7 +173,7 @@ def _read(saved: dict[str, Any], model: nn.Module, name: str, group: dict[str, A
     tensors = {key: entries[key] for key in MOMENTS} | {"left basis": left, "right basis": right}
     for key, value in tensors.items():
         dense = isinstance(value, Tensor) and value.layout == torch.strided and not value.is_meta
-        numbers = dense and value.is_floating_point() and bool(value.isfinite().all())
+        numbers = dense and value.is_floating_point() and all_finite(value)
         if not (numbers or (value is None and key not in entries)):
             raise CheckpointError(f"'{key}' of '{name}' is not a tensor of finite numbers; give an earlier checkpoint")
     if not 0 <= entries["step"] < 2**53:
@@ -254,6 +255,6 @@ def _is_option(value: Any) -> bool:
 def _one(values: set[Any], what: str) -> Any:
     """The value that all parameters share."""
     if len(values) != 1:
-        found = ", ".join(map(str, sorted(values))) or "none"
+        found = ", ".join(sorted(map(str, values))) or "none"
         raise CheckpointError(f"'{what}' must be one number for all parameters that train together; the file has {found}")
     return next(iter(values))

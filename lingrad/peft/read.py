@@ -21,6 +21,7 @@ from lingrad.peft.config import read_config
 from lingrad.peft.earlier import owners, renamed
 from lingrad.peft.slots import PREFIX, LoraFactor, Slot, aliases, slots
 from lingrad.peft.write import FROZEN, WEIGHTS
+from lingrad.tensors import all_finite
 
 _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
@@ -88,11 +89,11 @@ class Adapter:
 
         Raises:
             CheckpointError: The adapter is for a weight of another shape.
-            DataError: It changes a weight that is stored as integers.
+            DataError: It changes a weight that is stored as integers, or in 8 bits.
         """
         found = weight
         changes = name in self.low_rank or (name in self.full and self.full[name].is_floating_point())
-        if changes and not weight.is_floating_point():
+        if changes and (not weight.is_floating_point() or weight.dtype.itemsize == 1):
             raise DataError(
                 f"'{name}' is stored as {weight.dtype}, as in a quantised model, and the adapter would be rounded away; give "
                 "the model that it was quantised from"
@@ -158,22 +159,16 @@ def read_adapter(folder: str | Path, model: nn.Module) -> Adapter:
             )
     tensors = full | {name: pair.a for name, pair in low_rank.items()} | {f"{n} (B)": p.b for n, p in low_rank.items()}
     for name, tensor in tensors.items():
-        if not bool(_finite(tensor)):
+        if not all_finite(tensor):
             raise DataError(f"'{name}' in '{folder}' has values that are not finite")
     for name, pair in low_rank.items():
         for side in (pair.a, pair.b):
             if side.dtype not in _DTYPES:
                 raise DataError(f"the factors of '{name}' in '{folder}' are {side.dtype}; save them in float32 or bfloat16")
-            if not bool(_finite(side * pair.scaling)):
+            if not all_finite(side * pair.scaling):
                 raise DataError(f"the factors of '{name}' in '{folder}' are not finite with their scaling of {pair.scaling:g}")
     _require_ties(model, full, bool(config.get("ensure_weight_tying")))
     return Adapter(low_rank, full, config)
-
-
-def _finite(tensor: Tensor) -> Tensor:
-    """Whether all elements are finite."""
-    narrow = tensor.is_floating_point() and tensor.dtype.itemsize == 1  # torch has no isfinite for them
-    return torch.isfinite(tensor.float() if narrow else tensor).all()
 
 
 def _require_ties(model: nn.Module, full: Mapping[str, Tensor], ties: bool) -> None:

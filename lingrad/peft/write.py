@@ -23,6 +23,7 @@ from lingrad.files.tensorfile import Piece, write_tensors
 from lingrad.maps.factors import Factors
 from lingrad.peft import names
 from lingrad.peft.slots import PREFIX, LoraFactor, Slot, aliases, slots, why_not
+from lingrad.tensors import all_finite
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 FROZEN = "lingrad.frozen"  # in the metadata of the weights: parameter -> the factor that is a basis
@@ -207,7 +208,7 @@ def value_of(model: nn.Module, full: Mapping[str, Tensor], name: str) -> Tensor:
 def _factor(low_rank: Mapping[str, Factors], slot: Slot, which: int, dtype: torch.dtype | None) -> Tensor:
     """PEFT's A (0) or B (1) of a change, made when it is written."""
     made = slot.encode(low_rank[slot.name])[which].detach().to("cpu", dtype).contiguous()
-    if not bool(made.isfinite().all()):
+    if not all_finite(made):
         raise ExportError(
             f"the factors of '{slot.name}' have values that are NaN, or that {made.dtype} cannot hold: the run has diverged, "
             "or needs a wider dtype"

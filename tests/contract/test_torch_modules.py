@@ -321,6 +321,19 @@ def test_transforms_of_torch_func_are_right_or_refused_in_words(name, rules, mod
     torch.testing.assert_close(found, TRANSFORMS[name](plain, x), rtol=0, atol=TOLERANCE)
 
 
+@pytest.mark.parametrize("rules", ["svd(rank=2)", {"*": "svd(rank=2, side=left)"}], ids=str)
+@each_mode
+def test_jit_trace_is_right_or_refused_in_words(rules, mode):
+    model = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Conv1d(4, 4, 2), nn.Linear(4, 3)).double()
+    MODES[mode](model, rules, lr=1e-2)
+    x = torch.randn(2, 4, 6, dtype=torch.float64)
+    with pytest.raises(ModeError, match=r"torch.jit.trace cannot go .* opt.detach\(\)"):
+        torch.jit.trace(model, x)
+    if mode == "optimizer":
+        with torch.no_grad():
+            assert torch.equal(torch.jit.trace(model, x)(x), model(x))
+
+
 def test_in_optimizer_mode_vmap_is_right_without_gradients():
     plain, model, _, x = net("optimizer")
     with torch.no_grad():

@@ -68,8 +68,10 @@ class TestMerge:
             convert.merge(models[0], adapter, tmp_path / "new")
         assert not (tmp_path / "new").exists()
 
-    @pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int32, torch.bool])
-    def test_a_base_of_integers_is_refused(self, models, adapter, tmp_path, dtype):
+    @pytest.mark.parametrize(
+        "dtype", [torch.int8, torch.uint8, torch.int32, torch.bool, torch.float8_e4m3fn, torch.float8_e5m2]
+    )
+    def test_a_base_of_integers_or_in_8_bits_is_refused(self, models, adapter, tmp_path, dtype):
         """Factors that are cast to integers are all zero: the base would be written, and be said to have the adapter in it."""
         from safetensors.torch import load_file, save_file
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lingrad.adapters.base import once
-from lingrad.gradients.local import DenseGradient, RowsGradient
+from lingrad.gradients import DenseGradient, Gradient, RowsGradient
 from lingrad.maps.stacked import BatchedMap
 from lingrad.parallel import average
 from lingrad.subspaces.subspace import Subspace
@@ -146,9 +146,10 @@ class ExpertProduct(torch.autograd.Function):
             )  # entries may overflow where projections do not
             a, b = (x, grad) if use.turned else (grad, x)
             matrices = rows.outer(a.to(dtype), b.to(dtype), count)
-            height, part = matrices.shape[1], DenseGradient(matrices.flatten(0, 1))
-            first = 0 if use.expert is None else use.expert * height
-            sub.record(RowsGradient(part, first, sub.basis.shape[0]), projected)
+            seen: Gradient = DenseGradient(matrices.flatten(0, 1))
+            if use.expert is not None:
+                seen = RowsGradient(seen, use.expert * seen.shape[0], sub.basis.shape[0])
+            sub.record(seen, projected)
         projected = cast(projected, sub.coords.dtype)
         return out_grad, x_grad, projected if use.expert is not None else average(projected), None, None
 

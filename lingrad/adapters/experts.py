@@ -7,19 +7,23 @@ gather of one matrix for each token, is done with the plain weight, whose gradie
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, final
+import copy
+from typing import Any, NamedTuple, final
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._pytree import tree_map_only
 from typing_extensions import override
 
-from lingrad.adapters.base import applied
-from lingrad.adapters.grouped import ExpertProduct, Rows, Tokens, Use
-from lingrad.adapters.reading import read
+from lingrad.adapters.base import applied, once
+from lingrad.adapters.grouped import ExpertProduct, Tokens, Use
+from lingrad.adapters.products import FACTS, KNOWN
+from lingrad.adapters.reading import EffectiveWeight, read
+from lingrad.gradients import DenseGradient, Gradient, RowsGradient
 from lingrad.maps.stacked import BatchedMap
+from lingrad.parallel import average
 from lingrad.subspaces.subspace import Subspace
+from lingrad.tensors import dense
 
 
 def fuses_experts(sub: Subspace) -> bool:
@@ -32,6 +36,26 @@ def fuses_experts(sub: Subspace) -> bool:
         Whether it is. A weight of two dimensions is a matrix, which a model may read in any way.
     """
     return sub.weight.param.dim() == 3 and isinstance(sub.map(), BatchedMap)
+
+
+class Part(NamedTuple):
+    """What of a weight [count, m, n] a tensor is.
+
+    Args:
+        expert: Which expert's matrix; None for all.
+        turned: Whether its last two dimensions are swapped.
+    """
+
+    expert: int | None
+    turned: bool
+
+    def of(self, weight: Tensor) -> Tensor:
+        """This part of a weight, a view."""
+        found = weight if self.expert is None else weight[self.expert]
+        return found.mT if self.turned else found.view_as(found)
+
+
+ALL = Part(None, turned=False)
 
 
 class ExpertsReader:
@@ -57,23 +81,30 @@ class ExpertsReader:
 
     def read(self) -> Tensor:
         """The weight [count, m, n]."""
-        sub = self.sub
-        usable = (
-            torch.is_grad_enabled()
-            and sub.coords.requires_grad
-            and (self.adapter or sub.weight.param.requires_grad)
-            and not torch.compiler.is_compiling()
-            and not torch._C._are_functorch_transforms_active()
-        )
-        if not usable:
+        sub, param = self.sub, self.sub.weight.param
+        usable = torch.is_grad_enabled() and sub.coords.requires_grad and not _is_transformed() and fuses_experts(sub)
+        if not usable or not (self.adapter or (param.requires_grad and not _hooked(param))):
             return self.plain()
         sub.require_intact()
-        return ExpertsWeight(self, sub.weight.param.detach(), None, turned=False)
+        return self.give(Part(None, turned=False))
+
+    def give(self, part: Part) -> Tensor:
+        """The weight or a part of it, tied to the coordinates for whoever does not ask `__torch_function__` too."""
+        if self.adapter:
+            tied: Tensor = applied(_ReadPart, self.sub.coords, self, part)
+            return tied
+        made: Any = part.of(self.sub.weight.param).as_subclass(ExpertsWeight)
+        made.reader, made.part = self, part
+        found: Tensor = made
+        return found
 
     def tie(self, out: Tensor, x: Tensor, use: Use) -> Tensor:
         """A product with W tied to the coordinates, which are added to it where they are not zero."""
         sub = self.sub
-        token = sub.coords if use.expert is None else self._token(use.expert)
+        trains = torch.is_grad_enabled() and sub.coords.requires_grad
+        if sub.released and not trains:
+            return out
+        token = sub.coords if use.expert is None or not trains else self._token(use.expert)
         tied: Tensor = applied(ExpertProduct, out, x, token, use, not sub.released)
         return tied
 
@@ -82,169 +113,125 @@ class ExpertsReader:
         coords = self.sub.coords
         key = (coords.device, coords.dtype, id(coords))
         if self._tokens[0] != key:
-            count = self.sub.weight.param.shape[0]
-            self._tokens = key, applied(Tokens, coords, count)
+            self._tokens = key, applied(Tokens, coords, self.sub.weight.param.shape[0])
         return self._tokens[1][expert]
 
 
-@final
-class ExpertsWeight(Tensor):
-    """The weight W of fused experts, or one of them, for the products that are known.
-
-    Attributes:
-        reader: Where it comes from.
-        numbers: W, or what of it this is.
-        expert: Which expert's matrix this is; None for all.
-        turned: Whether its last two dimensions are swapped.
-    """
+class Asked:
+    """Known products of the weight are tied to the coordinates; whatever else is done is done with the plain weight."""
 
     reader: ExpertsReader
-    numbers: Tensor
-    expert: int | None
-    turned: bool
-    _is_param = True  # for isinstance: to its readers it is the layer's nn.Parameter
+    part: Part = ALL
 
-    @staticmethod
-    def __new__(cls: Any, reader: ExpertsReader, numbers: Tensor, expert: int | None, *, turned: bool) -> ExpertsWeight:
-        """Make one that has the memory of W."""
-        made: ExpertsWeight = Tensor._make_subclass(cls, numbers)
-        made.reader, made.numbers, made.expert, made.turned = reader, numbers, expert, turned
-        return made
+    @property
+    def frozen(self) -> Tensor:
+        """W, apart from autograd."""
+        return self.part.of(self.reader.sub.weight.param.detach())
 
     @classmethod
-    @override
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         with torch._C.DisableTorchFunctionSubclass():
-            if func in _FACTS:
-                return func(args[0].numbers, *args[1:], **kwargs)
-            known = _KNOWN.get(func)
-            if known is not None:
-                found = known(func, *args, **kwargs)
+            if func in FACTS:
+                return func(*args, **kwargs)
+            if _is_transformed():  # by itself it is tied as well
+                return func(*args, **kwargs)
+            known = KNOWN.get(func)
+            if known is not None and not kwargs.keys() - known.options and len(args) <= known.most:
+                found = known.act(func, *args, **kwargs)
                 if found is not NotImplemented:
                     return found
-            return func(*tree_map_only(cls, _plain, args), **tree_map_only(cls, _plain, kwargs))
+            return func(*tree_map_only(Asked, _plain, args), **tree_map_only(Asked, _plain, kwargs))
 
 
-def _plain(weight: ExpertsWeight) -> Tensor:
+@final
+class ExpertsWeight(Asked, Tensor):
+    """W, or a part of it, in optimizer mode."""
+
+    @override
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return copy.deepcopy(_plain(self) if self.part == ALL else _plain(self).detach().clone(), memo)
+
+    @override
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return (_plain(self) if self.part == ALL else _plain(self).detach()).__reduce_ex__(protocol)
+
+
+@final
+class ExpertsSum(Asked, EffectiveWeight):
+    """W + S z, or a part of it, in adapter mode: its numbers are formed where an operation that is not known asks for them."""
+
+    @staticmethod
+    def __new__(cls: Any, reader: ExpertsReader, part: Part) -> ExpertsSum:
+        """Make one."""
+        view = None if part == ALL else part.of(reader.sub.weight.param.detach())
+        made: Any = EffectiveWeight.__new__(cls, reader.sub, view)
+        made.reader, made.part = reader, part
+        made._is_param = part == ALL
+        found: ExpertsSum = made
+        return found
+
+    @property
+    def data(self) -> Tensor:
+        """The same, apart from autograd."""
+        return ExpertsSum(self.reader, self.part)
+
+    @data.setter
+    def data(self, value: Tensor) -> None:
+        self.merge()
+        self.subspace.weight.param.data = value
+
+    @override
+    @torch.no_grad()
+    def form(self) -> Tensor:
+        if self.part == ALL:
+            return super().form()
+        sub, expert = self.reader.sub, self.part.expert
+        if expert is None:
+            return self.part.of(sub.add_to(sub.weight.dense(), sub.coords.detach()))
+        current = sub.map()
+        assert isinstance(current, BatchedMap)  # noqa: S101 - else there is none of these
+        one, rows = current.each(expert), sub.coords.shape[0] // current.count
+        lifted = one.lift(sub.coords.detach()[expert * rows : (expert + 1) * rows])
+        plain = sub.weight.param.detach()[expert]
+        return self.part._replace(expert=None).of(plain + lifted.to(plain.dtype))
+
+
+class _ReadPart(torch.autograd.Function):
+    """W + S z or a part of it, with the projected gradient of that as the gradient of z."""
+
+    @staticmethod
+    @override
+    def forward(ctx: Any, coords: Tensor, reader: ExpertsReader, part: Part) -> Tensor:
+        ctx.reader, ctx.part = reader, part
+        return ExpertsSum(reader, part)
+
+    @staticmethod
+    @once
+    @override
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        sub, part = ctx.reader.sub, ctx.part
+        grad = dense(grad.mT if part.turned else grad)
+        seen: Gradient = DenseGradient(grad.reshape(-1, grad.shape[-1]).clone())  # autograd may use its buffer again
+        if part.expert is not None:
+            seen = RowsGradient(seen, part.expert * seen.shape[0], sub.basis.shape[0])
+        return average(sub.project(seen)), None, None
+
+
+def _is_transformed() -> bool:
+    """Whether functions are transformed or traced now, by programs that must see plain tensors."""
+    fake = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE)
+    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or fake is not None
+
+
+def _hooked(param: Tensor) -> bool:
+    """Whether another program waits for the gradient of the weight; one hook is lingrad's."""
+    found = (getattr(param, kind, None) for kind in ("_backward_hooks", "_post_accumulate_grad_hooks"))
+    return sum(len(hooks or ()) for hooks in found) > 1
+
+
+def _plain(weight: Any) -> Tensor:
     """The weight, or the part of it that was asked for, tied to the coordinates in its own way."""
-    found = weight.reader.plain()
-    found = found if weight.expert is None else found[weight.expert]
-    return found.transpose(-2, -1) if weight.turned else found
-
-
-def _one(func: Any, weight: Any, index: Any) -> Any:
-    """``weight[e]``."""
-    if isinstance(index, Tensor) and index.dim() == 0 and not index.is_meta and not index.is_floating_point():
-        index = index.item()
-    if type(index) is not int or not isinstance(weight, ExpertsWeight) or weight.expert is not None:
-        return NotImplemented
-    count = len(weight.numbers)
-    if not -count <= index < count:
-        return NotImplemented
-    return ExpertsWeight(weight.reader, weight.numbers[index], index % count, turned=weight.turned)
-
-
-def _each(func: Any, weight: Any, dim: int = 0) -> Any:
-    """``weight.unbind()``, and so iteration."""
-    if dim != 0 or weight.expert is not None:
-        return NotImplemented
-    return tuple(_one(func, weight, expert) for expert in range(len(weight.numbers)))
-
-
-def _iterated(func: Any, weight: Any) -> Any:
-    found = _each(func, weight)
-    return found if found is NotImplemented else iter(found)
-
-
-def _select(func: Any, weight: Any, dim: int, index: int) -> Any:
-    return _one(func, weight, index) if dim == 0 else NotImplemented
-
-
-def _turned(func: Any, weight: Any, *dims: int) -> Any:
-    """The last two dimensions swapped."""
-    last = {weight.numbers.dim() - 1, weight.numbers.dim() - 2}
-    if dims and {dim % weight.numbers.dim() for dim in dims} != last:
-        return NotImplemented
-    return ExpertsWeight(weight.reader, weight.numbers.transpose(-2, -1), weight.expert, turned=not weight.turned)
-
-
-def _matrix_turned(func: Any, weight: Any) -> Any:
-    return NotImplemented if weight.expert is None else _turned(func, weight)
-
-
-def _linear(func: Any, x: Any, weight: Any, bias: Any = None) -> Any:
-    """``x @ weight.T + bias`` of one expert."""
-    if not _meets(x, weight) or weight.expert is None or isinstance(bias, ExpertsWeight):
-        return NotImplemented
-    out = func(x, weight.numbers, bias)
-    return weight.reader.tie(out, x, Use(weight.reader.sub, Rows([_rows(x)]), weight.expert, weight.turned))
-
-
-def _times(func: Any, x: Any, weight: Any) -> Any:
-    """``x @ weight`` of one expert, or of as many rows for each."""
-    if not _meets(x, weight):
-        return NotImplemented
-    count = len(weight.numbers)
-    if weight.expert is None and (x.dim() != 3 or len(x) != count):
-        return NotImplemented
-    ends = [_rows(x)] if weight.expert is not None else [x.shape[1] * (e + 1) for e in range(count)]
-    out = func(x, weight.numbers)
-    return weight.reader.tie(out, x, Use(weight.reader.sub, Rows(ends), weight.expert, not weight.turned))
-
-
-def _times_from_right(func: Any, weight: Any, x: Any) -> Any:
-    return _times(torch.matmul, x, weight)
-
-
-def _grouped(func: Any, x: Any, weight: Any, offs: Any = None, **more: Any) -> Any:
-    """``x @ weight`` of rows that are sorted by expert."""
-    if (
-        not _meets(x, weight)
-        or weight.expert is not None
-        or x.dim() != 2
-        or offs is None
-        or any(v is not None for v in more.values())
-    ):
-        return NotImplemented
-    out = func(x, weight.numbers, offs=offs)
-    return weight.reader.tie(out, x, Use(weight.reader.sub, Rows(offs), None, not weight.turned))
-
-
-def _given(options: dict[str, Any]) -> bool:
-    """Whether any option is not None."""
-    return any(value is not None for value in options.values())
-
-
-def _meets(x: Any, weight: Any) -> bool:
-    plain = isinstance(x, Tensor) and not isinstance(x, ExpertsWeight) and x.dim() >= 2
-    return plain and isinstance(weight, ExpertsWeight)
-
-
-def _rows(x: Tensor) -> int:
-    return x.numel() // max(1, x.shape[-1])
-
-
-_FACTS = {
-    *(getattr(Tensor, name).__get__ for name in ("shape", "dtype", "device", "ndim", "layout", "is_cuda", "is_meta", "is_cpu")),
-    *(Tensor.size, Tensor.dim, Tensor.numel, Tensor.element_size, Tensor.is_floating_point, Tensor.__len__),
-}
-_KNOWN: dict[Any, Callable[..., Any]] = {
-    Tensor.__getitem__: _one,
-    Tensor.select: _select,
-    torch.select: _select,
-    Tensor.unbind: _each,
-    torch.unbind: _each,
-    Tensor.__iter__: _iterated,
-    Tensor.transpose: _turned,
-    torch.transpose: _turned,
-    Tensor.mT.__get__: _turned,  # type: ignore[attr-defined]
-    Tensor.T.__get__: _matrix_turned,  # type: ignore[attr-defined]
-    Tensor.t: _matrix_turned,
-    nn.functional.linear: _linear,
-    **dict.fromkeys((Tensor.matmul, torch.matmul, Tensor.__matmul__, Tensor.mm, torch.mm, Tensor.bmm, torch.bmm), _times),
-    Tensor.__rmatmul__: _times_from_right,
-    **{
-        getattr(at, name): _grouped for at, name in ((torch, "_grouped_mm"), (nn.functional, "grouped_mm")) if hasattr(at, name)
-    },
-}
+    found: Tensor = weight.reader.plain()
+    part: Part = weight.part
+    return found if part == ALL else part.of(found)

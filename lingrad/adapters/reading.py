@@ -8,7 +8,7 @@ nothing. Autograd ties it to the coordinates. Where it is written to, the coordi
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, final
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +27,6 @@ _CLASSES: dict[tuple[type, str], type] = {}  # by the class and the attribute
 _SAME = (torch.ops.aten.detach.default, torch.ops.aten.alias.default)
 
 
-@final
 class EffectiveWeight(Tensor):
     """W + S z without memory of its own: its numbers are formed where an operation asks for them.
 
@@ -62,21 +61,21 @@ class EffectiveWeight(Tensor):
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func in _SAME and isinstance(args[0], cls):
+        if func in _SAME and isinstance(args[0], EffectiveWeight):
             return args[0].data
-        written = {id(one): one for one in _written(func, args, kwargs) if isinstance(one, cls)}
+        written = {id(one): one for one in _written(func, args, kwargs) if isinstance(one, EffectiveWeight)}
         for one in written.values():
             one.merge()
 
         def plain(one: EffectiveWeight) -> Tensor:
             return one.numbers if id(one) in written else one.form()
 
-        found = func(*tree_map_only(cls, plain, args), **tree_map_only(cls, plain, kwargs))
+        found = func(*tree_map_only(EffectiveWeight, plain, args), **tree_map_only(EffectiveWeight, plain, kwargs))
         if len(written) == 1 and isinstance(found, Tensor):
             return next(iter(written.values()))
         if any(one.alias_info is not None and not one.alias_info.is_write for one in func._schema.returns):
-            sub = next((one.subspace for one in args if isinstance(one, cls)), None)
-            return found if sub is None else tree_map_only(Tensor, lambda view: cls(sub, view), found)
+            sub = next((one.subspace for one in args if isinstance(one, EffectiveWeight)), None)
+            return found if sub is None else tree_map_only(Tensor, lambda view: EffectiveWeight(sub, view), found)
         return found
 
     @torch.no_grad()

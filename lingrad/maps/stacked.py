@@ -149,6 +149,10 @@ class BatchedMap(LinearMap):
             return super().transport_squares(old, squares)
         return _both_sides(self, old, squares, power=2)
 
+    def each(self, block: int) -> KroneckerMap:
+        """The map of one block."""
+        return KroneckerMap(*(None if side is None else side[block] for side in (self.left, self.right)))
+
     def _split(self, matrix: Tensor) -> Tensor:
         split: Tensor = matrix.unflatten(0, (self.count, -1))
         return split

@@ -53,12 +53,6 @@ def distinct(tensors: Iterable[Tensor]) -> list[Tensor]:
     return list({storage(tensor): tensor for tensor in tensors if tensor.numel()}.values())
 
 
-def all_finite(tensor: Tensor) -> bool:
-    """Whether no element is NaN or infinite; of any dtype, also those of 8 bits, for which torch cannot say it."""
-    narrow = tensor.is_floating_point() and tensor.dtype.itemsize == 1
-    return bool(torch.isfinite(tensor.float() if narrow else tensor).all())
-
-
 def dense(tensor: Tensor) -> Tensor:
     """The tensor, or, of a sparse one, as an embedding's gradient may be, a dense copy."""
     return tensor.to_dense() if tensor.is_sparse else tensor

@@ -38,7 +38,7 @@ def fuses_experts(sub: Subspace) -> bool:
     return sub.weight.param.dim() == 3 and isinstance(sub.map(), BatchedMap)
 
 
-class Part(NamedTuple):
+class ExpertsPart(NamedTuple):
     """What of a weight [count, m, n] a tensor is.
 
     Args:
@@ -55,7 +55,7 @@ class Part(NamedTuple):
         return found.mT if self.turned else found.view_as(found)
 
 
-ALL = Part(None, turned=False)
+ALL = ExpertsPart(None, turned=False)
 
 
 class ExpertsReader:
@@ -86,9 +86,9 @@ class ExpertsReader:
         if not usable or not (self.adapter or (param.requires_grad and not _hooked(param))):
             return self.plain()
         sub.require_intact()
-        return self.give(Part(None, turned=False))
+        return self.give(ExpertsPart(None, turned=False))
 
-    def give(self, part: Part) -> Tensor:
+    def give(self, part: ExpertsPart) -> Tensor:
         """The weight or a part of it, tied to the coordinates for whoever does not ask `__torch_function__` too."""
         if self.adapter:
             tied: Tensor = applied(_ReadPart, self.sub.coords, self, part)
@@ -121,7 +121,7 @@ class Asked:
     """Known products of the weight are tied to the coordinates; whatever else is done is done with the plain weight."""
 
     reader: ExpertsReader
-    part: Part = ALL
+    part: ExpertsPart = ALL
 
     @property
     def frozen(self) -> Tensor:
@@ -162,7 +162,7 @@ class ExpertsSum(Asked, EffectiveWeight):
     """W + S z, or a part of it, in adapter mode: its numbers are formed where an operation that is not known asks for them."""
 
     @staticmethod
-    def __new__(cls: Any, reader: ExpertsReader, part: Part) -> ExpertsSum:
+    def __new__(cls: Any, reader: ExpertsReader, part: ExpertsPart) -> ExpertsSum:
         """Make one."""
         view = None if part == ALL else part.of(reader.sub.weight.param.detach())
         made: Any = EffectiveWeight.__new__(cls, reader.sub, view)
@@ -202,7 +202,7 @@ class _ReadPart(torch.autograd.Function):
 
     @staticmethod
     @override
-    def forward(ctx: Any, coords: Tensor, reader: ExpertsReader, part: Part) -> Tensor:
+    def forward(ctx: Any, coords: Tensor, reader: ExpertsReader, part: ExpertsPart) -> Tensor:
         ctx.reader, ctx.part = reader, part
         return ExpertsSum(reader, part)
 
@@ -233,5 +233,5 @@ def _hooked(param: Tensor) -> bool:
 def _plain(weight: Any) -> Tensor:
     """The weight, or the part of it that was asked for, tied to the coordinates in its own way."""
     found: Tensor = weight.reader.plain()
-    part: Part = weight.part
+    part: ExpertsPart = weight.part
     return found if part == ALL else part.of(found)

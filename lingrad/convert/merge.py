@@ -15,10 +15,10 @@ from lingrad.deprecated import renamed_keywords
 from lingrad.errors import CheckpointError, DataError
 from lingrad.files.atomic import new_folder
 from lingrad.files.model_folder import INDEX, WEIGHTS, ModelFolder
+from lingrad.files.reading import all_finite
 from lingrad.files.tensorfile import Piece, write_tensors
 from lingrad.models import open_model
 from lingrad.peft.read import read_adapter
-from lingrad.tensors import all_finite
 
 _WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx"}
 

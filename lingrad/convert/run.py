@@ -23,11 +23,11 @@ from lingrad.engine.saved import FORMAT, Saved
 from lingrad.errors import CheckpointError, LingradError, optional, require, shown
 from lingrad.files.model_folder import ModelFolder
 from lingrad.files.optimizer_file import FILE, identify, load_state
+from lingrad.files.reading import all_finite
 from lingrad.maps.factors import Factors, compress
 from lingrad.models import open_model
 from lingrad.peft.report import AdapterReport
 from lingrad.subspaces import trees as trees
-from lingrad.tensors import all_finite
 
 
 @renamed_keywords("lingrad.convert.convert_run", base="start", decayed_base="decayed_start")

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 LARGEST_JSON = 64 * 2**20  # bytes; the index of a model with 10^5 tensors has 10 MB
@@ -115,3 +116,9 @@ def read_json(path: Path) -> Any:
     if len(data) > LARGEST_JSON:
         raise OSError(errno.EFBIG, f"it is larger than {LARGEST_JSON:,} bytes", str(path))
     return json.loads(data)
+
+
+def all_finite(tensor: Tensor) -> bool:
+    """Whether no element is NaN or infinite; of any dtype, also those of 8 bits, for which torch cannot say it."""
+    narrow = tensor.is_floating_point() and tensor.dtype.itemsize == 1
+    return bool(torch.isfinite(tensor.float() if narrow else tensor).all())

@@ -15,9 +15,9 @@ from lingrad.engine.optimizer import SubspaceOptimizer
 from lingrad.engine.saved import resumed_entries
 from lingrad.errors import CheckpointError, require_one_of
 from lingrad.files.optimizer_file import Inert, load_state
+from lingrad.files.reading import all_finite
 from lingrad.galore.arguments import GaloreTargets
 from lingrad.galore.names import MOMENTS, PROJECTOR, SIDES
-from lingrad.tensors import all_finite
 from lingrad.weights.layout import is_conv1d
 
 _TAKEN = ("lr", "betas", "eps", "weight_decay", "initial_lr")  # options of a param group that are taken over

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lingrad.errors import CheckpointError, DataError, ShapeError
+from lingrad.files.reading import all_finite
 from lingrad.files.tensorfile import TensorFile
 from lingrad.maps.factors import Factors
 from lingrad.peft import names, patterns
@@ -21,7 +22,6 @@ from lingrad.peft.config import read_config
 from lingrad.peft.earlier import owners, renamed
 from lingrad.peft.slots import PREFIX, LoraFactor, Slot, aliases, slots
 from lingrad.peft.write import FROZEN, WEIGHTS
-from lingrad.tensors import all_finite
 
 _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 

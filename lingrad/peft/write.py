@@ -19,11 +19,11 @@ from torch import Tensor, nn
 from lingrad.deprecated import renamed_keywords
 from lingrad.errors import ExportError
 from lingrad.files.atomic import write_whole
+from lingrad.files.reading import all_finite
 from lingrad.files.tensorfile import Piece, write_tensors
 from lingrad.maps.factors import Factors
 from lingrad.peft import names
 from lingrad.peft.slots import PREFIX, LoraFactor, Slot, aliases, slots, why_not
-from lingrad.tensors import all_finite
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 FROZEN = "lingrad.frozen"  # in the metadata of the weights: parameter -> the factor that is a basis

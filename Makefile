@@ -72,7 +72,7 @@ structure: $(VENV)/.dev  ## measure how the package is built: files, imports, na
 memory: $(VENV)/.dev  ## simulate the runs of docs/memory.md and fill its tables
 	$(BIN)/python tools/measure_memory.py
 
-architectures: $(VENV)/.dev  ## run tiny models of every architecture of transformers through lingrad (15 minutes); ARGS="--only NAME", --again faults
+architectures: $(VENV)/.dev  ## run tiny models of every architecture of transformers through lingrad (20 to 45 minutes); ARGS="--only NAME", --again faults
 	$(BIN)/python tools/architectures.py $(ARGS)
 
 bench: $(VENV)/.bench  ## compare speed and memory with other implementations, into benchmarks/out; ARGS=--quick for four minutes, ARGS=--docs for the docs

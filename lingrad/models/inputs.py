@@ -133,7 +133,7 @@ def _drawn(model: nn.Module, inputs: Tried, rows: int, seed: int) -> dict[str, A
     like = next(model.parameters())
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     generator = torch.Generator().manual_seed(seed)
-    vocabulary = _number(model.config, "vocab_size") or 2
+    vocabulary = _vocabulary(model)
     found: dict[str, Any] = {}
     ids: dict[Shape, Tensor] = {}  # labels are the token ids of the same shape
     for name, shape in inputs.items():
@@ -242,6 +242,16 @@ def _sides(config: Any) -> tuple[int, int]:
         found = found.get("height", _SIDE), found.get("width", _SIDE)
     pair = tuple(found) if isinstance(found, list | tuple) else (found, found)
     return int(pair[0]), int(pair[-1])
+
+
+def _vocabulary(model: nn.Module) -> int:
+    """How many token ids a model knows: those that it embeds, where its config counts others (PaliGemma) or more."""
+    counted = _number(model.config, "vocab_size") or 2
+    try:
+        embedded = getattr(model.get_input_embeddings(), "num_embeddings", None)  # type: ignore[operator]
+    except Exception:  # of a model that embeds no tokens
+        return counted
+    return min(counted, embedded) if isinstance(embedded, int) and embedded > 0 else counted
 
 
 def _number(config: Any, *names: str) -> int | None:

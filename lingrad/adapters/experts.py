@@ -8,6 +8,8 @@ gather of one matrix for each token, is done with the plain weight, whose gradie
 from __future__ import annotations
 
 import copy
+import weakref
+from functools import partial
 from typing import Any, NamedTuple, final
 
 import torch
@@ -22,7 +24,7 @@ from lingrad.adapters.reading import EffectiveWeight, read
 from lingrad.gradients import DenseGradient, Gradient, RowsGradient
 from lingrad.maps.stacked import BatchedMap
 from lingrad.parallel import average
-from lingrad.subspaces.subspace import Subspace
+from lingrad.subspaces.subspace import Subspace, call
 from lingrad.tensors import dense
 
 
@@ -109,12 +111,16 @@ class ExpertsReader:
         return tied
 
     def _token(self, expert: int) -> Tensor:
-        """What stands for one expert's coordinates, the same for all uses, so that their gradient is put together once."""
+        """What stands for one expert's coordinates, the same until a backward, which so puts their gradient together once."""
         coords = self.sub.coords
         key = (coords.device, coords.dtype, id(coords))
         if self._tokens[0] != key:
-            self._tokens = key, applied(Tokens, coords, self.sub.weight.param.shape[0])
+            forget = partial(call, weakref.WeakMethod(self._forget))
+            self._tokens = key, applied(Tokens, coords, self.sub.weight.param.shape[0], forget)
         return self._tokens[1][expert]
+
+    def _forget(self) -> None:
+        self._tokens = (), ()
 
 
 class Asked:

@@ -8,7 +8,7 @@ but in a step that refreshes.
 from __future__ import annotations
 
 import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -159,9 +159,9 @@ class Tokens(torch.autograd.Function):
 
     @staticmethod
     @override
-    def forward(ctx: Any, coords: Tensor, count: int) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, coords: Tensor, count: int, done: Callable[[], None]) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
-        ctx.shape, ctx.like = coords.shape, coords.detach()
+        ctx.shape, ctx.like, ctx.done = coords.shape, coords.detach(), done
         p, q = coords.shape[0] // count, coords.shape[1]
         return tuple(torch.empty_strided((p, q), (0, 0), dtype=coords.dtype, device=coords.device) for _ in range(count))
 
@@ -169,11 +169,12 @@ class Tokens(torch.autograd.Function):
     @once
     @override
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        ctx.done()
         total = torch.zeros(ctx.shape, dtype=ctx.like.dtype, device=ctx.like.device)
         for block, grad in zip(total.chunk(len(grads)), grads, strict=True):
             if grad is not None:
                 block.copy_(grad)
-        return average(total), None
+        return average(total), None, None
 
 
 def _map(sub: Subspace) -> BatchedMap:

@@ -84,6 +84,17 @@ class Fused(nn.Module):
         return PRODUCTS[self.how](torch.tanh(self.inner(x)), who, self.up, self.turned)
 
 
+class Two(nn.Module):
+    """One after the other."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.first, self.second = Fused(how, False), Fused(how, False)
+
+    def forward(self, x, who):
+        return self.second(self.first(x, who)[:, :WIDE].contiguous(), who)
+
+
 def batch(step, dtype=torch.float64):
     generator = torch.Generator().manual_seed(step)
     x = torch.randn(TOKENS, WIDE, generator=generator, dtype=torch.float64).to(dtype)
@@ -182,6 +193,22 @@ def test_no_gradient_of_the_weight_exists(how, mode):
         loss.backward()
     assert not {(EXPERTS, HIGH, WIDE), (EXPERTS * HIGH, WIDE), (HIGH, WIDE), (WIDE, HIGH)} & sizes.shapes
     assert of_experts(opt).coords.grad.any()
+
+
+@each_mode
+@pytest.mark.parametrize("how", ["one by one", "grouped"])
+def test_a_layer_is_done_in_its_turn_in_every_backward(how, mode):
+    """Not when all others are: a layerwise run steps it then, and ranks average in one order."""
+    model, turns = Two(how).float(), []
+    opt = MODES[mode](model, "svd(rank=2, every=3)", lr=1e-2)
+    for sub in opt.subspaces:
+        sub.coords.register_post_accumulate_grad_hook(lambda _, name=sub.name: turns.append(name))
+    for step in range(3):
+        turns.clear()
+        opt.zero_grad()
+        model(*batch(step, torch.float32)).square().mean().backward()
+        opt.step()
+        assert turns == ["second.up", "second.inner.weight", "first.up", "first.inner.weight"]
 
 
 @each_mode

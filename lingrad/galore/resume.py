@@ -255,6 +255,6 @@ def _is_option(value: Any) -> bool:
 def _one(values: set[Any], what: str) -> Any:
     """The value that all parameters share."""
     if len(values) != 1:
-        found = ", ".join(sorted(map(str, values))) or "none"
+        found = ", ".join(map(str, sorted(values, key=lambda value: (type(value).__name__, value)))) or "none"
         raise CheckpointError(f"'{what}' must be one number for all parameters that train together; the file has {found}")
     return next(iter(values))

@@ -194,6 +194,7 @@ def test_train_on_the_users_own_text(lingrad, tiny, tmp_path):
     assert result.text == "mine.txt"
 
 
+@pytest.mark.slow
 def test_options_of_train_reach_the_run(tiny, tmp_path):
     from lingrad.research import commands
 

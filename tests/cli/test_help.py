@@ -108,6 +108,7 @@ def test_exit_codes_are_those(lingrad, monkeypatch):
     assert "Traceback" in run.stderr
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
 def test_completion_scripts(shell):
     def run(**env):
@@ -158,6 +159,7 @@ OLD_DEMO = ["--model", "demo", "--seq", "16", "--spec", "svd(rank=8)"]
     ],
     ids=lambda value: value.split()[-1] if isinstance(value, str) else "",
 )
+@pytest.mark.thinned(3)
 def test_old_command_lines_of_memory_work_and_say_what_to_write(lingrad, old, new, said):
     status, out, errors = lingrad(*old)
     assert status == 0, errors

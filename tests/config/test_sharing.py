@@ -49,7 +49,7 @@ def inputs(seed=1, rows=50):
     return torch.randn(rows, 12, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(6)
 @pytest.mark.parametrize("base", ["adamw", "sgd"])
 @pytest.mark.parametrize("carry", ["keep", "reset", "rotate"])
 @pytest.mark.parametrize("text", SPECS)

@@ -25,7 +25,7 @@ PAIRS = cases.covering_cases(2)
 TRIPLES = [case for case in cases.covering_cases(3) if case not in PAIRS]
 
 
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize(
     "case",
     [*(pytest.param(c, id=c.label) for c in PAIRS)] + [pytest.param(c, id=c.label, marks=pytest.mark.slow) for c in TRIPLES],
@@ -35,7 +35,7 @@ def test_every_combination(case):
     case.run()
 
 
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     "case", [pytest.param(c, id=c.label, marks=() if i % 8 == 0 else pytest.mark.slow) for i, c in enumerate(PAIRS)]
@@ -68,7 +68,7 @@ DEFAULT = {
 }  # fmt: skip
 
 
-@pytest.mark.thinned(4)
+@pytest.mark.thinned(16)
 @pytest.mark.parametrize(
     ("spec", "base"),
     [pytest.param(spec, base, marks=() if (spec, base) in DEFAULT else pytest.mark.slow) for spec in SPECS for base in BASES],

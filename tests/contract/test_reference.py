@@ -62,6 +62,7 @@ def gap(a, b):
     return max(float((a[name] - b[name]).norm() / b[name].norm()) for name in b)
 
 
+@pytest.mark.thinned(3)
 @each_base
 @each_side
 @pytest.mark.parametrize("train", [reference.galore, reference.lora])

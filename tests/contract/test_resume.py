@@ -101,7 +101,7 @@ def pairwise():
     return chosen
 
 
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize(list(FACTORS), pairwise())
 def test_resuming_is_exact(deal, base, dtype, mode, at, carry):
     """Saved before (3), right after (4) and between (5) refreshes; every transform with every base, and all other pairs."""
@@ -175,6 +175,7 @@ class TestDistributedCheckpoint:
             batches, build, rules, loss = token_batches(8), every_kind, DEALS[kind], token_loss
         return batches, lambda: Run(build, lambda m: MODES[mode](m, rules, lr=1e-2, weight_decay=0.1), loss, 8)
 
+    @pytest.mark.thinned(3)
     # deals 0, 1 and 2 hold every transform
     @pytest.mark.parametrize(("kind", "at"), [("llama", 4), (0, 3), (1, 4), (2, 5)])
     @pytest.mark.filterwarnings("ignore:torch.distributed is disabled, unavailable or uninitialized")

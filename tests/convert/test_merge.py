@@ -122,6 +122,7 @@ print(middle - start, high() - start)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="the peak of a process is read from /proc")  # noqa: PTH110
 def test_memory_is_of_one_weight_not_of_the_model(tmp_path):
     """Two models of 90 MB whose largest weight has 4.3: above what a tiny conversion takes, converting needs less than 6 such

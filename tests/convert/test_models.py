@@ -38,6 +38,7 @@ def rows(report, kind="low_rank"):
     return {row.name: row for row in report.rows if row.kind == kind}
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize(("kind", "dtype", "sharded"), KINDS)
 def test_every_kind_of_model(tmp_path, kind, dtype, sharded):
     """The rank that went in is found; PEFT loads the adapter and has the tuned weights, to the rounding of their dtype."""
@@ -250,6 +251,7 @@ def test_a_tied_head_may_be_stored_or_not(tmp_path, tied):
 
 
 class TestMerge:
+    @pytest.mark.thinned(3)
     @pytest.mark.parametrize(("kind", "dtype", "sharded"), KINDS)
     def test_it_is_what_peft_merges_to_the_bit(self, tmp_path, kind, dtype, sharded):
         """In every dtype, and the folder is like the base's: files, index, config."""

@@ -37,7 +37,7 @@ def run(folder, build=llama, mode="optimizer", spec="svd(rank=4, every=3)", dtyp
     return folder / "base", folder / "run", optimizer
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(6)
 @pytest.mark.parametrize("build", [llama, gpt2])
 @pytest.mark.parametrize("mode", ["optimizer", "adapter"])
 @pytest.mark.parametrize("what", RUNS)

@@ -33,7 +33,7 @@ def assert_resumes(build, make, batches, loss, at):
         assert torch.equal(value, resumed.state_dict()[name]), name
 
 
-@pytest.mark.thinned(4)
+@pytest.mark.thinned(8)
 @each_mode
 @pytest.mark.parametrize("at", [3, 4, 5])  # before, at and after the refresh of step 4
 @pytest.mark.parametrize("spec", [s.format(side="short").replace("every=7", "every=4") for s in SIDED] + list(UNSIDED))
@@ -41,6 +41,7 @@ def test_resuming_is_exact(spec, at, mode):
     assert_resumes(llama, lambda m: MODES[mode](m, spec, lr=1e-2), text_batches(8, micro=1), text_loss, at)
 
 
+@pytest.mark.thinned(3)
 @each_mode
 @pytest.mark.parametrize("base", [*BASES, "adam", "rmsprop", "adagrad", "adafactor", "muon", "adamw8bit"])
 def test_resuming_is_exact_for_every_base(base, mode):

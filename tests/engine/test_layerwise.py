@@ -30,6 +30,7 @@ def trained(build, batches, loss, mode, spec, base, *, layerwise, **options):
     return optimizer.weights()
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("spec", SPECS)
 @pytest.mark.parametrize("model", ["llama", "zoo"])
@@ -43,6 +44,7 @@ def test_the_trajectory_is_that_of_any_other_run(model, spec, mode):
     assert gap(one, other) <= 1e-12
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("base", [name for name in optimizers.names() if name != "adamw8bit"])
 def test_with_every_base(base, mode):

@@ -40,6 +40,7 @@ def backward(model, seed=1):
 
 
 class TestSketches:
+    @pytest.mark.thinned(3)
     @each_mode
     @pytest.mark.parametrize("side", ["left", "right", "both"])
     @pytest.mark.parametrize("text", [*SKETCHED, "random(rank=4, every=2, side={side})"])

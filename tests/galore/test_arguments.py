@@ -104,6 +104,7 @@ class TestModules:
         assert all(".layers.1." in name for name in rules(model))
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.peers
 @pytest.mark.parametrize(("proj_type", "layerwise"), [
     ("std", False), ("std", True), ("reverse_std", False), ("left", False), ("right", False),

@@ -217,6 +217,7 @@ def finished(process, code=0):
     assert process.returncode == code, output
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("mode", "spec", "kill"), [
     ("adapter", "svd(rank=4, every=2)", "--kill-in-save"),
     pytest.param("optimizer", "power(rank=4, every=2)", "--kill-in-save", marks=pytest.mark.slow),

@@ -49,6 +49,7 @@ def build(folder, mode, cls=None, rules="svd(rank=4, every=3)", **args):
     )
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("packing", [False, True])
 def test_it_trains_and_resumes_bit_for_bit(tmp_path, mode, packing):

@@ -73,6 +73,7 @@ class TestArguments:
         "learning_rate": 2e-2,
     }
 
+    @pytest.mark.thinned(2)
     @pytest.mark.parametrize("mode", MODES)
     @pytest.mark.parametrize("spec", [*SPECS.values(), HOOKED])
     def test_all_are_honoured(self, tmp_path, mode, spec):

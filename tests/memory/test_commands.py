@@ -48,6 +48,7 @@ def test_a_comparison(lingrad, tmp_path):
     assert chart.read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_the_largest_batch(lingrad):
     status, out, _ = lingrad("memory", "fit", *DEMO, "--length", "32", "--capacity", "200MiB")
     assert status == 0
@@ -84,6 +85,7 @@ def test_closed_form(lingrad):
 SMALLER = (*DEMO, "--length", "16")
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize(
     ("arguments", "has"),
     [

@@ -63,7 +63,7 @@ def spec_rules(spec):
     return {"head": "none", "*": spec}
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(6)
 @pytest.mark.parametrize("case", PAIRS, ids=label)
 def test_closed_forms_are_what_a_run_holds(case):
     agree(case, torch.float32)

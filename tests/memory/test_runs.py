@@ -16,7 +16,7 @@ from lingrad.models import LlamaShape, build_llama, open_model
 from tests.support.memory import LEEWAY, METHODS, RECIPES, build
 
 
-@pytest.mark.thinned(4)
+@pytest.mark.thinned(7)
 @pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("method", METHODS)
 def test_simulated_tracked_and_measured_agree(method, recipe):
@@ -222,6 +222,7 @@ class TestBadInput:
         assert memory.measure(build, "svd(rank=4)", length=8, device="cpu").steady == simulated.steady
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("mode", ["optimizer", "adapter"])
 def test_grouped_heads_on_the_cpu(mode, dtype):
@@ -291,6 +292,7 @@ class TestChoicesOfCuda:
         assert large.reserved >= large.allocated >= large.peak
 
 
+@pytest.mark.slow
 def test_a_7b_run_is_simulated_whole():
     report = memory.simulate(
         lambda: open_model("llama-7b"), "svd(rank=1024)", dtype=torch.bfloat16, length=256, checkpointing=True, lr=1e-3

@@ -243,6 +243,7 @@ def test_rotated_moments_are_decoded_first(kind):
     assert torch.equal(quantizer.decode(optimizer._run.stepper.state[sub.coords])["exp_avg"], again["exp_avg"])
 
 
+@pytest.mark.thinned(3)
 @each_mode
 @each_base
 def test_resuming_is_exact(base, options, mode):

@@ -18,6 +18,7 @@ from tests.support.runs import weights_of
 
 
 class TestWhatPeftMakesOfIt:
+    @pytest.mark.thinned(3)
     @pytest.mark.parametrize(
         ("spec", "mode"), [*zip(SIDES, MODES, strict=True), *(slow(*pair) for pair in zip(SIDES, MODES[::-1], strict=True))]
     )
@@ -25,6 +26,7 @@ class TestWhatPeftMakesOfIt:
     def test_merged_by_peft_it_is_the_trained_model(self, kind, spec, mode, tmp_path):
         self.check(kind, spec, mode, tmp_path)
 
+    @pytest.mark.thinned(3)
     @pytest.mark.parametrize("mode", ["adapter", "optimizer"])
     @pytest.mark.parametrize("spec", SPECS[2:])
     @pytest.mark.parametrize(

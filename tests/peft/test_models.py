@@ -80,11 +80,25 @@ def test_peft_runs_models_that_read_no_tokens(kind, tmp_path):
     assert report.outputs.difference <= EXACT
 
 
-def test_without_inputs_it_is_not_done(tmp_path):
+@pytest.mark.parametrize("kind", MODELS)
+def test_inputs_of_every_kind_are_made(tmp_path, kind):
+    build, inputs = MODELS[kind]
+    report = bridge.export(tuned(fresh(build), inputs), tmp_path / "a", quiet=True)
+    made = report.outputs.inputs
+    assert "random" in made
+    assert all(name in made for name in inputs if not name.endswith(("_ids", "mask", "labels")))
+    assert report.outputs.difference <= EXACT
+
+
+def test_without_inputs_that_fit_it_is_not_done(tmp_path, monkeypatch):
     build, inputs = MODELS["vit"]
     opt = tuned(fresh(build), inputs)
-    with pytest.raises(ExportError, match=r"ViTForImageClassification cannot be compared.*inputs=\{'pixel_values': \.\.\.\}"):
-        bridge.export(opt, tmp_path / "a", quiet=True)
+    with monkeypatch.context() as patch:
+        patch.setattr("lingrad.models.inputs._inputs", lambda *_: [])  # a model that runs on none that are tried
+        with pytest.raises(
+            ExportError, match=r"ViTForImageClassification cannot be compared.*inputs=\{'pixel_values': \.\.\.\}"
+        ):
+            bridge.export(opt, tmp_path / "a", quiet=True)
     with pytest.raises(ExportError, match="ViTForImageClassification does not run on the inputs given: .*; pass inputs="):
         bridge.export(opt, tmp_path / "a", inputs={"input_ids": IDS}, quiet=True)
     assert left_in(tmp_path) == []

@@ -17,6 +17,8 @@ from lingrad.testing.training import every_kind, token_loss
 from lingrad.transforms import registry
 from tests.support import cases
 
+pytestmark = pytest.mark.thinned(3)
+
 MODES = ("optimizer", "adapter")
 
 

@@ -84,11 +84,11 @@ class ExpertsReader:
     def read(self) -> Tensor:
         """The weight [count, m, n]."""
         sub, param = self.sub, self.sub.weight.param
-        usable = torch.is_grad_enabled() and sub.coords.requires_grad and not _is_transformed() and fuses_experts(sub)
+        usable = torch.is_grad_enabled() and sub.coords.requires_grad and not _is_transformed()
         if not usable or not (self.adapter or (param.requires_grad and not _hooked(param))):
             return self.plain()
         sub.require_intact()
-        return self.give(ExpertsPart(None, turned=False))
+        return self.give(ALL)
 
     def give(self, part: ExpertsPart) -> Tensor:
         """The weight or a part of it, tied to the coordinates for whoever does not ask `__torch_function__` too."""

@@ -22,7 +22,7 @@ from lingrad.parallel import average
 from lingrad.subspaces.subspace import Subspace
 from lingrad.tensors import cast
 
-_EIGHT = 16  # bytes of which CUDA's grouped products want a row to be a multiple
+_ALIGNED = 16  # bytes of which CUDA's grouped products want a row to be a multiple
 
 
 class Rows:
@@ -58,7 +58,7 @@ class Rows:
         return (
             isinstance(self._ends, Tensor)
             and self._ends.is_cuda
-            and all(t.dtype == torch.bfloat16 and t.shape[-1] * t.dtype.itemsize % _EIGHT == 0 for t in factors)
+            and all(t.dtype == torch.bfloat16 and t.shape[-1] * t.dtype.itemsize % _ALIGNED == 0 for t in factors)
         )
 
     def _spans(self, rows: int) -> list[tuple[int, int, int]]:

@@ -84,7 +84,7 @@ def _grouped(func: Any, x: Any, weight: Any, offs: Any = None, **more: Any) -> A
         or weight.part.expert is not None
         or x.dim() != 2
         or offs is None
-        or any(v is not None for v in more.values())
+        or any(value is not None for value in more.values())
     ):
         return NotImplemented
     out = func(x, weight.frozen, offs=offs)
@@ -94,11 +94,6 @@ def _grouped(func: Any, x: Any, weight: Any, offs: Any = None, **more: Any) -> A
 def is_asked(value: Any) -> bool:
     """Whether a value is the weight of fused experts, or a part of it."""
     return hasattr(type(value), "part")
-
-
-def _given(options: dict[str, Any]) -> bool:
-    """Whether any option is not None."""
-    return any(value is not None for value in options.values())
 
 
 def _meets(x: Any, weight: Any) -> bool:

@@ -11,7 +11,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lingrad.gradients.base import Gradient
-from lingrad.gradients.local import DenseGradient
+from lingrad.gradients.local import DenseGradient, RowsGradient
 from lingrad.maps.base import LinearMap, as_gradient
 from lingrad.maps.factors import Factors
 from lingrad.maps.kronecker import BLOCK, KroneckerMap
@@ -98,6 +98,8 @@ class BatchedMap(LinearMap):
     @override
     def project(self, grad: Gradient | Tensor) -> Tensor:
         grad = as_gradient(grad)
+        if isinstance(grad, RowsGradient):  # formed once, not once for each block
+            grad = DenseGradient(grad.dense())
         if not isinstance(grad, DenseGradient):
             parts = zip(_blocks(grad, self.count), self._each(self.left), self._each(self.right), strict=True)
             return torch.cat([part.product(left, right) for part, left, right in parts])

@@ -1,10 +1,11 @@
-"""Helpers for tensors: a shape and a dtype without data, casts, sizes in bytes, storages."""
+"""Helpers for tensors: a shape and a dtype without data, casts, sizes in bytes, storages, hooks."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import weakref
+from collections.abc import Callable, Iterable
 from math import prod
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -56,3 +57,10 @@ def distinct(tensors: Iterable[Tensor]) -> list[Tensor]:
 def dense(tensor: Tensor) -> Tensor:
     """The tensor, or, of a sparse one, as an embedding's gradient may be, a dense copy."""
     return tensor.to_dense() if tensor.is_sparse else tensor
+
+
+def call(method: weakref.WeakMethod[Callable[..., None]] | None, *args: Any) -> None:
+    """Call a method whose object a hook does not keep alive, if that is alive."""
+    found = None if method is None else method()
+    if found is not None:
+        found(*args)

@@ -6,12 +6,13 @@ from lingrad.adapters.base import Attachment as Attachment
 from lingrad.adapters.base import Coords as Coords
 from lingrad.adapters.base import is_attached as is_attached
 from lingrad.adapters.base import refuse_attached as refuse_attached
+from lingrad.adapters.compiled import Gathering as Gathering
 from lingrad.adapters.linear import LinearAttachment as LinearAttachment
-from lingrad.adapters.linear import PackedAttachment as PackedAttachment
+from lingrad.adapters.packed import PackedAttachment as PackedAttachment
+from lingrad.adapters.projected import Projection as Projection
 from lingrad.adapters.projected import SharedInput as SharedInput
 from lingrad.adapters.weight import WeightAttachment as WeightAttachment
 from lingrad.config.targets import Target
-from lingrad.subspaces.subspace import Subspace
 from lingrad.weights.base import Weight
 from lingrad.weights.bitsandbytes import packed_of
 from lingrad.weights.dense import DenseWeight
@@ -32,21 +33,21 @@ def make_weight(target: Target) -> Weight:
     return DenseWeight(target.layout, target.param, target.owners)
 
 
-def make_attachment(target: Target, sub: Subspace, shared: SharedInput | None, *, plain: bool = False) -> Attachment:
+def make_attachment(target: Target, layer: Projection, *, plain: bool = False) -> Attachment:
     """The connection a target takes.
 
     Args:
         target: The weight, its owners and its route.
-        sub: Its subspace.
-        shared: The input that layers on the same basis may share; None where there is only this one.
+        layer: Its subspace, the input that layers on the same basis may share, and what all layers of the run have in common.
         plain: Whether the model's state_dict is to be that of the plain model in adapter mode too.
 
     Returns:
         The attachment, not attached yet.
     """
+    sub = layer.sub
     if isinstance(sub.weight, PackedWeight):
-        return PackedAttachment(sub, sub.weight, shared, plain=plain)
+        return PackedAttachment(sub.weight, layer, plain=plain)
     if target.route == "projected":
-        return LinearAttachment(sub, *target.owners[0], shared, plain=plain)
+        return LinearAttachment(*target.owners[0], layer, plain=plain)
     assert isinstance(sub.weight, DenseWeight)  # noqa: S101 - the other kind is above
     return WeightAttachment(sub, sub.weight, plain=plain)

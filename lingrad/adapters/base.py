@@ -5,12 +5,11 @@ from __future__ import annotations
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from functools import partial, wraps
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from typing_extensions import override
 
 from lingrad.config.settings import Mode
@@ -76,6 +75,9 @@ class Attachment(ABC):
     def holds(self, param: Tensor) -> bool:
         """Whether gradients of this parameter, found in the model, reach the coordinates."""
         return is_attached(param)
+
+    def prepare(self) -> None:  # noqa: B027 - most need nothing
+        """Look ahead to the next step, of which the basis has been told."""
 
     def forget(self) -> None:
         """Drop what backwards and forwards have left for others of the same step."""
@@ -243,53 +245,3 @@ def refuse_attached(name: str, param: nn.Parameter, module: nn.Module | None = N
             f"'{name}' is in a copy of a wrapped model, which is good for evaluation only; copy the model after detach(), "
             "or load state_dict() of the wrapped one in optimizer mode into a new model"
         )
-
-
-def applied(function: Any, *args: Any) -> Any:
-    """Call an autograd function.
-
-    Args:
-        function: Its class.
-        *args: Its arguments.
-
-    Returns:
-        What it returns.
-
-    Raises:
-        ModeError: A transform of torch.func is active, or torch.jit.trace, which would lose what the backward hands to a
-            refresh.
-    """
-    if torch._C._get_tracing_state() is not None:
-        raise ModeError(
-            "torch.jit.trace cannot go through a layer that lingrad trains. Call it after opt.detach(), or on a plain model "
-            "that has loaded opt.weights(); in optimizer mode under torch.no_grad() it can, and torch.export can in both modes"
-        )
-    if torch._C._are_functorch_transforms_active():
-        raise ModeError(
-            "torch.func (vmap, grad, jvp and the like) cannot go through a layer that lingrad trains: the gradient of its "
-            "weight is computed on the way. Call it after opt.detach(), or on a plain model that has loaded opt.weights(); in "
-            "optimizer mode under torch.no_grad() it can"
-        )
-    return function.apply(*args)
-
-
-# torch.compile breaks its graph where an attachment's autograd function is called: what its backward hands to a refresh is a
-# side effect, which a compiled graph would lose. Unlike torch.compiler.disable, torch.optim's own helper waits with the
-# import of the compiler, which takes longer than that of torch.
-outside_of_graph: Callable[..., Any] = torch._disable_dynamo(applied)  # type: ignore[attr-defined]
-# what torch.compiler.disable(reason=...) would note, for the message of fullgraph=True
-vars(outside_of_graph)["_torchdynamo_disable"] = True
-vars(outside_of_graph)["_torchdynamo_disable_msg"] = (
-    "a layer that lingrad trains is not compiled in one graph with others; leave out fullgraph=True, or call opt.detach() first"
-)
-
-
-def once(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """``once_differentiable``, skipping its overhead where grad mode is off."""
-    refusing: Callable[..., Any] = once_differentiable(backward)
-
-    @wraps(backward)
-    def chosen(*args: Any) -> Any:
-        return refusing(*args) if torch.is_grad_enabled() else backward(*args)
-
-    return chosen

@@ -17,15 +17,15 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 from typing_extensions import override
 
-from lingrad.adapters.base import applied, once
+from lingrad.adapters.functions import applied, once
 from lingrad.adapters.grouped import ExpertProduct, Tokens, Use
 from lingrad.adapters.products import FACTS, KNOWN
 from lingrad.adapters.reading import EffectiveWeight, read
 from lingrad.gradients import DenseGradient, Gradient, RowsGradient
 from lingrad.maps.stacked import BatchedMap
 from lingrad.parallel import average
-from lingrad.subspaces.subspace import Subspace, call
-from lingrad.tensors import dense
+from lingrad.subspaces.subspace import Subspace
+from lingrad.tensors import call, dense
 
 
 def fuses_experts(sub: Subspace) -> bool:

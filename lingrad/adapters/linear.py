@@ -18,34 +18,31 @@ from typing_extensions import override
 
 from lingrad import parallel
 from lingrad.adapters.base import CHILD, Attachment, Coords, refuse_hooks
-from lingrad.adapters.projected import Adapted, Projection, SharedInput, Tied, run
+from lingrad.adapters.functions import outside_of_graph, run
+from lingrad.adapters.projected import Projected, Projection, Tied, Way
 from lingrad.adapters.reading import make_plain, make_readable, read
 from lingrad.config.settings import Mode
 from lingrad.errors import ModeError
-from lingrad.subspaces.subspace import Subspace, call
-from lingrad.subspaces.watched import watch
-from lingrad.weights.packed import PackedWeight
+from lingrad.subspaces.watched import SummedWeight, watch
+from lingrad.tensors import call
 
 
 class LayerAttachment(Attachment):
     """The forward of one linear layer replaced, in both modes.
 
     Args:
-        sub: The subspace of the layer's weight.
         module: The layer; its ``forward`` maps x [..., n] to x W^T + b [..., m] and uses the weight in no other way.
         attribute: The weight's name in the layer.
-        shared: The input that it may share with other layers on its basis; None where it has that for itself.
+        layer: What its autograd functions need besides tensors.
         plain: See `Attachment`.
     """
 
-    def __init__(
-        self, sub: Subspace, module: nn.Module, attribute: str, shared: SharedInput | None, *, plain: bool = False
-    ) -> None:
-        super().__init__(sub, plain=plain)
+    def __init__(self, module: nn.Module, attribute: str, layer: Projection, *, plain: bool = False) -> None:
+        super().__init__(layer.sub, plain=plain)
         self.module = module
         self.attribute = attribute
-        self.layer = Projection(sub, shared)
-        self.holder = Coords(sub, active=False)
+        self.layer = layer
+        self.holder = Coords(layer.sub, active=False)
         # what the forward does, the previous one while detached; of the class: a bound method would keep its object alive
         self._act: Callable[..., Tensor] = type(self)._previous
         self._original: Any = None  # another program's forward that this one replaces; None for the class's own
@@ -85,20 +82,33 @@ class LayerAttachment(Attachment):
         if self.layer.shared is not None:
             self.layer.shared.forget()
 
+    @override
+    def prepare(self) -> None:
+        self.layer.prepare()
+
     @property
     @override
     def overridden(self) -> bool:
         return vars(self.module).get("forward") != self._forward
 
     def _forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        if torch.compiler.is_dynamo_compiling():
+            if not self._traceable():
+                return outside_of_graph(self._act, self, *args, **kwargs)  # type: ignore[no-any-return]
+            self.layer.trace()
         return self._act(self, *args, **kwargs)
 
-    # torch.compile breaks its graph in every function between `_forward` and an autograd function, so there is one only
+    def _traceable(self) -> bool:
+        """Whether torch.compile can go through the layer."""
+        return self.layer.traceable
+
     def _adapted(self, *args: Any, **kwargs: Any) -> Tensor:
         """The previous forward with S z added."""
-        x = args[0] if args else next(iter(kwargs.values()))
-        acted: Tensor = run(Tied, self._previous(*args, **kwargs), x, self.sub.coords, self.layer, True)
-        return acted
+        return self._tie(self._previous(*args, **kwargs), _first(args, kwargs), active=True)
+
+    def _tie(self, out: Tensor, x: Tensor, *, active: bool) -> Tensor:
+        tied: Tensor = run(Tied, out, x, self.sub.coords, self.layer, active, *self.layer.leaves())
+        return tied
 
     def _previous(self, *args: Any, **kwargs: Any) -> Tensor:
         forward = self._original or partial(type(self.module).forward, self.module)
@@ -168,10 +178,16 @@ class LinearAttachment(LayerAttachment):
         watch(self.sub.weight.param, self.sub.open)
 
     @override
+    def _traceable(self) -> bool:
+        # the forward of another program runs with its weight frozen, which a compiled one cannot be for a while
+        return self.layer.traceable and (self._original is None or self._handle is None)
+
+    @override
     def _previous(self, *args: Any, **kwargs: Any) -> Tensor:
-        module, weight = self.module, self._held()
-        if self._original is None and type(module).forward is nn.Linear.forward and len(args) == 1 and not kwargs:
-            return nn.functional.linear(args[0], weight.detach(), module.bias)  # type: ignore[arg-type]
+        weight = self._held()
+        if self._original is None and len(args) == 1 and not kwargs:
+            matrix = self.sub.weight.layout.matrix(weight.detach())
+            return nn.functional.linear(args[0], matrix, self.module._parameters.get("bias"))
         trains, self._runs = weight.requires_grad, True
         if trains:
             weight.requires_grad_(False)
@@ -183,25 +199,31 @@ class LinearAttachment(LayerAttachment):
                 weight.requires_grad_(True)
 
     def _tied(self, *args: Any, **kwargs: Any) -> Tensor:
-        """The previous forward, tied to the coordinates, which are zero unless another program has written to them."""
+        """The plain layer, tied to the coordinates, which are zero unless another program has written to them."""
         weight, coords = self._held(), self.sub.coords
         active = not self.sub.released
-        out = self._previous(*args, **kwargs)
         if not active and not (torch.is_grad_enabled() and coords.requires_grad and weight.requires_grad):
-            return out
-        x = args[0] if args else next(iter(kwargs.values()))
-        tied: Tensor = run(Tied, out, x, coords, self.layer, active)
-        return tied
+            return self._previous(*args, **kwargs)
+        x = _first(args, kwargs)
+        if active or self._original is not None:
+            return self._tie(self._previous(*args, **kwargs), x, active=active)
+        return self._project(x, weight.detach(), None, trains=True)
 
     @override
     def _adapted(self, *args: Any, **kwargs: Any) -> Tensor:
         weight, coords = self._frozen(), self.sub.coords
         if self._original is not None:
             return super()._adapted(*args, **kwargs)
-        x = args[0] if args else next(iter(kwargs.values()))
-        bias, trains = self.module._parameters.get("bias"), torch.is_grad_enabled() and coords.requires_grad
-        acted: Tensor = run(Adapted, x, bias, coords, weight, self.layer, trains)
-        return acted
+        x, shape = _first(args, kwargs), self.sub.weight.layout.shape
+        tokens = x.numel() // max(1, shape[1])
+        forms = coords.dtype == weight.dtype and self.sub.basis.map().lifts_cheaper(tokens, shape)
+        trains = torch.is_grad_enabled() and coords.requires_grad
+        return self._project(x, weight, "sum" if forms else "apply", trains=trains)
+
+    def _project(self, x: Tensor, weight: Tensor, way: Way, *, trains: bool) -> Tensor:
+        bias, matrix = self.module._parameters.get("bias"), self.sub.weight.layout.matrix(weight)
+        out: Tensor = run(Projected, x, bias, self.sub.coords, matrix, self.layer, way, trains, *self.layer.leaves())
+        return out
 
     def _held(self) -> nn.Parameter:
         """The weight, in the shape that it was given with."""
@@ -211,7 +233,9 @@ class LinearAttachment(LayerAttachment):
                 f"{self.sub.name} was parametrized (weight_norm and the like) after it was wrapped, and its updates would be "
                 "lost; parametrize first, then call lingrad"
             )
-        self.sub.require_intact()
+        written = type(weight) is SummedWeight and weight.written
+        if weight.shape != self.sub.weight.layout.weight_shape or (written and not torch.compiler.is_dynamo_compiling()):
+            self.sub.require_intact()  # a compiled run finds in its step what was written into
         return weight
 
     def _frozen(self) -> nn.Parameter:
@@ -222,60 +246,7 @@ class LinearAttachment(LayerAttachment):
         return weight
 
 
-@final
-class PackedAttachment(LayerAttachment):
-    """A linear layer with a weight in 4 or 8 bits, in adapter mode: its own forward runs, and S z is added.
-
-    Args:
-        sub: The subspace of the layer's weight.
-        weight: The weight.
-        shared: See `LayerAttachment`.
-        plain: See `Attachment`; the plain model then has W + S z quantised, which loses what a merge would.
-    """
-
-    def __init__(self, sub: Subspace, weight: PackedWeight, shared: SharedInput | None, *, plain: bool = False) -> None:
-        super().__init__(sub, weight.module, "weight", shared, plain=plain)
-        self.packed = weight
-        self._opened: Any = None
-
-    @override
-    def require(self, mode: Mode) -> None:
-        if mode == "optimizer":
-            raise ModeError(
-                f"{self.sub.name} is stored as {self.packed.kind}, and optimizer mode merges at every step: each would "
-                "quantise the weight again and lose every update smaller than half a step of its grid. Use lingrad.adapt, "
-                "which merges at refreshes, or leave the weight out by a rule: 'none'"
-            )
-
-    @override
-    def _hook(self, mode: Mode) -> None:
-        self._hooks.append(self.module.register_load_state_dict_pre_hook(partial(self._take)))
-        if self.plain:
-            self._hooks.append(self.module.register_state_dict_post_hook(partial(self._put)))
-
-    @override
-    def _connect(self, mode: Mode) -> None:
-        self.require(mode)
-        self._opened = self.packed.open()
-        super()._connect(mode)
-
-    @override
-    def _disconnect(self) -> None:
-        super()._disconnect()
-        self.packed.close(self._opened)
-
-    @torch.no_grad()
-    def _put(self, module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
-        """Put W + S z, quantised, in the place of W in a state_dict that was made."""
-        if bool(self.sub.coords.any()):
-            entries = self.packed.entries(self.sub.effective(torch.float32))
-            state.update({f"{prefix}{key}": value for key, value in entries.items()})
-
-    @torch.no_grad()
-    def _take(self, module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
-        """Take the scales of a state_dict that is about to be loaded: bitsandbytes cannot, where a layer is quantised."""
-        own = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
-        for key in self.packed.take(own):
-            state.pop(f"{prefix}{key}", None)
-        if self.plain and "weight" in own:
-            self.sub.coords.data.zero_()
+def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """The input of a layer."""
+    x: Tensor = args[0] if args else next(iter(kwargs.values()))
+    return x

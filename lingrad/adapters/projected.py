@@ -12,17 +12,23 @@ weight's are never rounded into it so: they go the first way.
 from __future__ import annotations
 
 import weakref
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lingrad.adapters.base import applied, once, outside_of_graph
+from lingrad.adapters.compiled import Gathering, Sinks
+from lingrad.adapters.functions import once
 from lingrad.gradients import FactoredGradient
+from lingrad.gradients.local import formed
 from lingrad.maps import LinearMap
+from lingrad.subspaces.basis import products
 from lingrad.subspaces.subspace import Subspace
 from lingrad.tensors import cast
+
+# How z takes part in a layer: W + S z is formed, or S z is applied to the tokens; None where z is zero.
+Way = Literal["sum", "apply"] | None
 
 
 class _Reduced(NamedTuple):
@@ -77,43 +83,97 @@ class SharedInput:
         self._last = None
 
 
-class Projection(NamedTuple):
+class Projection:
     """What the functions of one layer need besides tensors.
 
     Args:
         sub: The subspace of the layer's weight.
         shared: The input that it may share with other layers; None where it has that for itself.
+        gathering: What the layers of its run have in common.
+
+    Attributes:
+        traceable: Whether torch.compile can go through its functions: the basis is not drawn at each use, and the weight not
+            stepped inside the backward.
+        sinks: The leaves of the step that is being prepared; None unless the layer is compiled.
     """
 
-    sub: Subspace
-    shared: SharedInput | None
+    def __init__(self, sub: Subspace, shared: SharedInput | None, gathering: Gathering) -> None:
+        self.sub = sub
+        self.shared = shared
+        self.gathering = gathering
+        self.traceable = sub.basis.transform.stores_map and not gathering.layerwise
+        self.sinks: Sinks | None = None
 
     def reduce(self, current: LinearMap, x: Tensor, given: Tensor) -> Tensor:
         """All that the map needs of x, which is ``given`` in another dtype."""
-        return current.reduce(x) if self.shared is None else self.shared.reduce(self.sub.name, current, x, given)
+        if self.shared is None or torch.compiler.is_dynamo_compiling():  # a compiler finds common products by itself
+            return current.reduce(x)
+        return self.shared.reduce(self.sub.name, current, x, given)
 
+    def prepare(self) -> None:
+        """Make what a compiled forward of the next step reads: the map, and the sinks where a basis is refreshed in it."""
+        if self.gathering.traced and self.traceable:
+            self.sub.basis.map()
+        wanted = self.traceable and self.gathering.traced and self.gathering.due and self.sub.basis.transform.reads != "nothing"
+        self.sinks = Sinks(self.sub) if wanted else None
 
-class _Saved:
-    """What the backward of one layer's forward needs besides tensors."""
+    def trace(self) -> None:
+        """Called once for each graph that the layer is traced into, before anything else of it is."""
+        self.gathering.traced = True
+        if self.sinks is None:
+            self.prepare()
 
-    def __init__(self, sub: Subspace, x: Tensor) -> None:
-        self.sub, self.due, self.refreshes = sub, sub.basis.due, sub.basis.refreshes
-        self.borrowed = x.is_leaf  # an input that no layer made may be a buffer that is filled again
+    # what torch.compiler.assume_constant_result sets, without importing the compiler: it is run, and not traced
+    vars()["trace"]._dynamo_marked_constant = True
 
-    def map(self) -> LinearMap:
-        """The map of the forward."""
-        return self.sub.basis.map_after(self.refreshes, self.sub.name)
+    def leaves(self) -> tuple[Tensor, ...]:
+        """What the backward gives gradients to besides the coordinates: in a compiled layer, where a basis is refreshed."""
+        if not torch.compiler.is_dynamo_compiling() or not self.gathering.due or self.sinks is None:
+            return ()
+        return self.sinks.leaves
 
-    def project(self, current: LinearMap, out_grad: Tensor, reduced_grad: Tensor, x: Tensor) -> Tensor:
-        """The gradient of the coordinates; what a refresh reads of the gradient is recorded."""
+    def project(self, ctx: Any, current: LinearMap, out_grad: Tensor, reduced_grad: Tensor, x: Tensor) -> tuple[Tensor, ...]:
+        """The gradients of the coordinates and of the sinks; in eager mode, what a refresh reads is recorded instead.
+
+        Args:
+            ctx: The autograd function's; its ``whole`` says whether ``x`` is the input itself, as at a refresh.
+            current: The map.
+            out_grad: dY [T, m].
+            reduced_grad: ``current.reduce_grad(dY)``.
+            x: X [..., n], or ``current.reduce(X)``.
+
+        Returns:
+            [p, q] in the coordinates' dtype; of a compiled layer then one for each sink.
+        """
         x = x.reshape(-1, x.shape[-1])
-        reduced = current.reduce(x) if self.due else x
-        projected = current.core.project(FactoredGradient(reduced_grad, reduced))
-        if self.due:
+        projected = current.project_reduced(reduced_grad, current.reduce(x) if ctx.whole else x)
+        found: tuple[Tensor, ...] = ()
+        if ctx.whole and torch.compiler.is_dynamo_compiling():
+            assert self.sinks is not None  # noqa: S101 - the forward was traced with them
             grad = FactoredGradient(out_grad, x)
-            owned = (lambda: FactoredGradient(out_grad, x.clone())) if self.borrowed else None
-            self.sub.record(grad, projected, owned)
-        return cast(projected, self.sub.coords.dtype)
+            found = products(grad, self.sinks.probes, self.sinks.known, projected) if self.sinks.probes else (formed(grad),)
+            found = tuple(cast(one, leaf.dtype) for one, leaf in zip(found, self.sinks.leaves, strict=True))
+        elif ctx.whole:
+            owned = (lambda: FactoredGradient(out_grad, x.clone())) if ctx.borrowed else None
+            self.sub.record(FactoredGradient(out_grad, x), projected, owned)
+        return cast(projected, self.sub.coords.dtype), *found
+
+
+def _mark(layer: Projection, ctx: Any, x: Tensor, sinks: tuple[Tensor, ...]) -> None:
+    """Note for the backward what it needs besides tensors."""
+    ctx.layer = layer
+    if torch.compiler.is_dynamo_compiling():  # a basis that is refreshed in between is for autograd's own check of versions
+        ctx.whole = len(sinks) > 0
+        return
+    basis = layer.sub.basis
+    ctx.whole, ctx.refreshes = basis.due, basis.refreshes
+    ctx.borrowed = ctx.whole and x.is_leaf  # an input that no layer made may be a buffer that is filled again
+
+
+def _map_of(ctx: Any) -> LinearMap:
+    """The map of the forward."""
+    sub: Subspace = ctx.layer.sub
+    return sub.map() if torch.compiler.is_dynamo_compiling() else sub.basis.map_after(ctx.refreshes, sub.name)
 
 
 class Tied(torch.autograd.Function):
@@ -121,14 +181,13 @@ class Tied(torch.autograd.Function):
 
     @staticmethod
     @override
-    def forward(ctx: Any, out: Tensor, x: Tensor, coords: Tensor, layer: Projection, active: bool) -> Tensor:
-        sub, current = layer.sub, layer.sub.basis.map()
-        due = sub.basis.due
+    def forward(ctx: Any, out: Tensor, x: Tensor, coords: Tensor, layer: Projection, active: bool, *sinks: Tensor) -> Tensor:
+        current = layer.sub.basis.map()
+        _mark(layer, ctx, x, sinks)
         given, x = x, cast(x, out.dtype)  # under autocast the layer computed in out's dtype, and so does its gradient
-        reduced = layer.reduce(current, x, given) if active or not due else x
-        ctx.saved = _Saved(sub, x)
+        reduced = layer.reduce(current, x, given) if active or not ctx.whole else x
         ctx.active = active
-        ctx.save_for_backward(x if due else reduced, coords if active else None)
+        ctx.save_for_backward(x if ctx.whole else reduced, coords if active else None)
         # out.detach(): returned as it is, an input would come back as a view that later in-place layers must not touch
         return out + current.inner.apply(reduced, coords) if active else out.detach()
 
@@ -136,65 +195,72 @@ class Tied(torch.autograd.Function):
     @once
     @override
     def backward(ctx: Any, out_grad: Tensor) -> tuple[Tensor | None, ...]:
-        current = ctx.saved.map()
+        current = _map_of(ctx)
         x, coords = ctx.saved_tensors
         grad = out_grad.reshape(-1, out_grad.shape[-1])
-        reduced_grad = current.T.reduce(grad)
+        reduced_grad = current.reduce_grad(grad)
         x_grad = None
         if ctx.active and ctx.needs_input_grad[1]:
             x_grad = current.T.inner.apply(reduced_grad, coords.t())
             x_grad = x_grad.view(*out_grad.shape[:-1], x_grad.shape[-1])
-        return out_grad, x_grad, ctx.saved.project(current, grad, reduced_grad, x), None, None
+        coords_grad, *of_sinks = ctx.layer.project(ctx, current, grad, reduced_grad, x)
+        return out_grad, x_grad, coords_grad, None, None, *of_sinks
 
 
-class Adapted(torch.autograd.Function):
-    """x (W + S z)^T + b, with project(dY^T X) as the gradient of z and none of W."""
+class Projected(torch.autograd.Function):
+    """x (W + S z)^T + b, with project(dY^T X) as the gradient of z and none of W: a whole layer, in both modes."""
 
     @staticmethod
     @override
     def forward(
-        ctx: Any, x: Tensor, bias: Tensor | None, coords: Tensor, weight: Tensor, layer: Projection, trains: bool
+        ctx: Any,
+        x: Tensor,
+        bias: Tensor | None,
+        coords: Tensor,
+        matrix: Tensor,
+        layer: Projection,
+        way: Way,
+        trains: bool,
+        *sinks: Tensor,
     ) -> Tensor:
-        sub, layout = layer.sub, layer.sub.weight.layout
-        current, matrix, due = sub.basis.map(), layout.matrix(weight), sub.basis.due
-        tokens = x.numel() // max(1, layout.shape[1])
-        ctx.forms_sum = coords.dtype == weight.dtype and current.lifts_cheaper(tokens, layout.shape)
-        out = nn.functional.linear(x, _sum(current, matrix, coords) if ctx.forms_sum else matrix, bias)
+        current = layer.sub.basis.map()
+        _mark(layer, ctx, x, sinks)
+        out = nn.functional.linear(x, _sum(current, matrix, coords) if way == "sum" else matrix, bias)
         given, x = x, cast(x, out.dtype)  # under autocast the layer computes in another dtype, and so does its gradient
-        reduced = x if ctx.forms_sum and (due or not trains) else layer.reduce(current, x, given)
-        if not ctx.forms_sum:
+        reduced = x if way != "apply" and (ctx.whole or not trains) else layer.reduce(current, x, given)
+        if way == "apply":
             current.inner.add_apply_(out, reduced, coords)
-        ctx.saved = _Saved(sub, x)
-        ctx.save_for_backward(x if due else reduced, coords, weight)
-        return out.detach() if out._is_view() else out  # later in-place layers must not touch a view
+        ctx.way = way
+        ctx.save_for_backward(x if ctx.whole else reduced, coords if way is not None else None, matrix)
+        # later in-place layers must not touch a view
+        return out if torch.compiler.is_dynamo_compiling() or not out._is_view() else out.detach()
 
     @staticmethod
     @once
     @override
     def backward(ctx: Any, out_grad: Tensor) -> tuple[Tensor | None, ...]:
-        current, sub = ctx.saved.map(), ctx.saved.sub
-        x, coords, weight = ctx.saved_tensors
+        current = _map_of(ctx)
+        x, coords, matrix = ctx.saved_tensors
         grad = out_grad.reshape(-1, out_grad.shape[-1])
-        reduced_grad = current.T.reduce(grad)
+        reduced_grad = current.reduce_grad(grad)
         x_grad = bias_grad = None
         if ctx.needs_input_grad[0]:
-            matrix = sub.weight.layout.matrix(weight)
-            x_grad = grad @ cast(_sum(current, matrix, coords) if ctx.forms_sum else matrix, grad.dtype)
-            if not ctx.forms_sum:
+            x_grad = grad @ cast(_sum(current, matrix, coords, again=True) if ctx.way == "sum" else matrix, grad.dtype)
+            if ctx.way == "apply":
                 current.T.inner.add_apply_(x_grad, reduced_grad, coords.t())
             x_grad = x_grad.view(*out_grad.shape[:-1], x_grad.shape[-1])
         if ctx.needs_input_grad[1]:
             bias_grad = grad.sum(0)
-        coords_grad = ctx.saved.project(current, grad, reduced_grad, x) if ctx.needs_input_grad[2] else None
-        return x_grad, bias_grad, coords_grad, None, None, None
+        if not ctx.needs_input_grad[2]:
+            return x_grad, bias_grad, *(None for _ in ctx.needs_input_grad[2:])
+        coords_grad, *of_sinks = ctx.layer.project(ctx, current, grad, reduced_grad, x)
+        return x_grad, bias_grad, coords_grad, None, None, None, None, *of_sinks
 
 
-def _sum(current: LinearMap, matrix: Tensor, coords: Tensor) -> Tensor:
+def _sum(current: LinearMap, matrix: Tensor, coords: Tensor, *, again: bool = False) -> Tensor:
     """W + S z as it is summed at a merge, in its own dtype even under autocast."""
+    # in a compiled backward it is written in another way than in the forward: torch would take the two for one, and keep it
     with torch.no_grad(), torch.autocast(matrix.device.type, enabled=False):
+        if again and torch.compiler.is_dynamo_compiling():
+            return matrix + cast(current.lift(coords), matrix.dtype)
         return current.add_lift(matrix, coords)
-
-
-def run(function: Any, *args: Any) -> Any:
-    """Call an autograd function, outside of what is compiled."""
-    return outside_of_graph(function, *args) if torch.compiler.is_dynamo_compiling() else applied(function, *args)

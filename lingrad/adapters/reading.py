@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 from typing_extensions import override
 
-from lingrad.adapters.base import applied, once, outside_of_graph
+from lingrad.adapters.functions import applied, once, outside_of_graph
 from lingrad.errors import ModeError
 from lingrad.gradients.local import DenseGradient
 from lingrad.parallel import average
@@ -178,8 +178,8 @@ def read(sub: Subspace, *, averages: bool) -> Tensor:
     """
     compiling = torch.compiler.is_compiling()  # or exporting
     if compiling or (torch.is_grad_enabled() and sub.coords.requires_grad):
-        call = outside_of_graph if compiling else applied
-        tied: Tensor = call(_Read, sub.coords, sub, averages, compiling)
+        given = _Read, sub.coords, sub, averages, compiling
+        tied: Tensor = outside_of_graph(applied, *given) if compiling else applied(*given)
         return tied
     sub.require_intact()
     return EffectiveWeight(sub)

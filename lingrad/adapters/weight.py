@@ -20,7 +20,8 @@ from lingrad.adapters.experts import ExpertsReader, fuses_experts
 from lingrad.adapters.reading import make_plain, make_readable, read
 from lingrad.config.settings import Mode
 from lingrad.errors import ModeError
-from lingrad.subspaces.subspace import Subspace, call
+from lingrad.subspaces.subspace import Subspace
+from lingrad.tensors import call
 from lingrad.weights.dense import DenseWeight
 
 # A module of these calls every child in its forward, and holds parameters of its own only in a subclass.

@@ -9,7 +9,7 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from lingrad import optimizers, parallel
-from lingrad.adapters import Attachment, SharedInput, make_attachment, make_weight, refuse_attached
+from lingrad.adapters import Attachment, Gathering, Projection, SharedInput, make_attachment, make_weight, refuse_attached
 from lingrad.config import spec
 from lingrad.config.coverage import remark
 from lingrad.config.rules import Rules
@@ -207,8 +207,9 @@ def build(model: Trainable, rules: Rules, base: BaseLike, mode: Mode, options: M
         require_shared([place for every in placed for place in every])
     attachments: list[Attachment] = []
     groups: list[Group] = []
+    gathering = Gathering(layerwise=settings.layerwise)
     for i, ((plan, given), every) in enumerate(zip(plans, placed, strict=True)):
-        made = _attachments(every, settings)
+        made = _attachments(every, settings, gathering)
         attachments += made
         groups += make_groups(
             plan,
@@ -229,7 +230,7 @@ def build(model: Trainable, rules: Rules, base: BaseLike, mode: Mode, options: M
     bases = list(dict.fromkeys(attachment.sub.basis for attachment in attachments))
     for i, basis in enumerate(bases if settings.stagger else ()):
         basis.offset = i * basis.transform.period // len(bases)
-    run = Run(settings, Stepper(found, steps_as, degrees), attachments, bases)
+    run = Run(settings, Stepper(found, steps_as, degrees), attachments, bases, gathering)
     if isinstance(model, nn.Module):
         run.model = model
         run.frozen = [(name, weakref.ref(param)) for name, param in model.named_parameters() if not param.requires_grad]
@@ -251,7 +252,7 @@ def start(run: Run, mode: Mode) -> None:
     schedule(run)
 
 
-def _attachments(placed: Sequence[GroupedTarget], settings: Settings) -> list[Attachment]:
+def _attachments(placed: Sequence[GroupedTarget], settings: Settings, gathering: Gathering) -> list[Attachment]:
     """The subspace of every target, on a basis of its own or a shared one, and its connection to the model."""
     bases: dict[str, tuple[Basis, SharedInput | None, int]] = {}  # by the first of the weights: with the rows used so far
     found = []
@@ -268,7 +269,7 @@ def _attachments(placed: Sequence[GroupedTarget], settings: Settings) -> list[At
         bases[first.name] = basis, shared, start + rows
         ledger = Ledger(basis.transform, records=settings.ledger)
         sub = Subspace(target.name, weight, basis, slice(start, start + rows), ledger)
-        found.append(make_attachment(target, sub, shared, plain=settings.self_contained))
+        found.append(make_attachment(target, Projection(sub, shared, gathering), plain=settings.self_contained))
     return found
 
 

@@ -118,6 +118,9 @@ def look_ahead(run: Run) -> list[Basis]:
             attachment.sub.pending.stale = changes and attachment.sub.coords.grad is not None
         if redraw:
             redrawn.append(basis)
+    run.gathering.due = any(basis.due for basis in run.bases)
+    for attachment in run.attachments:
+        attachment.prepare()
     return redrawn
 
 

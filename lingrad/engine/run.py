@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lingrad import parallel
-from lingrad.adapters import Attachment
+from lingrad.adapters import Attachment, Gathering
 from lingrad.config.settings import Mode, Settings
 from lingrad.engine.layerwise import Layerwise
 from lingrad.engine.stepper import Group, Stepper
@@ -46,6 +46,7 @@ class Run:
         stepper: The base optimizers.
         attachments: The connections to the model, one for each transformed weight, in its order.
         bases: The bases, in the order of the first weight that uses each.
+        gathering: What its layers have in common in the step that is being prepared.
         groups: The param groups; the optimizer's own list.
         model: The model; None where only parameters were given.
         frozen: (name, parameter) of those that were frozen when the run was made, and not reported since.
@@ -58,6 +59,7 @@ class Run:
     stepper: Stepper
     attachments: list[Attachment]
     bases: list[Basis]
+    gathering: Gathering
     groups: list[Group] = field(default_factory=list)
     model: nn.Module | None = None
     frozen: list[tuple[str, weakref.ref[Tensor]]] = field(default_factory=list)

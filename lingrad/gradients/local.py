@@ -243,13 +243,13 @@ def accumulate(total: Gradient | None, part: Gradient) -> Gradient:
         if isinstance(part, RowsGradient):
             return DenseGradient(part.dense())
         if isinstance(part, FactoredGradient) and not part.smaller_than_dense:
-            return DenseGradient(_formed(part))
+            return DenseGradient(formed(part))
         return part
     if isinstance(total, FactoredGradient) and isinstance(part, FactoredGradient):
         joined = FactoredGradient(torch.cat((total.out_grad, part.out_grad)), torch.cat((total.input, part.input)))
         if joined.smaller_than_dense:
             return joined
-    matrix = _formed(total)
+    matrix = formed(total)
     if isinstance(part, FactoredGradient):
         part = part.to(matrix.dtype)
         matrix.addmm_(part.out_grad.t(), part.input)
@@ -260,7 +260,7 @@ def accumulate(total: Gradient | None, part: Gradient) -> Gradient:
     return DenseGradient(matrix)
 
 
-def _formed(grad: Gradient) -> Tensor:
-    """The matrix; of float16 factors in float32, since its entries may overflow where its projection does not."""
+def formed(grad: Gradient) -> Tensor:
+    """The matrix, [m, n]; of float16 factors in float32, since its entries may overflow where its projection does not."""
     half = isinstance(grad, FactoredGradient) and grad.dtype == torch.float16
     return (grad.to(torch.float32) if half else grad).dense()

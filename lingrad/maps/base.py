@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lingrad.errors import DualityError
 from lingrad.gradients.base import Gradient
-from lingrad.gradients.local import DenseGradient
+from lingrad.gradients.local import DenseGradient, FactoredGradient
 from lingrad.maps.factors import Factors
 
 ITERATIONS = 100  # of conjugate gradients, at most; a well-conditioned basis needs 1 to 20
@@ -59,6 +59,14 @@ class LinearMap(ABC):
     def core(self) -> LinearMap:
         """The map that acts on ``reduce(x)`` and ``T.reduce(dY)`` instead of x and dY."""
         return self.inner.T.inner.T
+
+    def reduce_grad(self, out_grad: Tensor) -> Tensor:
+        """``T.reduce(dY)``, all that the map needs of a layer's gradient: [..., m] -> [..., p]."""
+        return self.T.reduce(out_grad)
+
+    def project_reduced(self, out_grad: Tensor, x: Tensor) -> Tensor:
+        """``core.project(dY^T X)``, of what the two reductions gave: [T, p] and [T, q] -> [p, q], in their dtype."""
+        return self.core.project(FactoredGradient(out_grad, x))
 
     def apply(self, x: Tensor, coords: Tensor) -> Tensor:
         """Act as the layer with weight ``lift(coords)``: [..., n] -> [..., m], in the dtype of ``x``."""

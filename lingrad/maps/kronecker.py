@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
 from typing import final
 
 import torch
@@ -53,7 +52,7 @@ class KroneckerMap(LinearMap):
     def project(self, grad: Gradient | Tensor) -> Tensor:
         return as_gradient(grad).product(self.left, self.right)
 
-    @cached_property
+    @property
     @override
     def T(self) -> KroneckerMap:
         return KroneckerMap(self.right, self.left)
@@ -66,11 +65,7 @@ class KroneckerMap(LinearMap):
     @property
     @override
     def inner(self) -> KroneckerMap:
-        return self if self.right is None else self._inner
-
-    @cached_property
-    def _inner(self) -> KroneckerMap:
-        return KroneckerMap(self.left, None)  # never self: a map cached on itself is a cycle that reference counts never free
+        return self if self.right is None else KroneckerMap(self.left, None)
 
     @property
     @override
@@ -80,6 +75,14 @@ class KroneckerMap(LinearMap):
     @override
     def reduce(self, x: Tensor) -> Tensor:
         return x if self.right is None else x @ cast(self.right, x.dtype)
+
+    @override
+    def reduce_grad(self, out_grad: Tensor) -> Tensor:
+        return out_grad if self.left is None else out_grad @ cast(self.left, out_grad.dtype)
+
+    @override
+    def project_reduced(self, out_grad: Tensor, x: Tensor) -> Tensor:
+        return out_grad.t() @ x
 
     @override
     def apply(self, x: Tensor, coords: Tensor) -> Tensor:

@@ -238,20 +238,24 @@ class Basis:
             warnings.warn(text, RuntimeWarning, stacklevel=3)
 
 
-def products(grad: Gradient, probes: Sequence[Probe], current: LinearMap, projected: Tensor) -> Sketch:
-    """The products of a gradient with some probes; one that is its projection is not computed again.
+def is_projection(current: LinearMap, probe: Probe) -> bool:
+    """Whether the product of a probe is the projection by a map, which is not computed twice."""
+    return isinstance(current, KroneckerMap) and current.left is probe.left and current.right is probe.right
+
+
+def products(grad: Gradient, probes: Sequence[Probe], known: Sequence[bool], projected: Tensor) -> Sketch:
+    """The products of a gradient with some probes.
 
     Args:
         grad: G [m, n].
         probes: What it is multiplied with.
-        current: The map of its projection.
-        projected: Its projection, [p, q].
+        known: For each of them whether it `is_projection`.
+        projected: The projection, [p, q].
 
     Returns:
         The products, in memory of their own and at least float32.
     """
     found = []
-    for left, right in probes:
-        known = isinstance(current, KroneckerMap) and current.left is left and current.right is right
-        found.append((projected if known else grad.product(left, right)).to(wide(grad.dtype), copy=known))
+    for (left, right), same in zip(probes, known, strict=True):
+        found.append((projected if same else grad.product(left, right)).to(wide(grad.dtype), copy=same))
     return tuple(found)

@@ -55,6 +55,7 @@ class PendingGradient:
         self.total: Seen | None = None
         self._staged: Seen | None = None  # of the backward that is running, not yet in coords.grad
         self._backward = -1
+        self._accepted = -1  # the backward that was added to coords.grad last
         self._left: Tensor | None = None  # a copy of coords.grad as the last backward left it
         self._written: tuple[weakref.ref[Tensor], int] | None = None  # coords.grad itself, and its version then
         self._first = True  # whether the running backward is the first since coords.grad was zeroed
@@ -74,6 +75,9 @@ class PendingGradient:
         """
         # A backward that never reached coords.grad (it failed, or asked for other gradients) must not count.
         running = torch._C._current_graph_task_id()
+        if running == self._accepted != -1:  # out of a compiled backward it may come after the gradient of the coordinates
+            self.total = _plus(self.total, seen)
+            return
         self._staged = _plus(self._staged if running == self._backward else None, seen)
         self._backward = running
 
@@ -103,9 +107,12 @@ class PendingGradient:
             coords: The coordinates.
             compare: Keep a copy of their gradient, for `outside_factor`.
         """
+        if self._first:
+            self.total = None
         if self._staged is not None:
-            self.total = _plus(None if self._first else self.total, self._staged)
+            self.total = _plus(self.total, self._staged)
             self._staged = None
+        self._accepted = torch._C._current_graph_task_id()
         grad = coords.grad
         self._left = grad.clone() if compare and grad is not None else None
         self._written = None if grad is None else (weakref.ref(grad), grad._version)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,11 +17,12 @@ from lingrad.errors import ModeError, ShapeError
 from lingrad.gradients import DenseGradient, Gradient
 from lingrad.maps import LinearMap
 from lingrad.parallel import average
-from lingrad.subspaces.basis import Basis, products
+from lingrad.subspaces.basis import Basis, is_projection, products
 from lingrad.subspaces.ledger import Change, Ledger, total
 from lingrad.subspaces.pending import PendingGradient
 from lingrad.subspaces.watched import ReleasedCoords, release, was_written
-from lingrad.tensors import dense, wide
+from lingrad.tensors import call, dense, wide
+from lingrad.transforms import Probe
 from lingrad.weights.base import Remainder, Weight
 
 
@@ -185,12 +185,18 @@ class Subspace:
         if self.basis.transform.reads == "gradient":
             self.pending.record(grad if owned is None else owned())
             return
+        own, current = self.probes(), self.map()
+        known = [is_projection(current, probe) for probe in own]
+        self.pending.record(products(grad, own, known, projected))
+
+    def probes(self) -> list[Probe]:
+        """What the refresh of the step that is being prepared multiplies this weight's gradient with."""
         learned, held_out = self.basis.asks(self.coords)
-        own = [
-            probe if probe.left is None or len(probe.left) == grad.shape[0] else probe._replace(left=probe.left[self.rows])
+        rows = self.weight.layout.shape[0]  # of a shared basis the probes are as tall as the stacked weights
+        return [
+            probe if probe.left is None or len(probe.left) == rows else probe._replace(left=probe.left[self.rows])
             for probe in (*learned, *held_out)
         ]
-        self.pending.record(products(grad, own, self.map(), projected))
 
     def merge(self, *, release: bool = False, keep: bool = False) -> Remainder | None:
         """``W += S z``, then ``z = 0``: the effective weight stays what it was.
@@ -291,10 +297,3 @@ class Subspace:
             self.pending.after_accumulate(self.coords, compare=self.basis.transform.reads == "gradient")
         if self.on_gradient is not None:
             self.on_gradient()
-
-
-def call(method: weakref.WeakMethod[Callable[..., None]] | None, *args: Any) -> None:
-    """Call a method whose object a hook does not keep alive, if that is alive."""
-    found = None if method is None else method()
-    if found is not None:
-        found(*args)

@@ -6,6 +6,7 @@ write (``torch._foreach_add_`` and the like) are not seen.
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections.abc import Callable
 from typing import Any, final
@@ -17,6 +18,8 @@ from typing_extensions import override
 from lingrad import parallel
 
 _DATA: Any = torch.Tensor.data
+# torch's compiler asks for ``data`` to see of which type it is, also while a compiled model runs
+_READERS = tuple(f"torch.{part}." for part in ("_dynamo", "_functorch", "_inductor", "_subclasses", "_higher_order_ops", "fx"))
 _NOT_WRITES = {"requires_grad_", "detach_"}
 
 
@@ -30,7 +33,8 @@ class _Watched(nn.Parameter):
     @property
     def data(self) -> Tensor:
         """The numbers, which may be written into."""
-        self.before_write()
+        if not sys._getframe(1).f_globals.get("__name__", "").startswith(_READERS):
+            self.before_write()
         found: Tensor = _DATA.__get__(self)
         return found
 

@@ -35,7 +35,9 @@ class Layout:
 
     def matrix(self, weight: Tensor) -> Tensor:
         """The weight, or a gradient of its shape, as [m, n]; a view where its strides allow one."""
-        return weight if self._is_matrix else rearrange(weight, self.forward)
+        if self._is_matrix:
+            return weight
+        return weight.t() if self.forward == "a0 a1 -> a1 a0" else rearrange(weight, self.forward)
 
     def restore(self, matrix: Tensor) -> Tensor:
         """The inverse of `matrix`: [m, n] -> the weight's shape."""

@@ -104,7 +104,7 @@ def test_what_a_layer_saves_for_backward(side):
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(tuple(t.shape)) or t, lambda t: t):
         model(x)
-    assert saved == [(50, 40), (7, 50 if side == "left" else 3)]  # the frozen weight itself, and what we need of the input
+    assert saved == [(7, 50 if side == "left" else 3), (40, 50)]  # what we need of the input, and the frozen weight itself
 
 
 @each_mode

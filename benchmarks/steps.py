@@ -30,13 +30,25 @@ def batches(workload: Workload, steps: int, device: str) -> Iterator[Tensor]:
         yield batch.to(device)
 
 
-def build(workload: Workload, device: str) -> nn.Module:
+def build(workload: Workload, device: str, *, checkpointing: bool = False) -> nn.Module:
     """The model of a workload, made on its device.
 
-    Its ``use_cache`` stays on: without it transformers reads positions back at each forward, and compiles a mask into attention.
+    Its ``use_cache`` stays on: without it transformers reads positions back in each forward, and compiled attention has a mask.
+
+    Args:
+        workload: The workload.
+        device: Where.
+        checkpointing: Recompute each layer in the backward.
+
+    Returns:
+        The model.
     """
     with torch.device(device):
-        return build_llama(workload.model, seed=0, dtype=workload.dtype)
+        model = build_llama(workload.model, seed=0, dtype=workload.dtype)
+    if checkpointing:
+        enable: Any = model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
+    return model
 
 
 def run_step(training: Training, batch: Tensor, lap: Callable[[str], None] | None = None, model: Any = None) -> Tensor:
@@ -71,16 +83,19 @@ class MethodRun:
         workload: The model and the batch.
         every: Steps between refreshes.
         device: Where.
-        compiled: Whether the model goes through ``torch.compile``; graph breaks are allowed.
+        backend: Of ``torch.compile``; empty where the model is not compiled. Graph breaks are allowed.
+        checkpointing: Recompute each layer in the backward.
     """
 
-    def __init__(self, key: str, workload: Workload, every: int, device: str, *, compiled: bool = False) -> None:
-        model = build(workload, device)
+    def __init__(
+        self, key: str, workload: Workload, every: int, device: str, *, backend: str = "", checkpointing: bool = False
+    ) -> None:
+        model = build(workload, device, checkpointing=checkpointing)
         self.method = ENTRIES[key].make(workload.rank, every)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # galore_torch's AdamW announces its own deprecation
             self.training: Training = self.method.prepare(model)
-        self.model: Any = torch.compile(self.training.model) if compiled else self.training.model
+        self.model: Any = torch.compile(self.training.model, backend=backend) if backend else self.training.model
 
     def step(self, batch: Tensor, lap: Callable[[str], None] | None = None) -> Tensor:
         """Forward, backward, step; see `run_step`."""

@@ -220,4 +220,8 @@ def compiled_table(found: dict[str, dict[str, Any]]) -> str:
 
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
-    sys.stdout.write(json.dumps(worker(json.loads(sys.argv[1]))) + "\n")
+    try:
+        answer = worker(json.loads(sys.argv[1]))
+    except Exception as error:  # of compilers, of methods
+        answer = {"error": in_short(error)}
+    sys.stdout.write(json.dumps(answer) + "\n")

@@ -17,17 +17,8 @@ from lingrad.memory import kernels
 # operators that only allocate, or only change what a tensor says of itself; views are recognised by torch's own flag
 FREE = {
     *("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "resize_", "set_"),
-    *(
-        "detach",
-        "detach_",
-        "alias",
-        "lift_fresh",
-        "is_same_size",
-        "_reshape_alias",
-        "_unsafe_view",
-        "_local_scalar_dense",
-        "equal",
-    ),
+    *("detach", "detach_", "alias", "lift_fresh", "_reshape_alias", "_unsafe_view"),
+    *("is_same_size", "_local_scalar_dense", "equal"),
 }
 # launches of operators that are several kernels; by reading their sources, except for the factorisations, which are estimated
 SEVERAL = {

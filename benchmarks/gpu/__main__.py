@@ -1,8 +1,8 @@
 """``python -m benchmarks.gpu``: what a machine with one GPU can say in ten minutes.
 
 In order of importance: the tests that need a GPU, merges, launches, whole steps eager, compiled and captured, peak memory,
-tokens a second. Each part has a time of its own; what fails is recorded, and the rest is measured. The results are written after
-each figure, so that a run that is killed leaves what it has. ``make gpu ARGS=--docs`` puts them into docs/performance.md.
+tokens a second. Each part has a time of its own; what fails is recorded, and the rest is measured. The results are written
+after each figure, so that a run that is killed leaves what it has. ``make gpu ARGS=--docs`` puts them into docs/performance.md.
 """
 
 from __future__ import annotations

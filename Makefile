@@ -35,10 +35,7 @@ $(VENV)/.bench: $(SOURCES) | $(BIN)/python
 	$(PIP) -e '.[bench]'
 	@touch $@
 
-$(VENV)/.gpu: $(VENV)/.dev  ## measure on this machine's GPU in ten minutes, into benchmarks/out/cuda; ARGS=--docs for the docs, --dry on a CPU
-	$(BIN)/python -m benchmarks.gpu $(ARGS)
-
-mutants: $(VENV)/.dev
+$(VENV)/.mutants: $(VENV)/.dev
 	@echo "Installing cosmic-ray into $(VENV)"
 	$(PIP) -e '.[mutants]'
 	@touch $@
@@ -81,8 +78,10 @@ architectures: $(VENV)/.dev  ## run tiny models of every architecture of transfo
 bench: $(VENV)/.bench  ## compare speed and memory with other implementations, into benchmarks/out; ARGS=--quick for four minutes, ARGS=--docs for the docs
 	$(BIN)/python -m benchmarks $(ARGS)
 
-gpu: $(VENV)/.dev  ## measure on this machine's GPU in ten minutes, into benchmarks/out/cuda; ARGS=--docs for the docs, --dry on a CPU
-	$(BIN)/python -m benchmarks.gpu $(ARGS)
+gpu:  ## measure on this machine's GPU in ten minutes, into benchmarks/out/cuda; ARGS=--docs for the docs, ARGS=--dry on a CPU
+	@if $(PYTHON) -c 'import einops, torch, transformers; torch.cuda.init()' 2>/dev/null; \
+	  then $(PYTHON) -m benchmarks.gpu $(ARGS); \
+	  else $(MAKE) $(VENV)/.dev && $(BIN)/python -m benchmarks.gpu $(ARGS); fi
 
 mutants: $(VENV)/.dev  ## break what matters in one place at a time, and see that a test notices; ARGS="--only maps"
 	$(BIN)/python tools/mutants.py $(ARGS)

@@ -75,8 +75,9 @@ def markdown(found: dict[str, Any]) -> str:
     parts = [
         f"Plan `{found['plan']}` on {about['device']}, {about['threads']} threads, {about['when']}, in "
         f"{found['seconds'] / 60:.1f} minutes; {versions}.\n",
-        goals(found["figures"]),
     ]
+    if found["figures"]:
+        parts.append(goals(found["figures"]))
     if found["plan"] == "quick":
         parts.insert(1, "Goals are for the whole plan, whose steps are of llama1024; these are of a smaller model.\n")
     for name, timings in found["steps"].items():

@@ -67,7 +67,7 @@ def run(out: Path, only: list[str], seconds: float, *, dry: bool) -> str:
     for name in only:
         share = BUDGETS[name] * seconds / sum(BUDGETS.values())
         items = PARTS[name](sizes, 0.95 * share) if name == "tests" else PARTS[name](sizes)
-        session.part(name, share, items)
+        session.part(name, share, items, share if name == "tests" else share / 2)
     text = markdown(json.loads(session.path.read_text()))
     write_whole(out / "table.md", text.encode())
     return text

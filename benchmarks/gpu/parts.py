@@ -210,7 +210,8 @@ def started(
     """
     began = measure.synchronized()
     cleared()
-    torch._dynamo.reset()  # guards of models before would be checked too
+    if regime == "compiled":
+        torch._dynamo.reset()  # guards of models before would be checked too
     run = MethodRun(
         key, workload, PERIOD, sizes.device, backend=sizes.backend if regime == "compiled" else "", checkpointing=checkpointing
     )

@@ -18,6 +18,8 @@ def markdown(found: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {about[name]}" for name in found["packages"])
     taken = f"in {found['seconds'] / 60:.1f} minutes"
     text = [f"{about['device']}, {about['when']}, {taken}; Python {about['python']}, {versions}.\n"]
+    if found["card"]:
+        text.append("; ".join(f"{key}: {value}" for key, value in found["card"].items()) + ".\n")
     if found["dry"]:
         text.append("A dry run at tiny sizes: these figures mean nothing.\n")
     makers = {

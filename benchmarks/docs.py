@@ -22,7 +22,7 @@ class Block(NamedTuple):
         command: What writes it.
         markdown: Makes the text.
         whole: Whether they are of a whole run.
-        plots: Whether pictures go beside the page.
+        plots: Whether pictures go into the folder of the page.
     """
 
     folder: str
@@ -49,7 +49,7 @@ BLOCKS = {
 
 
 def into_docs() -> None:
-    """Put the last results into docs/performance.md, between their marks, and beside it.
+    """Put the last results into docs/performance.md, between their marks, and into its folder.
 
     Raises:
         LingradError: There are none, they are not of a whole run, or the page has no place for them.

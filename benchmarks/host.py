@@ -192,7 +192,7 @@ def per_layer(keys: Sequence[str], rounds: int, dtype: torch.dtype, tiny: Worklo
 
 
 def eager_table(found: dict[str, Laps]) -> str:
-    """Host time by phase, and of whole steps beside full AdamW, as Markdown."""
+    """Host time by phase, and of whole steps relative to full AdamW, as Markdown."""
     rows = [("method", *(f"{phase}, ms" for phase in PHASES), "step in all, ms", "/ full")]
     for key, laps in found.items():
         cells = [f"{1e3 * median(laps[phase]):.2f}" for phase in PHASES]
@@ -202,7 +202,7 @@ def eager_table(found: dict[str, Laps]) -> str:
 
 
 def compiled_table(found: dict[str, dict[str, Any]]) -> str:
-    """Compiled steps beside eager and compiled full AdamW, as Markdown; the last column is of medians of two processes."""
+    """Compiled steps relative to eager and to compiled full AdamW, as Markdown; the last is a ratio of two processes."""
     rows = [("compiled method", "graphs", "breaks", "ms", "/ full, eager", "/ full, compiled")]
     ratios = {}
     for key, entry in found.items():
@@ -213,8 +213,8 @@ def compiled_table(found: dict[str, dict[str, Any]]) -> str:
             rows.append((key, "failed", "", "", entry["error"].replace("|", "/")[:80], ""))
             continue
         taken = 1e3 * median(totals(entry["compiled"]))
-        beside = f"{ratios[key].middle / ratios[FULL].middle:.3f}" if FULL in ratios else ""
-        rows.append((key, str(entry["graphs"]), str(entry["breaks"]), f"{taken:.2f}", str(ratios[key]), beside))
+        relative = f"{ratios[key].middle / ratios[FULL].middle:.3f}" if FULL in ratios else ""
+        rows.append((key, str(entry["graphs"]), str(entry["breaks"]), f"{taken:.2f}", str(ratios[key]), relative))
     return tabulate(rows)
 
 

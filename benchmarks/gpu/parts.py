@@ -59,7 +59,7 @@ def tests(sizes: Sizes, seconds: float) -> Iterator[Item]:
 
 
 def merges(sizes: Sizes) -> Iterator[Item]:
-    """A merge of float32 coordinates into a bfloat16 weight, beside one product in bfloat16."""
+    """A merge of float32 coordinates into a bfloat16 weight, compared with one product in bfloat16."""
 
     def run(m: int, n: int, rank: int) -> dict[str, Any]:
         made: dict[str, Any] = {"device": sizes.device, "dtype": torch.bfloat16}

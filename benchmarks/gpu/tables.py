@@ -39,7 +39,7 @@ def markdown(found: dict[str, Any]) -> str:
             text.append(f"{title}:\n\n{make(part['entries'])}")
         text += [f"Not measured, {name}: {failure['label']}: {failure['error']}\n" for failure in part["failures"]]
         if part["left out"]:
-            text.append(f"Left out for want of time, {name}: {'; '.join(part['left out'])}.\n")
+            text.append(f"Left out, no time was left, {name}: {'; '.join(part['left out'])}.\n")
     return "\n".join(text)
 
 

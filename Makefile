@@ -8,7 +8,7 @@ export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 SOURCES := pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo finetune smollm2 examples readme duality structure memory architectures bench mutants mutants-operators test coverage slow check lint types layers clean
+.PHONY: help demo finetune smollm2 examples readme duality structure memory architectures bench gpu mutants mutants-operators test coverage slow check lint types layers clean
 
 help:  ## list the targets
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 19
@@ -77,6 +77,11 @@ architectures: $(VENV)/.dev  ## run tiny models of every architecture of transfo
 
 bench: $(VENV)/.bench  ## compare speed and memory with other implementations, into benchmarks/out; ARGS=--quick for four minutes, ARGS=--docs for the docs
 	$(BIN)/python -m benchmarks $(ARGS)
+
+gpu:  ## measure on this machine's GPU in ten minutes, into benchmarks/out/cuda; ARGS=--docs for the docs, ARGS=--dry on a CPU
+	@if $(PYTHON) -c 'import einops, torch, transformers; torch.cuda.init()' 2>/dev/null; \
+	  then $(PYTHON) -m benchmarks.gpu $(ARGS); \
+	  else $(MAKE) $(VENV)/.dev && $(BIN)/python -m benchmarks.gpu $(ARGS); fi
 
 mutants: $(VENV)/.dev  ## break what matters in one place at a time, and see that a test notices; ARGS="--only maps"
 	$(BIN)/python tools/mutants.py $(ARGS)

@@ -9,33 +9,46 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from benchmarks import measure, memory, refreshes, report, steps
-from benchmarks.plan import ADAPTER, FROZEN, FULL, GALORE, LLAMA_1024, LORA_ONE, OPTIMIZER, PLANS, SHARED, Plan
+from benchmarks import docs, host, measure, memory, refreshes, report, steps
+from benchmarks.plan import (
+    ADAPTER,
+    COMPILED,
+    COUNTED,
+    FROZEN,
+    FULL,
+    GALORE,
+    LLAMA_1024,
+    LORA_ONE,
+    OPTIMIZER,
+    PLANS,
+    SHARED,
+    Plan,
+)
 from lingrad.errors import LingradError
 
-SUITES = ("steps", "refreshes", "pca", "memory", "overhead", "curves")
+SUITES = ("steps", "refreshes", "pca", "memory", "overhead", "host", "compiled", "curves")
 
 
 def main() -> None:
     """Read the command line and run."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="a small plan: under four minutes on two cores")
-    parser.add_argument("--plan", choices=sorted(PLANS), help="the plan; full by default, gpu on CUDA")
+    parser.add_argument("--plan", choices=sorted(PLANS), help="the plan; full by default")
     parser.add_argument("--only", nargs="+", choices=SUITES, default=SUITES, help="some suites of the plan")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
-    parser.add_argument("--out", type=Path, help="folder of the results; benchmarks/out, or benchmarks/out/cuda")
+    parser.add_argument("--out", type=Path, help="folder of the results; benchmarks/out by default")
     parser.add_argument("--docs", action="store_true", help="run nothing; put the last results into docs/performance.md")
     chosen = parser.parse_args()
     if chosen.docs:
-        report.into_docs()
+        docs.into_docs()
         return
-    name = chosen.plan or ("quick" if chosen.quick else "gpu" if chosen.device == "cuda" else "full")
+    name = chosen.plan or ("quick" if chosen.quick else "full")
     started = time.perf_counter()
     warnings.filterwarnings("ignore", category=FutureWarning)
     found = run(PLANS[name], chosen.only, chosen.device)
     found |= {"plan": name, "device": chosen.device, "machine": report.machine(chosen.device)}
     found["seconds"] = time.perf_counter() - started
-    report.save(found, chosen.out or (report.OUT / "cuda" if chosen.device == "cuda" else report.OUT))
+    report.save(found, chosen.out or (report.OUT / f"plan-{chosen.device}" if chosen.device != "cpu" else report.OUT))
     sys.stdout.write(report.markdown(found))
 
 
@@ -75,6 +88,11 @@ def run(plan: Plan, only: Any, device: str) -> dict[str, Any]:
     if "overhead" in only:
         found["overhead"] = steps.overhead(plan.overhead, max(plan.rounds, 11), device)
         figures["overhead"] = found["overhead"]["share"]
+    if "host" in only:
+        found["host"] = host.eager(plan.host, COUNTED, 8 * plan.rounds)
+        found["host, compiled"] = host.compiled(plan.host, COMPILED, 8 * plan.rounds)
+    if "compiled" in only and plan.compiled is not None:
+        found["compiled"] = host.compiled(plan.compiled, COMPILED, plan.rounds)
     for what, comparisons in plan.curves if "curves" in only else ():
         found["curves"][what] = [
             {

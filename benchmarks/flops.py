@@ -7,7 +7,7 @@ from math import prod
 from typing import Any
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, flop_registry, shape_wrapper
 
 aten: Any = torch.ops.aten
 Shape = Sequence[int]
@@ -33,6 +33,30 @@ MISSING = {
     aten._scaled_dot_product_flash_attention_for_cpu: _attention,
     aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
 }
+
+
+FORMULAS: dict[Any, Callable[..., int]] = {**flop_registry, **{op: shape_wrapper(formula) for op, formula in MISSING.items()}}
+
+
+def of(func: Any, args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> int:
+    """Floating-point operations of the products in one call of an operator.
+
+    Args:
+        func: The operator.
+        args: Its positional arguments.
+        kwargs: Its keyword arguments.
+        out: Its result.
+
+    Returns:
+        Their number; 0 for an operator without products. Attention with a causal mask counts half.
+    """
+    formula = FORMULAS.get(func._overloadpacket)
+    if formula is None:
+        return 0
+    found = int(formula(*args, **kwargs, out_val=out))
+    names = [argument.name for argument in func._schema.arguments]
+    causal = kwargs.get("is_causal", args[names.index("is_causal")] if "is_causal" in names[: len(args)] else False)
+    return found // 2 if causal else found
 
 
 def count(work: Callable[[], Any]) -> int:

@@ -14,7 +14,7 @@ from typing_extensions import override
 from lingrad import optimizers
 from lingrad.config.targets import resolve_model
 from lingrad.errors import optional
-from lingrad.methods import Method, Training
+from lingrad.methods import FullRank, Method, Training
 
 LR = 1e-4
 
@@ -106,6 +106,11 @@ class Peer(Method):
         linears, rest = split(model, self.rank)
         low = {"rank": self.rank, "update_proj_gap": self.every, **self.options}
         return Training(model, [factory([{"params": rest}, {"params": linears, **low}], lr=LR)])
+
+
+def paged_8bit() -> FullRank:
+    """Full AdamW of bitsandbytes with 8-bit moments in memory that pages to the host, as torchtune sets it up."""
+    return FullRank(optional("bitsandbytes", "comparing with bitsandbytes", "bnb").optim.PagedAdamW8bit)
 
 
 def pytorch_optimizer(rank: int, every: int) -> Peer:

@@ -8,9 +8,9 @@ from typing import Any, Literal
 
 import torch
 
-from benchmarks.peers import Frozen, LinearsOnly, PublishedOSD, apollo_torch, pytorch_optimizer
+from benchmarks.peers import Frozen, LinearsOnly, PublishedOSD, apollo_torch, paged_8bit, pytorch_optimizer
 from lingrad.methods import FullRank, GaloreTorch, Lingrad, Lora, Method
-from lingrad.models import LlamaShape
+from lingrad.models import LLAMAS, LlamaShape
 
 PERIOD = 200  # steps over which the cost of a refresh is spread
 
@@ -41,10 +41,16 @@ class Workload:
 
 LLAMA_1024 = Workload("llama1024", LlamaShape(256, 1024, 2736, 4, 16, 256), 8)
 LLAMA_512 = Workload("llama512", LlamaShape(256, 512, 1376, 4, 8, 256), 8)
-LLAMA_2048 = Workload("llama2048", LlamaShape(256, 2048, 5461, 4, 32, 256), 32, rank=256)  # for a GPU
+TINY = Workload("tiny", LlamaShape(32, 16, 48, 4, 2, 8), 1, rank=2)  # a step takes the host's time only
+SIZES = {  # of models that only a GPU trains, in windows of 2,048 tokens
+    "llama1024": LLAMA_1024.model,
+    "1B": replace(LLAMAS["llama-1b"], length=2048),
+    "7B": replace(LLAMAS["llama-7b"], length=2048),
+}
 
 FULL, FROZEN, OPTIMIZER, SHARED, EXACT = "full", "frozen", "optimizer", "optimizer, shared", "optimizer, exact svd"
 ADAPTER, LORA_ONE, LORA, GALORE = "adapter", "lora, one side", "lora", "galore_torch"
+ALL_TRAINED, RANDOM, POWER, PAGED = "adapter, all trained", "optimizer, random", "optimizer, power", "full, paged 8-bit"
 
 
 @dataclass(frozen=True)
@@ -84,14 +90,15 @@ ENTRIES = {
     entry.key: entry
     for entry in (
         Entry(FULL, lambda rank, every: FullRank("adamw"), every=False),
+        Entry(PAGED, lambda rank, every: paged_8bit(), every=False),
         Entry(FROZEN, lambda rank, every: Frozen(), every=False),
         Entry(OPTIMIZER, ours(RANDOMIZED)),
         Entry(SHARED, ours(RANDOMIZED, share="input")),
         Entry(EXACT, ours("svd(rank={rank}, every={every})")),
-        Entry("optimizer, power", ours("power(rank={rank}, every={every})")),
-        Entry("optimizer, random", ours("random(rank={rank}, every={every})")),
+        Entry(POWER, ours("power(rank={rank}, every={every})")),
+        Entry(RANDOM, ours("random(rank={rank}, every={every})")),
         Entry("optimizer, online pca", ours("pca(rank={rank})"), every=False),
-        Entry("adapter, all trained", ours(RANDOMIZED, "adapter")),
+        Entry(ALL_TRAINED, ours(RANDOMIZED, "adapter")),
         Entry(ADAPTER, lambda rank, every: LinearsOnly(ours(RANDOMIZED, "adapter")(rank, every), rank)),
         Entry(
             "adapter, shared", lambda rank, every: LinearsOnly(ours(RANDOMIZED, "adapter", share="input")(rank, every), rank)
@@ -106,7 +113,9 @@ ENTRIES = {
 }
 
 MAIN = (FULL, FROZEN, OPTIMIZER, SHARED, EXACT, ADAPTER, LORA_ONE, LORA, GALORE)
-OTHERS = ("optimizer, power", "optimizer, random", "optimizer, online pca", "adapter, all trained", "osd, autograd")
+OTHERS = (POWER, RANDOM, "optimizer, online pca", ALL_TRAINED, "osd, autograd")
+COUNTED = (FULL, FROZEN, RANDOM, POWER, SHARED, ALL_TRAINED, ADAPTER, LORA_ONE, LORA, GALORE)  # launches, host time
+COMPILED = (FULL, FROZEN, OPTIMIZER, SHARED, ADAPTER, LORA_ONE)
 CURVES = (FULL, OPTIMIZER, ADAPTER, LORA_ONE, GALORE)
 
 
@@ -160,13 +169,15 @@ class Plan:
     """All of a run.
 
     Args:
-        name: ``quick``, ``full`` or ``gpu``.
+        name: ``quick`` or ``full``.
         steps: Comparisons of whole steps.
         refreshes: Gradients on which refreshes are compared.
         curves: (what changes, comparisons).
         memory: The workload whose memory is told, if any.
         overhead: The workload whose overhead is told.
         rounds: How often short pieces of work are timed.
+        host: The workload, a tiny one, whose host time is measured.
+        compiled: The workload that is timed under ``torch.compile``, if any.
     """
 
     name: str
@@ -176,6 +187,8 @@ class Plan:
     memory: Workload | None
     overhead: Workload
     rounds: int = 7
+    host: Workload = TINY
+    compiled: Workload | None = None
 
 
 def curves(base: Workload, keys: tuple[str, ...] = CURVES) -> tuple[tuple[str, tuple[Steps, ...]], ...]:
@@ -207,7 +220,7 @@ QUICK = Plan(
 WHOLE = Plan(
     "full",
     (
-        Steps(LLAMA_1024, (*MAIN, "optimizer, power", "adapter, shared", "pytorch_optimizer", "apollo_torch"), blocks=3),
+        Steps(LLAMA_1024, (*MAIN, POWER, "adapter, shared", "pytorch_optimizer", "apollo_torch"), blocks=3),
         Steps(LLAMA_512, (FULL, FROZEN, OPTIMIZER, SHARED, GALORE, *OTHERS)),
         Steps(replace(LLAMA_1024, name="llama1024-bf16", dtype=torch.bfloat16), BFLOAT16),
     ),
@@ -220,21 +233,9 @@ WHOLE = Plan(
     curves(replace(LLAMA_512, rows=4)),
     LLAMA_1024,
     LLAMA_512,
+    compiled=LLAMA_512,
 )
-GPU = Plan(
-    "gpu",
-    (
-        Steps(LLAMA_1024, tuple(ENTRIES), 2, 9),
-        Steps(replace(LLAMA_1024, name="llama1024-bf16", rows=64, dtype=torch.bfloat16), BFLOAT16, 2, 9),
-        Steps(replace(LLAMA_2048, name="llama2048-bf16", dtype=torch.bfloat16), BFLOAT16[:-1], 2, 9),  # its SVDs take minutes
-    ),
-    (captured(2048, 5461, 32, 32, (10, 20, 30), 256, runs=1),),
-    (),
-    LLAMA_1024,
-    LLAMA_512,
-    rounds=20,
-)
-PLANS = {plan.name: plan for plan in (QUICK, WHOLE, GPU)}
+PLANS = {plan.name: plan for plan in (QUICK, WHOLE)}
 
 
 @dataclass(frozen=True)

@@ -13,13 +13,11 @@ from typing import Any
 
 import torch
 
-from benchmarks import plots
+from benchmarks import host, plots
 from benchmarks.measure import ratio
 from benchmarks.plan import FROZEN, FULL, GALORE, GOALS, PERIOD, Workload
 from lingrad.console import markdown as tabulate
-from lingrad.errors import LingradError
 from lingrad.files.atomic import write_whole
-from tools.marks import put
 
 ROOT = Path(__file__).parents[1]
 OUT = ROOT / "benchmarks" / "out"
@@ -32,12 +30,15 @@ def machine(device: str) -> dict[str, Any]:
     name = torch.cuda.get_device_name() if device == "cuda" else _processor()
     found: dict[str, Any] = {"device": name, "threads": torch.get_num_threads(), "python": platform.python_version()}
     found["when"] = time.strftime("%Y-%m-%d %H:%M:%S")
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "not installed"
-    return found
+    return found | {package: installed(package) for package in PACKAGES}
+
+
+def installed(package: str) -> str:
+    """The version of a package, or that it is not there."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
 
 
 def _processor() -> str:
@@ -74,8 +75,9 @@ def markdown(found: dict[str, Any]) -> str:
     parts = [
         f"Plan `{found['plan']}` on {about['device']}, {about['threads']} threads, {about['when']}, in "
         f"{found['seconds'] / 60:.1f} minutes; {versions}.\n",
-        goals(found["figures"]),
     ]
+    if found["figures"]:
+        parts.append(goals(found["figures"]))
     if found["plan"] == "quick":
         parts.insert(1, "Goals are for the whole plan, whose steps are of llama1024; these are of a smaller model.\n")
     for name, timings in found["steps"].items():
@@ -91,6 +93,12 @@ def markdown(found: dict[str, Any]) -> str:
         )
     if "overhead" in found:
         parts.append(f"**Overhead** of the engine's step, in ms:\n\n{overhead_table(found['overhead'])}")
+    if "host" in found:
+        table = host.eager_table(found["host"])
+        parts.append(f"**Host time** of a step on tiny tensors, eager, CPU time of one thread:\n\n{table}")
+        parts.append(f"**Host time**, compiled:\n\n{host.compiled_table(found['host, compiled'])}")
+    if "compiled" in found:
+        parts.append(f"**Compiled** steps, CPU time of one thread:\n\n{host.compiled_table(found['compiled'])}")
     for what, points in found["curves"].items():
         parts.append(f"**Over {what}**, ratios to full AdamW:\n\n{curve_table(what, points)}")
     return "\n".join(parts)
@@ -204,26 +212,3 @@ def curve_table(what: str, points: list[dict[str, Any]]) -> str:
         at = plots.place(what, point["workload"])
         rows.append((str(at), *(str(ratio(_spread(by_key[key]), _spread(by_key[FULL]))) for key in keys)))
     return tabulate(rows)
-
-
-def into_docs() -> None:
-    """Put the last results into docs/performance.md, between their marks, and beside it.
-
-    Raises:
-        LingradError: There are none, they are not of a whole plan, or the page has no place for them.
-    """
-    folders = {"cpu": OUT, "cuda": OUT / "cuda"}
-    paths = {name: folder / "latest.json" for name, folder in folders.items() if (folder / "latest.json").exists()}
-    if not paths:
-        raise LingradError(f"there are no results in {OUT}; run 'make bench' first")
-    results = {name: json.loads(path.read_text()) for name, path in paths.items()}
-    for name, found in results.items():
-        if found["plan"] == "quick" or not found["figures"].keys() >= {goal.figure for goal in GOALS}:
-            raise LingradError(
-                f"{paths[name]} is of plan '{found['plan']}' or of some suites, and the docs show whole plans; "
-                "run 'make bench' first"
-            )
-    put(DOCS, {name: markdown(found) for name, found in results.items()})
-    for name, found in results.items():
-        plots.draw(found, DOCS.with_suffix("") / name)
-        write_whole(DOCS.with_suffix("") / name / "result.json", paths[name].read_bytes())

@@ -9,7 +9,8 @@ from dataclasses import asdict, dataclass
 from statistics import median
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from benchmarks import flops, measure
 from benchmarks.plan import ENTRIES, PERIOD, Steps, Workload
@@ -19,6 +20,7 @@ from lingrad.research.corpus import moby_dick, tokenize, training_batches
 from lingrad.tensors import distinct
 
 WARM_UP = 2
+PHASES = ("zero_grad", "forward", "backward", "step")
 
 
 def batches(workload: Workload, steps: int, device: str) -> Iterator[Tensor]:
@@ -26,6 +28,51 @@ def batches(workload: Workload, steps: int, device: str) -> Iterator[Tensor]:
     text = tokenize("Moby-Dick", moby_dick())
     for batch in training_batches(text, steps=steps, rows=workload.rows, length=workload.model.length, seed=0):
         yield batch.to(device)
+
+
+def build(workload: Workload, device: str, *, checkpointing: bool = False) -> nn.Module:
+    """The model of a workload, made on its device.
+
+    Its ``use_cache`` stays on: without it transformers reads positions back in each forward, and compiled attention has a mask.
+
+    Args:
+        workload: The workload.
+        device: Where.
+        checkpointing: Recompute each layer in the backward.
+
+    Returns:
+        The model.
+    """
+    with torch.device(device):
+        model = build_llama(workload.model, seed=0, dtype=workload.dtype)
+    if checkpointing:
+        enable: Any = model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
+    return model
+
+
+def run_step(training: Training, batch: Tensor, lap: Callable[[str], None] | None = None, model: Any = None) -> Tensor:
+    """Run one step of any method.
+
+    Args:
+        training: The model and its optimizers.
+        batch: Token ids, int64 [rows, length].
+        lap: Called with the name of each phase in `PHASES` when it is over.
+        model: What computes the logits, if not the model itself, such as the compiled model.
+
+    Returns:
+        The loss.
+    """
+    lap = lap or (lambda phase: None)
+    training.zero_grad()
+    lap("zero_grad")
+    loss = next_token_loss(training.model if model is None else model, batch)
+    lap("forward")
+    loss.backward()
+    lap("backward")
+    training.step()
+    lap("step")
+    return loss.detach()
 
 
 class MethodRun:
@@ -36,20 +83,23 @@ class MethodRun:
         workload: The model and the batch.
         every: Steps between refreshes.
         device: Where.
+        backend: Of ``torch.compile``; empty where the model is not compiled. Graph breaks are allowed.
+        checkpointing: Recompute each layer in the backward.
     """
 
-    def __init__(self, key: str, workload: Workload, every: int, device: str) -> None:
-        model = build_llama(workload.model, seed=0, dtype=workload.dtype).to(device)
+    def __init__(
+        self, key: str, workload: Workload, every: int, device: str, *, backend: str = "", checkpointing: bool = False
+    ) -> None:
+        model = build(workload, device, checkpointing=checkpointing)
         self.method = ENTRIES[key].make(workload.rank, every)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # galore_torch's AdamW announces its own deprecation
             self.training: Training = self.method.prepare(model)
+        self.model: Any = torch.compile(self.training.model, backend=backend) if backend else self.training.model
 
-    def step(self, batch: Tensor) -> None:
-        """Forward, backward, step."""
-        self.training.zero_grad()
-        next_token_loss(self.training.model, batch).backward()
-        self.training.step()
+    def step(self, batch: Tensor, lap: Callable[[str], None] | None = None) -> Tensor:
+        """Forward, backward, step; see `run_step`."""
+        return run_step(self.training, batch, lap, self.model)
 
     def state_bytes(self) -> int:
         """Bytes that the optimizers keep between steps: moments, bases, coordinates that are held."""

@@ -16,8 +16,9 @@ from torch import Tensor
 
 import lingrad
 from benchmarks.lowbit import SHAPE, shown, table, train, validate
-from lingrad import KroneckerMap
+from lingrad import LinearMap
 from lingrad.models import build_llama
+from lingrad.transforms import SVD, Sides
 
 CASES = (  # dtype, m = n, rank
     (torch.bfloat16, 1024, 128),
@@ -29,17 +30,17 @@ SIZE = 1e-3  # of an update, as a share of the weight's norm
 SPEC, LR, STEPS, SEEDS = "svd(rank=16, every=50)", 2e-3, 120, (0, 1, 2)
 
 
-def split(smap: KroneckerMap, weight: Tensor, coords: Tensor) -> None:
+def split(smap: LinearMap, weight: Tensor, coords: Tensor) -> None:
     """A merge with z as the sum of two numbers of 16 bits each: twice the operations of a fast one. Not part of lingrad."""
-    assert smap.right is not None  # noqa: S101 - the maps of this file
+    (basis,) = smap.tensors
     high = coords.to(weight.dtype)
     low = (coords - high).to(weight.dtype)
-    weight.addmm_(torch.cat((high, low), 1), torch.cat((smap.right, smap.right), 1).t())
+    weight.addmm_(torch.cat((high, low), 1), torch.cat((basis, basis), 1).t())
 
 
-WAYS: dict[str, Callable[[KroneckerMap, Tensor, Tensor], None]] = {
-    "exact": KroneckerMap.add_lift_,
-    "fast": KroneckerMap.add_rounded_lift_,
+WAYS: dict[str, Callable[[LinearMap, Tensor, Tensor], None]] = {
+    "exact": lambda smap, weight, coords: smap.add_lift_(weight, coords),
+    "fast": lambda smap, weight, coords: smap.add_rounded_lift_(weight, coords),
     "z in two parts": split,
 }
 
@@ -58,7 +59,7 @@ def merges(dtype: torch.dtype, size: int, rank: int, device: str) -> list[tuple[
     """
     draw = torch.Generator().manual_seed(0)
     basis = torch.linalg.qr(torch.randn(size, rank, generator=draw))[0].to(dtype).contiguous().to(device)
-    smap = KroneckerMap(None, basis)
+    smap = SVD(rank=rank, side="right").map(Sides(None, basis))
     start = (torch.randn(size, size, generator=draw) / size**0.5).to(dtype).to(device)
     weights, total = {way: start.clone() for way in WAYS}, start.double()
     seconds: dict[str, list[float]] = {way: [] for way in WAYS}

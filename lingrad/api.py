@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lingrad.config.rules import Rules
-from lingrad.config.settings import Carry, Compat, Share
+from lingrad.config.settings import Carry, Compat, Merge, Share
 from lingrad.deprecated import renamed_keywords
 from lingrad.engine.build import Trainable
 from lingrad.engine.optimizer import SubspaceOptimizer
@@ -30,6 +30,7 @@ def wrap(
     share: Share | None = None,
     ledger: bool = False,
     self_contained: bool = True,
+    merge: Merge = "auto",
     **base_kwargs: Any,
 ) -> SubspaceOptimizer:
     """Train in subspaces as an optimizer: W <- W + S opt(S^T G) (GaLore's form).
@@ -61,6 +62,10 @@ def wrap(
             ``model.state_dict()`` that of the plain model, W + S z: checkpoints of programs without support for adapters are
             then complete models and resume bit for bit. Load the model first, then the optimizer. False stores W and the
             coordinates in ``model.state_dict()``, which a plain model cannot load.
+        merge: How S z is added to weights in bfloat16 and float16. ``exact`` multiplies in float32 and rounds the sum once.
+            ``fast`` rounds z to the weight's dtype and multiplies in that, many times faster on a GPU; the added error is far
+            below the weight's own rounding (docs/performance.md). ``auto`` is ``fast`` for bfloat16 on CUDA and ``exact``
+            elsewhere: in float16 a coordinate above 65,504 would become infinite. Other dtypes have one way only.
         **base_kwargs: Options of the base, such as ``lr``, ``betas``, ``momentum``. Any base also takes ``moments="8bit"``,
             which stores its moments in 8 bits between steps.
 
@@ -90,6 +95,7 @@ def wrap(
         share=share,
         ledger=ledger,
         self_contained=self_contained,
+        merge=merge,
         **base_kwargs,
     )
 
@@ -110,6 +116,7 @@ def adapt(
     share: Share | None = None,
     ledger: bool = False,
     self_contained: bool = True,
+    merge: Merge = "auto",
     merge_every: int | None = None,
     keep_remainder: bool = False,
     **base_kwargs: Any,
@@ -132,6 +139,7 @@ def adapt(
         share: See `wrap`.
         ledger: See `wrap`.
         self_contained: See `wrap`.
+        merge: See `wrap`.
         merge_every: Merge coordinates into the weights every so many steps, in addition to each refresh; None merges at
             refreshes only. 1 is optimizer mode's schedule with adapter mode's forward. The trajectory is the same.
         keep_remainder: Where a weight is stored in 4 or 8 bits, add the rounding error of a merge to the new coordinates, as
@@ -157,6 +165,7 @@ def adapt(
         share=share,
         ledger=ledger,
         self_contained=self_contained,
+        merge=merge,
         merge_every=merge_every,
         keep_remainder=keep_remainder,
         **base_kwargs,

@@ -28,6 +28,14 @@ class TensorSpec(NamedTuple):
         return prod(self.shape) * self.dtype.itemsize
 
 
+TENSOR_CORES = {"cuda"}  # types of devices that multiply bfloat16 many times faster than float32
+
+
+def on_tensor_cores(tensor: Tensor) -> bool:
+    """Whether a tensor's device multiplies bfloat16 many times faster than float32."""
+    return tensor.device.type in TENSOR_CORES
+
+
 def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """``tensor.to(dtype)``, without the cost of a call that changes nothing."""
     return tensor if tensor.dtype == dtype else tensor.to(dtype)

@@ -29,7 +29,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 FOLDERS = ("lingrad", "benchmarks", "tools", "tests")
 OPTIONS = {"weight_decay", "scale", "carry", "seed", "compat", "layerwise", "stagger", "share", "ledger"}
-OPTIONS |= {"self_contained", "merge_every", "keep_remainder"}
+OPTIONS |= {"self_contained", "merge", "merge_every", "keep_remainder"}
 LIMITS = {"lingrad": 300, "tests": 500}  # lines of a file
 AUTHORED = ("SideTransform", "GradientBasis", "SketchBasis")  # what a new transform derives from
 

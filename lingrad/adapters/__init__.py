@@ -15,22 +15,23 @@ from lingrad.adapters.weight import WeightAttachment as WeightAttachment
 from lingrad.config.targets import Target
 from lingrad.weights.base import Weight
 from lingrad.weights.bitsandbytes import packed_of
-from lingrad.weights.dense import DenseWeight
+from lingrad.weights.dense import DenseWeight, Merge
 from lingrad.weights.packed import PackedWeight
 
 
-def make_weight(target: Target) -> Weight:
+def make_weight(target: Target, merge: Merge = "auto") -> Weight:
     """The weight of a target, as its layer stores it.
 
     Args:
         target: The weight, its owners and its route.
+        merge: See `DenseWeight`.
 
     Returns:
         The weight. Raises `ModeError` where it is to be quantised and is not yet.
     """
     if target.route == "packed":
         return packed_of(target.owners[0][0], target.name)
-    return DenseWeight(target.layout, target.param, target.owners)
+    return DenseWeight(target.layout, target.param, target.owners, merge)
 
 
 def make_attachment(target: Target, layer: Projection, *, plain: bool = False) -> Attachment:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lingrad.errors import did_you_mean, require, require_one_of, shown
+from lingrad.weights.dense import Merge as Merge
 
 Mode = Literal["optimizer", "adapter"]  # when coordinates are merged: at every step, or at each refresh
 Carry = Literal["keep", "reset", "rotate"]  # what a refresh does to moments
@@ -19,7 +20,7 @@ Compat = Literal["galore"]  # another program's arithmetic
 _LARGEST = torch.finfo(torch.float64).max  # of a number
 
 # A checkpoint may be loaded with other values of these; any other option changes what it means.
-_FREE = ("weight_decay", "scale", "layerwise", "merge_every")
+_FREE = ("weight_decay", "scale", "layerwise", "merge", "merge_every")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,12 +41,14 @@ class Settings:
     share: Share | None = None
     ledger: bool = False
     self_contained: bool = True
+    merge: Merge = "auto"
     merge_every: int | None = None
     keep_remainder: bool = False
 
     def __post_init__(self) -> None:
         """Check every option, and the pairs that exclude each other."""
         require_one_of(self.carry, get_args(Carry), "carry")
+        require_one_of(self.merge, get_args(Merge), "merge")
         for option in ("weight_decay", "scale"):
             check_not_negative(option, getattr(self, option))
         for option in ("layerwise", "stagger", "ledger", "self_contained", "keep_remainder"):

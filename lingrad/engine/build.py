@@ -258,7 +258,7 @@ def _attachments(placed: Sequence[GroupedTarget], settings: Settings, gathering:
     found = []
     for place in placed:
         target, first = place.target, place.group[0]
-        weight, rows = make_weight(target), target.layout.shape[0]
+        weight, rows = make_weight(target, settings.merge), target.layout.shape[0]
         if first.name not in bases:
             transform, like = as_published(settings.compat, first.transform), first.template
             seed = derive_seed(settings.seed, first.name)

@@ -84,6 +84,13 @@ class LinearMap(ABC):
         """``weight += lift(coords)`` in place, [m, n]; without a temporary where the dtypes allow it."""
         weight.add_(self.lift(coords))
 
+    def add_rounded_lift_(self, weight: Tensor, coords: Tensor) -> None:
+        """``weight += lift(coords)`` in place, [m, n], by products in the weight's dtype, with z rounded to it first.
+
+        A map without such products, as this default, does what `add_lift_` does.
+        """
+        self.add_lift_(weight, coords)
+
     def lifts_cheaper(self, tokens: int, shape: tuple[int, int]) -> bool:
         """Whether a layer with the weight W + S z computes less if it forms that matrix.
 

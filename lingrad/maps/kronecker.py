@@ -105,7 +105,7 @@ class KroneckerMap(LinearMap):
         factors = self._factors(coords)
         if len(factors) == 1 or any(f.dtype != weight.dtype for f in factors):
             return super().add_lift(weight, coords)
-        return torch.addmm(weight, *_two(factors))
+        return torch.addmm(weight, *two_factors(factors))
 
     @override
     def lifts_cheaper(self, tokens: int, shape: tuple[int, int]) -> bool:
@@ -132,7 +132,15 @@ class KroneckerMap(LinearMap):
                 part = self if self.left is None else KroneckerMap(self.left[block], self.right)
                 weight[block].add_(part.lift(coords[block] if self.left is None else coords))
             return
-        weight.addmm_(*_two(factors))
+        weight.addmm_(*two_factors(factors))
+
+    @override
+    def add_rounded_lift_(self, weight: Tensor, coords: Tensor) -> None:
+        factors = self._factors(coords)
+        if len(factors) == 1:  # the identity has no product
+            self.add_lift_(weight, coords)
+        else:
+            weight.addmm_(*two_factors([cast(f, weight.dtype) for f in factors]))
 
     @override
     def norm(self, coords: Tensor) -> Tensor:
@@ -154,7 +162,8 @@ class KroneckerMap(LinearMap):
 _IDENTITY = KroneckerMap(None, None)
 
 
-def _two(factors: list[Tensor]) -> list[Tensor]:
+def two_factors(factors: list[Tensor]) -> list[Tensor]:
+    """Two or three factors as two: the first two of three are multiplied, in their own dtype."""
     return factors if len(factors) == 2 else [factors[0] @ factors[1], factors[2]]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import final
 
@@ -14,7 +14,7 @@ from lingrad.gradients.base import Gradient
 from lingrad.gradients.local import DenseGradient, RowsGradient
 from lingrad.maps.base import LinearMap, as_gradient
 from lingrad.maps.factors import Factors
-from lingrad.maps.kronecker import BLOCK, KroneckerMap
+from lingrad.maps.kronecker import BLOCK, KroneckerMap, two_factors
 from lingrad.tensors import cast, storage
 
 
@@ -57,9 +57,13 @@ class StackedMap(LinearMap):
 
     @override
     def add_lift_(self, weight: Tensor, coords: Tensor) -> None:
-        count = len(self.maps)
-        for one, rows, part in zip(self.maps, weight.chunk(count), coords.chunk(count), strict=True):
+        for one, rows, part in self._parts(weight, coords):
             one.add_lift_(rows, part)
+
+    @override
+    def add_rounded_lift_(self, weight: Tensor, coords: Tensor) -> None:
+        for one, rows, part in self._parts(weight, coords):
+            one.add_rounded_lift_(rows, part)
 
     @override
     def transport(self, old: LinearMap, coords: Tensor) -> Tensor:
@@ -74,6 +78,9 @@ class StackedMap(LinearMap):
             return super().transport_squares(old, squares)
         parts = zip(self.maps, old.maps, squares.chunk(len(self.maps)), strict=True)
         return torch.cat([new.transport_squares(before, part) for new, before, part in parts])
+
+    def _parts(self, weight: Tensor, coords: Tensor) -> Iterator[tuple[LinearMap, Tensor, Tensor]]:
+        return zip(self.maps, weight.chunk(len(self.maps)), coords.chunk(len(self.maps)), strict=True)
 
 
 @final
@@ -134,6 +141,15 @@ class BatchedMap(LinearMap):
         for start in range(0, self.count, some):
             chosen = slice(start, start + some)
             blocks[chosen].add_(self._lifted(parts[chosen], chosen))
+
+    @override
+    def add_rounded_lift_(self, weight: Tensor, coords: Tensor) -> None:
+        sides = self.left, self._split(coords), None if self.right is None else self.right.mT
+        factors = [side for side in sides if side is not None]
+        if len(factors) == 1:  # the identity has no product
+            self.add_lift_(weight, coords)
+        else:
+            self._split(weight).baddbmm_(*two_factors([cast(factor, weight.dtype) for factor in factors]))
 
     @override
     def norm(self, coords: Tensor) -> Tensor:

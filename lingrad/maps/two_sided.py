@@ -12,6 +12,7 @@ from lingrad.gradients.base import Gradient
 from lingrad.maps.base import LinearMap
 from lingrad.maps.factors import Factors
 from lingrad.maps.kronecker import KroneckerMap
+from lingrad.tensors import cast
 
 
 @final
@@ -61,6 +62,10 @@ class TwoSidedMap(LinearMap):
     @override
     def apply(self, x: Tensor, coords: Tensor) -> Tensor:
         return self.left.apply(self.reduce(x), coords)
+
+    @override
+    def add_rounded_lift_(self, weight: Tensor, coords: Tensor) -> None:
+        self.left.add_rounded_lift_(weight, self.right.lift(cast(coords, weight.dtype)))
 
     @override
     def transport_squares(self, old: LinearMap, squares: Tensor) -> Tensor:

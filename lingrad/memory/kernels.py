@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.optim import optimizer as torch_optimizer
 
+from lingrad import tensors
 from lingrad.errors import MemoryModelError
 
 Attention = Literal["flash", "efficient", "math"]
@@ -62,6 +63,7 @@ def as_on_cuda(attention: Attention, assumed: set[str]) -> Iterator[None]:
         stack.enter_context(mock.patch.object(functional, "scaled_dot_product_attention", attend))
         stack.enter_context(mock.patch.object(functional, "dropout", drop))
         stack.enter_context(mock.patch.object(torch.cuda, "synchronize"))
+        stack.enter_context(mock.patch.object(tensors, "TENSOR_CORES", {*tensors.TENSOR_CORES, "meta"}))
         for kind in ("fused", "foreach"):
             name = f"_get_{kind}_kernels_supported_devices"
             devices = [*getattr(torch_optimizer, name)(), "meta"]

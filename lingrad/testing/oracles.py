@@ -75,6 +75,9 @@ def assert_adjoint(linear_map: LinearMap, shape: tuple[int, int], *, tolerance: 
     total = weight.clone()
     linear_map.add_lift_(total, coords)
     same("add_lift_(W, z), W + lift(z) in place,", total, weight + lifted.detach())
+    total = weight.clone()
+    linear_map.add_rounded_lift_(total, coords)
+    same("add_rounded_lift_(W, z), W + lift(z) in place,", total, weight + lifted.detach())
 
 
 def assert_reads_only_gradients(base: optimizers.BaseLike, **options: Any) -> None:

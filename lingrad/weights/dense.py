@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, final
+from typing import Any, Literal, final
 
 import torch
 from torch import Tensor, nn
@@ -11,9 +11,11 @@ from typing_extensions import override
 
 from lingrad.errors import ModeError
 from lingrad.maps import LinearMap
-from lingrad.tensors import storage
+from lingrad.tensors import on_tensor_cores, storage
 from lingrad.weights.base import Weight
 from lingrad.weights.layout import Layout
+
+Merge = Literal["auto", "exact", "fast"]  # the products that add S z to a weight in 16 bits
 
 
 @final
@@ -24,10 +26,15 @@ class DenseWeight(Weight):
         layout: How it is read as a matrix [m, n].
         param: The parameter.
         owners: Every (module, attribute) that holds it; several for tied weights, none where only the parameter is known.
+        merge: How S z is added to bfloat16 and float16: ``exact``, ``fast``, or ``auto``, fast for bfloat16 on a device with
+            tensor cores.
     """
 
-    def __init__(self, layout: Layout, param: nn.Parameter, owners: Sequence[tuple[nn.Module, str]] = ()) -> None:
+    def __init__(
+        self, layout: Layout, param: nn.Parameter, owners: Sequence[tuple[nn.Module, str]] = (), merge: Merge = "auto"
+    ) -> None:
         super().__init__(layout)
+        self.merge = merge
         self.owners = tuple(owners)
         self._param = None if owners else param
         self._embeddings = [(module, module.num_embeddings) for module, _ in owners if isinstance(module, nn.Embedding)]
@@ -74,7 +81,12 @@ class DenseWeight(Weight):
             )
         weight = weight.detach()  # a parameter that is watched asks for a merge where others write into it
         matrix = self.layout.matrix(weight)
-        if matrix is weight or storage(matrix) == storage(weight):
+        view = matrix is weight or storage(matrix) == storage(weight)
+        if self._rounds(matrix):
+            current.add_rounded_lift_(matrix, coords)
+            if not view:
+                weight.copy_(self.layout.restore(matrix))
+        elif view:
             current.add_lift_(matrix, coords)
         else:  # the strides allowed no view, as in a channels_last convolution
             weight.add_(self.layout.restore(current.lift(coords)))
@@ -90,6 +102,13 @@ class DenseWeight(Weight):
     @override
     def state(self) -> dict[str, Tensor]:
         return {"weight": self.param.detach()}
+
+    def _rounds(self, matrix: Tensor) -> bool:
+        """Whether z is rounded to the weight's dtype for a merge, so that its products run in that dtype."""
+        if matrix.dtype not in (torch.bfloat16, torch.float16) or self.merge == "exact":
+            return False
+        # a coordinate may be too large for float16, and to find that out would wait for the device
+        return self.merge == "fast" or (matrix.dtype == torch.bfloat16 and on_tensor_cores(matrix))
 
 
 def _held(module: nn.Module, attribute: str) -> nn.Parameter:

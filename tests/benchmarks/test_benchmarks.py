@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from benchmarks import __main__ as benchmarks
-from benchmarks import docs, measure, report, steps
+from benchmarks import docs, measure, merges, report, steps
 from benchmarks.peers import split
 from benchmarks.plan import ENTRIES, FROZEN, FULL, GOALS, MAIN, PLANS, SHARED, Plan, Steps, Workload, captured
 from lingrad.errors import DependencyError, LingradError
@@ -117,6 +117,18 @@ def test_curves(tmp_path, monkeypatch, capsys):
     run_main("--quick", "--only", "curves", "--out", str(tmp_path))
     assert "Over rank" in capsys.readouterr().out
     assert (tmp_path / "curves.png").exists()
+
+
+def test_merges_of_16_bit_weights(monkeypatch):
+    """The errors of the ways are those of the weight's rounding; two parts of z differ from exact in fewer entries than one."""
+    monkeypatch.setattr(merges, "MERGES", 3)
+    rows = {row[3]: row[4:] for row in merges.merges(torch.bfloat16, 128, 16, "cpu")}
+    assert rows.keys() == merges.WAYS.keys()
+    for one, _, many, _, _ in rows.values():
+        assert float(one) == pytest.approx(float(rows["exact"][0]), rel=0.02)
+        assert float(many) == pytest.approx(float(rows["exact"][2]), rel=0.02)
+    differing = [float(rows[way][3].rstrip("%")) for way in ("z in two parts", "fast")]
+    assert differing[0] < differing[1] < 5
 
 
 def test_no_results_no_docs(tmp_path, monkeypatch):

@@ -1,9 +1,12 @@
-"""Gradient scalers and autocast."""
+"""Gradient scalers, autocast, and merges into 16-bit weights."""
 
 import pytest
 import torch
 from torch import nn
 
+import lingrad
+from lingrad.maps import BatchedMap, KroneckerMap, SelectionMap, TwoSidedMap
+from lingrad.models import LlamaShape, build_llama
 from tests.support.models import gap, llama, text_batches, text_loss, train, zoo, zoo_batches, zoo_loss
 from tests.support.runs import EVERY_KIND, LINEAR, MODELS, MODES, assert_equal_bits, each_mode, each_model, weights_of
 
@@ -136,3 +139,64 @@ class TestLowPrecision:
             optimizer.detach()
             found.append({name: param.detach().float() for name, param in model.named_parameters()})
         assert gap(*found) <= 2e-2
+
+
+class TestFastMerges:
+    """Of 16-bit weights: z is rounded to the weight's dtype, so that products run in it.
+
+    That moves an entry of S z by a share u of it, u the unit roundoff; for both sides twice, since P z is rounded too. For
+    updates of 1e-3 of the weights that is 1e-3 u |w|, and numbers near w are u |w| to 2 u |w| apart: about one entry in a
+    thousand is rounded to its other neighbour, by one spacing. The variance of a rounding is 1/12 of a spacing squared, so the
+    added error is at most about sqrt(12 / 1000) = 0.11 of the weight's own, and 0.16 for both sides.
+    """
+
+    BOUND = 0.16
+
+    @staticmethod
+    def maps(dtype):
+        draw = torch.Generator().manual_seed(0)
+        left, right = (torch.linalg.qr(torch.randn(4, size, 32, generator=draw))[0].to(dtype) for size in (192, 256))
+        yield KroneckerMap(left[0], None), (32, 256)
+        yield KroneckerMap(None, right[0]), (192, 32)
+        yield KroneckerMap(left[0], right[0]), (32, 32)
+        yield TwoSidedMap(SelectionMap(torch.arange(0, 192, 2), None, (192, 256)), KroneckerMap(None, right[0])), (96, 32)
+        yield BatchedMap(4, None, right), (4 * 192, 32)
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+    @pytest.mark.parametrize("which", range(5), ids=["left", "right", "both", "rows x right", "batched"])
+    def test_the_error_they_add_is_below_the_weights_own_rounding(self, dtype, which):
+        smap, shape = list(self.maps(dtype))[which]
+        draw = torch.Generator().manual_seed(1)
+        start = (torch.randn(smap.lift(torch.zeros(shape)).shape, generator=draw) / 16).to(dtype)
+        exact, fast, total = start.clone(), start.clone(), start.double()
+        for step in range(20):
+            coords = torch.randn(shape, generator=draw)
+            coords *= 1e-3 * start.float().norm() / smap.lift(coords).norm()
+            smap.add_lift_(exact, coords)
+            smap.add_rounded_lift_(fast, coords)
+            total += smap.lift(coords.double())
+            if step == 0:
+                assert 0 < (fast.double() - exact.double()).norm() <= self.BOUND * (exact.double() - total).norm()
+        # each step adds so much, independently of the others, to errors that grow in the same way
+        own, both = ((weight.double() - total).norm() for weight in (exact, fast))
+        assert abs(both / own - 1) <= self.BOUND
+
+    def test_losses_agree(self):
+        """Of a small Llama: they differ by less of what bfloat16 changes in them than merges add to its rounding of weights."""
+        found = []
+        ids = torch.randint(0, 64, (4, 16), generator=torch.Generator().manual_seed(0))
+        for dtype, merge in ((torch.float32, "exact"), (torch.bfloat16, "exact"), (torch.bfloat16, "fast")):
+            model = build_llama(LlamaShape(64, 32, 88, 2, 4, 16), seed=0).to(dtype)
+            optimizer = lingrad.wrap(model, "power(rank=8, every=8)", lr=5e-3, merge=merge)
+            losses = []
+            for _ in range(16):
+                optimizer.zero_grad()
+                logits = model(input_ids=ids).logits[:, :-1].float()  # in bfloat16 the losses themselves are 1/64 apart
+                loss = nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
+                loss.backward()
+                optimizer.step()
+                losses.append(float(loss.detach()))
+            found.append(torch.tensor(losses))
+        wide, exact, fast = found
+        assert fast[-1] < fast[0] - 0.5
+        assert 0 < (fast - exact).abs().mean() <= self.BOUND * (exact - wide).abs().mean()

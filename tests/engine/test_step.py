@@ -221,6 +221,29 @@ class TestMergeEvery:
         with pytest.raises(SpecError, match="wrap.*merge_every|merge_every is for adapter mode|takes no option 'merge_every'"):
             lingrad.wrap(llama(), "svd(rank=4)", lr=1e-2, merge_every=2)
 
+    @pytest.mark.parametrize("k", [1, 4])
+    @pytest.mark.parametrize(("tokens", "cheaper"), [(8, True), (20, False)])
+    def test_from_how_few_tokens_it_is_cheaper_than_optimizer_mode(self, k, tokens, cheaper):
+        """Through the coordinates, 2 T r (2 m + n) a step and a merge in k steps; otherwise k merges, 2 m n r each."""
+        m, n, r = 50, 40, 3
+        counts = []
+        for make, options in ((lingrad.wrap, {}), (lingrad.adapt, {"merge_every": k})):
+            model = nn.Sequential(nn.Linear(n, m, bias=False))
+            optimizer = make(model, {"*": f"random(rank={r}, every=100, side=right)"}, "sgd", lr=0.1, **options)
+            x = torch.randn(tokens, n, requires_grad=True)
+
+            def steps(model=model, optimizer=optimizer, x=x):
+                for _ in range(k):
+                    optimizer.zero_grad()
+                    model(x).square().sum().backward()
+                    optimizer.step()
+
+            counts.append(count(steps))
+        merging, applying = 2 * m * n * r, 2 * tokens * r * (2 * m + n)
+        assert counts[1] - counts[0] == k * applying - (k - 1) * merging
+        assert (counts[1] < counts[0]) == (cheaper and k > 1)
+        assert (tokens < (1 - 1 / k) * m * n / (2 * m + n)) == (cheaper and k > 1)  # as docs/performance.md says
+
 
 class TestForwardOfAdapterMode:
     def test_a_forward_that_somebody_replaced_is_called(self):

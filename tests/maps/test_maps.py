@@ -25,6 +25,7 @@ from tests.support.algebra import (
     draw,
     each_gradient,
 )
+from tests.support.watch import Launches, NoTensorOfShape
 
 MAPS = {
     "identity": KroneckerMap(None, None),
@@ -104,6 +105,52 @@ def test_add_lift_in_place(smap, dtype, block, monkeypatch):
     assert weight.data_ptr() == pointer
     # float64 coordinates are summed in float64 and rounded once
     torch.testing.assert_close(weight, expected, rtol=1e-13 if dtype == torch.float64 else 1.2e-7, atol=1e-13)
+
+
+@each_map
+def test_a_rounded_lift_in_place(smap):
+    """In float64 nothing is rounded. In 16 bits z, two bases and P z are, each by a share u of itself, and then the sum."""
+    coords, weight = draw(*coords_shape(smap), seed=5), draw(M, N, seed=8)
+    exact = weight.clone()
+    smap.add_rounded_lift_(exact, coords)
+    assert_close(exact, weight + smap.lift(coords))
+    sizes = (matrix_of(smap).abs() @ coords.flatten().abs()).view(M, N)
+    for dtype in (torch.bfloat16, torch.float16):
+        rounded, u = weight.to(dtype), torch.finfo(dtype).eps / 2
+        expected = rounded.double() + smap.lift(coords)
+        pointer = rounded.data_ptr()
+        smap.add_rounded_lift_(rounded, coords.float())
+        assert rounded.data_ptr() == pointer
+        assert torch.all((rounded.double() - expected).abs() <= u * expected.abs() + 1.05 * 4 * u * sizes)
+
+
+@pytest.mark.parametrize(
+    ("name", "operators"),
+    [
+        ("identity", ["add_"]),
+        ("left", ["_to_copy", "addmm_"]),
+        ("right", ["_to_copy", "addmm_"]),
+        ("both", ["_to_copy", "mm", "addmm_"]),
+        ("rows", ["index_select", "add_", "index_copy_"]),
+        ("columns", ["index_select", "add_", "index_copy_"]),
+        ("rows x right", ["_to_copy", "mm", "index_add_"]),
+        ("left x columns", ["_to_copy", "new_zeros", "index_copy", "addmm_"]),
+    ],
+)
+def test_a_rounded_lift_launches_few_kernels(name, operators):
+    """However large the weight is: one cast and one product where one side has a basis, and never a second weight."""
+    smap = MAPS[name]
+    if isinstance(smap, KroneckerMap):
+        smap = KroneckerMap(*(None if side is None else side.bfloat16() for side in (smap.left, smap.right)))
+    elif name == "rows x right":
+        smap = TwoSidedMap(smap.left, KroneckerMap(None, RIGHT.bfloat16()))
+    elif name == "left x columns":
+        smap = TwoSidedMap(KroneckerMap(LEFT.bfloat16(), None), smap.right)
+    coords, weight = draw(*coords_shape(MAPS[name]), seed=5).float(), draw(M, N, seed=8).bfloat16()
+    with NoTensorOfShape([(M, N)]) as whole, Launches() as launches:
+        smap.add_rounded_lift_(weight, coords)
+    assert launches.names == operators
+    assert not whole.found
 
 
 OTHERS = {

@@ -6,6 +6,7 @@ import torch
 from lingrad.gradients.local import DenseGradient, FactoredGradient
 from lingrad.maps import BatchedMap, KroneckerMap, SelectionMap, StackedMap, stacked_map
 from tests.support.algebra import assert_close, draw
+from tests.support.watch import Launches
 
 COUNT, M, N, P, Q = 3, 4, 5, 2, 3
 
@@ -69,6 +70,24 @@ def test_add_lift_in_place(parts, dtype, block, monkeypatch):
     stacked_map(parts).add_lift_(weight, coords)
     # float64 coordinates are summed in float64 and rounded once
     torch.testing.assert_close(weight, expected, rtol=1e-13 if dtype == torch.float64 else 1.2e-7, atol=1e-13)
+
+
+@each_kind
+def test_a_rounded_lift_in_place(parts):
+    """As each block's own map adds it, in every dtype; all blocks in one batched product."""
+    coords, weight = coords_of(parts), draw(COUNT * M, N, seed=8)
+    exact = weight.clone()
+    stacked_map(parts).add_rounded_lift_(exact, coords)
+    assert_close(exact, weight + lifted(parts, coords))
+    for dtype in (torch.bfloat16, torch.float16):
+        found, expected = weight.to(dtype), weight.to(dtype)
+        with Launches() as launches:
+            stacked_map(parts).add_rounded_lift_(found, coords.float())
+        for one, rows, z in zip(parts, expected.chunk(COUNT), coords.float().chunk(COUNT), strict=True):
+            one.add_rounded_lift_(rows, z)
+        # float32 sums of a few terms in another order, which may round to the other neighbour
+        torch.testing.assert_close(found, expected, rtol=torch.finfo(dtype).eps, atol=1e-6)
+        assert launches.names.count("baddbmm_") == isinstance(parts[0], KroneckerMap) * (parts[0].tensors != ())
 
 
 @pytest.mark.parametrize("kind", KINDS)

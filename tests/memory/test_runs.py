@@ -11,6 +11,7 @@ from torch.optim import optimizer as torch_optimizer
 
 from lingrad import memory
 from lingrad.errors import DependencyError, MemoryModelError, SpecError
+from lingrad.maps import KroneckerMap
 from lingrad.methods import Lingrad
 from lingrad.models import LlamaShape, build_llama, open_model
 from tests.support.memory import LEEWAY, METHODS, RECIPES, build
@@ -282,6 +283,14 @@ class TestChoicesOfCuda:
 
         report = memory.simulate(Attention, {"*": "svd(rank=4)"}, loss=loss, dtype=torch.bfloat16, device=device)
         assert not any("flash" in said for said in report.assumptions)
+
+    @pytest.mark.parametrize(("device", "rounded"), [("cuda", True), ("cpu", False)])
+    def test_merges_into_bfloat16(self, device, rounded, monkeypatch):
+        """A device with tensor cores multiplies in bfloat16, and takes no memory for S z in float32."""
+        calls, original = [], KroneckerMap.add_rounded_lift_
+        monkeypatch.setattr(KroneckerMap, "add_rounded_lift_", lambda *args: (calls.append(1), original(*args)))
+        self.report(dtype=torch.bfloat16, device=device)
+        assert bool(calls) == rounded
 
     def test_verdict(self):
         small, large = self.report(capacity=2**20), self.report(capacity=2**33)

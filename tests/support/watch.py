@@ -36,6 +36,19 @@ class NoTensorOfShape(TorchDispatchMode):
         self._alive -= 1
 
 
+class Launches(TorchDispatchMode):
+    """Notes the operators that launch a kernel on a GPU: all but views."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if not func.is_view:
+            self.names.append(func._schema.name.partition("::")[2])
+        return func(*args, **(kwargs or {}))
+
+
 # What makes the host wait for a device: a number read back, a shape that depends on numbers, a copy from device to host.
 WAITS = {"_local_scalar_dense", "item", "equal", "nonzero", "is_nonzero", "unique", "masked_select", "_unique2"}
 

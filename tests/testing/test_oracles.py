@@ -59,6 +59,9 @@ class Scaled(LinearMap):
     def add_lift_(self, weight, coords):
         weight.add_(self.factor("add_lift_") * self.p @ coords)
 
+    def add_rounded_lift_(self, weight, coords):
+        weight.add_(self.factor("add_rounded_lift_") * self.p @ coords)
+
 
 @pytest.mark.parametrize(
     ("wrong", "law"),
@@ -72,6 +75,7 @@ class Scaled(LinearMap):
         ("apply", "apply\\(x, z\\) == x @ lift\\(z\\).T"),
         ("reduce", "inner.apply\\(reduce\\(x\\), z\\) == apply\\(x, z\\)"),
         ("add_lift_", "add_lift_\\(W, z\\), W \\+ lift\\(z\\) in place,"),
+        ("add_rounded_lift_", "add_rounded_lift_\\(W, z\\), W \\+ lift\\(z\\) in place,"),
     ],
 )
 def test_a_wrong_product_is_named(wrong, law):

@@ -11,6 +11,9 @@ from torch.autograd.function import once_differentiable
 
 from lingrad.errors import ModeError
 
+_tracing_state = torch._C._get_tracing_state
+_in_functorch = torch._C._are_functorch_transforms_active
+
 
 def applied(function: Any, *args: Any) -> Any:
     """Call an autograd function.
@@ -26,18 +29,19 @@ def applied(function: Any, *args: Any) -> Any:
         ModeError: A transform of torch.func is active, or torch.jit.trace, which would lose what the backward hands to a
             refresh.
     """
-    if torch._C._get_tracing_state() is not None:
+    if _tracing_state() is not None:
         raise ModeError(
             "torch.jit.trace cannot go through a layer that lingrad trains. Call it after opt.detach(), or on a plain model "
             "that has loaded opt.weights(); in optimizer mode under torch.no_grad() it can, and torch.export can in both modes"
         )
-    if torch._C._are_functorch_transforms_active():
+    if _in_functorch():
         raise ModeError(
             "torch.func (vmap, grad, jvp and the like) cannot go through a layer that lingrad trains: the gradient of its "
             "weight is computed on the way. Call it after opt.detach(), or on a plain model that has loaded opt.weights(); in "
             "optimizer mode under torch.no_grad() it can"
         )
-    return function.apply(*args)
+    # what Function.apply does after it has asked the same, and looked over all arguments for what torch.func has left
+    return super(torch.autograd.Function, function).apply(*args)  # type: ignore[misc]
 
 
 def _called(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -18,7 +18,7 @@ from typing_extensions import override
 
 from lingrad import parallel
 from lingrad.adapters.base import CHILD, Attachment, Coords, refuse_hooks
-from lingrad.adapters.functions import outside_of_graph, run
+from lingrad.adapters.functions import applied, outside_of_graph, run
 from lingrad.adapters.projected import Projected, Projection, Tied, Way
 from lingrad.adapters.reading import make_plain, make_readable, read
 from lingrad.config.settings import Mode
@@ -123,6 +123,7 @@ class LinearAttachment(LayerAttachment):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._handle: Any = None  # of the hook that takes gradients of whoever reads the weight, in optimizer mode
+        self._shape = self.sub.weight.layout.weight_shape
         self._runs = False  # whether the forward that was found is running, which reads the weight as it is
 
     def __getstate__(self) -> dict[str, Any]:
@@ -207,7 +208,7 @@ class LinearAttachment(LayerAttachment):
         x = _first(args, kwargs)
         if active or self._original is not None:
             return self._tie(self._previous(*args, **kwargs), x, active=active)
-        return self._project(x, weight.detach(), None, trains=True)
+        return self._project(x, weight.detach(), None, True)
 
     @override
     def _adapted(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -218,11 +219,15 @@ class LinearAttachment(LayerAttachment):
         tokens = x.numel() // max(1, shape[1])
         forms = coords.dtype == weight.dtype and self.sub.basis.map().lifts_cheaper(tokens, shape)
         trains = torch.is_grad_enabled() and coords.requires_grad
-        return self._project(x, weight, "sum" if forms else "apply", trains=trains)
+        return self._project(x, weight, "sum" if forms else "apply", trains)
 
-    def _project(self, x: Tensor, weight: Tensor, way: Way, *, trains: bool) -> Tensor:
-        bias, matrix = self.module._parameters.get("bias"), self.sub.weight.layout.matrix(weight)
-        out: Tensor = run(Projected, x, bias, self.sub.coords, matrix, self.layer, way, trains, *self.layer.leaves())
+    def _project(self, x: Tensor, weight: Tensor, way: Way, trains: bool) -> Tensor:
+        layer, bias = self.layer, self.module._parameters.get("bias")
+        matrix = self.sub.weight.layout.matrix(weight)
+        if torch.compiler.is_dynamo_compiling():
+            traced: Tensor = Projected.apply(x, bias, self.sub.coords, matrix, layer, way, trains, *layer.leaves())
+            return traced
+        out: Tensor = applied(Projected, x, bias, self.sub.coords, matrix, layer, way, trains)
         return out
 
     def _held(self) -> nn.Parameter:
@@ -234,7 +239,7 @@ class LinearAttachment(LayerAttachment):
                 "lost; parametrize first, then call lingrad"
             )
         written = type(weight) is SummedWeight and weight.written
-        if weight.shape != self.sub.weight.layout.weight_shape or (written and not torch.compiler.is_dynamo_compiling()):
+        if weight.shape != self._shape or (written and not torch.compiler.is_dynamo_compiling()):
             self.sub.require_intact()  # a compiled run finds in its step what was written into
         return weight
 

@@ -106,7 +106,7 @@ class Projection:
 
     def reduce(self, current: LinearMap, x: Tensor, given: Tensor) -> Tensor:
         """All that the map needs of x, which is ``given`` in another dtype."""
-        if self.shared is None or torch.compiler.is_dynamo_compiling():  # a compiler finds common products by itself
+        if self.shared is None or torch.compiler.is_dynamo_compiling():  # a compiler finds equal products by itself
             return current.reduce(x)
         return self.shared.reduce(self.sub.name, current, x, given)
 

@@ -56,6 +56,7 @@ class Layerwise:
         for param, name, sub in params:
             if sub is not None:
                 sub.on_gradient = partial(self.arrived, param, name, wait=True)
+                sub.listen()
                 continue
             report, trains = partial(self.arrived, name=name, wait=False), param.requires_grad
             self._handles.append(param.requires_grad_(True).register_post_accumulate_grad_hook(report))

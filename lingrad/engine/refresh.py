@@ -116,6 +116,7 @@ def look_ahead(run: Run) -> list[Basis]:
         for attachment in run.of(basis):
             attachment.forget()
             attachment.sub.pending.stale = changes and attachment.sub.coords.grad is not None
+            attachment.sub.listen()
         if redraw:
             redrawn.append(basis)
     run.gathering.due = any(basis.due for basis in run.bases)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from lingrad.errors import ModeError
 from lingrad.gradients import Gradient, accumulate
 from lingrad.parallel import average, ranks
-from lingrad.tensors import nbytes
+from lingrad.tensors import call, nbytes
 
 Seen = Gradient | tuple[Tensor, ...]
 
@@ -39,11 +40,30 @@ class PendingGradient:
         self.name = name
         self.stale = False
         self.proposed = False
+        self._hooks: list[Any] = []
         self._clear()
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the reference to the gradient, which belongs to this process; a copy takes its gradient as changed."""
-        return {**vars(self), "_written": None}
+        return {**vars(self), "_written": None, "_hooks": []}
+
+    def listen(self, coords: nn.Parameter, methods: tuple[Callable[[], None], Callable[[], None]] | None) -> None:
+        """Have autograd call two methods, or none, before and after it adds to ``coords.grad``.
+
+        Args:
+            coords: The coordinates.
+            methods: The methods, whose object the hooks do not keep alive: a cycle through them would never be freed.
+        """
+        if methods is None:
+            while self._hooks:
+                self._hooks.pop().remove()
+        elif not self._hooks:
+            before, after = (weakref.WeakMethod(method) for method in methods)
+            trains = coords.requires_grad
+            coords.requires_grad_(True)  # else torch takes no hook
+            self._hooks.append(coords.register_hook(lambda _: call(before)))
+            self._hooks.append(coords.register_post_accumulate_grad_hook(lambda _: call(after)))
+            coords.requires_grad_(trains)
 
     def forget(self) -> None:
         """Drop everything: it was used, or dropped by the caller."""

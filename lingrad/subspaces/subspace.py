@@ -6,7 +6,6 @@ zero between steps. What happens when, and to which weights, is the engine's: `l
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -21,7 +20,7 @@ from lingrad.subspaces.basis import Basis, is_projection, products
 from lingrad.subspaces.ledger import Change, Ledger, total
 from lingrad.subspaces.pending import PendingGradient
 from lingrad.subspaces.watched import ReleasedCoords, release, was_written
-from lingrad.tensors import call, dense, wide
+from lingrad.tensors import dense, wide
 from lingrad.transforms import Probe
 from lingrad.weights.base import Remainder, Weight
 
@@ -54,20 +53,21 @@ class Subspace:
     _zero: Tensor | None = None  # what released coordinates are
 
     def __post_init__(self) -> None:
-        """Make the coordinates, and follow what autograd adds to their gradient."""
+        """Make the coordinates."""
         p, q = self.basis.coords_shape
         if self.weight.layout.shape != self.basis.shape:  # a shared basis is on the right side
             p = self.weight.layout.shape[0]
         like = self.weight.param
         self.coords = nn.Parameter(torch.zeros((p, q), device=like.device, dtype=wide(self.weight.dtype)))
         self.pending = PendingGradient(self.name)
-        # a cycle through a tensor's hooks would never be freed
-        before, after = weakref.WeakMethod(self._before_accumulate), weakref.WeakMethod(self._after_accumulate)
-        self.coords.register_hook(lambda _: call(before))
-        self.coords.register_post_accumulate_grad_hook(lambda _: call(after))
 
     def __repr__(self) -> str:
         return f"Subspace({self.name!r}, {self.basis.transform}, coords={tuple(self.coords.shape)})"
+
+    def listen(self) -> None:
+        """Follow what autograd adds to the gradient of the coordinates, in steps where it matters: hooks take their time."""
+        matters = self.basis.due or self.pending.stale or self.on_gradient is not None
+        self.pending.listen(self.coords, (self._before_accumulate, self._after_accumulate) if matters else None)
 
     def map(self) -> LinearMap:
         """The map S of the basis in use."""

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -16,6 +17,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
+import lingrad
 from benchmarks import launches, measure
 from benchmarks.gpu.session import Item
 from benchmarks.gpu.sizes import (
@@ -31,7 +33,6 @@ from benchmarks.host import random_batches
 from benchmarks.plan import ENTRIES, FULL, LORA_ONE, PERIOD, Workload
 from benchmarks.steps import MethodRun, run_step
 from lingrad import memory
-from lingrad.maps import KroneckerMap
 from lingrad.models import build_llama
 
 WARM_UP = 2  # steps: the first refreshes, the second finds its kernels
@@ -62,15 +63,14 @@ def merges(sizes: Sizes) -> Iterator[Item]:
     """A merge of float32 coordinates into a bfloat16 weight, compared with one product in bfloat16."""
 
     def run(m: int, n: int, rank: int) -> dict[str, Any]:
-        made: dict[str, Any] = {"device": sizes.device, "dtype": torch.bfloat16}
-        weight, right = torch.randn(m, n, **made), torch.randn(n, rank, **made)
-        coords = torch.randn(m, rank, device=sizes.device) * 1e-3
-        mapped, narrow = KroneckerMap(None, right), coords.bfloat16()
-        works: dict[str, Callable[[], Any]] = {
-            "add_lift_": lambda: mapped.add_lift_(weight, coords),
-            "addmm_": lambda: weight.addmm_(narrow, right.t()),
-            "addmm_ with its cast": lambda: weight.addmm_(coords.bfloat16(), right.t()),
-        }
+        coords, works = torch.randn(m, rank, device=sizes.device) * 1e-3, {}
+        for merge in ("exact", "fast"):
+            layer = torch.nn.Linear(n, m, bias=False, device=sizes.device, dtype=torch.bfloat16)
+            rules = {"*": f"random(rank={rank}, side=right)"}
+            (sub,) = lingrad.wrap(torch.nn.ModuleList([layer]), rules, "sgd", lr=0.1, merge=merge).subspaces
+            works[merge] = partial(sub.weight.add_, sub.map(), coords)
+        weight, right, narrow = layer.weight.detach(), coords.new_ones(n, rank).bfloat16(), coords.bfloat16()
+        works["addmm_"] = lambda: weight.addmm_(narrow, right.t())
         taken = measure.in_turn(works, 3 * sizes.blocks, warm_up=2)
         return {"m": m, "n": n, "r": rank} | {key: median(seconds) for key, seconds in taken.items()}
 

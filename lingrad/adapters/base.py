@@ -43,6 +43,11 @@ class Attachment(ABC):
         """Whether another program has replaced what was attached; its replacement may or may not call it."""
         return False
 
+    @property
+    def shares(self) -> bool:
+        """Whether a forward may leave something for other layers."""
+        return False
+
     def require(self, mode: Mode) -> None:  # noqa: B027 - most support both
         """Make sure, before anything is changed, that a mode is supported.
 

@@ -23,15 +23,20 @@ from lingrad.tensors import call, wide
 class Gathering:
     """What all layers of a run have in common in the step that is being prepared.
 
+    Args:
+        layerwise: Whether weights are stepped inside the backward, from which a compiled one has no gain.
+
     Attributes:
         due: Whether the basis of some layer is refreshed in it from what its backwards leave.
         traced: Whether a layer was compiled; sinks are made for no other runs.
-        layerwise: Whether weights are stepped inside the backward, from which a compiled one has no gain.
+        quiet_until: The first step in which any basis changes, or a gradient that is left from before must be refused; what is
+            done for single weights at such steps is left out before.
     """
 
     def __init__(self, *, layerwise: bool = False) -> None:
         self.due = False
         self.traced = False
+        self.quiet_until = 0
         self.layerwise = layerwise
 
 

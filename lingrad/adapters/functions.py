@@ -41,7 +41,7 @@ def applied(function: Any, *args: Any) -> Any:
             "optimizer mode under torch.no_grad() it can"
         )
     # what Function.apply does after it has asked the same, and looked over all arguments for what torch.func has left
-    return super(torch.autograd.Function, function).apply(*args)  # type: ignore[misc]
+    return super(torch.autograd.Function, function).apply(*args)
 
 
 def _called(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -82,6 +82,11 @@ class LayerAttachment(Attachment):
         if self.layer.shared is not None:
             self.layer.shared.forget()
 
+    @property
+    @override
+    def shares(self) -> bool:
+        return self.layer.shared is not None
+
     @override
     def prepare(self) -> None:
         self.layer.prepare()
@@ -225,7 +230,8 @@ class LinearAttachment(LayerAttachment):
         layer, bias = self.layer, self.module._parameters.get("bias")
         matrix = self.sub.weight.layout.matrix(weight)
         if torch.compiler.is_dynamo_compiling():
-            traced: Tensor = Projected.apply(x, bias, self.sub.coords, matrix, layer, way, trains, *layer.leaves())
+            function: Any = Projected
+            traced: Tensor = function.apply(x, bias, self.sub.coords, matrix, layer, way, trains, *layer.leaves())
             return traced
         out: Tensor = applied(Projected, x, bias, self.sub.coords, matrix, layer, way, trains)
         return out

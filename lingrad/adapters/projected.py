@@ -146,7 +146,8 @@ class Projection:
             [p, q] in the coordinates' dtype; of a compiled layer then one for each sink.
         """
         x = x.reshape(-1, x.shape[-1])
-        projected = current.project_reduced(reduced_grad, current.reduce(x) if ctx.whole else x)
+        reduced, dtype = current.reduce(x) if ctx.whole else x, self.sub.coords.dtype
+        projected = current.project_reduced(reduced_grad, reduced, dtype)
         found: tuple[Tensor, ...] = ()
         if ctx.whole and torch.compiler.is_dynamo_compiling():
             assert self.sinks is not None  # noqa: S101 - the forward was traced with them
@@ -156,7 +157,7 @@ class Projection:
         elif ctx.whole:
             owned = (lambda: FactoredGradient(out_grad, x.clone())) if ctx.borrowed else None
             self.sub.record(FactoredGradient(out_grad, x), projected, owned)
-        return cast(projected, self.sub.coords.dtype), *found
+        return projected, *found
 
 
 def _mark(layer: Projection, ctx: Any, x: Tensor, sinks: tuple[Tensor, ...]) -> None:

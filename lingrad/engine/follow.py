@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lingrad.adapters import is_attached
 from lingrad.engine.run import Run
 from lingrad.errors import ModeError
-from lingrad.weights.dense import DenseWeight
+from lingrad.subspaces.watched import SummedWeight
 
 
 def refuse_lost(run: Run) -> None:
@@ -31,11 +31,10 @@ def refuse_lost(run: Run) -> None:
         return
     if run.frozen:
         _warn_of_unfrozen(run)
-    for attachment in run.attachments:
-        weight = attachment.sub.weight
-        if isinstance(weight, DenseWeight) and len(weight.owners) > 1 and weight.untied:
+    for name, weight in run.tied:
+        if weight.untied:
             raise ModeError(
-                f"the layers that shared {attachment.sub.name} hold different parameters now (one was replaced, or "
+                f"the layers that shared {name} hold different parameters now (one was replaced, or "
                 "load_state_dict was called with assign=True), and only one of them would be trained. Tie them again"
             )
     if all(param.grad is not None or not param.requires_grad for group in run.groups for param in group["params"]):
@@ -63,7 +62,9 @@ def take_assigned(run: Run) -> None:
         run: The run; each such gradient is added to that of the coordinates, and freed.
     """
     for attachment in run.attachments:
-        attachment.sub.take(attachment.sub.weight.param)
+        weight = attachment.sub.weight.param
+        if weight.grad is not None or isinstance(weight, SummedWeight):
+            attachment.sub.take(weight)
 
 
 def _warn_of_unfrozen(run: Run) -> None:

@@ -119,9 +119,14 @@ def look_ahead(run: Run) -> list[Basis]:
             attachment.sub.listen()
         if redraw:
             redrawn.append(basis)
-    run.gathering.due = any(basis.due for basis in run.bases)
+    gathering = run.gathering
+    gathering.due = any(basis.due for basis in run.bases)
     for attachment in run.attachments:
         attachment.prepare()
+    if gathering.due or redrawn or any(attachment.sub.pending.stale for attachment in run.attachments):
+        gathering.quiet_until = run.step  # not before the next look
+    else:
+        gathering.quiet_until = min((basis.quiet_until(run.step) for basis in run.bases), default=run.step + 1000)
     return redrawn
 
 

@@ -18,7 +18,8 @@ from lingrad.engine.stepper import Group, Stepper
 from lingrad.errors import ModeError
 from lingrad.subspaces.basis import Basis
 from lingrad.subspaces.subspace import Subspace
-from lingrad.subspaces.watched import allocate
+from lingrad.subspaces.watched import allocate, release
+from lingrad.weights.dense import DenseWeight
 
 
 class Named(NamedTuple):
@@ -53,6 +54,9 @@ class Run:
         layerwise: What steps each weight inside the backward, where the run does so.
         mode: ``optimizer`` or ``adapter``; None while detached.
         step: Steps finished.
+
+    Attributes:
+        tied: (name, weight) of those that several layers hold.
     """
 
     settings: Settings
@@ -66,6 +70,7 @@ class Run:
     layerwise: Layerwise | None = None
     mode: Mode | None = None
     step: int = 0
+    tied: list[tuple[str, DenseWeight]] = field(init=False)
     _members: dict[int, list[Attachment]] = field(default_factory=dict)
     _of_coords: dict[int, Attachment] = field(default_factory=dict)
 
@@ -74,6 +79,8 @@ class Run:
         for attachment in self.attachments:
             self._members.setdefault(id(attachment.sub.basis), []).append(attachment)
             self._of_coords[id(attachment.sub.coords)] = attachment
+        weights = ((attachment.sub.name, attachment.sub.weight) for attachment in self.attachments)
+        self.tied = [(name, one) for name, one in weights if isinstance(one, DenseWeight) and len(one.owners) > 1]
 
     @property
     def subspaces(self) -> list[Subspace]:
@@ -113,6 +120,11 @@ class Run:
         for entries in self.stepper.state.values():
             yield from ((value, "moments") for value in entries.values() if isinstance(value, Tensor))
 
+    @property
+    def is_quiet(self) -> bool:
+        """Whether no basis changes in the step that is being prepared."""
+        return self.step < self.gathering.quiet_until
+
     def require_attached(self) -> None:
         """Make sure that the run is connected to its model.
 
@@ -143,8 +155,7 @@ class Run:
         if mode == "adapter":
             allocate([sub.coords for sub in self.subspaces])
         else:
-            for sub in self.subspaces:
-                sub.release()
+            release(sub.coords for sub in self.subspaces)
         if self.layerwise is not None:
             self.layerwise.listen((n.param, n.name, None if n.attachment is None else n.attachment.sub) for n in self.named())
         self._exclude_from_ddp(self.attachments)
@@ -194,9 +205,11 @@ class Run:
 
     def forget(self) -> None:
         """Drop the gradients that were not stepped, and what was recorded for a refresh."""
+        quiet = self.is_quiet
         for attachment in self.attachments:
             attachment.sub.weight.param.grad = None  # from before it was lingrad's, or from a backward that failed
-            attachment.forget()
+            if not quiet or attachment.shares:
+                attachment.forget()
         if self.layerwise is not None:
             self.layerwise.begin()
 

@@ -20,6 +20,7 @@ from lingrad.engine.stepper import Built, Group
 from lingrad.errors import ModeError
 from lingrad.optimizers.hooks import without_global_hooks
 from lingrad.subspaces.ledger import Ledger
+from lingrad.subspaces.merging import merge_all
 from lingrad.subspaces.watched import allocate
 
 
@@ -56,9 +57,11 @@ def _step(run: Run) -> None:
         _change(run, run.attachments)
     _advance(run, run.stepper.built(run.groups), run.attachments)
     if not dry:
-        renew(run)
+        if run.gathering.due:
+            renew(run)
         run.step += 1
-        schedule(run)
+        if not run.is_quiet:
+            schedule(run)
     if run.layerwise is not None:
         run.layerwise.begin()
 
@@ -107,6 +110,8 @@ def clip(run: Run, max_norm: float, norm_type: float) -> Tensor:
 
 def _change(run: Run, attachments: Sequence[Attachment]) -> None:
     """Change to the bases that read this step's gradient; make sure that the other gradients belong to the bases in use."""
+    if run.is_quiet and all(attachment.sub.coords.grad is not None for attachment in attachments):
+        return
     due = []
     for attachment in attachments:
         sub = attachment.sub
@@ -130,10 +135,11 @@ def _advance(run: Run, optimizers: Sequence[Built], attachments: Sequence[Attach
     """Decay, step and merge whatever of these has a gradient."""
     stepped = [pair for built in optimizers for pair in built.stepped()]
     live = [attachment.sub for attachment in attachments if attachment.sub.coords.grad is not None]
+    optimizer_mode = run.mode == "optimizer"
     decay_last = run.stepper.arithmetic.decay_last
     if not decay_last:
         _decay(run, stepped)
-    allocate([sub.coords for sub in live])
+    flats = allocate([sub.coords for sub in live], together=optimizer_mode)
     for i, built in enumerate(optimizers):
         try:
             run.stepper.step(built, run.step + 1)
@@ -144,9 +150,8 @@ def _advance(run: Run, optimizers: Sequence[Built], attachments: Sequence[Attach
     if decay_last:
         _decay(run, stepped)
     every = run.settings.merge_every
-    if run.mode == "optimizer":
-        for sub in live:
-            sub.merge(release=True)
+    if optimizer_mode:
+        merge_all(live, flats)
     elif every is not None and (run.step + 1) % every == 0:
         for sub in live:
             sub.merge()

@@ -11,6 +11,7 @@ from lingrad.errors import DualityError
 from lingrad.gradients.base import Gradient
 from lingrad.gradients.local import DenseGradient, FactoredGradient
 from lingrad.maps.factors import Factors
+from lingrad.tensors import cast
 
 ITERATIONS = 100  # of conjugate gradients, at most; a well-conditioned basis needs 1 to 20
 
@@ -64,9 +65,18 @@ class LinearMap(ABC):
         """``T.reduce(dY)``, all that the map needs of a layer's gradient: [..., m] -> [..., p]."""
         return self.T.reduce(out_grad)
 
-    def project_reduced(self, out_grad: Tensor, x: Tensor) -> Tensor:
-        """``core.project(dY^T X)``, of what the two reductions gave: [T, p] and [T, q] -> [p, q], in their dtype."""
-        return self.core.project(FactoredGradient(out_grad, x))
+    def project_reduced(self, out_grad: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """``core.project(dY^T X)``, of what the two reductions gave.
+
+        Args:
+            out_grad: ``reduce_grad(dY)``, [T, p].
+            x: ``reduce(X)``, [T, q].
+            dtype: Of the result, at least as wide as theirs.
+
+        Returns:
+            [p, q].
+        """
+        return cast(self.core.project(FactoredGradient(out_grad, x)), dtype)
 
     def apply(self, x: Tensor, coords: Tensor) -> Tensor:
         """Act as the layer with weight ``lift(coords)``: [..., n] -> [..., m], in the dtype of ``x``."""

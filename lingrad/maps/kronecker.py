@@ -12,7 +12,7 @@ from typing_extensions import override
 from lingrad.gradients.base import Gradient
 from lingrad.maps.base import LinearMap, as_gradient
 from lingrad.maps.factors import Factors
-from lingrad.tensors import cast
+from lingrad.tensors import cast, on_tensor_cores
 
 BLOCK = 2**22  # elements of a lift that are formed at a time
 
@@ -81,8 +81,10 @@ class KroneckerMap(LinearMap):
         return out_grad if self.left is None else out_grad @ cast(self.left, out_grad.dtype)
 
     @override
-    def project_reduced(self, out_grad: Tensor, x: Tensor) -> Tensor:
-        return out_grad.t() @ x
+    def project_reduced(self, out_grad: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
+        if dtype != out_grad.dtype and on_tensor_cores(out_grad) and not torch.compiler.is_dynamo_compiling():
+            return torch.mm(out_grad.t(), x, out_dtype=dtype)  # its sums are in float32 in any case
+        return cast(out_grad.t() @ x, dtype)
 
     @override
     def apply(self, x: Tensor, coords: Tensor) -> Tensor:
@@ -122,6 +124,14 @@ class KroneckerMap(LinearMap):
 
     @override
     def add_lift_(self, weight: Tensor, coords: Tensor) -> None:
+        left, right, dtype = self.left, self.right, weight.dtype
+        if coords.dtype == dtype:  # what each step of optimizer mode does, without a list of factors
+            if left is None and right is not None and right.dtype == dtype:
+                weight.addmm_(coords, right.t())
+                return
+            if right is None and left is not None and left.dtype == dtype:
+                weight.addmm_(left, coords)
+                return
         factors = self._factors(coords)
         if len(factors) == 1 or any(f.dtype != weight.dtype for f in factors):
             # mixed dtypes: lifted in the coords' dtype and rounded once, in the sum; in blocks of rows, since a float32 lift

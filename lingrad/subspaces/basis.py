@@ -148,13 +148,20 @@ class Basis:
             What that step means.
         """
         self.proposal = None
-        clock = step - self.offset
-        now = clock >= 0 and (self.transform.due(clock) or (self.refreshes == 0 and self.transform.due(0)))
+        clock, now = step - self.offset, self._changes_in(step)
         # a basis that is learned from a sketch has changed at the end of the last step, any other changes in this one
         changes = self.refreshes != self.when.refreshes if self.transform.reads == "sketch" else now
         self.when = When(clock, self.refreshes, self.when.seed, self.when.shape, self.when.run_seed)
         self.due = now and self.transform.reads != "nothing"
         return Schedule(now and not self.due, changes)
+
+    def quiet_until(self, step: int) -> int:
+        """The first step after ``step`` finished ones in which the basis changes, or a thousand steps on if it does not."""
+        return next((later for later in range(step + 1, step + 1000) if self._changes_in(later)), step + 1000)
+
+    def _changes_in(self, step: int) -> bool:
+        clock = step - self.offset
+        return clock >= 0 and (self.transform.due(clock) or (self.refreshes == 0 and self.transform.due(0)))
 
     def asks(self, like: Tensor) -> Probes:
         """What the refresh of the step that is being prepared asks of the gradient.

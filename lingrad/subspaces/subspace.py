@@ -19,7 +19,7 @@ from lingrad.parallel import average
 from lingrad.subspaces.basis import Basis, is_projection, products
 from lingrad.subspaces.ledger import Change, Ledger, total
 from lingrad.subspaces.pending import PendingGradient
-from lingrad.subspaces.watched import ReleasedCoords, release, was_written
+from lingrad.subspaces.watched import ReleasedCoords, was_written
 from lingrad.tensors import dense, wide
 from lingrad.transforms import Probe
 from lingrad.weights.base import Remainder, Weight
@@ -50,7 +50,6 @@ class Subspace:
     coords: nn.Parameter = field(init=False)
     pending: PendingGradient = field(init=False)
     on_gradient: Callable[[], None] | None = None
-    _zero: Tensor | None = None  # what released coordinates are
 
     def __post_init__(self) -> None:
         """Make the coordinates."""
@@ -121,13 +120,13 @@ class Subspace:
         self.merge()
 
     def restart(self) -> None:
-        """Take W, which another program has put there, for the whole weight: z is zero, in memory of its own."""
+        """Take W, which another program has put there, for the whole weight; z is zero."""
         self._lose_record()
         self.coords.data = torch.zeros_like(self.coords)
 
     def _lose_record(self) -> None:
         """The weight is about to be another program's: where it had changed, the recorded change is not its."""
-        self.ledger.replaced = self.ledger.replaced or self.ledger.merged or bool(self.coords.any())
+        self.ledger.replaced |= self.ledger.merged or bool(self.coords.any())
 
     def add_to(self, weight: Tensor, coords: Tensor) -> Tensor:
         """``weight + S z``, in the weight's shape and dtype; S z is rounded to that before the sum."""
@@ -198,34 +197,38 @@ class Subspace:
             for probe in (*learned, *held_out)
         ]
 
-    def merge(self, *, release: bool = False, keep: bool = False) -> Remainder | None:
+    def merge(self, *, keep: bool = False) -> Remainder | None:
         """``W += S z``, then ``z = 0``: the effective weight stays what it was.
 
         Args:
-            release: Give the coordinates' memory back.
             keep: Return what a quantised weight cannot take, for `keep`, instead of counting it as lost.
 
         Returns:
             The remainder where it is to be kept; else None.
         """
-        if self.released:
+        if self.released or not bool(self.coords.any()):  # to quantise again would change a weight for nothing
             return None
-        if self.weight.loss is not None and not bool(self.coords.any()):
-            return None  # to quantise again would change the weight for nothing
-        merged = self.ledger.merged or release or bool(self.coords.any())  # what is released has been stepped
-        # a merge that fails, for want of memory, leaves weight, coordinates and ledger as they are, to be repeated
-        self.ledger.reserve(self.coords)
-        remainder = self.weight.add_(self.basis.map(), self.coords)
-        self.ledger.merged = merged
-        self.ledger.add(self.coords)
-        if release:
-            self.release()
-        if not self.released:
-            self.coords.zero_()
+        remainder = self.add(self.coords)
+        self.coords.zero_()
         if remainder is None or keep:
             return remainder
         self.weight.lose(remainder)
         return None
+
+    def add(self, coords: Tensor) -> Remainder | None:
+        """``W += S z`` and its record, and z stays; where that fails, for want of memory, nothing has changed.
+
+        Args:
+            coords: z, or z in the dtype that the weight rounds it to for a merge.
+
+        Returns:
+            What a quantised weight could not take.
+        """
+        self.ledger.reserve(self.coords)
+        remainder = self.weight.add_(self.basis.map(), coords)
+        self.ledger.merged = True
+        self.ledger.add(self.coords)
+        return remainder
 
     def keep(self, remainder: Remainder) -> None:
         """Keep the part of a remainder that the basis in use can hold in the coordinates, which are zero.
@@ -276,10 +279,6 @@ class Subspace:
     def released(self) -> bool:
         """Whether the coordinates are all zero, and nothing has been written to them since."""
         return isinstance(self.coords, ReleasedCoords)
-
-    def release(self) -> None:
-        """Give back the memory of coordinates that are zero; see `lingrad.subspaces.watched`."""
-        self._zero = release(self.coords, self._zero)
 
     def forget(self) -> None:
         """Drop what backwards have left for a refresh, and a refresh that was chosen from it."""

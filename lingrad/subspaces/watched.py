@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, final
 
 import torch
@@ -69,7 +69,13 @@ for _name in dir(torch.Tensor):
 
 @final
 class ReleasedCoords(_Watched):
-    """Coordinates that are zero, as in optimizer mode between steps: one zero in memory stands for all. See `release`."""
+    """Coordinates that are zero, as in optimizer mode between steps: one zero in memory stands for all. See `release`.
+
+    Attributes:
+        zero: Zeros of their shape without memory.
+    """
+
+    zero: Tensor
 
     @override
     def before_write(self) -> None:
@@ -131,41 +137,64 @@ def unwatch(param: nn.Parameter) -> None:
             vars(param).pop(name, None)
 
 
-def release(coords: nn.Parameter, zero: Tensor | None) -> Tensor | None:
-    """Give back the memory of coordinates.
+def release(coords: Iterable[nn.Parameter]) -> None:
+    """Give back the memory of coordinates; what they hold is forgotten, and they are zero.
+
+    Where torch.distributed is initialized they keep it: DistributedDataParallel writes into it without asking.
 
     Args:
-        coords: The coordinates; what they hold is forgotten.
-        zero: What this gave for them before.
-
-    Returns:
-        Zeros of their shape without memory, which they are now; None where they keep theirs: DistributedDataParallel writes
-        into it without asking.
+        coords: The coordinates.
     """
-    if parallel.initialized():
-        _DATA.__get__(coords).zero_()
-        zero = None
-    else:
-        if zero is None or zero.dtype != coords.dtype or zero.device != coords.device:
-            zero = coords.new_zeros(()).expand(coords.shape)
-        _DATA.__set__(coords, zero)
-    coords.__class__ = ReleasedCoords
-    return zero
+    keep = parallel.initialized()
+    for one in coords:
+        zero = vars(one).get("zero")
+        if keep:
+            _DATA.__get__(one).zero_()
+        elif zero is None or zero.dtype != one.dtype or zero.device != one.device:
+            vars(one)["zero"] = zero = one.detach().new_zeros(()).expand(one.shape)
+            _DATA.__set__(one, zero)
+        else:
+            _DATA.__set__(one, zero)
+        one.__class__ = ReleasedCoords
 
 
 @torch.no_grad()
-def allocate(coords: list[nn.Parameter]) -> None:
-    """Give released coordinates memory of their own, all zero.
+def allocate(coords: Sequence[nn.Parameter], *, together: bool = False) -> list[Tensor]:
+    """Give released coordinates memory, all zero.
 
     Args:
         coords: Coordinates; what is not released stays as it is.
+        together: In one tensor for each dtype and device, until they are released again; else each its own.
+
+    Returns:
+        Those tensors, where the coordinates are views of one each: one after the other, in the order given.
     """
     fresh: list[Tensor] = []
-    for one in coords:
-        if isinstance(one, ReleasedCoords):
-            if one.stride() == (0, 0):
-                _DATA.__set__(one, one.new_empty(one.shape))
-                fresh.append(one)
-            one.__class__ = nn.Parameter  # type: ignore[assignment]
-    if fresh:
-        torch._foreach_zero_(fresh)
+    for param in coords:
+        if type(param) is ReleasedCoords:
+            if param.stride() == (0, 0):
+                fresh.append(param)
+            param.__class__ = nn.Parameter  # type: ignore[assignment]
+    if not together:
+        for one in fresh:
+            vars(one).pop("zero", None)
+            _DATA.__set__(one, one.new_empty(one.shape))
+        if fresh:
+            torch._foreach_zero_(fresh)
+        return []
+    groups: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
+    for one in fresh:
+        groups.setdefault((one.dtype, one.device), []).append(one)
+    flats = []
+    for members in groups.values():
+        flat = members[0].new_zeros(sum(one.numel() for one in members))
+        for one, view in zip(members, views(flat, members), strict=True):
+            _DATA.__set__(one, view)
+        flats.append(flat)
+    return flats
+
+
+def views(flat: Tensor, like: Sequence[Tensor]) -> Sequence[Tensor]:
+    """One tensor as several, one after the other, of the shapes of some others."""
+    found: Sequence[Tensor] = torch._utils._unflatten_dense_tensors(flat, like)
+    return found

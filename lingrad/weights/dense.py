@@ -44,7 +44,9 @@ class DenseWeight(Weight):
     def param(self) -> nn.Parameter:
         if self._param is not None:
             return self._param
-        return _held(*self.owners[0])
+        module, attribute = self.owners[0]
+        found = module._parameters.get(attribute)
+        return _parametrized(module, attribute) if found is None else found
 
     @property
     @override
@@ -62,6 +64,16 @@ class DenseWeight(Weight):
         return shape
 
     @property
+    def merges_in(self) -> torch.dtype | None:
+        """The dtype that z is rounded to for a merge, so that products run in it; None where z is not rounded."""
+        param = self.param
+        if param.dtype == torch.float32 or self.merge == "exact" or param.dtype not in (torch.bfloat16, torch.float16):
+            return None
+        # a coordinate may be too large for float16, and to find that out would wait for the device
+        fast = self.merge == "fast" or (param.dtype == torch.bfloat16 and on_tensor_cores(param))
+        return param.dtype if fast else None
+
+    @property
     def untied(self) -> bool:
         """Whether the layers that held one parameter hold several now."""
         return any(_held(*owner) is not _held(*self.owners[0]) for owner in self.owners[1:])
@@ -73,7 +85,7 @@ class DenseWeight(Weight):
     @override
     def add_(self, current: LinearMap, coords: Tensor) -> None:
         weight: Tensor = self.param
-        if self.owners and not isinstance(weight, nn.Parameter):
+        if type(weight) is not nn.Parameter and self.owners and not isinstance(weight, nn.Parameter):
             module, attribute = self.owners[0]
             raise ModeError(
                 f"the {attribute} of a {type(module).__name__} is not a parameter any more (weight_norm and the like turn it "
@@ -82,7 +94,7 @@ class DenseWeight(Weight):
         weight = weight.detach()  # a parameter that is watched asks for a merge where others write into it
         matrix = self.layout.matrix(weight)
         view = matrix is weight or storage(matrix) == storage(weight)
-        if self._rounds(matrix):
+        if self.merges_in is not None:
             current.add_rounded_lift_(matrix, coords)
             if not view:
                 weight.copy_(self.layout.restore(matrix))
@@ -102,13 +114,6 @@ class DenseWeight(Weight):
     @override
     def state(self) -> dict[str, Tensor]:
         return {"weight": self.param.detach()}
-
-    def _rounds(self, matrix: Tensor) -> bool:
-        """Whether z is rounded to the weight's dtype for a merge, so that its products run in that dtype."""
-        if matrix.dtype not in (torch.bfloat16, torch.float16) or self.merge == "exact":
-            return False
-        # a coordinate may be too large for float16, and to find that out would wait for the device
-        return self.merge == "fast" or (matrix.dtype == torch.bfloat16 and on_tensor_cores(matrix))
 
 
 def _held(module: nn.Module, attribute: str) -> nn.Parameter:

@@ -230,7 +230,7 @@ class Projected(torch.autograd.Function):
         given, x = x, cast(x, out.dtype)  # under autocast the layer computes in another dtype, and so does its gradient
         reduced = x if way != "apply" and (ctx.whole or not trains) else layer.reduce(current, x, given)
         if way == "apply":
-            current.inner.add_apply_(out, reduced, coords)
+            out = _add_apply(current.inner, out, reduced, coords)
         ctx.way = way
         ctx.save_for_backward(x if ctx.whole else reduced, coords if way is not None else None, matrix)
         # later in-place layers must not touch a view
@@ -248,7 +248,7 @@ class Projected(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             x_grad = grad @ cast(_sum(current, matrix, coords, again=True) if ctx.way == "sum" else matrix, grad.dtype)
             if ctx.way == "apply":
-                current.T.inner.add_apply_(x_grad, reduced_grad, coords.t())
+                x_grad = _add_apply(current.T.inner, x_grad, reduced_grad, coords.t())
             x_grad = x_grad.view(*out_grad.shape[:-1], x_grad.shape[-1])
         if ctx.needs_input_grad[1]:
             bias_grad = grad.sum(0)
@@ -256,6 +256,14 @@ class Projected(torch.autograd.Function):
             return x_grad, bias_grad, *(None for _ in ctx.needs_input_grad[2:])
         coords_grad, *of_sinks = ctx.layer.project(ctx, current, grad, reduced_grad, x)
         return x_grad, bias_grad, coords_grad, None, None, None, None, *of_sinks
+
+
+def _add_apply(current: LinearMap, out: Tensor, x: Tensor, coords: Tensor) -> Tensor:
+    """``out + apply(x, z)``, in the memory of ``out``."""
+    if torch.compiler.is_dynamo_compiling():  # writes inside of a traced function gave wrong gradients in torch 2.11
+        return out + current.apply(x, coords)
+    current.add_apply_(out, x, coords)
+    return out
 
 
 def _sum(current: LinearMap, matrix: Tensor, coords: Tensor, *, again: bool = False) -> Tensor:

@@ -20,6 +20,7 @@ from lingrad.config.rules import Rules
 from lingrad.config.settings import Mode, Settings
 from lingrad.engine import checkpoint
 from lingrad.engine.build import Trainable, build, split_groups, start
+from lingrad.engine.capture import CapturedStep
 from lingrad.engine.run import Run
 from lingrad.engine.step import clip, step
 from lingrad.errors import ModeError, require_one_of
@@ -106,6 +107,19 @@ class SubspaceOptimizer(Optimizer):
                 compiles again at each change of it, or the base's moments are quantised.
         """
         self._run.stepper.compile(self.param_groups, options)
+
+    def capture(self, body: Callable[[], Any], *, warmup: int = 3) -> CapturedStep:
+        """Have ordinary steps launched from a CUDA graph; those in which a basis changes run as they are.
+
+        Args:
+            body: One whole step on inputs that stay in place: ``zero_grad``, forward, backward, ``step``; it waits for nothing.
+            warmup: Ordinary steps before the first is recorded. The base needs what torch asks for: tensors as ``lr``,
+                ``capturable=True``.
+
+        Returns:
+            What to call for each step; it returns what ``body`` does. Raises `SpecError` where a graph would freeze an option.
+        """
+        return CapturedStep(self._run, body, warmup=warmup)
 
     def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0) -> Tensor:
         """Clip the gradient of all that trains by its norm, coordinates counting as they are, in the small space.
@@ -246,12 +260,7 @@ class SubspaceOptimizer(Optimizer):
             Tensors and plain values only; loads with ``weights_only=True``.
         """
         self._run.require_attached()
-        for before in self._optimizer_state_dict_pre_hooks.values():
-            before(self)
-        saved = checkpoint.save(self._run)
-        for after in self._optimizer_state_dict_post_hooks.values():
-            saved = _or_given(after(self, saved), saved)
-        return saved
+        return checkpoint.with_hooks(self, lambda: checkpoint.save(self._run))
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -262,12 +271,7 @@ class SubspaceOptimizer(Optimizer):
                 parameters or another spec, base, carry, seed or mode; the first difference is named.
         """
         self._run.require_attached()
-        given = dict(state_dict) if isinstance(state_dict, dict) else state_dict  # hooks may change it, as in torch
-        for before in self._optimizer_load_state_dict_pre_hooks.values():
-            given = _or_given(before(self, given), given)
-        checkpoint.load(self._run, given)
-        for after in self._optimizer_load_state_dict_post_hooks.values():
-            after(self)
+        checkpoint.load_with_hooks(self, lambda given: checkpoint.load(self._run, given), state_dict)
 
     @override
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -289,8 +293,3 @@ class SubspaceOptimizer(Optimizer):
             "this optimizer is tied to its model by hooks and cannot be copied or pickled; "
             "save opt.state_dict() and model.state_dict(), and load them into a new model and optimizer"
         )
-
-
-def _or_given(returned: dict[str, Any] | None, given: dict[str, Any]) -> dict[str, Any]:
-    """What a hook returned in place of what it was given, if anything."""
-    return given if returned is None else returned

@@ -86,7 +86,7 @@ class Base:
         params = list(params)
         options = dict(self.options)
         devices = _fused_on(self.factory)
-        if devices and not {"fused", "foreach", "capturable", "differentiable"} & options.keys():
+        if devices and not {"fused", "foreach", "differentiable"} & options.keys():  # fused and capturable go together
             options["fused"] = all(_fusible(p, devices) for p in _flatten(params))
         try:
             optimizer = self.factory(params, **options)

@@ -54,8 +54,9 @@ outside_of_graph: Callable[..., Any] = torch._disable_dynamo(_called)  # type: i
 # what torch.compiler.disable(reason=...) would note, for the message of fullgraph=True
 vars(outside_of_graph)["_torchdynamo_disable"] = True
 vars(outside_of_graph)["_torchdynamo_disable_msg"] = (
-    "this layer, which lingrad trains, cannot be compiled in one graph with others (docs/performance.md says which can); leave "
-    "out fullgraph=True, or call opt.detach() first"
+    "this layer, which lingrad trains, cannot be compiled in one graph with others: its basis is drawn at each use "
+    "(store=false), its weight is stepped inside the backward (layerwise), another program has replaced its forward, or it is "
+    "no linear layer in adapter mode. Leave out fullgraph=True, or call opt.detach() first"
 )
 
 

@@ -25,9 +25,9 @@ def counted(key, dtype, layers):
 def test_launches(dtype):
     """Per transformed layer, beyond full AdamW, which launches one product for its gradient.
 
-    Optimizer mode launches X Q where its basis is on the right (6 of 7 layers), dY^T (X Q) in place of that product, and a merge;
-    with a left basis dY P in place of X Q. That is 2, and a few for all layers together: zeros for the coordinates, their
-    rounding, a second and third param group of the base.
+    Optimizer mode launches X Q where its basis is on the right (6 of 7 layers), dY^T (X Q) in place of that product, and a
+    merge; with a left basis dY P in place of X Q. That is 2, and a few for all layers together: zeros for the coordinates,
+    their rounding, a second and third param group of the base.
     """
     layers = 8
     linears = 7 * layers

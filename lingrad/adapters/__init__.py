@@ -10,7 +10,7 @@ from lingrad.adapters.compiled import Gathering as Gathering
 from lingrad.adapters.linear import LinearAttachment as LinearAttachment
 from lingrad.adapters.packed import PackedAttachment as PackedAttachment
 from lingrad.adapters.projected import Projection as Projection
-from lingrad.adapters.projected import SharedInput as SharedInput
+from lingrad.adapters.shared import SharedInput as SharedInput
 from lingrad.adapters.weight import WeightAttachment as WeightAttachment
 from lingrad.config.targets import Target
 from lingrad.weights.base import Weight

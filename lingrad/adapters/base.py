@@ -36,7 +36,8 @@ class Attachment(ABC):
         self.sub = sub
         self.plain = plain
         self._hooks: list[Any] = []
-        self._last: tuple[weakref.ref[Tensor], object] | None = None  # what state_dict gave, for tied weights
+        # the sum that a state_dict has, and that state_dict: tied weights are in it more than once
+        self._last: tuple[weakref.ref[Tensor], weakref.ref[dict[str, Any]]] | None = None
 
     @property
     def overridden(self) -> bool:
@@ -84,6 +85,13 @@ class Attachment(ABC):
     def prepare(self) -> None:  # noqa: B027 - most need nothing
         """Look ahead to the next step, of which the basis has been told."""
 
+    def require_read(self) -> None:  # noqa: B027 - most need nothing
+        """Make sure that the backwards of a step with a refresh have left what it reads.
+
+        Raises:
+            ModeError: They have not.
+        """
+
     def forget(self) -> None:
         """Drop what backwards and forwards have left for others of the same step."""
         self.sub.forget()
@@ -103,14 +111,14 @@ class Attachment(ABC):
     def _save(self, module: nn.Module, state: dict[str, Any], prefix: str, _: Any, *, attribute: str, key: str) -> None:
         """Put W + S z in the place of W, in a state_dict that was made."""
         weight = state[f"{prefix}{key}"] if key == attribute else state.pop(f"{prefix}{key}")
-        version = (weight.data_ptr(), weight._version, self.sub.coords._version, self.sub.basis.refreshes)
-        known = None if self._last is None or self._last[1] != version else self._last[0]()
+        # only within one call: fused optimizers step coordinates without raising their version
+        known = None if self._last is None or self._last[1]() is not state else self._last[0]()
         if known is None:
             known = self.sub.effective()
             # the state of the optimizer has W itself: what loads both in place must not find one memory. Of the sums all at
             # once may be more than a device has left
             known = known.clone() if known.data_ptr() == weight.data_ptr() else known.cpu()
-            self._last = weakref.ref(known), version
+            self._last = weakref.ref(known), weakref.ref(state)
         state[f"{prefix}{attribute}"] = known
 
     def _load(self, module: nn.Module, state: dict[str, Any], prefix: str, *_: Any, attribute: str, key: str) -> None:

@@ -38,6 +38,28 @@ class Gathering:
         self.traced = False
         self.quiet_until = 0
         self.layerwise = layerwise
+        self._layers: list[weakref.ref[Any]] = []
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the layers, which are this run's: a copy is for evaluation."""
+        return {**vars(self), "_layers": []}
+
+    def join(self, layer: Any) -> None:
+        """Prepare a layer with the others once one of them is compiled.
+
+        Args:
+            layer: An object with a method ``prepare``, not kept alive.
+        """
+        self._layers.append(weakref.ref(layer))
+
+    def trace(self) -> None:
+        """A layer is being compiled: from now on all are prepared for it, so that equal ones get one graph."""
+        if not self.traced:
+            self.traced = True
+            for ref in self._layers:
+                layer = ref()
+                if layer is not None:
+                    layer.prepare()
 
 
 class Sinks:
@@ -75,7 +97,8 @@ class Sinks:
         if running != self._backward:
             self._found, self._backward = {}, running
         grad, leaf.grad = leaf.grad, None
-        assert grad is not None  # noqa: S101 - torch has just accumulated it
+        if grad is None:  # torch calls it for what a backward leaves out, too
+            return
         self._found[i] = grad
         if len(self._found) < len(self.leaves):
             return

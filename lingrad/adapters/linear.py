@@ -91,6 +91,10 @@ class LayerAttachment(Attachment):
     def prepare(self) -> None:
         self.layer.prepare()
 
+    @override
+    def require_read(self) -> None:
+        self.layer.require_read()
+
     @property
     @override
     def overridden(self) -> bool:

@@ -11,8 +11,7 @@ weight's are never rounded into it so: they go the first way.
 
 from __future__ import annotations
 
-import weakref
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +19,8 @@ from typing_extensions import override
 
 from lingrad.adapters.compiled import Gathering, Sinks
 from lingrad.adapters.functions import once
+from lingrad.adapters.shared import SharedInput
+from lingrad.errors import ModeError
 from lingrad.gradients import FactoredGradient
 from lingrad.gradients.local import formed
 from lingrad.maps import LinearMap
@@ -29,58 +30,6 @@ from lingrad.tensors import cast
 
 # How z takes part in a layer: W + S z is formed, or S z is applied to the tokens; None where z is zero.
 Way = Literal["sum", "apply"] | None
-
-
-class _Reduced(NamedTuple):
-    """An input that several layers read, reduced once."""
-
-    given: weakref.ref[Tensor]
-    version: int
-    map: LinearMap
-    reduced: Tensor
-    waiting: set[str]  # layers that have not asked for it yet
-
-    def matches(self, layer: str, current: LinearMap, x: Tensor, given: Tensor) -> bool:
-        """Whether this is the same input, and the layer has not had it."""
-        same = self.given() is given and self.version == given._version and self.map is current
-        return same and layer in self.waiting and self.reduced.dtype == x.dtype
-
-
-class SharedInput:
-    """What layers with one right basis Q share in a forward: X Q, computed for the first of them that reads X.
-
-    Args:
-        layers: The names of their weights.
-    """
-
-    def __init__(self, layers: set[str]) -> None:
-        self._layers = layers
-        self._last: _Reduced | None = None
-
-    def reduce(self, layer: str, current: LinearMap, x: Tensor, given: Tensor) -> Tensor:
-        """All that the map needs of an input.
-
-        Args:
-            layer: The name of the weight that reads it.
-            current: The map.
-            x: The input, [..., n].
-            given: The input in the dtype it was given in.
-
-        Returns:
-            ``current.reduce(x)``.
-        """
-        if given.is_inference():
-            return current.reduce(x)
-        last = self._last
-        if last is None or not last.matches(layer, current, x, given):
-            last = _Reduced(weakref.ref(given), given._version, current, current.reduce(x), self._layers - {layer})
-        last.waiting.discard(layer)
-        self._last = last if last.waiting else None
-        return last.reduced
-
-    def forget(self) -> None:
-        """Free what not all layers have asked for."""
-        self._last = None
 
 
 class Projection:
@@ -103,6 +52,11 @@ class Projection:
         self.gathering = gathering
         self.traceable = sub.basis.transform.stores_map and not gathering.layerwise
         self.sinks: Sinks | None = None
+        gathering.join(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the leaves of a step that is being prepared."""
+        return {**vars(self), "sinks": None}
 
     def reduce(self, current: LinearMap, x: Tensor, given: Tensor) -> Tensor:
         """All that the map needs of x, which is ``given`` in another dtype."""
@@ -112,16 +66,16 @@ class Projection:
 
     def prepare(self) -> None:
         """Make what a compiled forward of the next step reads: the map, and the sinks where a basis is refreshed in it."""
-        if self.gathering.traced and self.traceable:
-            self.sub.basis.map()
-        wanted = self.traceable and self.gathering.traced and self.gathering.due and self.sub.basis.transform.reads != "nothing"
-        self.sinks = Sinks(self.sub) if wanted else None
+        basis, wanted = self.sub.basis, self.traceable and self.gathering.traced
+        if wanted:
+            basis.map()
+            basis.make_seal(self.sub.coords)
+        gathers = wanted and self.gathering.due and basis.transform.reads != "nothing"
+        self.sinks = Sinks(self.sub) if gathers else None
 
     def trace(self) -> None:
         """Called once for each graph that the layer is traced into, before anything else of it is."""
-        self.gathering.traced = True
-        if self.sinks is None:
-            self.prepare()
+        self.gathering.trace()
 
     # what torch.compiler.assume_constant_result sets, without importing the compiler: it is run, and not traced
     vars()["trace"]._dynamo_marked_constant = True
@@ -130,7 +84,29 @@ class Projection:
         """What the backward gives gradients to besides the coordinates: in a compiled layer, where a basis is refreshed."""
         if not torch.compiler.is_dynamo_compiling() or not self.gathering.due or self.sinks is None:
             return ()
-        return self.sinks.leaves
+        return self.sinks.leaves if self.sub.coords.requires_grad else ()
+
+    def require_read(self) -> None:
+        """Make sure that what a refresh reads came out of the backwards of a compiled layer.
+
+        Raises:
+            ModeError: It did not.
+        """
+        sub = self.sub
+        if self.sinks is not None and sub.basis.due and sub.coords.grad is not None and sub.pending.total is None:
+            raise ModeError(
+                f"the basis of {sub.name} is refreshed in this step, and the backward of its compiled layer has left nothing "
+                "to choose it from: it was called with inputs=. Call backward() without, or do not compile the model"
+            )
+
+    def seal(self) -> Tensor | None:
+        """What a compiled backward saves, so that autograd's check of versions finds a basis that was changed since the forward.
+
+        Returns:
+            A zero, to be added to the gradient of the coordinates where the backward reads nothing else that a refresh writes
+            into, such as the weight; None in eager mode, whose backward asks the basis.
+        """
+        return self.sub.basis.seal if torch.compiler.is_dynamo_compiling() else None
 
     def project(self, ctx: Any, current: LinearMap, out_grad: Tensor, reduced_grad: Tensor, x: Tensor) -> tuple[Tensor, ...]:
         """The gradients of the coordinates and of the sinks; in eager mode, what a refresh reads is recorded instead.
@@ -188,7 +164,7 @@ class Tied(torch.autograd.Function):
         given, x = x, cast(x, out.dtype)  # under autocast the layer computed in out's dtype, and so does its gradient
         reduced = layer.reduce(current, x, given) if active or not ctx.whole else x
         ctx.active = active
-        ctx.save_for_backward(x if ctx.whole else reduced, coords if active else None)
+        ctx.save_for_backward(x if ctx.whole else reduced, coords if active else None, layer.seal())
         # out.detach(): returned as it is, an input would come back as a view that later in-place layers must not touch
         return out + current.inner.apply(reduced, coords) if active else out.detach()
 
@@ -197,7 +173,7 @@ class Tied(torch.autograd.Function):
     @override
     def backward(ctx: Any, out_grad: Tensor) -> tuple[Tensor | None, ...]:
         current = _map_of(ctx)
-        x, coords = ctx.saved_tensors
+        x, coords, seal = ctx.saved_tensors
         grad = out_grad.reshape(-1, out_grad.shape[-1])
         reduced_grad = current.reduce_grad(grad)
         x_grad = None
@@ -205,7 +181,7 @@ class Tied(torch.autograd.Function):
             x_grad = current.T.inner.apply(reduced_grad, coords.t())
             x_grad = x_grad.view(*out_grad.shape[:-1], x_grad.shape[-1])
         coords_grad, *of_sinks = ctx.layer.project(ctx, current, grad, reduced_grad, x)
-        return out_grad, x_grad, coords_grad, None, None, *of_sinks
+        return out_grad, x_grad, coords_grad if seal is None else coords_grad + seal, None, None, *of_sinks
 
 
 class Projected(torch.autograd.Function):
@@ -232,7 +208,7 @@ class Projected(torch.autograd.Function):
         if way == "apply":
             out = _add_apply(current.inner, out, reduced, coords)
         ctx.way = way
-        ctx.save_for_backward(x if ctx.whole else reduced, coords if way is not None else None, matrix)
+        ctx.save_for_backward(x if ctx.whole else reduced, coords if way is not None else None, matrix, layer.seal())
         # later in-place layers must not touch a view
         return out if torch.compiler.is_dynamo_compiling() or not out._is_view() else out.detach()
 
@@ -241,7 +217,7 @@ class Projected(torch.autograd.Function):
     @override
     def backward(ctx: Any, out_grad: Tensor) -> tuple[Tensor | None, ...]:
         current = _map_of(ctx)
-        x, coords, matrix = ctx.saved_tensors
+        x, coords, matrix, seal = ctx.saved_tensors
         grad = out_grad.reshape(-1, out_grad.shape[-1])
         reduced_grad = current.reduce_grad(grad)
         x_grad = bias_grad = None
@@ -255,6 +231,8 @@ class Projected(torch.autograd.Function):
         if not ctx.needs_input_grad[2]:
             return x_grad, bias_grad, *(None for _ in ctx.needs_input_grad[2:])
         coords_grad, *of_sinks = ctx.layer.project(ctx, current, grad, reduced_grad, x)
+        if seal is not None and not ctx.needs_input_grad[0]:
+            coords_grad = coords_grad + seal
         return x_grad, bias_grad, coords_grad, None, None, None, None, *of_sinks
 
 

@@ -60,7 +60,7 @@ class CapturedStep:
         self._run, self._body, self._warmup, self._record = run, body, warmup, record
         self._result: Any = None
         self._replay: Callable[[], None] | None = None
-        self._mode = run.mode
+        self._seen: tuple[Any, ...] = ()  # what the graph has frozen
         self.replays = 0
         self.captures = 0
 
@@ -76,14 +76,21 @@ class CapturedStep:
         """
         run = self._run
         run.require_attached()
-        if not self._ordinary() or self._mode != run.mode:
-            self._mode, self._replay, self._result = run.mode, None, None
+        if not self._ordinary():
+            self._replay = self._result = None
             return self._checked(self._body)
         if self._warmup > 0:
             self._warmup -= 1
             return self._checked(self._body)
+        changed = self._replay is not None and self._seen != _frozen(run)
+        # looking ahead to a change of a basis is no part of a graph, and a graph for one step is not worth it
+        last = self._replay is None and run.step + 1 >= run.gathering.quiet_until
+        if changed or last:
+            self._replay = self._result = None
+            return self._checked(self._body)
         if self._replay is None:
             _check_state(run)
+            self._seen = _frozen(run)
             self._result, self._replay = self._checked(lambda: self._record(self._body))
             self.captures += 1
             self._replay()  # what was recorded was not launched
@@ -117,15 +124,34 @@ def _check(run: Run) -> None:
     followed = {"layerwise": settings.layerwise, "ledger": settings.ledger, "compat": settings.compat is not None}
     for option in (option for option, given in followed.items() if given):
         raise SpecError(f"'{option}' is followed in Python at each step, which a graph leaves out; leave it out", option=option)
+    if not all(basis.transform.stores_map for basis in run.bases):
+        raise SpecError("a basis with store=false is drawn at each use, which a graph cannot do; leave it out", option="store")
     if parallel.initialized():
         raise ModeError("capture is for one process: the averages of torch.distributed were not tried in a graph")
-    numbers = [group["name"] for group in run.groups if not isinstance(group["lr"], Tensor)]
-    if numbers:
-        raise SpecError(
-            f"the learning rate of group '{numbers[0]}' is a number, which a graph would freeze; make the optimizer with a "
-            "tensor on the model's device: lr=torch.tensor(1e-3, device=...)",
-            option="lr",
-        )
+    for group in run.groups:
+        rate, device = group["lr"], group["params"][0].device
+        if not isinstance(rate, Tensor) or rate.device != device:
+            kind = "tensor on another device" if isinstance(rate, Tensor) else "number"
+            raise SpecError(
+                f"the learning rate of group '{group['name']}' is a {kind}, "
+                f"which a graph would freeze; make the optimizer with a tensor: lr=torch.tensor(1e-3, device='{device}')",
+                option="lr",
+            )
+
+
+def _frozen(run: Run) -> tuple[Any, ...]:
+    """What a graph would not follow: options of the param groups, and the memory of weights, coordinates, bases and moments."""
+    options = [
+        (key, id(value) if isinstance(value, Tensor | list) else value)
+        for group in run.groups
+        for key, value in group.items()
+        if key != "step"
+    ]
+    trained = [(param.data_ptr(), param.requires_grad) for group in run.groups for param in group["params"]]
+    weights = [(one.sub.weight.param.data_ptr(), one.sub.released) for one in run.attachments]
+    held = [id(tensor) for basis in run.bases for tensor in basis.tensors()]
+    moments = [id(value) for entries in run.stepper.state.values() for value in entries.values()]
+    return run.mode, options, trained, weights, held, moments
 
 
 def _check_state(run: Run) -> None:

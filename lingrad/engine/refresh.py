@@ -120,10 +120,10 @@ def look_ahead(run: Run) -> list[Basis]:
         if redraw:
             redrawn.append(basis)
     gathering = run.gathering
-    gathering.due = any(basis.due for basis in run.bases)
+    gathering.due = any(basis.due and not basis.idle for basis in run.bases)
     for attachment in run.attachments:
         attachment.prepare()
-    if gathering.due or redrawn or any(attachment.sub.pending.stale for attachment in run.attachments):
+    if any(basis.due for basis in run.bases) or redrawn or any(attachment.sub.pending.stale for attachment in run.attachments):
         gathering.quiet_until = run.step  # not before the next look
     else:
         gathering.quiet_until = min((basis.quiet_until(run.step) for basis in run.bases), default=run.step + 1000)

@@ -57,7 +57,10 @@ def _step(run: Run) -> None:
         _change(run, run.attachments)
     _advance(run, run.stepper.built(run.groups), run.attachments)
     if not dry:
-        if run.gathering.due:
+        if not run.is_quiet:
+            for basis in run.bases:
+                unused = all(attachment.sub.coords.grad is None for attachment in run.of(basis))
+                basis.idle = basis.due and unused and run.layerwise is None
             renew(run)
         run.step += 1
         if not run.is_quiet:
@@ -115,6 +118,7 @@ def _change(run: Run, attachments: Sequence[Attachment]) -> None:
     due = []
     for attachment in attachments:
         sub = attachment.sub
+        attachment.require_read()
         if sub.basis.due and sub.basis.transform.reads == "gradient":
             due.append(sub)
         else:

@@ -75,6 +75,8 @@ class Basis:
         due: Whether the step that is being prepared gathers what a refresh needs.
         energy: |S S^T G| / |G| of the last refresh; None where it was not measured.
         proposal: A refresh that is chosen and not yet committed.
+        idle: Whether no weight that uses it had a gradient in the last step in which it was due.
+        seal: A zero that each change is written into, for compiled backwards to notice it; None where there are none.
     """
 
     def __init__(
@@ -89,6 +91,8 @@ class Basis:
         self.due = False
         self.energy: float | None = None
         self.proposal: Proposal | None = None
+        self.idle = False
+        self.seal: Tensor | None = None
         self._map: LinearMap | None = None
         self._said: set[str] = set()
 
@@ -216,6 +220,17 @@ class Basis:
         """
         self.state, self.refreshes = state, refreshes
         self._map = chosen if self.transform.stores_map else None
+        if self.seal is not None:
+            self.seal.zero_()
+
+    def make_seal(self, like: Tensor) -> None:
+        """Make the seal, if there is none on the device of some coordinates.
+
+        Args:
+            like: The coordinates.
+        """
+        if self.seal is None or self.seal.device != like.device or self.seal.dtype != like.dtype:
+            self.seal = like.detach().new_zeros(())
 
     def begin(self, state: Any) -> None:
         """Start a run from a state that was chosen elsewhere, and keep it for a whole period.

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+import lingrad
 from lingrad.errors import ModeError
 from lingrad.subspaces.subspace import Subspace
 from tests.support.runs import MODES, each_mode
@@ -380,3 +381,18 @@ def test_nothing_of_it_is_left_after_detach(mode):
         assert held(model, name) is param
         assert param.requires_grad
     assert type(model.linear) is nn.Linear
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_state_dict_that_is_kept_does_not_make_the_next_one_old(fused):
+    """Fused optimizers step coordinates without raising their version."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    optimizer = lingrad.adapt(model, {"*": "random(rank=2, every=50)"}, "adamw", lr=0.05, fused=fused)
+    kept = []
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(torch.randn(4, 8)).square().mean().backward()
+        optimizer.step()
+        kept.append(model.state_dict())
+        torch.testing.assert_close(kept[-1]["1.weight"], optimizer.weights()["1.weight"], rtol=0, atol=0)

@@ -5,11 +5,15 @@ The backend aot_eager traces forward and backward as inductor does, and needs no
 
 from __future__ import annotations
 
+import itertools
+import pickle
+
 import pytest
 import torch
 from torch._dynamo.utils import counters
 
 import lingrad
+from lingrad.errors import ModeError
 from lingrad.models import LlamaShape, build_llama, next_token_loss
 
 EVERY, STEPS = 4, 10
@@ -225,3 +229,111 @@ def test_a_basis_that_is_refreshed_between_forward_and_backward(mode):
     optimizer.zero_grad()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         late.backward()
+
+
+def layers(*sizes, dtype=torch.float64):
+    torch.manual_seed(0)
+    made = [torch.nn.Linear(n, m, dtype=dtype) for n, m in itertools.pairwise(sizes)]
+    return torch.nn.Sequential(*made)
+
+
+def inputs(count, width, dtype=torch.float64):
+    return torch.randn(count, 6, width, dtype=dtype, generator=torch.Generator().manual_seed(1))
+
+
+MODES = {"optimizer": lingrad.wrap, "adapter": lingrad.adapt}
+
+
+@each_mode
+@pytest.mark.parametrize("spec", ["random(rank=4, every=1)", "power(rank=4, every=1, side=left)"])
+def test_a_late_backward_of_a_layer_whose_input_needs_no_gradient(mode, spec):
+    torch.compiler.reset()
+    model = layers(16, 12)
+    optimizer = MODES[mode](model, {"*": spec}, "sgd", lr=0.0)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    first, second = inputs(2, 16)
+    compiled(first).square().mean().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    late = compiled(second).square().mean()
+    compiled(first).square().mean().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        late.backward()
+
+
+@each_mode
+@pytest.mark.parametrize("spec", ["power(rank=4, every=3)", "svd(rank=4, every=3)"])
+def test_a_backward_with_chosen_inputs_is_refused_at_a_refresh(mode, spec):
+    torch.compiler.reset()
+    model = layers(16, 12, 8)
+    optimizer = MODES[mode](model, {"*": spec}, "adamw", lr=LR)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    params = [param for group in optimizer.param_groups for param in group["params"]]
+    compiled(inputs(1, 16)[0]).square().mean().backward(inputs=params)
+    with pytest.raises(ModeError, match="called with inputs="):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("spec", ["power(rank=4, every=3)", "svd(rank=4, every=3)"])
+def test_frozen_coordinates(spec):
+    weights = []
+    for compiles in (False, True):
+        torch.compiler.reset()
+        model = layers(16, 12, 12, 8)
+        optimizer = lingrad.adapt(model, {"*": spec}, "adamw", lr=LR)
+        optimizer.subspaces[1].coords.requires_grad_(False)
+        called = torch.compile(model, backend="aot_eager", fullgraph=True) if compiles else model
+        for x in inputs(7, 16):
+            optimizer.zero_grad()
+            called(x).square().mean().backward()
+            optimizer.step()
+        weights.append(optimizer.weights())
+    for name, weight in weights[0].items():
+        torch.testing.assert_close(weights[1][name], weight, rtol=TOLERANCE, atol=TOLERANCE)
+
+
+@each_mode
+def test_blocks_that_are_compiled_one_by_one_share_their_graphs(mode):
+    torch.compiler.reset()
+    counters.clear()
+    model = torch.nn.Sequential(*[layers(8, 8, 8) for _ in range(12)])
+    optimizer = MODES[mode](model, {"*": "power(rank=4, every=3)"}, "adamw", lr=LR)
+    for block in model:
+        block.compile(backend="aot_eager", fullgraph=True)
+    for x in inputs(7, 8):
+        optimizer.zero_grad()
+        model(x).square().mean().backward()
+        optimizer.step()
+    assert counters["stats"]["unique_graphs"] <= 4  # the first block's input needs no gradient
+
+
+def test_a_layer_that_never_gets_a_gradient_does_not_make_others_gather():
+    torch.compiler.reset()
+    model = layers(8, 8, 8)
+    unused = torch.nn.Linear(8, 8, dtype=torch.float64)
+    whole = torch.nn.ModuleList([model, unused])
+    optimizer = lingrad.wrap(whole, {"*": "svd(rank=4, every=50)"}, "adamw", lr=LR)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    for x in inputs(4, 8):
+        optimizer.zero_grad()
+        compiled(x).square().mean().backward()
+        optimizer.step()
+    assert not optimizer.attachments[0].layer.gathering.due
+    for x in inputs(3, 8):  # it is used from now on, and gets a basis at its second gradient
+        optimizer.zero_grad()
+        unused(compiled(x)).square().mean().backward()
+        optimizer.step()
+    assert optimizer.refreshes()["1.weight"] > 0
+
+
+def test_a_compiled_model_is_pickled_in_a_step_that_gathers():
+    torch.compiler.reset()
+    model = layers(8, 8)
+    optimizer = lingrad.wrap(model, {"*": "pca(rank=4)"}, "adamw", lr=LR)
+    (x,) = inputs(1, 8)
+    torch.compile(model, backend="aot_eager", fullgraph=True)(x).sum().backward()
+    optimizer.step()
+    again = pickle.loads(pickle.dumps(model))  # noqa: S301 - our own bytes
+    assert torch.equal(again(x), model(x))

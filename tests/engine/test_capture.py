@@ -145,10 +145,11 @@ def test_a_switch_of_mode_is_followed():
         ({"layerwise": True}, "layerwise"),
         ({"ledger": True}, "ledger"),
         ({"compat": "galore"}, "compat"),
+        ({"spec": "random(rank=4, store=false)"}, "store=false"),
     ],
 )
 def test_what_a_graph_would_freeze_is_refused(options, text):
-    run = Run("optimizer", "svd(rank=4, every=7)", **options)
+    run = Run("optimizer", options.pop("spec", "svd(rank=4, every=7)"), **options)
     with pytest.raises(SpecError, match=text):
         run.optimizer.capture(run.step)
 
@@ -174,3 +175,62 @@ def test_a_base_that_counts_in_python_is_refused():
         captured()
     with pytest.raises(SpecError, match="counts 'step' in Python"):
         captured()
+
+
+def _load(run):
+    run.optimizer.load_state_dict(run.optimizer.state_dict())
+
+
+def _there_and_back(run):
+    mode = run.optimizer.mode
+    run.optimizer.switch("adapter" if mode == "optimizer" else "optimizer")
+    run.optimizer.switch(mode)
+
+
+def _move(run):
+    for weight in run.model.parameters():
+        weight.data = weight.data.clone()
+
+
+def _set(key, value):
+    return lambda run: [group.update({key: value(group)}) for group in run.optimizer.param_groups if key in group]
+
+
+CHANGES = {
+    "weight decay": _set("weight_decay", lambda _: 0.5),
+    "betas": _set("betas", lambda _: (0.5, 0.9)),
+    "eps": _set("eps", lambda _: 1e-3),
+    "scale": _set("scale", lambda _: 0.25),
+    "another learning rate": _set("lr", lambda group: group["lr"] * 0.1),
+    "a loaded state": _load,
+    "a switch there and back": _there_and_back,
+    "weights in other memory": _move,
+    "frozen embeddings": lambda run: run.model.get_input_embeddings().requires_grad_(False),
+}
+
+
+@each_mode
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_what_changes_between_steps_is_followed(mode, change):
+    plain, graphed = (Run(mode, "random(rank=4, every=50)", weight_decay=0.1) for _ in range(2))
+    captured = graphed.captured(warmup=1)
+    for i, ids in enumerate(batches(10)):
+        for run in (plain, graphed):
+            run.ids.copy_(ids)
+            if i == 6:
+                change(run)
+        assert torch.equal(captured(), plain.step())
+    assert captured.captures in (2, 3)  # where coordinates had got memory, the graph is of that one step
+    for name, weight in weights(plain).items():
+        assert torch.equal(weight, weights(graphed)[name])
+
+
+@each_mode
+@pytest.mark.parametrize("spec", ["random(rank=4, every=2)", "random(rank=4, every=3)", "svd(rank=4, every=2)"])
+def test_looking_ahead_is_no_part_of_a_graph(mode, spec):
+    plain, graphed = (Run(mode, spec) for _ in range(2))
+    captured = graphed.captured(warmup=0)
+    for ids in batches(9):
+        for run in (plain, graphed):
+            run.ids.copy_(ids)
+        assert torch.equal(captured(), plain.step())

@@ -100,7 +100,7 @@ class Projection:
             )
 
     def seal(self) -> Tensor | None:
-        """What a compiled backward saves, so that autograd's check of versions finds a basis that was changed since the forward.
+        """What a compiled backward saves, for autograd's check of versions to find a basis that was changed since the forward.
 
         Returns:
             A zero, to be added to the gradient of the coordinates where the backward reads nothing else that a refresh writes

@@ -18,7 +18,7 @@ from lingrad.engine.run import Run
 from lingrad.errors import ModeError, SpecError
 
 
-class Record(Protocol):
+class Recorder(Protocol):
     """Records what a function launches."""
 
     def __call__(self, body: Callable[[], Any]) -> tuple[Any, Callable[[], None]]:
@@ -33,7 +33,7 @@ class Record(Protocol):
 
 
 def on_cuda(body: Callable[[], Any]) -> tuple[Any, Callable[[], None]]:
-    """`Record` by ``torch.cuda.CUDAGraph``."""
+    """`Recorder` by ``torch.cuda.CUDAGraph``."""
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         result = body()
@@ -55,7 +55,7 @@ class CapturedStep:
         captures: Graphs that were recorded.
     """
 
-    def __init__(self, run: Run, body: Callable[[], Any], *, warmup: int, record: Record = on_cuda) -> None:
+    def __init__(self, run: Run, body: Callable[[], Any], *, warmup: int, record: Recorder = on_cuda) -> None:
         _check(run)
         self._run, self._body, self._warmup, self._record = run, body, warmup, record
         self._result: Any = None

@@ -19,7 +19,7 @@ from benchmarks.steps import batches
 from lingrad.config import spec
 from lingrad.gradients.local import DenseGradient, FactoredGradient
 from lingrad.models import build_llama, next_token_loss
-from lingrad.subspaces.basis import products
+from lingrad.subspaces.basis import is_projection, products
 from lingrad.transforms import Transform, When
 
 TRANSFORMS = (
@@ -154,7 +154,13 @@ def refreshing(transform: Transform, state: Any, grad: FactoredGradient, when: W
         return partial(transform.refresh, state, grad, when)
     current = transform.map(state)
     projected = current.project(grad)
-    return lambda: transform.learn(state, products(grad, transform.probes(state, when), current, projected), when)
+
+    def learn() -> Any:
+        probes = transform.probes(state, when)
+        known = [is_projection(current, probe) for probe in probes]
+        return transform.learn(state, products(grad, probes, known, projected), when)
+
+    return learn
 
 
 def share(transform: Transform, state: Any, grad: FactoredGradient) -> float:

@@ -239,16 +239,18 @@ def captured(run: MethodRun, key: str, batch: Tensor) -> Callable[[], Any]:
         What replays the step.
 
     Raises:
-        NotImplementedError: The optimizer of lingrad has no ``capture``, or the device none.
+        NotImplementedError: The device has no graphs.
     """
-    (optimizer,) = run.training.optimizers
-    if key not in (FULL, LORA_ONE):
-        if not hasattr(optimizer, "capture"):
-            raise NotImplementedError("lingrad's optimizer has no capture() yet")
-        replay: Callable[[], Any] = optimizer.capture(lambda: run_step(run.training, batch))
-        return replay
     if not torch.cuda.is_available():
         raise NotImplementedError("CUDA graphs need CUDA")
+    (optimizer,) = run.training.optimizers
+    if key not in (FULL, LORA_ONE):
+        for group in optimizer.param_groups:
+            group.update(lr=torch.tensor(group["lr"], device=batch.device), capturable=True)
+        replay: Callable[[], Any] = optimizer.capture(lambda: run_step(run.training, batch), warmup=1)
+        for _ in range(WARM_UP):  # past the capture
+            replay()
+        return replay
     for group in optimizer.param_groups:
         group["capturable"] = True
     side = torch.cuda.Stream()

@@ -87,7 +87,7 @@ class Sinks:
         self.leaves = tuple(nn.Parameter(zero.expand(shape)) for shape in shapes)
         arrived = weakref.WeakMethod(self._arrived)
         for i, leaf in enumerate(self.leaves):
-            leaf.register_post_accumulate_grad_hook(partial(_call_with_index, arrived, i))
+            leaf.register_post_accumulate_grad_hook(partial(call, arrived, i))
         self._found: dict[int, Tensor] = {}
         self._backward = -1
 
@@ -107,7 +107,3 @@ class Sinks:
         if sub is not None and sub.basis.due:
             products = tuple(found[k] for k in range(len(self.leaves)))
             sub.pending.record(products if self.probes else DenseGradient(products[0]))
-
-
-def _call_with_index(method: weakref.WeakMethod[Any], i: int, leaf: Tensor) -> None:
-    call(method, i, leaf)

@@ -1,8 +1,8 @@
 """Linear layers: the forward is replaced, on the instance, so that the weight gradient is computed in the small space.
 
-In optimizer mode the plain forward runs as it is, its weight apart from autograd, so that its output is the plain layer's to
-the bit, and is then tied to the coordinates. In adapter mode the layer acts as W + S z; where another program had replaced its
-forward, or its weight is quantised, S z is added to what that forward gives. The functions are in `lingrad.adapters.projected`.
+The layer is one autograd function in both modes; in optimizer mode its output is the plain layer's to the bit, in adapter mode
+it acts as W + S z. Where another program had replaced its forward, or its weight is quantised, that forward runs, and what it
+gives is tied to the coordinates. The functions are in `lingrad.adapters.projected`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing_extensions import override
 
 from lingrad import parallel
 from lingrad.adapters.base import CHILD, Attachment, Coords, refuse_hooks
-from lingrad.adapters.functions import applied, outside_of_graph, run
+from lingrad.adapters.functions import outside_of_graph, run
 from lingrad.adapters.projected import Projected, Projection, Tied, Way
 from lingrad.adapters.reading import make_plain, make_readable, read
 from lingrad.config.settings import Mode
@@ -231,13 +231,8 @@ class LinearAttachment(LayerAttachment):
         return self._project(x, weight, "sum" if forms else "apply", trains)
 
     def _project(self, x: Tensor, weight: Tensor, way: Way, trains: bool) -> Tensor:
-        layer, bias = self.layer, self.module._parameters.get("bias")
-        matrix = self.sub.weight.layout.matrix(weight)
-        if torch.compiler.is_dynamo_compiling():
-            function: Any = Projected
-            traced: Tensor = function.apply(x, bias, self.sub.coords, matrix, layer, way, trains, *layer.leaves())
-            return traced
-        out: Tensor = applied(Projected, x, bias, self.sub.coords, matrix, layer, way, trains)
+        bias, matrix = self.module._parameters.get("bias"), self.sub.weight.layout.matrix(weight)
+        out: Tensor = run(Projected, x, bias, self.sub.coords, matrix, self.layer, way, trains, *self.layer.leaves())
         return out
 
     def _held(self) -> nn.Parameter:

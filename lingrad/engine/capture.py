@@ -142,10 +142,7 @@ def _check(run: Run) -> None:
 def _frozen(run: Run) -> tuple[Any, ...]:
     """What a graph would not follow: options of the param groups, and the memory of weights, coordinates, bases and moments."""
     options = [
-        (key, id(value) if isinstance(value, Tensor | list) else value)
-        for group in run.groups
-        for key, value in group.items()
-        if key != "step"
+        (key, id(value) if isinstance(value, Tensor | list) else value) for group in run.groups for key, value in group.items()
     ]
     trained = [(param.data_ptr(), param.requires_grad) for group in run.groups for param in group["params"]]
     weights = [(one.sub.weight.param.data_ptr(), one.sub.released) for one in run.attachments]

@@ -206,7 +206,9 @@ class Subspace:
         Returns:
             The remainder where it is to be kept; else None.
         """
-        if self.released or not bool(self.coords.any()):  # to quantise again would change a weight for nothing
+        # to quantise again would change a weight for nothing; of others only the first merge asks the device
+        asks = self.weight.loss is not None or not self.ledger.merged
+        if self.released or (asks and not bool(self.coords.any())):
             return None
         remainder = self.add(self.coords)
         self.coords.zero_()

@@ -8,6 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 import lingrad
+from lingrad.engine.capture import CapturedStep
 from lingrad.errors import ModeError, SpecError
 from lingrad.models import LlamaShape, build_llama, next_token_loss
 
@@ -65,9 +66,7 @@ class Run:
         return loss.detach()
 
     def captured(self, warmup=2):
-        captured = self.optimizer.capture(self.step, warmup=warmup)
-        captured._record = self.record
-        return captured
+        return CapturedStep(self.optimizer._run, self.step, warmup=warmup, record=self.record)
 
     def record(self, body):
         """A CUDA graph launches nothing while it is captured: what running the body has changed is put back."""
@@ -231,6 +230,23 @@ def test_looking_ahead_is_no_part_of_a_graph(mode, spec):
     plain, graphed = (Run(mode, spec) for _ in range(2))
     captured = graphed.captured(warmup=0)
     for ids in batches(9):
+        for run in (plain, graphed):
+            run.ids.copy_(ids)
+        assert torch.equal(captured(), plain.step())
+
+
+def test_a_base_that_counts_in_its_groups_is_followed():
+    class Fading(torch.optim.AdamW):
+        def step(self, closure=None):
+            for group in self.param_groups:
+                group["count"] = group.get("count", 0) + 1
+                for param in group["params"]:
+                    param.grad.div_(group["count"])
+            super().step(closure)
+
+    plain, graphed = (Run("optimizer", "random(rank=4, every=50)", Fading) for _ in range(2))
+    captured = graphed.captured(warmup=1)
+    for ids in batches(8):
         for run in (plain, graphed):
             run.ids.copy_(ids)
         assert torch.equal(captured(), plain.step())

@@ -29,14 +29,11 @@ class Gathering:
     Attributes:
         due: Whether the basis of some layer is refreshed in it from what its backwards leave.
         traced: Whether a layer was compiled; sinks are made for no other runs.
-        quiet_until: The first step in which any basis changes, or a gradient that is left from before must be refused; what is
-            done for single weights at such steps is left out before.
     """
 
     def __init__(self, *, layerwise: bool = False) -> None:
         self.due = False
         self.traced = False
-        self.quiet_until = 0
         self.layerwise = layerwise
         self._layers: list[weakref.ref[Any]] = []
 

@@ -84,7 +84,7 @@ class CapturedStep:
             return self._checked(self._body)
         changed = self._replay is not None and self._seen != _frozen(run)
         # looking ahead to a change of a basis is no part of a graph, and a graph for one step is not worth it
-        last = self._replay is None and run.step + 1 >= run.gathering.quiet_until
+        last = self._replay is None and run.step + 1 >= run.quiet_until
         if changed or last:
             self._replay = self._result = None
             return self._checked(self._body)

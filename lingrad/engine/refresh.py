@@ -124,9 +124,9 @@ def look_ahead(run: Run) -> list[Basis]:
     for attachment in run.attachments:
         attachment.prepare()
     if any(basis.due for basis in run.bases) or redrawn or any(attachment.sub.pending.stale for attachment in run.attachments):
-        gathering.quiet_until = run.step  # not before the next look
+        run.quiet_until = run.step  # not before the next look
     else:
-        gathering.quiet_until = min((basis.quiet_until(run.step) for basis in run.bases), default=run.step + 1000)
+        run.quiet_until = min((basis.quiet_until(run.step) for basis in run.bases), default=run.step + 1000)
     return redrawn
 
 

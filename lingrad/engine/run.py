@@ -54,6 +54,8 @@ class Run:
         layerwise: What steps each weight inside the backward, where the run does so.
         mode: ``optimizer`` or ``adapter``; None while detached.
         step: Steps finished.
+        quiet_until: The first step in which any basis changes, or a gradient that is left from before must be refused; what is
+            done for single weights at such steps is left out before.
 
     Attributes:
         tied: (name, weight) of those that several layers hold.
@@ -70,6 +72,7 @@ class Run:
     layerwise: Layerwise | None = None
     mode: Mode | None = None
     step: int = 0
+    quiet_until: int = 0
     tied: list[tuple[str, DenseWeight]] = field(init=False)
     _members: dict[int, list[Attachment]] = field(default_factory=dict)
     _of_coords: dict[int, Attachment] = field(default_factory=dict)
@@ -123,7 +126,7 @@ class Run:
     @property
     def is_quiet(self) -> bool:
         """Whether no basis changes in the step that is being prepared."""
-        return self.step < self.gathering.quiet_until
+        return self.step < self.quiet_until
 
     def require_attached(self) -> None:
         """Make sure that the run is connected to its model.

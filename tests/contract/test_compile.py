@@ -64,12 +64,26 @@ def batches(count):
     return torch.randint(0, 64, (count, 2, 8), generator=generator)
 
 
-def run(model, mode, spec, *, compiled, fullgraph=True, steps=STEPS, micro=1, after=None, loss=next_token_loss, **options):
+def run(
+    model,
+    mode,
+    spec,
+    *,
+    compiled,
+    fullgraph=True,
+    steps=STEPS,
+    micro=1,
+    after=None,
+    loss=next_token_loss,
+    base="adamw",
+    lr=LR,
+    **options,
+):
     """Train; gives the run's optimizer, its losses and the number of graphs after each step."""
     torch.compiler.reset()
     counters.clear()
     start = {"optimizer": lingrad.wrap, "adapter": lingrad.adapt}[mode]
-    optimizer = start(model, spec, "adamw", lr=LR, **options)
+    optimizer = start(model, spec, base, lr=lr, **options)
     called = torch.compile(model, backend="aot_eager", fullgraph=fullgraph) if compiled else model
     data, losses, graphs = batches(steps * micro), [], []
     for step in range(steps):
@@ -85,10 +99,25 @@ def run(model, mode, spec, *, compiled, fullgraph=True, steps=STEPS, micro=1, af
     return optimizer, losses, graphs
 
 
+def weights_of(optimizer):
+    """Effective weights without GPT-2's key biases: softmax is blind to them, so their gradients are rounding alone."""
+    weights = {name: weight.detach().clone() for name, weight in optimizer.weights().items()}
+    for name, weight in weights.items():
+        if name.endswith("attn.c_attn.bias"):
+            weight.chunk(3)[1].zero_()
+    return weights
+
+
 def apart(a, b):
     """The largest difference of the effective weights, relative to the largest weight."""
-    first, second = ({k: w.detach() for k, w in o.weights().items()} for o in (a, b))
+    first, second = weights_of(a), weights_of(b)
     return max(float((first[k] - second[k]).abs().max() / first[k].abs().max().clamp_min(1e-6)) for k in first)
+
+
+def far(a, b):
+    """The norm of all differences of the effective weights."""
+    first, second = weights_of(a), weights_of(b)
+    return float(sum((first[k] - second[k]).double().square().sum() for k in first).sqrt())
 
 
 @pytest.mark.thinned(4)
@@ -158,16 +187,19 @@ def test_micro_batches_and_a_shared_basis(mode):
 @pytest.mark.slow
 @each_mode
 def test_autocast(mode):
+    """Compiled and eager models round to bfloat16 in other places: no farther from float32 than plain layers' products."""
+
     def loss(model, ids):
         with torch.autocast("cpu", torch.bfloat16):
             return next_token_loss(model, ids)
 
-    eager, losses, _ = run(llama(torch.float32), mode, SPECS["power"], compiled=False, loss=loss)
-    optimizer, found, graphs = run(llama(torch.float32), mode, SPECS["power"], compiled=True, loss=loss)
+    options = {"base": "sgd", "lr": 0.1, "momentum": 0.9}  # Adam's step of a gradient near zero is its rounding's sign
+    true, _, _ = run(llama(torch.float32), mode, SPECS["power"], compiled=False, **options)
+    plain, losses, _ = run(llama(torch.float32), "optimizer", SPECS["power"], compiled=False, loss=loss, **options)
+    optimizer, found, graphs = run(llama(torch.float32), mode, SPECS["power"], compiled=True, loss=loss, **options)
     assert graphs[-1] == 2
-    # bfloat16 has 8 bits; compiled and eager round at other places
-    assert found == pytest.approx(losses, rel=1e-2)
-    assert apart(eager, optimizer) < 5e-2
+    assert found == pytest.approx(losses, rel=1e-2)  # bfloat16 has 8 bits
+    assert 0 < far(true, optimizer) < 1.5 * far(true, plain)
 
 
 @pytest.mark.slow

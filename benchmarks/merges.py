@@ -24,6 +24,8 @@ CASES = (  # dtype, m = n, rank
     (torch.bfloat16, 1024, 128),
     (torch.bfloat16, 2048, 512),
     (torch.float16, 1024, 128),
+    (torch.float32, 1024, 128),
+    (torch.float32, 1024, 16),
 )
 MERGES = 200
 SIZE = 1e-3  # of an update, as a share of the weight's norm
@@ -38,11 +40,17 @@ def split(smap: LinearMap, weight: Tensor, coords: Tensor) -> None:
     weight.addmm_(torch.cat((high, low), 1), torch.cat((basis, basis), 1).t())
 
 
+def exact(smap: LinearMap, weight: Tensor, coords: Tensor) -> None:
+    """The merge of optimizer mode, but for 16-bit weights on a GPU."""
+    smap.add_lift_(weight, coords)
+
+
 WAYS: dict[str, Callable[[LinearMap, Tensor, Tensor], None]] = {
-    "exact": lambda smap, weight, coords: smap.add_lift_(weight, coords),
+    "exact": exact,
     "fast": lambda smap, weight, coords: smap.add_rounded_lift_(weight, coords),
     "z in two parts": split,
 }
+FULL_PRECISION = {"exact": exact, "compiled": torch.compile(exact)}  # compiled: a product into a temporary, and a copy
 
 
 def merges(dtype: torch.dtype, size: int, rank: int, device: str) -> list[tuple[str, ...]]:
@@ -61,14 +69,15 @@ def merges(dtype: torch.dtype, size: int, rank: int, device: str) -> list[tuple[
     basis = torch.linalg.qr(torch.randn(size, rank, generator=draw))[0].to(dtype).contiguous().to(device)
     smap = SVD(rank=rank, side="right").map(Sides(None, basis))
     start = (torch.randn(size, size, generator=draw) / size**0.5).to(dtype).to(device)
-    weights, total = {way: start.clone() for way in WAYS}, start.double()
-    seconds: dict[str, list[float]] = {way: [] for way in WAYS}
-    cells = {way: [str(dtype).removeprefix("torch."), f"{size} x {size}", str(rank), way] for way in WAYS}
+    ways = FULL_PRECISION if dtype == torch.float32 else WAYS
+    weights, total = {way: start.clone() for way in ways}, start.double()
+    seconds: dict[str, list[float]] = {way: [] for way in ways}
+    cells = {way: [str(dtype).removeprefix("torch."), f"{size} x {size}", str(rank), way] for way in ways}
     for done in range(MERGES):
         coords = torch.randn(size, rank, generator=draw).to(device)
         coords *= SIZE * start.float().norm() / smap.lift(coords).norm()
         total += smap.lift(coords.double())
-        for way, add in WAYS.items():
+        for way, add in ways.items():
             began = moment(device)
             add(smap, weights[way], coords)
             seconds[way].append(moment(device) - began)
@@ -77,7 +86,7 @@ def merges(dtype: torch.dtype, size: int, rank: int, device: str) -> list[tuple[
                 error = (weight.double() - total).norm() / (total - start.double()).norm()
                 differing = (weight != weights["exact"]).double().mean()
                 cells[way] += [f"{error:.5f}", f"{differing:.3%}" if way != "exact" else "-"]
-    return [(*cells[way], f"{1e3 * median(seconds[way]):.2f}") for way in WAYS]
+    return [(*cells[way], f"{1e3 * median(seconds[way]):.2f}") for way in ways]
 
 
 def moment(device: str) -> float:

@@ -51,6 +51,7 @@ SIZES = {  # of models that only a GPU trains, in windows of 2,048 tokens
 FULL, FROZEN, OPTIMIZER, SHARED, EXACT = "full", "frozen", "optimizer", "optimizer, shared", "optimizer, exact svd"
 ADAPTER, LORA_ONE, LORA, GALORE = "adapter", "lora, one side", "lora", "galore_torch"
 ALL_TRAINED, RANDOM, POWER, PAGED = "adapter, all trained", "optimizer, random", "optimizer, power", "full, paged 8-bit"
+EIGHT_BIT = "optimizer, 8-bit moments"
 
 
 @dataclass(frozen=True)
@@ -97,6 +98,7 @@ ENTRIES = {
         Entry(EXACT, ours("svd(rank={rank}, every={every})")),
         Entry(POWER, ours("power(rank={rank}, every={every})")),
         Entry(RANDOM, ours("random(rank={rank}, every={every})")),
+        Entry(EIGHT_BIT, ours("random(rank={rank}, every={every})", moments="8bit")),
         Entry("optimizer, online pca", ours("pca(rank={rank})"), every=False),
         Entry(ALL_TRAINED, ours(RANDOMIZED, "adapter")),
         Entry(ADAPTER, lambda rank, every: LinearsOnly(ours(RANDOMIZED, "adapter")(rank, every), rank)),
@@ -233,7 +235,7 @@ WHOLE = Plan(
     curves(replace(LLAMA_512, rows=4)),
     LLAMA_1024,
     LLAMA_512,
-    compiled=LLAMA_512,
+    compiled=LLAMA_1024,
 )
 PLANS = {plan.name: plan for plan in (QUICK, WHOLE)}
 

@@ -23,6 +23,7 @@ from benchmarks.cards import CARDS, LAUNCH, Phases, eager, graph
 from benchmarks.launches import record
 from benchmarks.plan import (
     ADAPTER,
+    EIGHT_BIT,
     ENTRIES,
     FROZEN,
     FULL,
@@ -40,7 +41,7 @@ from lingrad.console import markdown as tabulate
 from lingrad.files.atomic import write_whole
 
 REGIMES = ("eager", "graph", "compiled")
-KEYS = (FULL, FROZEN, RANDOM, ADAPTER, LORA_ONE, GALORE)
+KEYS = (FULL, FROZEN, RANDOM, EIGHT_BIT, ADAPTER, LORA_ONE, GALORE)
 DEPTHS = (2, 4)  # layers that are recorded; deeper models are extrapolated
 HOST_DEPTHS = (2, 8)
 

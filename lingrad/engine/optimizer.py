@@ -100,11 +100,11 @@ class SubspaceOptimizer(Optimizer):
         return step(self._run, closure)
 
     def compile_step(self, **options: Any) -> None:
-        """Have the base's step go through ``torch.compile``, from the next step on.
+        """Have the base's step go through ``torch.compile``, from the next step on; with ``moments="8bit"``, their coding.
 
         Args:
             **options: As for ``torch.compile``. Raises `SpecError` where a learning rate is a plain number, for which torch
-                compiles again at each change of it, or the base's moments are quantised.
+                compiles again at each change of it.
         """
         self._run.stepper.compile(self.param_groups, options)
 

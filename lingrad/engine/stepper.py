@@ -122,19 +122,19 @@ class Stepper:
             own.update({key: group[key] for key in group.keys() - _OWN})  # such as a step size that it found
 
     def compile(self, groups: list[Group], options: dict[str, Any]) -> None:
-        """Send steps through ``torch.compile``, from the next one on.
+        """Send steps through ``torch.compile``, from the next one on; of quantised moments, encoding and decoding alone.
 
         Args:
             groups: The run's param groups.
             options: As for ``torch.compile``.
 
         Raises:
-            SpecError: A learning rate is a plain number, for which torch compiles again at each change of it; or the base's
-                moments are quantised.
+            SpecError: A learning rate is a plain number, for which torch compiles again at each change of it.
         """
-        if self.base.quantizer is not None:
-            kind = self.base.quantizer.kind
-            raise SpecError(f"with moments='{kind}' a step has parts, each of which torch would compile again; leave one out")
+        if self.base.quantizer is not None:  # the step between them has parts, each of which would be compiled again
+            self.base = self.base.compiled(options)
+            self.rebuild()
+            return
         plain = [group["name"] for group in groups if not isinstance(group["lr"], Tensor)]
         if plain:
             raise SpecError(
@@ -142,7 +142,7 @@ class Stepper:
                 "schedule changes it; make the optimizer with a tensor: lr=torch.tensor(1e-3)",
                 option="lr",
             )
-        self._compiled, self.base = options, self.base.unfused()
+        self._compiled, self.base = options, self.base.compiled(options)
         self.rebuild()
 
     def rebuild(self) -> None:

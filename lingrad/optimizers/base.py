@@ -67,8 +67,8 @@ class Base:
             return self.quantizer.encoded_specs(self.unquantised.moments(shape, dtype))
         if self.row is not None:
             return self.row(shape, dtype, self.options)
-        found = self.state_of(torch.empty(shape, dtype=dtype, device="meta"))
-        return [TensorSpec(tuple(t.shape), t.dtype) for t in found.values() if isinstance(t, Tensor) and t.is_meta]
+        found = self.state_of(torch.empty(shape, dtype=dtype, device="meta")).values()
+        return [TensorSpec(tuple(t.shape), t.dtype) for t in found if isinstance(t, Tensor) and t.is_meta]
 
     def build(self, params: Iterable[Any]) -> Optimizer:
         """Build the optimizer.
@@ -77,14 +77,12 @@ class Base:
             params: Parameters or param groups, as any ``torch.optim.Optimizer`` takes them.
 
         Returns:
-            The optimizer; fused if torch supports it and no option says otherwise; in a `QuantizedOptimizer` if its moments
-            are quantised.
+            The optimizer, fused if torch can and no option says otherwise; a `QuantizedOptimizer` for quantised moments.
 
         Raises:
             SpecError: The factory refuses its options, or returns no optimizer.
         """
-        params = list(params)
-        options = dict(self.options)
+        params, options = list(params), dict(self.options)
         devices = _fused_on(self.factory)
         if devices and not {"fused", "foreach", "differentiable"} & options.keys():  # fused and capturable go together
             options["fused"] = all(_fusible(p, devices) for p in _flatten(params))
@@ -92,8 +90,8 @@ class Base:
             optimizer = self.factory(params, **options)
         except Exception as error:  # other code
             given = ", ".join(f"{key}={value!r}" for key, value in self.options.items())
-            why = f"{error or type(error).__name__}{self.hint}"
-            raise SpecError(f"base '{self.name}' refused its options ({given}): {why}") from error
+            why = error or type(error).__name__
+            raise SpecError(f"base '{self.name}' refused its options ({given}): {why}{self.hint}") from error
         if not isinstance(optimizer, Optimizer):
             raise SpecError(f"base '{self.name}' returned a {type(optimizer).__name__}; expected a torch.optim.Optimizer")
         return optimizer if self.quantizer is None else QuantizedOptimizer(optimizer, self.quantizer)
@@ -113,12 +111,14 @@ class Base:
                 group["capturable"], group["lr"] = False, float(group["lr"])
         return optimizer
 
-    def unfused(self) -> Base:
-        """The same base without a fused kernel, which compilers cannot trace; an option that the user set stays."""
+    def compiled(self, options: Mapping[str, Any]) -> Base:
+        """The same base for ``torch.compile``: without a fused kernel, unless one was asked for, or with compiled codes."""
+        fallback = None if self.fallback is None else self.fallback.compiled(options)
+        if self.quantizer is not None:
+            return replace(self, quantizer=self.quantizer.compiled(options), fallback=fallback)
         chosen = {"fused", "foreach", "capturable", "differentiable"} & self.options.keys()
-        fallback = None if self.fallback is None else self.fallback.unfused()
-        options = self.options if chosen or not _fused_on(self.factory) else {**self.options, "fused": False}
-        return replace(self, options=options, fallback=fallback)
+        own = self.options if chosen or not _fused_on(self.factory) else {**self.options, "fused": False}
+        return replace(self, options=own, fallback=fallback)
 
     def state_of(self, param: Tensor) -> dict[str, Any]:
         """The optimizer state of a parameter after a first step; only its names, dtypes and shapes have a meaning.

@@ -8,8 +8,9 @@ tensor has the same codes on every device.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from functools import cache
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -73,46 +74,90 @@ def _values(kind: CodeKind, *, signed: bool) -> tuple[float, ...]:
     return tuple(sorted(values))
 
 
-def quantize(values: Tensor, book: CodeBook) -> tuple[Tensor, Tensor]:
+class Coding(NamedTuple):
+    """The two functions that code one part of a tensor.
+
+    Args:
+        encode: (values [n], middles) -> (codes [n], scales [ceil(n / 256)]).
+        decode: (codes [n], scales, the book's values) -> values [n].
+    """
+
+    encode: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+    decode: Callable[[Tensor, Tensor, Tensor], Tensor]
+
+    def compiled(self, options: Mapping[str, Any]) -> Coding:
+        """The same through ``torch.compile``: one kernel each on a GPU, in place of about 10 and 4.
+
+        Args:
+            options: As for ``torch.compile``. One graph serves tensors of all sizes unless they say otherwise.
+
+        Returns:
+            The functions, compiled at their first use.
+        """
+        chosen = {"dynamic": True, **options}
+        return Coding(torch.compile(self.encode, **chosen), torch.compile(self.decode, **chosen))
+
+
+def _encode(values: Tensor, middles: Tensor) -> tuple[Tensor, Tensor]:
+    count, high = len(values), wide(values.dtype)
+    blocks = nn.functional.pad(values, (0, -count % BLOCK)).view(-1, BLOCK)
+    largest = blocks.abs().amax(dim=1)
+    divisors = torch.where(largest > 0, largest, torch.ones_like(largest)).to(high)
+    quotients = (blocks.to(high) / divisors[:, None]).to(torch.float32).view(-1)[:count]
+    return torch.bucketize(quotients, middles, out_int32=True).to(torch.uint8), largest
+
+
+def _decode(codes: Tensor, scales: Tensor, values: Tensor) -> Tensor:
+    each = scales.to(wide(scales.dtype))
+    each = each.repeat_interleave(BLOCK, output_size=len(each) * BLOCK)[: len(codes)]
+    return (values.index_select(0, codes.int()).to(each.dtype) * each).to(scales.dtype)
+
+
+PLAIN = Coding(_encode, _decode)
+
+
+def quantize(values: Tensor, book: CodeBook, coding: Coding = PLAIN) -> tuple[Tensor, Tensor]:
     """The nearest code of every element, and the scale of every block.
 
     Args:
         values: Any shape; an element that is not finite spoils its block.
         book: The code book, on the same device.
+        coding: What codes each part.
 
     Returns:
         Codes in the shape of ``values``, uint8, and the largest magnitude of each block [ceil(numel / 256)] in its dtype.
     """
     flat = values.detach().reshape(-1)
+    if len(flat) <= BUCKET:
+        codes, scales = coding.encode(flat, book.middles)
+        return codes.view(values.shape), scales
     codes = torch.empty(flat.shape, dtype=torch.uint8, device=flat.device)
     scales = flat.new_empty(-(-len(flat) // BLOCK))
     for start in range(0, len(flat), BUCKET):
-        part = flat[start : start + BUCKET]
-        blocks = nn.functional.pad(part, (0, -len(part) % BLOCK)).view(-1, BLOCK)
-        largest = blocks.abs().amax(dim=1)
-        divisors = torch.where(largest > 0, largest, torch.ones_like(largest)).to(wide(values.dtype))
-        quotients = (blocks.to(wide(values.dtype)) / divisors[:, None]).to(torch.float32).view(-1)[: len(part)]
-        codes[start : start + BUCKET] = torch.bucketize(quotients, book.middles, out_int32=True)
+        found, largest = coding.encode(flat[start : start + BUCKET], book.middles)
+        codes[start : start + BUCKET] = found
         scales[start // BLOCK : start // BLOCK + len(largest)] = largest
     return codes.view(values.shape), scales
 
 
-def dequantize(codes: Tensor, scales: Tensor, book: CodeBook) -> Tensor:
+def dequantize(codes: Tensor, scales: Tensor, book: CodeBook, coding: Coding = PLAIN) -> Tensor:
     """The values that codes stand for.
 
     Args:
         codes: uint8, any shape.
         scales: The scale of each block.
         book: The code book that they were quantised with.
+        coding: What decodes each part.
 
     Returns:
         Values in the shape of the codes and in the dtype of the scales.
     """
     flat = codes.view(-1)
+    if len(flat) <= BUCKET:
+        return coding.decode(flat, scales, book.values).view(codes.shape)
     values = scales.new_empty(flat.shape)
     for start in range(0, len(flat), BUCKET):
         part = flat[start : start + BUCKET]
-        each = scales[start // BLOCK : (start + len(part) - 1) // BLOCK + 1].to(wide(scales.dtype))
-        each = each.repeat_interleave(BLOCK, output_size=len(each) * BLOCK)[: len(part)]
-        values[start : start + BUCKET] = book.values.index_select(0, part.int()).to(each.dtype) * each
+        own = scales[start // BLOCK : (start + len(part) - 1) // BLOCK + 1]
+        values[start : start + BUCKET] = coding.decode(part, own, book.values)
     return values.view(codes.shape)

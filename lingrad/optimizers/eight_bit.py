@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, get_args
 
 import torch
@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lingrad.errors import SpecError, require, require_one_of
-from lingrad.optimizers.codes import BLOCK, BUCKET, CodeBook, CodeKind, code_book, dequantize, quantize
+from lingrad.optimizers.codes import BLOCK, BUCKET, PLAIN, CodeBook, CodeKind, Coding, code_book, dequantize, quantize
 from lingrad.tensors import TensorSpec
 
 SMALLEST = 4096  # elements; a smaller tensor is not quantised, as in bitsandbytes (its min_8bit_size)
@@ -33,11 +33,17 @@ class Quantizer:
         kind: The kind of the code book.
         smallest: Tensors with fewer elements are not quantised.
         unsigned: Entries of the base that are never negative; the others have a sign.
+        coding: The functions that encode and decode.
     """
 
     kind: CodeKind
     smallest: int
     unsigned: frozenset[str] = frozenset()
+    coding: Coding = field(default=PLAIN, compare=False)
+
+    def compiled(self, options: Mapping[str, Any]) -> Quantizer:
+        """The same, encoding and decoding through ``torch.compile``, whose options are given."""
+        return replace(self, coding=PLAIN.compiled(options))
 
     def takes(self, value: Any) -> bool:
         """Whether an entry is quantised: a floating-point tensor that is large enough."""
@@ -56,7 +62,7 @@ class Quantizer:
         encoded: dict[str, Any] = {}
         for key, value in entries.items():
             if self.takes(value):
-                encoded[key], encoded[key + SCALES] = quantize(value, self._book(key, value.device, books))
+                encoded[key], encoded[key + SCALES] = quantize(value, self._book(key, value.device, books), self.coding)
             else:
                 encoded[key] = value
         return encoded
@@ -74,7 +80,7 @@ class Quantizer:
         entries: dict[str, Any] = {}
         for key, value in encoded.items():
             if key + SCALES in encoded:
-                entries[key] = dequantize(value, encoded[key + SCALES], self._book(key, value.device, books))
+                entries[key] = dequantize(value, encoded[key + SCALES], self._book(key, value.device, books), self.coding)
             elif not (key.endswith(SCALES) and key.removesuffix(SCALES) in encoded):
                 entries[key] = value
         return entries

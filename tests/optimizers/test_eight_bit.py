@@ -9,14 +9,14 @@ from torch import nn
 import lingrad
 from lingrad import memory, optimizers
 from lingrad.errors import CheckpointError, DualityError, SpecError
-from lingrad.optimizers import checks, eight_bit
-from lingrad.optimizers.codes import code_book, dequantize, quantize
+from lingrad.optimizers import checks, codes, eight_bit
+from lingrad.optimizers.codes import PLAIN, code_book, dequantize, quantize
 from lingrad.optimizers.eight_bit import QuantizedOptimizer
 from lingrad.tensors import TensorSpec
 from lingrad.testing.oracles import assert_dual
 from lingrad.testing.training import every_kind, token_batches, token_loss
 from tests.support import cases
-from tests.support.models import llama, text_batches, text_loss, train
+from tests.support.models import gap, llama, text_batches, text_loss, train
 from tests.support.runs import MODES, each_mode
 
 pytestmark = pytest.mark.thinned(3)
@@ -55,17 +55,17 @@ def test_the_dynamic_book_is_that_of_bitsandbytes(signed):
 @each_kind
 def test_codes_are_the_nearest_of_the_book(kind, signed):
     values, book = draw(5, 200, signed=signed), code_book(kind, signed=signed)
-    codes, scales = quantize(values, book)
+    found, scales = quantize(values, book)
     blocks = nn.functional.pad(values.view(-1), (0, 24)).view(4, 256)
     assert torch.equal(scales, blocks.abs().amax(1))
     quotients = (blocks / scales[:, None]).view(-1)[:1000]
     far = (quotients[:, None] - book.values).abs()
-    chosen = far[torch.arange(1000), codes.view(-1).int()]
+    chosen = far[torch.arange(1000), found.view(-1).int()]
     floor = (quotients > 0) & (quotients < book.values[1]) if not signed else torch.zeros_like(quotients, dtype=torch.bool)
     assert torch.equal(chosen[~floor], far.min(1).values[~floor])
     assert floor.any() == (not signed)
-    assert bool((codes.view(-1)[floor] == 1).all())  # a square that is not zero does not become one: it divides
-    assert torch.equal(dequantize(codes, scales, book).view(-1), book.values[codes.view(-1).int()] * blocks_of(scales)[:1000])
+    assert bool((found.view(-1)[floor] == 1).all())  # a square that is not zero does not become one: it divides
+    assert torch.equal(dequantize(found, scales, book).view(-1), book.values[found.view(-1).int()] * blocks_of(scales)[:1000])
 
 
 def blocks_of(scales):
@@ -77,15 +77,15 @@ def blocks_of(scales):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
 def test_numbers_come_back_in_their_dtype_and_stay_where_they_are(kind, signed, dtype):
     values, book = draw(3, 300, signed=signed, dtype=dtype), code_book(kind, signed=signed)
-    codes, scales = quantize(values, book)
-    found = dequantize(codes, scales, book)
-    assert (codes.dtype, codes.shape, scales.dtype, found.dtype) == (torch.uint8, values.shape, dtype, dtype)
+    coded, scales = quantize(values, book)
+    found = dequantize(coded, scales, book)
+    assert (coded.dtype, coded.shape, scales.dtype, found.dtype) == (torch.uint8, values.shape, dtype, dtype)
     # half of the widest gap between two values, in the book's own units: 0.9/64 of a decade with a sign, 1/127 where linear
     gap = 0.5 * (0.9 / 64 if kind == "8bit" else 1 / 127) + max(torch.finfo(t).eps for t in (dtype, torch.float32))
     assert ((found - values).view(-1).abs() <= gap * blocks_of(scales)[: values.numel()]).all()
     again, _ = quantize(found, book)
     if kind == "8bit_linear":  # the dynamic book has no -1, so a block's scale may shrink by 0.7 % once
-        assert torch.equal(again, codes)
+        assert torch.equal(again, coded)
 
 
 @each_kind
@@ -106,7 +106,7 @@ def test_a_block_has_nothing_to_do_with_another(kind):
 def test_large_tensors_are_done_in_parts(kind, monkeypatch):
     values, book = draw(7, 333), code_book(kind, signed=True)
     whole = quantize(values, book)
-    monkeypatch.setattr(eight_bit, "BUCKET", 512)
+    monkeypatch.setattr(codes, "BUCKET", 512)
     assert all(torch.equal(a, b) for a, b in zip(whole, quantize(values, book), strict=True))
     parts = dequantize(*whole, book)
     monkeypatch.undo()
@@ -409,10 +409,40 @@ def test_carry_rotate_is_still_refused_where_a_moment_cannot_be_rotated():
         lingrad.wrap(llama(), "svd(rank=4)", "adafactor", carry="rotate", **SMALL)
 
 
-def test_a_compiled_step_is_refused():
-    optimizer = lingrad.wrap(llama(), "svd(rank=4)", lr=torch.tensor(1e-3), moments="8bit")
-    with pytest.raises(SpecError, match="with moments='8bit' a step has parts, each of which torch would compile again"):
-        optimizer.compile_step()
+@pytest.mark.parametrize("base", ["adamw", "muon"])
+def test_a_compiled_step_compiles_the_coding(base):
+    """Encoding and decoding are one graph each for whole blocks of 256, and one each for others; codes stay the same."""
+    from torch._dynamo.utils import counters
+
+    weights, states = [], []
+    for compiled in (False, True):
+        torch.compiler.reset()
+        counters.clear()
+        model = llama(torch.float32)
+        optimizer = lingrad.wrap(model, "svd(rank=4, every=3)", base, lr=1e-2, moments="8bit", min_8bit_size=64)
+        if compiled:
+            optimizer.compile_step(backend="aot_eager", fullgraph=True)
+        train(model, optimizer, text_batches(5))
+        weights.append(optimizer.weights())
+        states.append([t for t, kind in optimizer.held() if kind == "moments"])
+        assert (0 < counters["stats"]["unique_graphs"] <= 4) == compiled
+    assert gap(*weights) == 0
+    assert all(torch.equal(a, b) for a, b in zip(*states, strict=True))
+    assert any(t.dtype == torch.uint8 for t in states[1])
+
+
+@pytest.mark.slow
+@each_sign
+@each_kind
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_compiled_code_has_the_same_codes(kind, signed, dtype):
+    torch.compiler.reset()
+    book, coding = code_book(kind, signed=signed), PLAIN.compiled({})
+    for size in (64, 256, 257, 4096, 70_001):
+        values = draw(1, size, signed=signed, dtype=dtype)
+        expected = quantize(values, book)
+        assert all(torch.equal(a, b) for a, b in zip(expected, quantize(values, book, coding), strict=True))
+        assert torch.equal(dequantize(*expected, book), dequantize(*expected, book, coding))
 
 
 class TestReport:

@@ -5,6 +5,7 @@ BIN := $(VENV)/bin
 # Versions are pinned in constraints.txt alone; pyproject.toml holds ranges.
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
+HAS_CUDA = $(PYTHON) -c 'import einops, torch, transformers; torch.cuda.init()' 2>/dev/null
 SOURCES := pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
@@ -79,9 +80,8 @@ bench: $(VENV)/.bench  ## compare speed and memory with other implementations, i
 	$(BIN)/python -m benchmarks $(ARGS)
 
 gpu:  ## measure on this machine's GPU in ten minutes, into benchmarks/out/cuda; ARGS=--docs for the docs, ARGS=--dry on a CPU
-	@if $(PYTHON) -c 'import einops, torch, transformers; torch.cuda.init()' 2>/dev/null; \
-	  then $(PYTHON) -m benchmarks.gpu $(ARGS); \
-	  else $(MAKE) $(VENV)/.dev && $(BIN)/python -m benchmarks.gpu $(ARGS); fi
+	@$(HAS_CUDA) || $(MAKE) $(VENV)/.dev
+	@if $(HAS_CUDA); then $(PYTHON) -m benchmarks.gpu $(ARGS); else $(BIN)/python -m benchmarks.gpu $(ARGS); fi
 
 mutants: $(VENV)/.dev  ## break what matters in one place at a time, and see that a test notices; ARGS="--only maps"
 	$(BIN)/python tools/mutants.py $(ARGS)

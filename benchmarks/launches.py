@@ -124,6 +124,7 @@ def main() -> None:
     workload = Workload(chosen.model, shape, max(1, chosen.tokens // shape.length), chosen.rank, getattr(torch, chosen.dtype))
     measure.say(f"{chosen.model}, {chosen.dtype}, rank {chosen.rank}, {workload.tokens} tokens: launches of a step")
     sys.stdout.write(table(workload, CUDA_12 if chosen.cuda == 12 else CUDA_13))
+    sys.stdout.write("\nIn brackets: launches for each linear layer, beyond those of the frozen model.\n")
 
 
 if __name__ == "__main__":

@@ -44,11 +44,11 @@ def broadcast(tensors: Iterable[Tensor]) -> None:
             tensor.copy_(values)
 
 
-def refuse_wrapped(model: nn.Module) -> None:
+def refuse_wrapped(model: object) -> None:
     """Make sure that a model is not in DistributedDataParallel yet.
 
     Args:
-        model: The model.
+        model: The model, or its parameters.
 
     Raises:
         ModeError: It is; DistributedDataParallel would wait for gradients of weights that are frozen now.

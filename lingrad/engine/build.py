@@ -187,6 +187,7 @@ def build(model: Trainable, rules: Rules, base: BaseLike, mode: Mode, options: M
     Returns:
         The run and its param groups, for ``torch.optim.Optimizer`` to take.
     """
+    model = getattr(model, "_orig_mod", model)  # of torch.compile: names, and so seeds, are the model's own
     settings, base_options = Settings.split(options)
     settings.check_mode(mode)
     if base_options.get("lr") is not None:  # some bases choose their own
@@ -199,8 +200,7 @@ def build(model: Trainable, rules: Rules, base: BaseLike, mode: Mode, options: M
         checks.check_no_shared_state(found)
     if found.quantizer is not None:
         checks.check_no_shared_state(found, f"moments='{found.quantizer.kind}'")
-    if isinstance(model, nn.Module):
-        parallel.refuse_wrapped(model)
+    parallel.refuse_wrapped(model)
     plans = resolve_groups(model, rules)
     placed = [group_targets(plan.targets, settings.share) for plan, _ in plans]
     if settings.share is not None:

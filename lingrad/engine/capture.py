@@ -57,6 +57,8 @@ class CapturedStep:
 
     def __init__(self, run: Run, body: Callable[[], Any], *, warmup: int, record: Recorder = on_cuda) -> None:
         _check(run)
+        if record is on_cuda and any(not param.is_cuda for group in run.groups for param in group["params"]):
+            raise ModeError("opt.capture records a CUDA graph, and this model is not on a CUDA device; step it as it is")
         self._run, self._body, self._warmup, self._record = run, body, warmup, record
         self._result: Any = None
         self._replay: Callable[[], None] | None = None

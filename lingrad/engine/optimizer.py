@@ -104,7 +104,7 @@ class SubspaceOptimizer(Optimizer):
 
         Args:
             **options: As for ``torch.compile``. Raises `SpecError` where a learning rate is a plain number, for which torch
-                compiles again at each change of it.
+                compiles again at each change of it, or the base is ``adamw8bit``.
         """
         self._run.stepper.compile(self.param_groups, options)
 

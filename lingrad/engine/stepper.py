@@ -129,8 +129,11 @@ class Stepper:
             options: As for ``torch.compile``.
 
         Raises:
-            SpecError: A learning rate is a plain number, for which torch compiles again at each change of it.
+            SpecError: A learning rate is a plain number, for which torch compiles again at each change of it; or torch cannot
+                compile the base.
         """
+        if self.base.name == "adamw8bit":
+            raise SpecError("adamw8bit is a kernel of bitsandbytes, which torch cannot compile; it gains nothing: leave it out")
         if self.base.quantizer is not None:  # the step between them has parts, each of which would be compiled again
             self.base = self.base.compiled(options)
             self.rebuild()

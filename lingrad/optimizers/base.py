@@ -254,7 +254,7 @@ def _check_options(name: str, accepted: list[str], options: Mapping[str, Any], o
         if not _takes(accepted, option):
             raise SpecError(
                 f"base '{name}' takes no option '{option}'{did_you_mean(option, [*known, *_OF_ANY_BASE, *others])} "
-                f"It takes: {', '.join(known)}." + (f" A run takes: {', '.join(others)}." if others else ""),
+                f"It takes: {', '.join(known)}." + (f" A run takes: {', '.join([*others, *_OF_ANY_BASE])}." if others else ""),
                 option=option,
             )
 

@@ -218,6 +218,19 @@ def test_what_cannot_be_traced_breaks_the_graph_and_is_right(mode, spec):
 
 
 @each_mode
+def test_a_compiled_model_that_is_given_is_the_model_itself(mode):
+    """Names, and so seeds and checkpoints, are those of the model that was compiled."""
+    model = llama()
+    optimizer = MODES[mode](torch.compile(model, backend="aot_eager"), "random(rank=4)", "adamw", lr=LR)
+    assert optimizer.model is model
+    plain = MODES[mode](llama(), "random(rank=4)", "adamw", lr=LR)
+    for one, other in zip(plain.subspaces, optimizer.subspaces, strict=True):
+        assert one.name == other.name
+        assert all(torch.equal(a, b) for a, b in zip(one.map().tensors, other.map().tensors, strict=True))
+    plain.load_state_dict(optimizer.state_dict())
+
+
+@each_mode
 def test_a_model_that_is_compiled_in_the_middle_of_a_run(mode):
     """At a step in which every basis is refreshed, which only the trace finds out."""
     eager, _, _ = run(llama(), mode, SPECS["pca"], compiled=False, steps=6)

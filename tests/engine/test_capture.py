@@ -155,7 +155,7 @@ def test_what_a_graph_would_freeze_is_refused(options, text):
 
 def test_a_body_without_a_step_is_refused():
     run = Run("optimizer", "random(rank=4, every=7)")
-    captured = run.optimizer.capture(run.optimizer.zero_grad)
+    captured = CapturedStep(run.optimizer._run, run.optimizer.zero_grad, warmup=2, record=run.record)
     with pytest.raises(ModeError, match="made 0 steps"):
         captured()
 
@@ -250,3 +250,9 @@ def test_a_base_that_counts_in_its_groups_is_followed():
         for run in (plain, graphed):
             run.ids.copy_(ids)
         assert torch.equal(captured(), plain.step())
+
+
+def test_a_model_that_is_not_on_a_gpu_is_refused_when_it_is_captured():
+    made = Run("optimizer", "random(rank=4)")
+    with pytest.raises(ModeError, match="records a CUDA graph, and this model is not on a CUDA device"):
+        made.optimizer.capture(made.step)

@@ -377,6 +377,13 @@ def test_a_compiled_step_refuses_a_plain_learning_rate():
         optimizer.compile_step()
 
 
+def test_a_compiled_step_refuses_a_kernel_that_torch_cannot_compile():
+    pytest.importorskip("bitsandbytes")
+    optimizer = lingrad.wrap(llama(torch.float32), "svd(rank=4)", "adamw8bit", lr=torch.tensor(1e-3))
+    with pytest.raises(SpecError, match="adamw8bit is a kernel of bitsandbytes, which torch cannot compile"):
+        optimizer.compile_step()
+
+
 @pytest.mark.slow
 class TestCompiledStep:
     """Through the tracer and autograd's partitioner, without a C++ compiler."""

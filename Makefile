@@ -9,7 +9,7 @@ HAS_CUDA = $(PYTHON) -c 'import einops, torch, transformers; torch.cuda.init()' 
 SOURCES := pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo finetune smollm2 examples readme duality structure memory architectures bench gpu mutants mutants-operators test coverage slow check lint types layers clean
+.PHONY: help demo finetune smollm2 examples readme duality structure memory architectures bench gpu mutants mutants-operators test coverage slow exhaustive check lint types layers clean
 
 help:  ## list the targets
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 19
@@ -96,7 +96,10 @@ coverage: $(VENV)/.dev  ## the default tests, with what they leave out (processe
 	$(BIN)/python -m pytest -m "not slow" --cov=lingrad --cov-branch --cov-report=term-missing:skip-covered
 
 slow: $(VENV)/.dev  ## the slow tests
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m "slow and not exhaustive"
+
+exhaustive: $(VENV)/.dev  ## the cases of the large matrices that the slow tests leave out (half an hour)
+	$(BIN)/python -m pytest -m exhaustive
 
 check: lint types layers  ## lint, types and layering
 

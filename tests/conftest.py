@@ -24,13 +24,17 @@ def lingrad(monkeypatch, capsys):
 
 @pytest.hookimpl(tryfirst=True)  # before pytest deselects by marks
 def pytest_collection_modifyitems(items):
-    """Mark as slow all cases of a test that is ``thinned(n)`` but the first and about each n-th, the same ones every time."""
+    """Mark cases as slow and exhaustive, the same ones every time.
+
+    Of a test that is ``thinned(n)`` all cases but the first and about each n-th are slow; of one that is ``rare(m)``, all slow
+    cases but about each m-th are exhaustive.
+    """
     seen = set()
     for item in items:
-        thinned = item.get_closest_marker("thinned")
-        if thinned is None:
-            continue
-        test = item.nodeid.partition("[")[0]
-        if test in seen and zlib.crc32(item.nodeid.encode()) % thinned.args[0]:
+        thinned, rare = item.get_closest_marker("thinned"), item.get_closest_marker("rare")
+        test, number = item.nodeid.partition("[")[0], zlib.crc32(item.nodeid.encode())
+        if thinned is not None and test in seen and number % thinned.args[0]:
             item.add_marker("slow")
+        if rare is not None and item.get_closest_marker("slow") is not None and number // 1009 % rare.args[0]:
+            item.add_marker("exhaustive")
         seen.add(test)

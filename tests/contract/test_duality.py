@@ -22,13 +22,14 @@ RUN = {"weight_decay": 0.1, "scale": 0.25}
 
 CASES = cases.all_cases()
 PAIRS = cases.covering_cases(2)
+RARE = (pytest.mark.slow, pytest.mark.rare(4))
 TRIPLES = [case for case in cases.covering_cases(3) if case not in PAIRS]
 
 
 @pytest.mark.thinned(4)
 @pytest.mark.parametrize(
     "case",
-    [*(pytest.param(c, id=c.label) for c in PAIRS)] + [pytest.param(c, id=c.label, marks=pytest.mark.slow) for c in TRIPLES],
+    [*(pytest.param(c, id=c.label) for c in PAIRS)] + [pytest.param(c, id=c.label, marks=RARE) for c in TRIPLES],
 )
 def test_every_combination(case):
     """Transform x side x carry x base x clip, on every kind of weight: micro-batches, schedule, decay, scale, two switches."""
@@ -36,6 +37,7 @@ def test_every_combination(case):
 
 
 @pytest.mark.thinned(4)
+@pytest.mark.rare(2)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     "case", [pytest.param(c, id=c.label, marks=() if i % 8 == 0 else pytest.mark.slow) for i, c in enumerate(PAIRS)]
@@ -69,6 +71,7 @@ DEFAULT = {
 
 
 @pytest.mark.thinned(16)
+@pytest.mark.rare(4)
 @pytest.mark.parametrize(
     ("spec", "base"),
     [pytest.param(spec, base, marks=() if (spec, base) in DEFAULT else pytest.mark.slow) for spec in SPECS for base in BASES],

@@ -120,7 +120,7 @@ def far(a, b):
     return float(sum((first[k] - second[k]).double().square().sum() for k in first).sqrt())
 
 
-@pytest.mark.thinned(4)
+@pytest.mark.thinned(8)
 @each_mode
 @pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
 def test_one_graph_with_the_numbers_of_eager(mode, spec):
@@ -135,7 +135,7 @@ def test_one_graph_with_the_numbers_of_eager(mode, spec):
     assert optimizer.captured_energy() == pytest.approx(energies, rel=1e-9)
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(8)
 @each_mode
 @pytest.mark.parametrize("build", MODELS.values(), ids=MODELS)
 def test_sixty_steps_with_refreshes_a_schedule_and_a_switch(mode, build):

@@ -13,10 +13,13 @@ from lingrad.adapters.projected import Projection as Projection
 from lingrad.adapters.shared import SharedInput as SharedInput
 from lingrad.adapters.weight import WeightAttachment as WeightAttachment
 from lingrad.config.targets import Target
+from lingrad.errors import ModeError
+from lingrad.sharding import sharding_of
 from lingrad.weights.base import Weight
 from lingrad.weights.bitsandbytes import packed_of
 from lingrad.weights.dense import DenseWeight, Merge
 from lingrad.weights.packed import PackedWeight
+from lingrad.weights.sharded import ShardedWeight
 
 
 def make_weight(target: Target, merge: Merge = "auto") -> Weight:
@@ -31,7 +34,15 @@ def make_weight(target: Target, merge: Merge = "auto") -> Weight:
     """
     if target.route == "packed":
         return packed_of(target.owners[0][0], target.name)
-    return DenseWeight(target.layout, target.param, target.owners, merge)
+    sharding = sharding_of(target.param, target.name)
+    if sharding is None:
+        return DenseWeight(target.layout, target.param, target.owners, merge)
+    if target.route != "projected":
+        raise ModeError(
+            f"{target.name} is sharded and not the weight of one linear layer (an embedding, a convolution, fused experts, a "
+            "tied weight); only linear layers are trained in a subspace under fully_shard. Leave it out by a rule: 'none'"
+        )
+    return ShardedWeight(target.layout, target.param, target.owners, sharding)
 
 
 def make_attachment(target: Target, layer: Projection, *, plain: bool = False) -> Attachment:

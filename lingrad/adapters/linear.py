@@ -7,6 +7,7 @@ gives is tied to the coordinates. The functions are in `lingrad.adapters.project
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections.abc import Callable
 from functools import partial
@@ -180,10 +181,13 @@ class LinearAttachment(LayerAttachment):
 
     def _read(self) -> Tensor:
         """The weight, for whoever reads it in adapter mode."""
-        return self._frozen() if self._runs else read(self.sub, averages=False)
+        own = self._runs or (self.layer.sharding is not None and _by_torch())
+        return self._frozen() if own else read(self.sub, averages=False)
 
     def _replaced(self) -> None:
         """Take another parameter for the whole weight: whoever puts it there has read the sum."""
+        if self.layer.sharding is not None:  # fully_shard gathers it, and puts the shard back
+            return
         self.sub.restart()
         watch(self.sub.weight.param, self.sub.open)
 
@@ -254,6 +258,11 @@ class LinearAttachment(LayerAttachment):
         if weight.requires_grad:  # model.requires_grad_(True) means the coordinates, which it reaches too
             weight.requires_grad_(False)
         return weight
+
+
+def _by_torch() -> bool:
+    """Whether it is torch.distributed that reads an attribute of the module, two calls up."""
+    return sys._getframe(3).f_globals.get("__name__", "").startswith("torch.distributed.")
 
 
 def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:

@@ -24,6 +24,7 @@ from lingrad.errors import ModeError
 from lingrad.gradients import FactoredGradient
 from lingrad.gradients.local import formed
 from lingrad.maps import LinearMap
+from lingrad.sharding import whole
 from lingrad.subspaces.basis import products
 from lingrad.subspaces.subspace import Subspace
 from lingrad.tensors import cast
@@ -50,7 +51,8 @@ class Projection:
         self.sub = sub
         self.shared = shared
         self.gathering = gathering
-        self.traceable = sub.basis.transform.stores_map and not gathering.layerwise
+        self.sharding = sub.weight.sharding
+        self.traceable = sub.basis.transform.stores_map and not gathering.layerwise and self.sharding is None
         self.sinks: Sinks | None = None
         gathering.join(self)
 
@@ -63,6 +65,10 @@ class Projection:
         if self.shared is None or torch.compiler.is_dynamo_compiling():  # a compiler finds equal products by itself
             return current.reduce(x)
         return self.shared.reduce(self.sub.name, current, x, given)
+
+    def whole(self, coords: Tensor) -> Tensor:
+        """All of the coordinates; gathered anew in the backward, where the weight is sharded."""
+        return coords if self.sharding is None else whole(coords)
 
     def prepare(self) -> None:
         """Make what a compiled forward of the next step reads: the map, and the sinks where a basis is refreshed in it."""
@@ -133,7 +139,7 @@ class Projection:
         elif ctx.whole:
             owned = (lambda: FactoredGradient(out_grad, x.clone())) if ctx.borrowed else None
             self.sub.record(FactoredGradient(out_grad, x), projected, owned)
-        return projected, *found
+        return projected if self.sharding is None else self.sharding.reduce(projected), *found
 
 
 def _mark(layer: Projection, ctx: Any, x: Tensor, sinks: tuple[Tensor, ...]) -> None:
@@ -166,7 +172,7 @@ class Tied(torch.autograd.Function):
         ctx.active = active
         ctx.save_for_backward(x if ctx.whole else reduced, coords if active else None, layer.seal())
         # out.detach(): returned as it is, an input would come back as a view that later in-place layers must not touch
-        return out + current.inner.apply(reduced, coords) if active else out.detach()
+        return out + current.inner.apply(reduced, layer.whole(coords)) if active else out.detach()
 
     @staticmethod
     @once
@@ -178,7 +184,7 @@ class Tied(torch.autograd.Function):
         reduced_grad = current.reduce_grad(grad)
         x_grad = None
         if ctx.active and ctx.needs_input_grad[1]:
-            x_grad = current.T.inner.apply(reduced_grad, coords.t())
+            x_grad = current.T.inner.apply(reduced_grad, ctx.layer.whole(coords).t())
             x_grad = x_grad.view(*out_grad.shape[:-1], x_grad.shape[-1])
         coords_grad, *of_sinks = ctx.layer.project(ctx, current, grad, reduced_grad, x)
         return out_grad, x_grad, coords_grad if seal is None else coords_grad + seal, None, None, *of_sinks
@@ -202,11 +208,12 @@ class Projected(torch.autograd.Function):
     ) -> Tensor:
         current = layer.sub.basis.map()
         _mark(layer, ctx, x, sinks)
-        out = nn.functional.linear(x, _sum(current, matrix, coords) if way == "sum" else matrix, bias)
+        coords_whole = coords if way is None else layer.whole(coords)
+        out = nn.functional.linear(x, _sum(current, matrix, coords_whole) if way == "sum" else matrix, bias)
         given, x = x, cast(x, out.dtype)  # under autocast the layer computes in another dtype, and so does its gradient
         reduced = x if way != "apply" and (ctx.whole or not trains) else layer.reduce(current, x, given)
         if way == "apply":
-            out = _add_apply(current.inner, out, reduced, coords)
+            out = _add_apply(current.inner, out, reduced, coords_whole)
         ctx.way = way
         ctx.save_for_backward(x if ctx.whole else reduced, coords if way is not None else None, matrix, layer.seal())
         # later in-place layers must not touch a view
@@ -222,6 +229,7 @@ class Projected(torch.autograd.Function):
         reduced_grad = current.reduce_grad(grad)
         x_grad = bias_grad = None
         if ctx.needs_input_grad[0]:
+            coords = coords if ctx.way is None else ctx.layer.whole(coords)
             x_grad = grad @ cast(_sum(current, matrix, coords, again=True) if ctx.way == "sum" else matrix, grad.dtype)
             if ctx.way == "apply":
                 x_grad = _add_apply(current.T.inner, x_grad, reduced_grad, coords.t())

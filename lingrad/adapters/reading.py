@@ -81,6 +81,8 @@ class EffectiveWeight(Tensor):
     @torch.no_grad()
     def form(self) -> Tensor:
         """The numbers, in a plain tensor that is not to be written into."""
+        if self.subspace.weight.sharding is not None:
+            raise self.subspace.read_alone()
         return self.subspace.add_to(self.numbers, self.subspace.coords.detach()) if self.whole else self.numbers
 
     @torch.no_grad()

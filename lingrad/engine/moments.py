@@ -12,6 +12,7 @@ from lingrad.config.settings import Carry
 from lingrad.errors import DualityError
 from lingrad.maps import LinearMap
 from lingrad.optimizers.eight_bit import Quantizer
+from lingrad.sharding import whole
 
 
 class Moments(NamedTuple):
@@ -31,7 +32,9 @@ class Moments(NamedTuple):
     initial: Callable[[], Mapping[str, Any]]
     quantizer: Quantizer | None = None
 
-    def rotated(self, old: LinearMap, new: LinearMap, name: str, shape: torch.Size) -> dict[str, Tensor]:
+    def rotated(
+        self, old: LinearMap, new: LinearMap, name: str, shape: torch.Size, placed: Callable[[Tensor], Tensor]
+    ) -> dict[str, Tensor]:
         """The moments in the coordinates of another map, where they are to be rotated.
 
         Args:
@@ -39,6 +42,7 @@ class Moments(NamedTuple):
             new: The map to come.
             name: The weight's name, for messages.
             shape: The shape of the coordinates.
+            placed: Gives a moment, which every process has, as the coordinates are held.
 
         Returns:
             Key -> moment; empty unless ``carry`` is ``rotate``.
@@ -55,7 +59,9 @@ class Moments(NamedTuple):
                 continue
             if key not in self.degrees or value.shape != shape:
                 raise DualityError(f"carry='rotate' cannot rotate the state '{key}' of {name}; use keep or reset")
-            carried[key] = new.transport(old, value) if self.degrees[key] == 1 else new.transport_squares(old, value)
+            moment = whole(value)
+            moved = new.transport(old, moment) if self.degrees[key] == 1 else new.transport_squares(old, moment)
+            carried[key] = placed(moved)
         return carried
 
     def replace(self, carried: Mapping[str, Tensor]) -> None:

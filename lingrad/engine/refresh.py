@@ -19,6 +19,7 @@ from lingrad.gradients.averaged import averaged
 from lingrad.gradients.stacked import StackedGradient
 from lingrad.maps import LinearMap
 from lingrad.parallel import average, broadcast, ranks
+from lingrad.sharding import whole
 from lingrad.subspaces import trees
 from lingrad.subspaces.basis import Basis, Probes, Proposal
 from lingrad.subspaces.subspace import Subspace
@@ -144,7 +145,7 @@ def commit(run: Run, basis: Basis) -> None:
     for attachment in run.of(basis):
         sub = attachment.sub
         moments = run.stepper.moments(sub, run.settings.carry)
-        carried = moments.rotated(old, new, sub.name, sub.coords.shape)
+        carried = moments.rotated(old, new, sub.name, sub.coords.shape, sub.placed)
         remainders.append((sub, sub.merge(keep=run.settings.keep_remainder)))
         sub.ledger.close(basis.state, old.factors)
         moments.replace(carried)
@@ -213,9 +214,10 @@ def _choose(basis: Basis, subs: Sequence[Subspace], factor: float) -> None:
     for sub, part in zip(subs, every, strict=True):
         if sub.pending.total is not None or ranks() > 1:
             projected = cast(chosen.project(averaged(part)), sub.coords.dtype)
-            sub.coords.grad = projected if factor == 1.0 else projected * factor
+            sub.coords.grad = sub.placed(projected if factor == 1.0 else projected * factor)
     if ranks() == 1:
-        total = torch.stack([chosen.norm(sub.coords.grad) for sub in subs if sub.coords.grad is not None]).norm()
+        grads = [whole(sub.coords.grad) for sub in subs if sub.coords.grad is not None]
+        total = torch.stack([chosen.norm(grad) for grad in grads]).norm()
         basis.energy = float(total) / norm
     else:  # the norm of the mean would cost an all-reduce of the whole matrix
         held_out = basis.held_out(subs[0].coords)

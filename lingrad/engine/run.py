@@ -16,6 +16,7 @@ from lingrad.config.settings import Mode, Settings
 from lingrad.engine.layerwise import Layerwise
 from lingrad.engine.stepper import Group, Stepper
 from lingrad.errors import ModeError
+from lingrad.sharding import whole
 from lingrad.subspaces.basis import Basis
 from lingrad.subspaces.subspace import Subspace
 from lingrad.subspaces.watched import allocate, release
@@ -169,7 +170,7 @@ class Run:
         mode = self.mode
         if mode is None:
             return
-        merged = [sub for sub in self.subspaces if not sub.released and bool(sub.coords.any())]
+        merged = [sub for sub in self.subspaces if not sub.released and bool(whole(sub.coords).any())]
         for sub in merged:
             sub.require_intact()
         for sub in merged:  # all of them first: where one cannot be merged, the run stays attached
@@ -220,7 +221,7 @@ class Run:
         """Whether this is the step by which torch.distributed.checkpoint makes a fresh optimizer allocate its state."""
         if self.step or self.stepper.state or any(float(group["lr"]) for group in self.groups):
             return False
-        return not any(bool(named.param.grad.any()) for named in self.named() if named.param.grad is not None)
+        return not any(bool(whole(named.param.grad).any()) for named in self.named() if named.param.grad is not None)
 
     def _exclude_from_ddp(self, attachments: list[Attachment]) -> None:
         """Leave the gradients that are averaged here out of a DistributedDataParallel that is built later."""

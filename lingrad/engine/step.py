@@ -19,6 +19,7 @@ from lingrad.engine.run import Run
 from lingrad.engine.stepper import Built, Group
 from lingrad.errors import ModeError
 from lingrad.optimizers.hooks import without_global_hooks
+from lingrad.sharding import own
 from lingrad.subspaces.ledger import Ledger
 from lingrad.subspaces.merging import merge_all
 from lingrad.subspaces.watched import allocate
@@ -169,7 +170,7 @@ def _decay(run: Run, stepped: Sequence[tuple[Group, Tensor]], *, undo: bool = Fa
             continue
         attachment = run.attachment_of(param)
         _, tensors, ledgers = by_group.setdefault(id(group), (group, [], []))
-        tensors.extend([param] if attachment is None else attachment.sub.decaying())
+        tensors.extend([own(param)] if attachment is None else attachment.sub.decaying())
         if attachment is not None and attachment.sub.ledger.records:
             tensors.extend(attachment.sub.ledger.tensors())
             ledgers.append(attachment.sub.ledger)

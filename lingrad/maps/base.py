@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
-from lingrad.errors import DualityError
+from lingrad.errors import DualityError, ModeError
 from lingrad.gradients.base import Gradient
 from lingrad.gradients.local import DenseGradient, FactoredGradient
 from lingrad.maps.factors import Factors
@@ -46,6 +46,23 @@ class LinearMap(ABC):
     @abstractmethod
     def tensors(self) -> tuple[Tensor, ...]:
         """The tensors that the map stores."""
+
+    @property
+    def aligned(self) -> bool:
+        """Whether each row of the weight is a map of the same row of the coordinates, and of no other."""
+        return False
+
+    def part(self, rows: slice, coords: Tensor) -> tuple[LinearMap, Tensor]:
+        """The map to some rows of the weight, and the coordinates that it takes.
+
+        Args:
+            rows: The rows, with a start and a stop.
+            coords: z [p, q]; where the map is `aligned`, those rows of it.
+
+        Returns:
+            A map S' and coordinates z' with ``S'.lift(z') == lift(z)[rows]``. Raises `ModeError` where there is none.
+        """
+        raise ModeError(f"a {type(self).__name__} cannot be cut by rows; leave sharded weights to another transform")
 
     @property
     def inner(self) -> LinearMap:

@@ -64,6 +64,15 @@ class KroneckerMap(LinearMap):
 
     @property
     @override
+    def aligned(self) -> bool:
+        return self.left is None
+
+    @override
+    def part(self, rows: slice, coords: Tensor) -> tuple[KroneckerMap, Tensor]:
+        return (self if self.left is None else KroneckerMap(self.left[rows], self.right)), coords
+
+    @property
+    @override
     def inner(self) -> KroneckerMap:
         return self if self.right is None else KroneckerMap(self.left, None)
 

@@ -63,6 +63,19 @@ class SelectionMap(LinearMap):
 
     @property
     @override
+    def aligned(self) -> bool:
+        return self.rows is None
+
+    @override
+    def part(self, rows: slice, coords: Tensor) -> tuple[SelectionMap, Tensor]:
+        shape = (rows.stop - rows.start, self.shape[1])
+        if self.rows is None:
+            return SelectionMap(None, self.columns, shape), coords
+        found = ((self.rows >= rows.start) & (self.rows < rows.stop)).nonzero().flatten()
+        return SelectionMap(self.rows[found] - rows.start, self.columns, shape), coords[found]
+
+    @property
+    @override
     def inner(self) -> SelectionMap:
         columns = self.shape[1] if self.columns is None else len(self.columns)
         return SelectionMap(self.rows, None, (self.shape[0], columns))

@@ -50,6 +50,11 @@ class TwoSidedMap(LinearMap):
     def tensors(self) -> tuple[Tensor, ...]:
         return (*self.left.tensors, *self.right.tensors)
 
+    @override
+    def part(self, rows: slice, coords: Tensor) -> tuple[TwoSidedMap, Tensor]:
+        left, taken = self.left.part(rows, coords)
+        return TwoSidedMap(left, self.right), taken
+
     @property
     @override
     def inner(self) -> LinearMap:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from lingrad.errors import ModeError
 from lingrad.gradients import Gradient, accumulate
 from lingrad.parallel import average, ranks
+from lingrad.sharding import is_sharded, whole
 from lingrad.tensors import call, nbytes
 
 Seen = Gradient | tuple[Tensor, ...]
@@ -146,7 +147,7 @@ class PendingGradient:
         Raises:
             ModeError: It is: neither its sum with a new gradient nor a step along it would mean anything.
         """
-        if self.stale and coords.grad is not None and bool(coords.grad.any()):
+        if self.stale and coords.grad is not None and bool(whole(coords.grad).any()):
             raise ModeError(
                 f"the gradient of {self.name} is from before its basis was refreshed; call zero_grad() after each step"
             )
@@ -157,8 +158,8 @@ class PendingGradient:
         return self._written is None or self._written[0]() is not grad or self._written[1] != grad._version
 
     def _zeroed(self, grad: Tensor) -> bool:
-        had = self.total is not None if self._left is None else bool(self._left.any())
-        return had and not grad.any()
+        had = self.total is not None if self._left is None else bool(whole(self._left).any())
+        return had and not whole(grad).any()
 
     def outside_factor(self, coords: nn.Parameter) -> float | None:
         """By how much other programs scaled ``coords.grad`` after backward.
@@ -178,7 +179,10 @@ class PendingGradient:
         now, left = coords.grad, self._left
         if now is None:
             return None
-        if ranks() > 1:  # the others may have found something where this rank did not
+        if is_sharded(now):  # its mean over ranks is taken in the backward
+            now = whole(now)
+            left = torch.zeros_like(now) if left is None else whole(left)
+        elif ranks() > 1:  # the others may have found something where this rank did not
             left = average(torch.zeros_like(now) if left is None else left)
         elif left is None and not now.any():
             return None

@@ -16,10 +16,11 @@ from lingrad.errors import ModeError, ShapeError
 from lingrad.gradients import DenseGradient, Gradient
 from lingrad.maps import LinearMap
 from lingrad.parallel import average
+from lingrad.sharding import own, whole
 from lingrad.subspaces.basis import Basis, is_projection, products
 from lingrad.subspaces.ledger import Change, Ledger, total
 from lingrad.subspaces.pending import PendingGradient
-from lingrad.subspaces.watched import ReleasedCoords, was_written
+from lingrad.subspaces.watched import is_released, was_written
 from lingrad.tensors import dense, wide
 from lingrad.transforms import Probe
 from lingrad.weights.base import Remainder, Weight
@@ -57,7 +58,8 @@ class Subspace:
         if self.weight.layout.shape != self.basis.shape:  # a shared basis is on the right side
             p = self.weight.layout.shape[0]
         like = self.weight.param
-        self.coords = nn.Parameter(torch.zeros((p, q), device=like.device, dtype=wide(self.weight.dtype)))
+        zeros = torch.zeros((p, q), device=like.device, dtype=wide(self.weight.dtype))
+        self.coords = nn.Parameter(self.placed(zeros))
         self.pending = PendingGradient(self.name)
 
     def __repr__(self) -> str:
@@ -67,6 +69,10 @@ class Subspace:
         """Follow what autograd adds to the gradient of the coordinates, in steps where it matters: hooks take their time."""
         matters = self.basis.due or self.pending.stale or self.on_gradient is not None
         self.pending.listen(self.coords, (self._before_accumulate, self._after_accumulate) if matters else None)
+
+    def placed(self, coords: Tensor) -> Tensor:
+        """Coordinates, or their gradient, which every process has, as this weight's are held."""
+        return coords if self.weight.sharding is None else self.weight.sharding.spread(coords)
 
     def map(self) -> LinearMap:
         """The map S of the basis in use."""
@@ -83,7 +89,7 @@ class Subspace:
             In the weight's shape; W itself, not a copy, where the coordinates are zero and the dtype is its own.
         """
         weight = self.weight.dense()
-        if not self.released and bool(self.coords.any()):
+        if not self.released and bool(whole(self.coords).any()):
             wanted = weight if dtype is None else weight.to(dtype)
             weight = self.add_to(wanted, self.coords.detach() if dtype is None else self.coords.detach().to(dtype))
         return weight.to(self.weight.dtype if dtype is None else dtype)
@@ -105,7 +111,7 @@ class Subspace:
         self._require_sum(self.weight.param)
 
     def _require_sum(self, weight: Tensor) -> None:
-        if was_written(weight) and bool(self.coords.any()):
+        if was_written(weight) and bool(whole(self.coords).any()):
             raise ModeError(
                 f"another program has written into {self.name} and into its coordinates (an average of the model's "
                 "parameters that was put back?); in adapter mode only their sum, W + S z, means anything across refreshes. "
@@ -126,11 +132,11 @@ class Subspace:
 
     def _lose_record(self) -> None:
         """The weight is about to be another program's: where it had changed, the recorded change is not its."""
-        self.ledger.replaced |= self.ledger.merged or bool(self.coords.any())
+        self.ledger.replaced |= self.ledger.merged or bool(whole(self.coords).any())
 
     def add_to(self, weight: Tensor, coords: Tensor) -> Tensor:
         """``weight + S z``, in the weight's shape and dtype; S z is rounded to that before the sum."""
-        return weight + self.weight.layout.restore(self.map().lift(coords)).to(weight.dtype)
+        return self.weight.sum(self.map(), coords, weight)
 
     def capture(self, grad: Gradient) -> None:
         """``coords.grad += project(grad)``: linear, so that micro-batches, and ranks, add up in the small space.
@@ -167,8 +173,17 @@ class Subspace:
         grad = param.grad
         if grad is not None:
             param.grad = None
+            if self.weight.sharding is not None:
+                raise self.read_alone()
             self.require_intact()
             self.capture(DenseGradient(self.weight.layout.matrix(dense(grad))))
+
+    def read_alone(self) -> ModeError:
+        """The error of a sharded weight that is read without its layer."""
+        return ModeError(
+            f"{self.name} is sharded and read by another than its layer's own call (or has a gradient that another program "
+            "assigned); leave it out by a rule, 'none', or train it unsharded"
+        )
 
     def record(self, grad: Gradient, projected: Tensor, owned: Callable[[], Gradient] | None = None) -> None:
         """Keep what a refresh needs of one backward, in a step that gathers it.
@@ -208,7 +223,7 @@ class Subspace:
         """
         # to quantise again would change a weight for nothing; of others only the first merge asks the device
         asks = self.weight.loss is not None or not self.ledger.merged
-        if self.released or (asks and not bool(self.coords.any())):
+        if self.released or (asks and not bool(whole(self.coords).any())):
             return None
         remainder = self.add(self.coords)
         self.coords.zero_()
@@ -245,7 +260,7 @@ class Subspace:
 
     def decaying(self) -> list[Tensor]:
         """What a decoupled decay of W + S z multiplies: the weight, and coordinates that may not be zero."""
-        return self.weight.scales() if self.released else [*self.weight.scales(), self.coords]
+        return self.weight.scales() if self.released else [*self.weight.scales(), own(self.coords)]
 
     def change(self, *, decays: bool) -> Change:
         """What the run has made of the weight, as thin factors.
@@ -273,14 +288,14 @@ class Subspace:
                 "the run with ledger=True to know its change as factors, or compare its weights with those it started from "
                 "(lingrad convert)"
             )
-        open_ = ledger.open(self.coords)
+        open_ = whole(ledger.open(self.coords))
         last = self.map().factors(open_.detach()) if open_.any() else None
         return Change(self.name, self.weight.layout, total(ledger.closed(), last), ledger.decay)
 
     @property
     def released(self) -> bool:
         """Whether the coordinates are all zero, and nothing has been written to them since."""
-        return isinstance(self.coords, ReleasedCoords)
+        return is_released(self.coords)
 
     def forget(self) -> None:
         """Drop what backwards have left for a refresh, and a refresh that was chosen from it."""

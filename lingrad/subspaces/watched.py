@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lingrad import parallel
+from lingrad.sharding import is_sharded, own
 
 _DATA: Any = torch.Tensor.data
 # torch's compiler asks for ``data`` to see of which type it is, also while a compiled model runs
@@ -147,6 +148,11 @@ def release(coords: Iterable[nn.Parameter]) -> None:
     """
     keep = parallel.initialized()
     for one in coords:
+        if is_sharded(one):  # of a DTensor the class cannot be changed: it is marked, until it is written into
+            local = own(one.detach())
+            local.zero_()
+            vars(one)["released"] = local._version
+            continue
         zero = vars(one).get("zero")
         if keep:
             _DATA.__get__(one).zero_()
@@ -171,6 +177,7 @@ def allocate(coords: Sequence[nn.Parameter], *, together: bool = False) -> list[
     """
     fresh: list[Tensor] = []
     for param in coords:
+        vars(param).pop("released", None)
         if type(param) is ReleasedCoords:
             if param.stride() == (0, 0):
                 fresh.append(param)
@@ -192,6 +199,11 @@ def allocate(coords: Sequence[nn.Parameter], *, together: bool = False) -> list[
             _DATA.__set__(one, view)
         flats.append(flat)
     return flats
+
+
+def is_released(coords: Tensor) -> bool:
+    """Whether coordinates are all zero, and nothing has been written to them since."""
+    return isinstance(coords, ReleasedCoords) or vars(coords).get("released", -1) == own(coords)._version
 
 
 def views(flat: Tensor, like: Sequence[Tensor]) -> Sequence[Tensor]:

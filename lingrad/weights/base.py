@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lingrad.maps import LinearMap
+from lingrad.sharding import Sharding
 from lingrad.weights.layout import Layout
 
 
@@ -55,11 +56,13 @@ class Weight(ABC):
 
     Attributes:
         loss: What merges have lost; None where a merge loses nothing but the rounding of its dtype.
+        sharding: How it is spread over processes; None where each has all of it.
     """
 
     def __init__(self, layout: Layout) -> None:
         self.layout = layout
         self.loss: MergeLoss | None = None
+        self.sharding: Sharding | None = None
 
     @property
     @abstractmethod
@@ -79,6 +82,19 @@ class Weight(ABC):
     @abstractmethod
     def dense(self) -> Tensor:
         """W in its own shape: the parameter itself without autograd, or, dequantised, a new tensor in float32."""
+
+    def sum(self, current: LinearMap, coords: Tensor, weight: Tensor) -> Tensor:
+        """``W + S z``; S z is rounded to the weight's dtype before the sum.
+
+        Args:
+            current: The map S.
+            coords: z [p, q].
+            weight: W, in its own shape; of any dtype.
+
+        Returns:
+            A new tensor like ``weight``.
+        """
+        return weight + self.layout.restore(current.lift(coords)).to(weight.dtype)
 
     @abstractmethod
     def add_(self, current: LinearMap, coords: Tensor) -> Remainder | None:

@@ -1,0 +1,120 @@
+"""Weights of which each process holds some rows, as ``fully_shard`` (FSDP2) makes them.
+
+The coordinates of such a weight are a DTensor too, cut along their first dimension as the weight is along its own. With a basis
+on the right they are the coordinates of the very rows that a process holds, and a merge sends nothing; with one on the left
+every row needs all of them, and a merge gathers r-sized numbers. A gradient of coordinates is born whole in each process, from
+its part of the batch, and is reduced to shards there and then: r-sized numbers as well.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from lingrad.errors import ModeError
+
+_DTENSOR = "torch.distributed.tensor"  # imported where a DTensor is known to exist: it takes as long as torch itself
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether a tensor is a DTensor, of which each process holds a part."""
+    if type(tensor) is Tensor or type(tensor) is nn.Parameter:
+        return False
+    module = sys.modules.get(_DTENSOR)
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The tensor, all of it, in every process; a collective where it is sharded."""
+    return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined, no-any-return]
+
+
+def own(tensor: Tensor) -> Tensor:
+    """This process's part of a tensor, sharing memory with it."""
+    return tensor._local_tensor if is_sharded(tensor) else tensor  # type: ignore[attr-defined, no-any-return]
+
+
+@dataclass(frozen=True)
+class Sharding:
+    """How a weight, and its coordinates, are spread over processes.
+
+    Args:
+        mesh: The processes, a ``DeviceMesh``.
+        placements: For each dimension of the mesh ``Shard(0)``, or ``Replicate()`` where several have the same rows.
+    """
+
+    mesh: Any
+    placements: tuple[Any, ...]
+
+    def spread(self, tensor: Tensor) -> Tensor:
+        """This process's rows of what every process has; nothing is sent.
+
+        Args:
+            tensor: The same in every process.
+
+        Returns:
+            A DTensor.
+        """
+        from torch.distributed.tensor import distribute_tensor
+
+        return distribute_tensor(tensor.detach(), self.mesh, self.placements, src_data_rank=None)
+
+    def reduce(self, part: Tensor) -> Tensor:
+        """The mean over processes of what each has in part; one reduce-scatter for each dimension of the mesh.
+
+        Args:
+            part: What this process has, of the whole shape.
+
+        Returns:
+            A DTensor.
+        """
+        from torch.distributed.tensor import DTensor, Partial
+
+        # divided first, as in DistributedDataParallel
+        summed = DTensor.from_local(part / self.mesh.size(), self.mesh, [Partial()] * self.mesh.ndim, run_check=False)
+        return summed.redistribute(self.mesh, self.placements)
+
+    def rows(self, count: int) -> slice:
+        """The rows that this process holds of a weight of so many."""
+        start, size = 0, count
+        for dim, placement in enumerate(self.placements):
+            if placement.is_shard():
+                chunk = -(-size // self.mesh.size(dim))
+                first = min(self.mesh.get_local_rank(dim) * chunk, size)
+                start, size = start + first, min(chunk, size - first)
+        return slice(start, start + size)
+
+
+def sharding_of(param: Tensor, name: str) -> Sharding | None:
+    """How a parameter is spread.
+
+    Args:
+        param: The parameter.
+        name: Its name, for messages.
+
+    Returns:
+        None where every process has all of it.
+
+    Raises:
+        ModeError: It is cut in another way than by rows, or over other processes than all of the run.
+    """
+    if not is_sharded(param):
+        return None
+    given: Any = param
+    by_rows = all(p.is_replicate() or (p.is_shard(0) and type(p).__name__ == "Shard") for p in given.placements)
+    if not by_rows or param.dim() != 2:
+        raise ModeError(
+            f"{name} {tuple(param.shape)} is cut as {given.placements}; only matrices that are cut by rows, Shard(0), as "
+            "fully_shard does, can be trained in a subspace. Leave it out by a rule: 'none'"
+        )
+    from torch import distributed
+
+    if given.device_mesh.size() != distributed.get_world_size():
+        raise ModeError(
+            f"{name} is spread over {given.device_mesh.size()} of {distributed.get_world_size()} processes; all processes must "
+            "train one model on parts of a batch (fully_shard over a mesh of all ranks)"
+        )
+    return Sharding(given.device_mesh, tuple(given.placements))

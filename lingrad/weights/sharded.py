@@ -1,0 +1,86 @@
+"""Weights of which each process holds some rows (``fully_shard``)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, final
+
+from torch import Tensor, nn
+from typing_extensions import override
+
+from lingrad.maps import LinearMap
+from lingrad.sharding import Sharding, is_sharded, own, whole
+from lingrad.weights.base import Weight
+from lingrad.weights.layout import Layout
+
+
+@final
+class ShardedWeight(Weight):
+    """A parameter that is a DTensor, cut by rows; a merge writes this process's.
+
+    Args:
+        layout: How it is read as a matrix [m, n], which is as it is.
+        param: The parameter.
+        owners: The (module, attribute) that holds it; in its forward, and after one without a backward, the module holds the
+            gathered weight instead.
+        sharding: How it is cut.
+    """
+
+    def __init__(
+        self, layout: Layout, param: nn.Parameter, owners: Sequence[tuple[nn.Module, str]], sharding: Sharding
+    ) -> None:
+        super().__init__(layout)
+        self.sharding: Sharding = sharding
+        self.owners = tuple(owners)
+        self._param = param
+
+    @property
+    @override
+    def param(self) -> nn.Parameter:
+        for module, attribute in self.owners[:1]:
+            found = module._parameters.get(attribute)
+            if found is not None and found is not self._param and is_sharded(found):
+                self._param = found  # another program has put it there, as a move to a device does
+        return self._param
+
+    @property
+    @override
+    def dtype(self) -> Any:
+        return self.param.dtype
+
+    @override
+    def dense(self) -> Tensor:
+        return self.param.detach()
+
+    @override
+    def sum(self, current: LinearMap, coords: Tensor, weight: Tensor) -> Tensor:
+        from torch.distributed.tensor import DTensor
+
+        part, taken = self._part(current, coords)
+        found = own(weight) + part.lift(taken).to(weight.dtype)
+        given: Any = weight
+        return DTensor.from_local(
+            found, given.device_mesh, given.placements, run_check=False, shape=weight.shape, stride=weight.stride()
+        )
+
+    @override
+    def add_(self, current: LinearMap, coords: Tensor) -> None:
+        part, taken = self._part(current, coords)
+        part.add_lift_(own(self.param.detach()), taken)
+
+    def _part(self, current: LinearMap, coords: Tensor) -> tuple[LinearMap, Tensor]:
+        """The map to this process's rows, and the coordinates that it takes."""
+        rows = self.sharding.rows(self.layout.shape[0])
+        return current.part(rows, own(coords) if current.aligned else whole(coords))
+
+    @override
+    def scales(self) -> list[Tensor]:
+        return [own(self.param.detach())]
+
+    @override
+    def tensors(self) -> list[Tensor]:
+        return [own(self.param.detach())]
+
+    @override
+    def state(self) -> dict[str, Tensor]:
+        return {"weight": self.param.detach()}

@@ -172,7 +172,7 @@ def _decay(run: Run, stepped: Sequence[tuple[Group, Tensor]], *, undo: bool = Fa
         _, tensors, ledgers = by_group.setdefault(id(group), (group, [], []))
         tensors.extend([own(param)] if attachment is None else attachment.sub.decaying())
         if attachment is not None and attachment.sub.ledger.records:
-            tensors.extend(attachment.sub.ledger.tensors())
+            tensors.extend(map(own, attachment.sub.ledger.tensors()))
             ledgers.append(attachment.sub.ledger)
     for group, tensors, ledgers in by_group.values():
         factor = 1.0 - group["lr"] * group["weight_decay"]

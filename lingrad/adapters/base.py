@@ -14,6 +14,8 @@ from typing_extensions import override
 
 from lingrad.config.settings import Mode
 from lingrad.errors import ModeError
+from lingrad.parallel import average
+from lingrad.sharding import is_sharded, own
 from lingrad.subspaces.subspace import Subspace
 from lingrad.subspaces.watched import unwatch, was_written, watch
 from lingrad.tensors import wide
@@ -124,10 +126,22 @@ class Attachment(ABC):
     def _load(self, module: nn.Module, state: dict[str, Any], prefix: str, *_: Any, attribute: str, key: str) -> None:
         """Take the weight of a plain model."""
         if f"{prefix}{attribute}" in state:
-            state[f"{prefix}{key}"] = state.pop(f"{prefix}{attribute}")
-            weight = self.sub.weight.param
-            weight.data = weight.detach().clone()  # an optimizer's state that is loaded after this may have the memory
+            weight, given = self.sub.weight.param, state.pop(f"{prefix}{attribute}")
+            if self._is_sum(given):  # as where the optimizer's state, which has both parts, was loaded before
+                state[f"{prefix}{key}"] = weight.detach()
+                return
+            state[f"{prefix}{key}"] = given
+            if self.sub.weight.sharding is None:  # an optimizer's state that is loaded after this may have the memory
+                weight.data = weight.detach().clone()
             self.sub.restart()
+
+    @torch.no_grad()
+    def _is_sum(self, given: Any) -> bool:
+        """Whether what is loaded is W + S z as it is now, to the bit, in every process."""
+        now = self.sub.effective()
+        alike = isinstance(given, Tensor) and given.shape == now.shape and given.dtype == now.dtype
+        same = alike and is_sharded(given) == is_sharded(now) and torch.equal(own(given).to(now.device), own(now))
+        return same if self.sub.weight.sharding is None else float(average(torch.tensor(float(same)))) == 1
 
     @abstractmethod
     def _connect(self, mode: Mode) -> None: ...

@@ -19,6 +19,8 @@ from lingrad.engine.stepper import placed
 from lingrad.errors import CheckpointError
 from lingrad.optimizers import Base
 from lingrad.optimizers.hooks import without_global_hooks
+from lingrad.sharding import is_sharded
+from lingrad.sharding import own as own_part
 from lingrad.subspaces import trees
 from lingrad.subspaces.ledger import Ledger
 from lingrad.weights.base import MergeLoss
@@ -126,7 +128,7 @@ def load(run: Run, state_dict: dict[str, Any]) -> None:
             sub.basis.energy = entries.energy
         sub.ledger, sub.weight.loss = entries.ledger, entries.loss
         for key, tensor in entries.stored.items():
-            if tensor.data_ptr() != stored[key].data_ptr():  # as in accelerate's load_state_dict(state_dict())
+            if own_part(tensor).data_ptr() != own_part(stored[key]).data_ptr():  # as in accelerate's load_state_dict(state_dict())
                 stored[key].copy_(tensor)
         sub.coords.grad = None  # of weights and a basis that are replaced
         run.step = entries.step
@@ -153,7 +155,9 @@ def _pack(run: Run, attachment: Attachment) -> dict[str, Any]:
     # a number always: what restores a flattened state asks for the keys that the run has now
     energy = NOT_MEASURED if basis.energy is None else basis.energy
     of_basis = {"state": basis.state, "energy": energy} if first else {}
-    tree = {**numbers, **of_basis, "stored": _stored(run, attachment), "loss": sub.weight.loss}
+    # the model's state is loaded before this one, and writes into the shards, which cannot be put elsewhere
+    stored = {key: one.clone() if is_sharded(one) else one for key, one in _stored(run, attachment).items()}
+    tree = {**numbers, **of_basis, "stored": stored, "loss": sub.weight.loss}
     return trees.flatten({**tree, "ledger": sub.ledger.pack()}, PREFIX.rstrip("."))
 
 

@@ -128,7 +128,10 @@ class Subspace:
     def restart(self) -> None:
         """Take W, which another program has put there, for the whole weight; z is zero."""
         self._lose_record()
-        self.coords.data = torch.zeros_like(self.coords)
+        if self.weight.sharding is None:
+            self.coords.data = torch.zeros_like(self.coords)
+        else:
+            self.coords.detach().zero_()
 
     def _lose_record(self) -> None:
         """The weight is about to be another program's: where it had changed, the recorded change is not its."""

@@ -121,3 +121,80 @@ def test_two_processes_are_one_in_every_combination(tmp_path):
 @pytest.mark.slow
 def test_three_processes_are_one_in_many(tmp_path):
     assert_one(tmp_path, 3, SLOW[::4])
+
+
+def resumable(mode, spec, world, seed, *, sharded):
+    model = llama()
+    with torch.no_grad():
+        for param in model.parameters():
+            param.add_(seed * 1e-3)
+    if sharded:
+        shard(model)
+    return model, MODES[mode](model, spec, "adamw", lr=1e-2, weight_decay=0.1, eps=1e-4)
+
+
+def go_on(model, optimizer, batches, rank, world):
+    for batch, _ in batches:
+        optimizer.zero_grad()
+        text_loss(model, batch.chunk(world)[rank]).backward()
+        optimizer.step()
+    return weights_of(optimizer)
+
+
+BATCHES = text_batches(9, micro=2, rows=6)
+BEFORE = 5  # steps before it is saved: two after a refresh
+
+
+def state(model, optimizer, flat):
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
+
+    options = StateDictOptions(flatten_optimizer_state_dict=flat)
+    model_state, optimizer_state = get_state_dict(model, optimizer, options=options)
+    return {"model": model_state, "optimizer": optimizer_state}, options
+
+
+def save(rank, world, cases, folder):
+    from torch.distributed import checkpoint
+
+    found = []
+    for i, (spec, mode, flat) in enumerate(cases):
+        model, optimizer = resumable(mode, spec, world, 0, sharded=True)
+        go_on(model, optimizer, BATCHES[:BEFORE], rank, world)
+        checkpoint.save(state(model, optimizer, flat)[0], checkpoint_id=f"{folder}/{i}")
+        found.append(go_on(model, optimizer, BATCHES[BEFORE:], rank, world))
+    return found
+
+
+def load(rank, world, cases, folder, sharded):
+    from torch.distributed import checkpoint
+    from torch.distributed.checkpoint.state_dict import set_state_dict
+
+    found = []
+    for i, (spec, mode, flat) in enumerate(cases):
+        model, optimizer = resumable(mode, spec, world, 7, sharded=sharded)
+        states, options = state(model, optimizer, flat)
+        checkpoint.load(states, checkpoint_id=f"{folder}/{i}")
+        set_state_dict(
+            model, optimizer, model_state_dict=states["model"], optim_state_dict=states["optimizer"], options=options
+        )
+        found.append(go_on(model, optimizer, BATCHES[BEFORE:], rank, world))
+    return found
+
+
+SAVED = [
+    ("svd(rank=4, every=3)", "optimizer", False),
+    ("power(rank=4, every=3, side=left)", "adapter", True),
+    ("random(rank=4, every=5)", "adapter", False),
+    ("pca(rank=4)", "optimizer", True),
+]
+
+
+@pytest.mark.parametrize(
+    ("world", "sharded"),
+    [(2, True), pytest.param(1, True, marks=pytest.mark.slow), (1, False), pytest.param(3, True, marks=pytest.mark.slow)],
+)
+def test_a_checkpoint_of_two_processes_goes_on_with_any_number(tmp_path, world, sharded):
+    expected = each_rank(save, 2, tmp_path, SAVED, str(tmp_path))[0]
+    found = each_rank(load, world, tmp_path, SAVED, str(tmp_path), sharded)[0]
+    for case, one, other in zip(SAVED, expected, found, strict=True):
+        assert gap(other, one) <= (0 if world == 2 else TOLERANCE), case

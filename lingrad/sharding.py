@@ -29,12 +29,20 @@ def is_sharded(tensor: Tensor) -> bool:
 
 def whole(tensor: Tensor) -> Tensor:
     """The tensor, all of it, in every process; a collective where it is sharded."""
-    return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined, no-any-return]
+    return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
 
 
 def own(tensor: Tensor) -> Tensor:
     """This process's part of a tensor, sharing memory with it."""
-    return tensor._local_tensor if is_sharded(tensor) else tensor  # type: ignore[attr-defined, no-any-return]
+    return tensor._local_tensor if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+
+
+def read_alone(name: str) -> ModeError:
+    """The error of a sharded weight that is read without its layer."""
+    return ModeError(
+        f"{name} is sharded and read by another than its layer's own call (or has a gradient that another program assigned); "
+        "leave it out by a rule, 'none', or train it unsharded"
+    )
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,10 @@ def make_weight(target: Target, merge: Merge = "auto") -> Weight:
         merge: See `DenseWeight`.
 
     Returns:
-        The weight. Raises `ModeError` where it is to be quantised and is not yet.
+        The weight.
+
+    Raises:
+        ModeError: It is to be quantised and is not yet; it is sharded, and of another kind of layer than a linear one.
     """
     if target.route == "packed":
         return packed_of(target.owners[0][0], target.name)

@@ -55,8 +55,8 @@ outside_of_graph: Callable[..., Any] = torch._disable_dynamo(_called)  # type: i
 vars(outside_of_graph)["_torchdynamo_disable"] = True
 vars(outside_of_graph)["_torchdynamo_disable_msg"] = (
     "this layer, which lingrad trains, cannot be compiled in one graph with others: its basis is drawn at each use "
-    "(store=false), its weight is stepped inside the backward (layerwise), another program has replaced its forward, or it is "
-    "no linear layer in adapter mode. Leave out fullgraph=True, or call opt.detach() first"
+    "(store=false), its weight is sharded or stepped inside the backward (layerwise), another program has replaced its "
+    "forward, or it is no linear layer in adapter mode. Leave out fullgraph=True, or call opt.detach() first"
 )
 
 

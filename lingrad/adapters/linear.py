@@ -262,7 +262,8 @@ class LinearAttachment(LayerAttachment):
 
 def _by_torch() -> bool:
     """Whether it is torch.distributed that reads an attribute of the module, two calls up."""
-    return sys._getframe(3).f_globals.get("__name__", "").startswith("torch.distributed.")
+    name: str = sys._getframe(3).f_globals.get("__name__", "")
+    return name.startswith("torch.distributed.")
 
 
 def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:

@@ -21,6 +21,7 @@ from lingrad.engine.arithmetic import Arithmetic, arithmetic, as_published
 from lingrad.engine.checkpoint import identity
 from lingrad.engine.layerwise import Layerwise
 from lingrad.engine.refresh import schedule
+from lingrad.engine.refusals import check_effective, check_sharded
 from lingrad.engine.run import Run
 from lingrad.engine.step import step_one
 from lingrad.engine.stepper import Group, Stepper
@@ -220,7 +221,8 @@ def build(model: Trainable, rules: Rules, base: BaseLike, mode: Mode, options: M
             defaults={"weight_decay": settings.weight_decay, "scale": settings.scale},
             prefix=f"{i}." if len(plans) > 1 else "",
         )
-    _check_effective(settings, mode, attachments)
+    check_effective(settings, mode, attachments)
+    check_sharded(settings, found, attachments)
     for group in groups:
         stepped = found if group["kind"] == "coords" else found.fallback or found
         checks.check_steps(stepped, group["params"], capturable=bool(group.get("capturable")))
@@ -271,28 +273,6 @@ def _attachments(placed: Sequence[GroupedTarget], settings: Settings, gathering:
         sub = Subspace(target.name, weight, basis, slice(start, start + rows), ledger)
         found.append(make_attachment(target, Projection(sub, shared, gathering), plain=settings.self_contained))
     return found
-
-
-def _check_effective(settings: Settings, mode: Mode, attachments: Sequence[Attachment]) -> None:
-    """Refuse options that would have no effect, and weights that do not support the mode."""
-    defaults = Settings()
-    for option in ("scale", "carry", "compat"):
-        idle = getattr(settings, option) != getattr(defaults, option) and not attachments
-        require(not idle, option, f"'{option}' has no effect where nothing is transformed; leave it out")
-    for attachment in attachments:
-        attachment.require(mode)
-    quantised = any(attachment.sub.weight.loss is not None for attachment in attachments)
-    require(
-        quantised or not settings.keep_remainder,
-        "keep_remainder",
-        "keep_remainder is for weights that are stored in 4 or 8 bits, and none that is transformed is; leave it out",
-    )
-    require(
-        settings.merge_every is None or not quantised,
-        "merge_every",
-        "merge_every merges more often than refreshes do, and a merge into a quantised weight loses what is smaller than a "
-        "step of its grid; leave it out",
-    )
 
 
 def _short(item: Any) -> str:

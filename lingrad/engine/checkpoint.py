@@ -128,7 +128,9 @@ def load(run: Run, state_dict: dict[str, Any]) -> None:
             sub.basis.energy = entries.energy
         sub.ledger, sub.weight.loss = entries.ledger, entries.loss
         for key, tensor in entries.stored.items():
-            if own_part(tensor).data_ptr() != own_part(stored[key]).data_ptr():  # as in accelerate's load_state_dict(state_dict())
+            if (
+                own_part(tensor).data_ptr() != own_part(stored[key]).data_ptr()
+            ):  # as in accelerate's load_state_dict(state_dict())
                 stored[key].copy_(tensor)
         sub.coords.grad = None  # of weights and a basis that are replaced
         run.step = entries.step

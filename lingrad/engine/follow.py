@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lingrad.adapters import is_attached
 from lingrad.engine.run import Run
 from lingrad.errors import ModeError
+from lingrad.sharding import is_sharded
 from lingrad.subspaces.watched import SummedWeight
 
 
@@ -60,9 +61,17 @@ def take_assigned(run: Run) -> None:
 
     Args:
         run: The run; each such gradient is added to that of the coordinates, and freed.
+
+    Raises:
+        ModeError: A weight was sharded after the run was made.
     """
     for attachment in run.attachments:
         weight = attachment.sub.weight.param
+        if is_sharded(weight) and attachment.sub.weight.sharding is None:
+            raise ModeError(
+                f"{attachment.sub.name} was sharded after lingrad was called (fully_shard, parallelize_module, an FSDP "
+                "plugin), and its coordinates with it; shard the model first, then call lingrad on it"
+            )
         if weight.grad is not None or isinstance(weight, SummedWeight):
             attachment.sub.take(weight)
 

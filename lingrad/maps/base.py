@@ -52,7 +52,7 @@ class LinearMap(ABC):
         """Whether each row of the weight is a map of the same row of the coordinates, and of no other."""
         return False
 
-    def part(self, rows: slice, coords: Tensor) -> tuple[LinearMap, Tensor]:
+    def part(self, rows: slice, coords: Tensor) -> tuple[LinearMap, Tensor]:  # noqa: DOC202 - of those that can be cut
         """The map to some rows of the weight, and the coordinates that it takes.
 
         Args:
@@ -60,7 +60,10 @@ class LinearMap(ABC):
             coords: z [p, q]; where the map is `aligned`, those rows of it.
 
         Returns:
-            A map S' and coordinates z' with ``S'.lift(z') == lift(z)[rows]``. Raises `ModeError` where there is none.
+            A map S' and coordinates z' with ``S'.lift(z') == lift(z)[rows]``.
+
+        Raises:
+            ModeError: There is none.
         """
         raise ModeError(f"a {type(self).__name__} cannot be cut by rows; leave sharded weights to another transform")
 

@@ -14,8 +14,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lingrad.errors import CheckpointError, shown
+from lingrad.errors import CheckpointError, ModeError, shown
 from lingrad.maps.factors import Factors, stack
+from lingrad.sharding import whole
 from lingrad.subspaces import trees
 from lingrad.transforms.base import Transform
 from lingrad.weights.layout import Layout
@@ -104,7 +105,7 @@ class Ledger:
         """
         if self._open is None:
             return
-        coords, self._open = self._open, None
+        coords, self._open = whole(self._open), None
         if not coords.any():
             return
         if self.transform.reads == "nothing":
@@ -117,6 +118,29 @@ class Ledger:
     def open(self, coords: Tensor) -> Tensor:
         """All that the basis in use has brought: what was merged through it, and coordinates that are not merged yet."""
         return coords if self._open is None else self._open + coords
+
+    def require_known(self, name: str, *, decays: bool) -> None:
+        """Make sure that the change of the weight is recorded.
+
+        Args:
+            name: The weight's name.
+            decays: Whether it decays.
+
+        Raises:
+            ModeError: The change is not known.
+        """
+        if self.replaced:
+            raise ModeError(
+                f"{name} was loaded into the model after it had changed, or written to by another program, and the recorded "
+                "change is another weight's: load the optimizer's state that was saved with it (optimizer.pt of a Trainer's "
+                "checkpoint), or compare the weights with those the run started from (lingrad convert)"
+            )
+        if not self.records and (self.merged or decays):
+            raise ModeError(
+                f"{name} {'was merged into' if self.merged else 'decays'}, and what was merged was not recorded: make the run "
+                "with ledger=True to know its change as factors, or compare its weights with those it started from "
+                "(lingrad convert)"
+            )
 
     def closed(self) -> list[Factors]:
         """What was merged through bases that are no longer in use, as it stands in the weight now.

@@ -16,7 +16,7 @@ from lingrad.errors import ModeError, ShapeError
 from lingrad.gradients import DenseGradient, Gradient
 from lingrad.maps import LinearMap
 from lingrad.parallel import average
-from lingrad.sharding import own, whole
+from lingrad.sharding import own, read_alone, whole
 from lingrad.subspaces.basis import Basis, is_projection, products
 from lingrad.subspaces.ledger import Change, Ledger, total
 from lingrad.subspaces.pending import PendingGradient
@@ -177,16 +177,9 @@ class Subspace:
         if grad is not None:
             param.grad = None
             if self.weight.sharding is not None:
-                raise self.read_alone()
+                raise read_alone(self.name)
             self.require_intact()
             self.capture(DenseGradient(self.weight.layout.matrix(dense(grad))))
-
-    def read_alone(self) -> ModeError:
-        """The error of a sharded weight that is read without its layer."""
-        return ModeError(
-            f"{self.name} is sharded and read by another than its layer's own call (or has a gradient that another program "
-            "assigned); leave it out by a rule, 'none', or train it unsharded"
-        )
 
     def record(self, grad: Gradient, projected: Tensor, owned: Callable[[], Gradient] | None = None) -> None:
         """Keep what a refresh needs of one backward, in a step that gathers it.
@@ -277,23 +270,10 @@ class Subspace:
         Raises:
             ModeError: It is not known.
         """
-        ledger = self.ledger
-        if ledger.replaced:
-            raise ModeError(
-                f"{self.name} was loaded into the model after it had changed, or written to by another program, and the "
-                "recorded change is another weight's: "
-                "load the optimizer's state that was saved with it (optimizer.pt of a Trainer's checkpoint), or compare the "
-                "weights with those the run started from (lingrad convert)"
-            )
-        if not ledger.records and (ledger.merged or decays):
-            raise ModeError(
-                f"{self.name} {'was merged into' if ledger.merged else 'decays'}, and what was merged was not recorded: make "
-                "the run with ledger=True to know its change as factors, or compare its weights with those it started from "
-                "(lingrad convert)"
-            )
-        open_ = whole(ledger.open(self.coords))
+        self.ledger.require_known(self.name, decays=decays)
+        open_ = whole(self.ledger.open(self.coords))
         last = self.map().factors(open_.detach()) if open_.any() else None
-        return Change(self.name, self.weight.layout, total(ledger.closed(), last), ledger.decay)
+        return Change(self.name, self.weight.layout, total(self.ledger.closed(), last), self.ledger.decay)
 
     @property
     def released(self) -> bool:

@@ -1,0 +1,66 @@
+"""What a run refuses before anything is changed: options that would have no effect, and what sharded weights do not support."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from lingrad.adapters import Attachment
+from lingrad.config.settings import Mode, Settings
+from lingrad.errors import SpecError, require
+from lingrad.optimizers import Base
+
+
+def check_effective(settings: Settings, mode: Mode, attachments: Sequence[Attachment]) -> None:
+    """Refuse options that would have no effect, and weights that do not support the mode.
+
+    Args:
+        settings: The options.
+        mode: The mode that the run is to start in.
+        attachments: The connections to the model.
+    """
+    defaults = Settings()
+    for option in ("scale", "carry", "compat"):
+        idle = getattr(settings, option) != getattr(defaults, option) and not attachments
+        require(not idle, option, f"'{option}' has no effect where nothing is transformed; leave it out")
+    for attachment in attachments:
+        attachment.require(mode)
+    quantised = any(attachment.sub.weight.loss is not None for attachment in attachments)
+    require(
+        quantised or not settings.keep_remainder,
+        "keep_remainder",
+        "keep_remainder is for weights that are stored in 4 or 8 bits, and none that is transformed is; leave it out",
+    )
+    require(
+        settings.merge_every is None or not quantised,
+        "merge_every",
+        "merge_every merges more often than refreshes do, and a merge into a quantised weight loses what is smaller than a "
+        "step of its grid; leave it out",
+    )
+
+
+def check_sharded(settings: Settings, base: Base, attachments: Sequence[Attachment]) -> None:
+    """Refuse what the shards of a weight do not support.
+
+    Args:
+        settings: The options.
+        base: The base of the coordinates.
+        attachments: The connections to the model.
+
+    Raises:
+        SpecError: Moments are coded in blocks, which shards would cut; weights are stepped inside the backward.
+    """
+    if all(attachment.sub.weight.sharding is None for attachment in attachments):
+        return
+    coded = base.quantizer is not None or base.name == "adamw8bit"
+    require(
+        not coded,
+        "moments",
+        "8-bit moments are coded in blocks of 256, which the shards of fully_shard cut in other places for each number of "
+        "processes; leave them out: each process holds its part of the moments only",
+    )
+    if settings.layerwise:
+        raise SpecError(
+            "layerwise=True steps weights in the order in which gradients arrive, which is not the same in every process of "
+            "a sharded run; leave it out: fully_shard frees gathered gradients layer by layer itself",
+            option="layerwise",
+        )

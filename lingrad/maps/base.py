@@ -52,15 +52,12 @@ class LinearMap(ABC):
         """Whether each row of the weight is a map of the same row of the coordinates, and of no other."""
         return False
 
-    def part(self, rows: slice, coords: Tensor) -> tuple[LinearMap, Tensor]:  # noqa: DOC202 - of those that can be cut
-        """The map to some rows of the weight, and the coordinates that it takes.
+    def part(self, rows: slice, coords: Tensor) -> tuple[LinearMap, Tensor]:
+        """A map S' to some rows of the weight, and the coordinates z' it takes: ``S'.lift(z') == lift(z)[rows]``.
 
         Args:
             rows: The rows, with a start and a stop.
             coords: z [p, q]; where the map is `aligned`, those rows of it.
-
-        Returns:
-            A map S' and coordinates z' with ``S'.lift(z') == lift(z)[rows]``.
 
         Raises:
             ModeError: There is none.

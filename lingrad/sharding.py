@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 from torch import Tensor, nn
 
@@ -37,9 +37,31 @@ def own(tensor: Tensor) -> Tensor:
     return tensor._local_tensor if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
 
 
-def read_alone(name: str) -> ModeError:
-    """The error of a sharded weight that is read without its layer."""
-    return ModeError(
+def refuse_late(name: str) -> NoReturn:
+    """Refuse a weight that was sharded after a run was made of it.
+
+    Args:
+        name: The weight's name.
+
+    Raises:
+        ModeError: Always.
+    """
+    raise ModeError(
+        f"{name} was sharded after lingrad was called (fully_shard, parallelize_module, an FSDP plugin), and its coordinates "
+        "with it; shard the model first, then call lingrad on it"
+    )
+
+
+def refuse_reader(name: str) -> NoReturn:
+    """Refuse a sharded weight that is read without its layer.
+
+    Args:
+        name: The weight's name.
+
+    Raises:
+        ModeError: Always.
+    """
+    raise ModeError(
         f"{name} is sharded and read by another than its layer's own call (or has a gradient that another program assigned); "
         "leave it out by a rule, 'none', or train it unsharded"
     )

@@ -24,6 +24,7 @@ from lingrad.adapters.projected import Projected, Projection, Tied, Way
 from lingrad.adapters.reading import make_plain, make_readable, read
 from lingrad.config.settings import Mode
 from lingrad.errors import ModeError
+from lingrad.sharding import refuse_late
 from lingrad.subspaces.watched import SummedWeight, watch
 from lingrad.tensors import call
 
@@ -181,8 +182,11 @@ class LinearAttachment(LayerAttachment):
 
     def _read(self) -> Tensor:
         """The weight, for whoever reads it in adapter mode."""
-        own = self._runs or (self.layer.sharding is not None and _by_torch())
-        return self._frozen() if own else read(self.sub, averages=False)
+        if _by_fsdp():
+            if self.layer.sharding is None:
+                refuse_late(self.sub.name)
+            return self._frozen()
+        return self._frozen() if self._runs else read(self.sub, averages=False)
 
     def _replaced(self) -> None:
         """Take another parameter for the whole weight: whoever puts it there has read the sum."""
@@ -260,10 +264,10 @@ class LinearAttachment(LayerAttachment):
         return weight
 
 
-def _by_torch() -> bool:
-    """Whether it is torch.distributed that reads an attribute of the module, two calls up."""
+def _by_fsdp() -> bool:
+    """Whether it is fully_shard that reads an attribute of the module, two calls up."""
     name: str = sys._getframe(3).f_globals.get("__name__", "")
-    return name.startswith("torch.distributed.")
+    return name.startswith("torch.distributed.fsdp.")
 
 
 def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:

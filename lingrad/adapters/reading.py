@@ -19,7 +19,7 @@ from lingrad.adapters.functions import applied, once, outside_of_graph
 from lingrad.errors import ModeError
 from lingrad.gradients.local import DenseGradient
 from lingrad.parallel import average
-from lingrad.sharding import read_alone
+from lingrad.sharding import refuse_reader
 from lingrad.subspaces.subspace import Subspace
 from lingrad.tensors import dense
 
@@ -83,7 +83,7 @@ class EffectiveWeight(Tensor):
     def form(self) -> Tensor:
         """The numbers, in a plain tensor that is not to be written into."""
         if self.subspace.weight.sharding is not None:
-            raise read_alone(self.subspace.name)
+            refuse_reader(self.subspace.name)
         return self.subspace.add_to(self.numbers, self.subspace.coords.detach()) if self.whole else self.numbers
 
     @torch.no_grad()

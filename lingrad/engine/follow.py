@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lingrad.adapters import is_attached
 from lingrad.engine.run import Run
 from lingrad.errors import ModeError
-from lingrad.sharding import is_sharded
+from lingrad.sharding import is_sharded, refuse_late
 from lingrad.subspaces.watched import SummedWeight
 
 
@@ -68,10 +68,7 @@ def take_assigned(run: Run) -> None:
     for attachment in run.attachments:
         weight = attachment.sub.weight.param
         if is_sharded(weight) and attachment.sub.weight.sharding is None:
-            raise ModeError(
-                f"{attachment.sub.name} was sharded after lingrad was called (fully_shard, parallelize_module, an FSDP "
-                "plugin), and its coordinates with it; shard the model first, then call lingrad on it"
-            )
+            refuse_late(attachment.sub.name)
         if weight.grad is not None or isinstance(weight, SummedWeight):
             attachment.sub.take(weight)
 

@@ -16,7 +16,7 @@ from lingrad.errors import ModeError, ShapeError
 from lingrad.gradients import DenseGradient, Gradient
 from lingrad.maps import LinearMap
 from lingrad.parallel import average
-from lingrad.sharding import own, read_alone, whole
+from lingrad.sharding import own, refuse_reader, whole
 from lingrad.subspaces.basis import Basis, is_projection, products
 from lingrad.subspaces.ledger import Change, Ledger, total
 from lingrad.subspaces.pending import PendingGradient
@@ -177,7 +177,7 @@ class Subspace:
         if grad is not None:
             param.grad = None
             if self.weight.sharding is not None:
-                raise read_alone(self.name)
+                refuse_reader(self.name)
             self.require_intact()
             self.capture(DenseGradient(self.weight.layout.matrix(dense(grad))))
 

@@ -149,9 +149,8 @@ def release(coords: Iterable[nn.Parameter]) -> None:
     keep = parallel.initialized()
     for one in coords:
         if is_sharded(one):  # of a DTensor the class cannot be changed: it is marked, until it is written into
-            local = own(one.detach())
-            local.zero_()
-            vars(one)["released"] = local._version
+            own(one).zero_()
+            vars(one)["released"] = one._version  # that of the DTensor: operations on it do not raise its part's
             continue
         zero = vars(one).get("zero")
         if keep:
@@ -203,7 +202,7 @@ def allocate(coords: Sequence[nn.Parameter], *, together: bool = False) -> list[
 
 def is_released(coords: Tensor) -> bool:
     """Whether coordinates are all zero, and nothing has been written to them since."""
-    return isinstance(coords, ReleasedCoords) or vars(coords).get("released", -1) == own(coords)._version
+    return isinstance(coords, ReleasedCoords) or vars(coords).get("released", -1) == coords._version
 
 
 def views(flat: Tensor, like: Sequence[Tensor]) -> Sequence[Tensor]:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lingrad.config import spec
+from lingrad.config.names import held_parameters
 from lingrad.config.rules import Rules, parse_rules
 from lingrad.errors import ShapeError, SpecError
 from lingrad.transforms.base import Transform
@@ -166,14 +167,12 @@ def resolve_parameters(named: Iterable[tuple[str, nn.Parameter]], rules: Rules) 
 
 def _candidates(model: nn.Module) -> list[_Candidate]:
     found: dict[int, _Candidate] = {}
-    for module_name, module in model.named_modules():
-        for attribute, param in module.named_parameters(recurse=False):
-            name = f"{module_name}.{attribute}" if module_name else attribute
-            _require_initialized(name, param)
-            if param.requires_grad or (attribute == "weight" and is_packed(module)):
-                candidate = found.setdefault(id(param), _Candidate([], param))
-                candidate.names.append(name)
-                candidate.owners.append((module, attribute))
+    for name, param, module, attribute in held_parameters(model):
+        _require_initialized(name, param)
+        if param.requires_grad or (attribute == "weight" and is_packed(module)):
+            candidate = found.setdefault(id(param), _Candidate([], param))
+            candidate.names.append(name)
+            candidate.owners.append((module, attribute))
     return list(found.values())
 
 

@@ -12,6 +12,7 @@ from lingrad import optimizers, parallel
 from lingrad.adapters import Attachment, Gathering, Projection, SharedInput, make_attachment, make_weight, refuse_attached
 from lingrad.config import spec
 from lingrad.config.coverage import remark
+from lingrad.config.names import held_parameters
 from lingrad.config.rules import Rules
 from lingrad.config.settings import Mode, Settings, check_not_negative
 from lingrad.config.sharing import GroupedTarget, group_targets, require_shared
@@ -55,9 +56,8 @@ def resolve_groups(model: Trainable, rules: Rules) -> list[tuple[Plan, dict[str,
         SpecError: The parameters have no names, or one is given twice, or none trains.
     """
     if isinstance(model, nn.Module):
-        for module_name, module in model.named_modules():
-            for attribute, param in module.named_parameters(recurse=False):
-                refuse_attached(f"{module_name}.{attribute}" if module_name else attribute, param, module)
+        for name, param, module, _ in held_parameters(model):
+            refuse_attached(name, param, module)
         return [(resolve_model(model, rules), {})]
     given: Any = model
     items: list[Any] = [given] if isinstance(given, str) or not isinstance(given, Iterable) else list(given)

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import warnings
 
-from torch import Tensor, nn
-
 from lingrad.adapters import is_attached
+from lingrad.config.names import parameter_at
 from lingrad.engine.run import Run
 from lingrad.errors import ModeError
 from lingrad.sharding import is_sharded, refuse_late
@@ -45,7 +44,7 @@ def refuse_lost(run: Run) -> None:
         idle = [named for named in idle if not run.layerwise.was_stepped(named.param)]
     own = {id(named.param) for named in run.named()}
     for named in idle:
-        current = _at(run.model, named.name)
+        current = parameter_at(run.model, named.name)
         if current is None or not current.requires_grad or id(current) in own or is_attached(current):
             continue
         if named.attachment is None or not named.attachment.holds(current):
@@ -90,12 +89,3 @@ def _warn_of_unfrozen(run: Run) -> None:
         "trained, unless by another one. Call lingrad while it is trainable, and freeze it then until it is to train",
         stacklevel=2,
     )
-
-
-def _at(model: nn.Module, name: str) -> Tensor | None:
-    """The parameter that a model holds under a name; None where there is no such layer, or it computes the tensor."""
-    *path, attribute = name.split(".")
-    module: nn.Module | None = model
-    for part in path:
-        module = None if module is None else module._modules.get(part)
-    return None if module is None else module._parameters.get(attribute)

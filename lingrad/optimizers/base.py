@@ -18,6 +18,7 @@ from torch.optim import optimizer as torch_optimizer
 from lingrad.errors import DualityError, SpecError, did_you_mean, optional
 from lingrad.optimizers.eight_bit import QuantizedOptimizer, Quantizer, find_quantizer
 from lingrad.optimizers.table import BUILT_IN, BuiltIn, StateRow
+from lingrad.sharding import is_sharded
 from lingrad.tensors import TensorSpec
 
 _OF_ANY_BASE = ("moments", "min_8bit_size")  # options of every base, read by lingrad
@@ -90,8 +91,8 @@ class Base:
             optimizer = self.factory(params, **options)
         except Exception as error:  # other code
             given = ", ".join(f"{key}={value!r}" for key, value in self.options.items())
-            why = error or type(error).__name__
-            raise SpecError(f"base '{self.name}' refused its options ({given}): {why}{self.hint}") from error
+            why = f"{error or type(error).__name__}{self.hint}"
+            raise SpecError(f"base '{self.name}' refused its options ({given}): {why}") from error
         if not isinstance(optimizer, Optimizer):
             raise SpecError(f"base '{self.name}' returned a {type(optimizer).__name__}; expected a torch.optim.Optimizer")
         return optimizer if self.quantizer is None else QuantizedOptimizer(optimizer, self.quantizer)
@@ -197,8 +198,7 @@ def find(base: BaseLike, options: Mapping[str, Any], *, decay: bool = True, othe
         name, factory, built_in = name_of(base), base, _fallback_of(base)
     else:
         raise SpecError(f"base must be a name, an optimizer class or a factory, not {base!r}")
-    fallback = built_in.fallback
-    accepted = _option_names(factory)
+    accepted, fallback = _option_names(factory), built_in.fallback
     known = [*accepted, *(() if fallback is None else _option_names(_load(fallback, BUILT_IN[fallback])))]
     general = {key: value for key, value in options.items() if key in _OF_ANY_BASE and key not in known}
     options = {key: value for key, value in options.items() if key not in general}
@@ -207,7 +207,7 @@ def find(base: BaseLike, options: Mapping[str, Any], *, decay: bool = True, othe
     if not decay and "weight_decay" in accepted:
         _refuse_own_decay(name, factory)
         merged["weight_decay"] = 0.0
-    found = Base(name, factory, merged, row=built_in.moments, hint=_hint(accepted, options, others))
+    found = Base(name, factory, merged, None, built_in.moments, hint=_hint(accepted, options, others))
     found = replace(found, quantizer=find_quantizer(general, name, found.build_dry))
     if fallback is None:
         return found
@@ -295,6 +295,6 @@ def _flatten(params: Iterable[Any]) -> Iterable[Tensor]:
 
 
 def _fusible(param: Tensor, devices: set[str]) -> bool:
-    # coordinates that are released have a class of their own until they are stepped
-    plain = type(param) is Tensor or isinstance(param, nn.Parameter)
+    # coordinates that are released have a class of their own until they are stepped; torch has no fused Adagrad of DTensors
+    plain = (type(param) is Tensor or isinstance(param, nn.Parameter)) and (not is_sharded(param) or "meta" in devices)
     return plain and param.is_floating_point() and param.device.type in devices

@@ -1,0 +1,71 @@
+"""The names of a model's parameters: those of the plain model, whatever torch has wrapped around its layers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from torch import nn
+
+# what torch.compile, checkpoint_wrapper and FullyShardedDataParallel put into names
+_WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module.")
+
+
+class HeldParameter(NamedTuple):
+    """A parameter and one module that holds it.
+
+    Args:
+        name: Its name in the plain model, from which seeds are derived and by which checkpoints know it.
+        param: The parameter.
+        module: The module.
+        attribute: Its name there.
+    """
+
+    name: str
+    param: nn.Parameter
+    module: nn.Module
+    attribute: str
+
+
+def held_parameters(model: nn.Module) -> Iterator[HeldParameter]:
+    """Every parameter of a model, once for each module that holds it.
+
+    Args:
+        model: The model.
+
+    Yields:
+        The parameters, in the model's order.
+    """
+    for path, module in model.named_modules():
+        for attribute, param in module._parameters.items():
+            if param is not None:
+                name = f"{path}.{attribute}" if path else attribute
+                for wrapper in _WRAPPERS:
+                    name = name.replace(wrapper, "")
+                yield HeldParameter(name, param, module, attribute)
+
+
+def parameter_at(model: nn.Module, name: str) -> nn.Parameter | None:
+    """The parameter that a model holds under a name.
+
+    Args:
+        model: The model.
+        name: The name, as `held_parameters` gives it.
+
+    Returns:
+        The parameter; None where there is no such layer, or it computes the tensor.
+    """
+    *path, attribute = name.split(".")
+    module = _unwrapped(model)
+    for part in path:
+        found = module._modules.get(part)
+        if found is None:
+            return None
+        module = _unwrapped(found)
+    return module._parameters.get(attribute)
+
+
+def _unwrapped(module: nn.Module) -> nn.Module:
+    for wrapper in _WRAPPERS:
+        module = module._modules.get(wrapper[:-1]) or module
+    return module

@@ -45,18 +45,24 @@ def broadcast(tensors: Iterable[Tensor]) -> None:
 
 
 def refuse_wrapped(model: object) -> None:
-    """Make sure that a model is not in DistributedDataParallel yet.
+    """Make sure that a model is not in DistributedDataParallel yet, nor in the first FullyShardedDataParallel.
 
     Args:
         model: The model, or its parameters.
 
     Raises:
-        ModeError: It is; DistributedDataParallel would wait for gradients of weights that are frozen now.
+        ModeError: It is; DistributedDataParallel would wait for gradients of weights that are frozen now, and
+            FullyShardedDataParallel makes flat vectors of weights.
     """
     if isinstance(model, DistributedDataParallel):
         raise ModeError(
             "this model is in DistributedDataParallel already, which would wait for gradients of weights that are frozen "
             "now; pass the model itself to lingrad first, then build DistributedDataParallel(model)"
+        )
+    if isinstance(model, nn.Module) and any(type(part).__name__ == "FullyShardedDataParallel" for part in model.modules()):
+        raise ModeError(
+            "this model is in FullyShardedDataParallel, which makes flat vectors of its weights, in which there are no "
+            "subspaces; shard it by torch.distributed.fsdp.fully_shard (FSDP2, fsdp_version: 2), then call lingrad"
         )
 
 

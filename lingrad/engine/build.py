@@ -222,7 +222,7 @@ def build(model: Trainable, rules: Rules, base: BaseLike, mode: Mode, options: M
             prefix=f"{i}." if len(plans) > 1 else "",
         )
     check_effective(settings, mode, attachments)
-    check_sharded(settings, found, attachments)
+    check_sharded(settings, found, attachments, model)
     for group in groups:
         stepped = found if group["kind"] == "coords" else found.fallback or found
         checks.check_steps(stepped, group["params"], capturable=bool(group.get("capturable")))

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from torch import nn
+
 from lingrad.adapters import Attachment
 from lingrad.config.settings import Mode, Settings
-from lingrad.errors import SpecError, require
+from lingrad.errors import ModeError, SpecError, require
 from lingrad.optimizers import Base
 
 
@@ -38,19 +40,36 @@ def check_effective(settings: Settings, mode: Mode, attachments: Sequence[Attach
     )
 
 
-def check_sharded(settings: Settings, base: Base, attachments: Sequence[Attachment]) -> None:
+def check_sharded(settings: Settings, base: Base, attachments: Sequence[Attachment], model: object) -> None:
     """Refuse what the shards of a weight do not support.
 
     Args:
         settings: The options.
         base: The base of the coordinates.
         attachments: The connections to the model.
+        model: The model, or what was given in its place.
 
     Raises:
         SpecError: Moments are coded in blocks, which shards would cut; weights are stepped inside the backward.
+        ModeError: Another program than fully_shard has cut the weights, or some only are.
     """
-    if all(attachment.sub.weight.sharding is None for attachment in attachments):
+    subs = [attachment.sub for attachment in attachments]
+    cut = [sub for sub in subs if sub.weight.sharding is not None]
+    if not cut:
         return
+    from torch.distributed.fsdp import FSDPModule
+
+    if not (isinstance(model, nn.Module) and any(isinstance(module, FSDPModule) for module in model.modules())):
+        raise ModeError(
+            f"{cut[0].name} is a DTensor that fully_shard has not made (tensor parallelism?): its layer computes a part of its "
+            "output in each process. Shard by fully_shard instead, or leave such weights out by a rule: 'none'"
+        )
+    if len(cut) < len(subs):
+        left = next(sub for sub in subs if sub.weight.sharding is None)
+        raise ModeError(
+            f"{left.name} is not sharded, and {cut[0].name} is: its gradient would be another in each process. Call "
+            "fully_shard(model) on the whole model after its layers, without ignored_params; or leave it out by a rule: 'none'"
+        )
     coded = base.quantizer is not None or base.name == "adamw8bit"
     require(
         not coded,

@@ -56,7 +56,7 @@ def test_a_wrapped_model_trains_and_resumes_as_the_plain_one(wrap, start):
         runs.append(optimizer)
     plain, wrapped = runs
     for name, weight in plain.weights().items():
-        torch.testing.assert_close(wrapped.weights()[name], weight, rtol=1e-12, atol=1e-14)  # compiled layers sum in other orders
+        torch.testing.assert_close(wrapped.weights()[name], weight, rtol=1e-12, atol=1e-14)  # summed in other orders
     plain.load_state_dict(wrapped.state_dict())
 
 

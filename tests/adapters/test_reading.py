@@ -396,3 +396,24 @@ def test_a_state_dict_that_is_kept_does_not_make_the_next_one_old(fused):
         optimizer.step()
         kept.append(model.state_dict())
         torch.testing.assert_close(kept[-1]["1.weight"], optimizer.weights()["1.weight"], rtol=0, atol=0)
+
+
+def test_a_sum_that_is_loaded_into_the_run_it_came_from_changes_nothing():
+    """As torch.distributed.checkpoint does, which loads the optimizer's state before the model's: both parts stay."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 6)).double()
+    optimizer = lingrad.adapt(model, "random(rank=2)", lr=1e-2, ledger=True)
+    model(torch.randn(3, 6, dtype=torch.float64)).square().sum().backward()
+    optimizer.step()
+    before = [(sub.coords.detach().clone(), sub.weight.param.detach().clone()) for sub in optimizer.subspaces]
+    assert all(bool(coords.any()) for coords, _ in before)
+    model.load_state_dict({name: value.clone() for name, value in model.state_dict().items()})
+    for sub, (coords, weight) in zip(optimizer.subspaces, before, strict=True):
+        assert torch.equal(sub.coords, coords)
+        assert torch.equal(sub.weight.param, weight)
+    optimizer.changes()  # they are still this run's
+    other = {name: value + 1 for name, value in model.state_dict().items()}
+    model.load_state_dict(other)
+    for sub in optimizer.subspaces:
+        assert not bool(sub.coords.any())
+        assert torch.equal(sub.weight.param, other[sub.name])

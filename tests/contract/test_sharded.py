@@ -391,7 +391,11 @@ def refused(rank, world):
     attempt(lambda: reads("adapter"))
     mesh = init_device_mesh("cpu", (world,))
     for plan in (ColwiseParallel(), RowwiseParallel()):
-        attempt(lambda plan=plan: lingrad.wrap(parallelize_module(llama(), mesh, {"model.layers.*.self_attn.q_proj": plan}), POWER, lr=1e-2))
+        attempt(
+            lambda plan=plan: lingrad.wrap(
+                parallelize_module(llama(), mesh, {"model.layers.*.self_attn.q_proj": plan}), POWER, lr=1e-2
+            )
+        )
     layers = llama()
     for layer in layers.model.layers[:1]:
         fully_shard(layer)

@@ -1,14 +1,17 @@
-"""Helpers for tensors: a shape and a dtype without data, casts, sizes in bytes, storages, hooks."""
+"""Helpers for tensors: a shape and a dtype without data, casts, sizes in bytes, storages, parts of several processes, hooks."""
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections.abc import Callable, Iterable
 from math import prod
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+_DTENSOR = "torch.distributed.tensor"  # imported where a DTensor is known to exist: it takes as long as torch itself
 
 
 class TensorSpec(NamedTuple):
@@ -65,6 +68,24 @@ def distinct(tensors: Iterable[Tensor]) -> list[Tensor]:
 def dense(tensor: Tensor) -> Tensor:
     """The tensor, or, of a sparse one, as an embedding's gradient may be, a dense copy."""
     return tensor.to_dense() if tensor.is_sparse else tensor
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether a tensor is a DTensor, of which each process holds a part."""
+    if type(tensor) is Tensor or type(tensor) is nn.Parameter:
+        return False
+    module = sys.modules.get(_DTENSOR)
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The tensor, all of it, in every process; a collective where it is sharded."""
+    return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+
+
+def own(tensor: Tensor) -> Tensor:
+    """This process's part of a tensor, sharing memory with it."""
+    return tensor._local_tensor if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
 
 
 def call(method: weakref.WeakMethod[Callable[..., None]] | None, *args: Any) -> None:

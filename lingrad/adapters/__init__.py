@@ -14,12 +14,12 @@ from lingrad.adapters.shared import SharedInput as SharedInput
 from lingrad.adapters.weight import WeightAttachment as WeightAttachment
 from lingrad.config.targets import Target
 from lingrad.errors import ModeError
-from lingrad.sharding import sharding_of
 from lingrad.weights.base import Weight
 from lingrad.weights.bitsandbytes import packed_of
 from lingrad.weights.dense import DenseWeight, Merge
 from lingrad.weights.packed import PackedWeight
 from lingrad.weights.sharded import ShardedWeight
+from lingrad.weights.sharding import sharding_of
 
 
 def make_weight(target: Target, merge: Merge = "auto") -> Weight:

@@ -15,10 +15,9 @@ from typing_extensions import override
 from lingrad.config.settings import Mode
 from lingrad.errors import ModeError
 from lingrad.parallel import average
-from lingrad.sharding import is_sharded, own
 from lingrad.subspaces.subspace import Subspace
 from lingrad.subspaces.watched import unwatch, was_written, watch
-from lingrad.tensors import wide
+from lingrad.tensors import is_sharded, own, wide
 
 CHILD = "lingrad"  # the name under which a layer holds its coordinates
 _MARK = "_lingrad_attached"  # on a parameter whose gradient belongs to a subspace
@@ -105,6 +104,7 @@ class Attachment(ABC):
                 save, load = (partial(hook, attribute=attribute, key=key) for hook in (self._save, self._load))
                 self._hooks.append(module.register_state_dict_post_hook(save))
                 self._hooks.append(module.register_load_state_dict_pre_hook(load))
+                self._hooks.append(module.register_load_state_dict_post_hook(self._loaded))
 
     @abstractmethod
     def _keys(self) -> list[tuple[nn.Module, str, str]]:
@@ -128,12 +128,16 @@ class Attachment(ABC):
         if f"{prefix}{attribute}" in state:
             weight, given = self.sub.weight.param, state.pop(f"{prefix}{attribute}")
             if self._is_sum(given):  # as where the optimizer's state, which has both parts, was loaded before
+                unwatch(weight)  # it is written over with itself
                 state[f"{prefix}{key}"] = weight.detach()
                 return
             state[f"{prefix}{key}"] = given
             if self.sub.weight.sharding is None:  # an optimizer's state that is loaded after this may have the memory
                 weight.data = weight.detach().clone()
             self.sub.restart()
+
+    def _loaded(self, module: nn.Module, _: Any) -> None:
+        watch(self.sub.weight.param, self.sub.open)
 
     @torch.no_grad()
     def _is_sum(self, given: Any) -> bool:

@@ -24,9 +24,9 @@ from lingrad.adapters.projected import Projected, Projection, Tied, Way
 from lingrad.adapters.reading import make_plain, make_readable, read
 from lingrad.config.settings import Mode
 from lingrad.errors import ModeError
-from lingrad.sharding import refuse_late
 from lingrad.subspaces.watched import SummedWeight, watch
 from lingrad.tensors import call
+from lingrad.weights.sharding import refuse_late
 
 
 class LayerAttachment(Attachment):

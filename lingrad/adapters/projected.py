@@ -24,10 +24,9 @@ from lingrad.errors import ModeError
 from lingrad.gradients import FactoredGradient
 from lingrad.gradients.local import formed
 from lingrad.maps import LinearMap
-from lingrad.sharding import whole
 from lingrad.subspaces.basis import products
 from lingrad.subspaces.subspace import Subspace
-from lingrad.tensors import cast
+from lingrad.tensors import cast, whole
 
 # How z takes part in a layer: W + S z is formed, or S z is applied to the tokens; None where z is zero.
 Way = Literal["sum", "apply"] | None

@@ -19,9 +19,9 @@ from lingrad.adapters.functions import applied, once, outside_of_graph
 from lingrad.errors import ModeError
 from lingrad.gradients.local import DenseGradient
 from lingrad.parallel import average
-from lingrad.sharding import refuse_reader
 from lingrad.subspaces.subspace import Subspace
 from lingrad.tensors import dense
+from lingrad.weights.sharding import refuse_reader
 
 _READ = "_lingrad_read_{}"  # in the dict of a module: gives the value of its attribute
 _CLASSES: dict[tuple[type, str], type] = {}  # by the class and the attribute

@@ -19,10 +19,10 @@ from lingrad.engine.stepper import placed
 from lingrad.errors import CheckpointError
 from lingrad.optimizers import Base
 from lingrad.optimizers.hooks import without_global_hooks
-from lingrad.sharding import is_sharded
-from lingrad.sharding import own as own_part
 from lingrad.subspaces import trees
 from lingrad.subspaces.ledger import Ledger
+from lingrad.tensors import is_sharded
+from lingrad.tensors import own as own_part
 from lingrad.weights.base import MergeLoss
 
 

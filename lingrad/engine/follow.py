@@ -12,8 +12,9 @@ from lingrad.adapters import is_attached
 from lingrad.config.names import parameter_at
 from lingrad.engine.run import Run
 from lingrad.errors import ModeError
-from lingrad.sharding import is_sharded, refuse_late
 from lingrad.subspaces.watched import SummedWeight
+from lingrad.tensors import is_sharded
+from lingrad.weights.sharding import refuse_late
 
 
 def refuse_lost(run: Run) -> None:

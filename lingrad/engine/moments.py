@@ -12,7 +12,7 @@ from lingrad.config.settings import Carry
 from lingrad.errors import DualityError
 from lingrad.maps import LinearMap
 from lingrad.optimizers.eight_bit import Quantizer
-from lingrad.sharding import whole
+from lingrad.tensors import whole
 
 
 class Moments(NamedTuple):

@@ -19,11 +19,10 @@ from lingrad.gradients.averaged import averaged
 from lingrad.gradients.stacked import StackedGradient
 from lingrad.maps import LinearMap
 from lingrad.parallel import average, broadcast, ranks
-from lingrad.sharding import whole
 from lingrad.subspaces import trees
 from lingrad.subspaces.basis import Basis, Probes, Proposal
 from lingrad.subspaces.subspace import Subspace
-from lingrad.tensors import cast
+from lingrad.tensors import cast, whole
 from lingrad.transforms import Probe, Sketch
 from lingrad.transforms.sketch import free_test_matrices, sketched
 

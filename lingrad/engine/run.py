@@ -16,10 +16,10 @@ from lingrad.config.settings import Mode, Settings
 from lingrad.engine.layerwise import Layerwise
 from lingrad.engine.stepper import Group, Stepper
 from lingrad.errors import ModeError
-from lingrad.sharding import whole
 from lingrad.subspaces.basis import Basis
 from lingrad.subspaces.subspace import Subspace
 from lingrad.subspaces.watched import allocate, release
+from lingrad.tensors import whole
 from lingrad.weights.dense import DenseWeight
 
 

@@ -19,10 +19,10 @@ from lingrad.engine.run import Run
 from lingrad.engine.stepper import Built, Group
 from lingrad.errors import ModeError
 from lingrad.optimizers.hooks import without_global_hooks
-from lingrad.sharding import own
 from lingrad.subspaces.ledger import Ledger
 from lingrad.subspaces.merging import merge_all
 from lingrad.subspaces.watched import allocate
+from lingrad.tensors import own
 
 
 @torch.no_grad()

@@ -18,8 +18,7 @@ from torch.optim import optimizer as torch_optimizer
 from lingrad.errors import DualityError, SpecError, did_you_mean, optional
 from lingrad.optimizers.eight_bit import QuantizedOptimizer, Quantizer, find_quantizer
 from lingrad.optimizers.table import BUILT_IN, BuiltIn, StateRow
-from lingrad.sharding import is_sharded
-from lingrad.tensors import TensorSpec
+from lingrad.tensors import TensorSpec, is_sharded
 
 _OF_ANY_BASE = ("moments", "min_8bit_size")  # options of every base, read by lingrad
 

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from lingrad.errors import CheckpointError, ModeError, shown
 from lingrad.maps.factors import Factors, stack
-from lingrad.sharding import whole
 from lingrad.subspaces import trees
+from lingrad.tensors import whole
 from lingrad.transforms.base import Transform
 from lingrad.weights.layout import Layout
 

@@ -18,8 +18,7 @@ from torch import Tensor, nn
 from lingrad.errors import ModeError
 from lingrad.gradients import Gradient, accumulate
 from lingrad.parallel import average, ranks
-from lingrad.sharding import is_sharded, whole
-from lingrad.tensors import call, nbytes
+from lingrad.tensors import call, is_sharded, nbytes, whole
 
 Seen = Gradient | tuple[Tensor, ...]
 

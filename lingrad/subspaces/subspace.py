@@ -16,14 +16,14 @@ from lingrad.errors import ModeError, ShapeError
 from lingrad.gradients import DenseGradient, Gradient
 from lingrad.maps import LinearMap
 from lingrad.parallel import average
-from lingrad.sharding import own, refuse_reader, whole
 from lingrad.subspaces.basis import Basis, is_projection, products
 from lingrad.subspaces.ledger import Change, Ledger, total
 from lingrad.subspaces.pending import PendingGradient
 from lingrad.subspaces.watched import is_released, was_written
-from lingrad.tensors import dense, wide
+from lingrad.tensors import dense, own, whole, wide
 from lingrad.transforms import Probe
 from lingrad.weights.base import Remainder, Weight
+from lingrad.weights.sharding import refuse_reader
 
 
 @dataclass(eq=False, repr=False)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lingrad import parallel
-from lingrad.sharding import is_sharded, own
+from lingrad.tensors import is_sharded, own
 
 _DATA: Any = torch.Tensor.data
 # torch's compiler asks for ``data`` to see of which type it is, also while a compiled model runs

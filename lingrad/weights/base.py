@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from lingrad.maps import LinearMap
-from lingrad.sharding import Sharding
 from lingrad.weights.layout import Layout
+from lingrad.weights.sharding import Sharding
 
 
 class MergeLoss(NamedTuple):

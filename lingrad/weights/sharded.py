@@ -9,9 +9,10 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lingrad.maps import LinearMap
-from lingrad.sharding import Sharding, is_sharded, own, whole
+from lingrad.tensors import is_sharded, own, whole
 from lingrad.weights.base import Weight
 from lingrad.weights.layout import Layout
+from lingrad.weights.sharding import Sharding
 
 
 @final

@@ -8,33 +8,13 @@ its part of the batch, and is reduced to shards there and then: r-sized numbers 
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from lingrad.errors import ModeError
-
-_DTENSOR = "torch.distributed.tensor"  # imported where a DTensor is known to exist: it takes as long as torch itself
-
-
-def is_sharded(tensor: Tensor) -> bool:
-    """Whether a tensor is a DTensor, of which each process holds a part."""
-    if type(tensor) is Tensor or type(tensor) is nn.Parameter:
-        return False
-    module = sys.modules.get(_DTENSOR)
-    return module is not None and isinstance(tensor, module.DTensor)
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """The tensor, all of it, in every process; a collective where it is sharded."""
-    return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
-
-
-def own(tensor: Tensor) -> Tensor:
-    """This process's part of a tensor, sharing memory with it."""
-    return tensor._local_tensor if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+from lingrad.tensors import is_sharded
 
 
 def refuse_late(name: str) -> NoReturn:

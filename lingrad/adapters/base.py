@@ -123,11 +123,14 @@ class Attachment(ABC):
             self._last = weakref.ref(known), weakref.ref(state)
         state[f"{prefix}{attribute}"] = known
 
-    def _load(self, module: nn.Module, state: dict[str, Any], prefix: str, *_: Any, attribute: str, key: str) -> None:
+    def _load(
+        self, module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any, *_: Any, attribute: str, key: str
+    ) -> None:
         """Take the weight of a plain model."""
         if f"{prefix}{attribute}" in state:
             weight, given = self.sub.weight.param, state.pop(f"{prefix}{attribute}")
-            if self._is_sum(given):  # as where the optimizer's state, which has both parts, was loaded before
+            assigned = metadata.get("assign_to_params_buffers", False)  # another parameter is the whole weight
+            if not assigned and self._is_sum(given):  # as where the optimizer's state, which has both parts, was loaded before
                 unwatch(weight)  # it is written over with itself
                 state[f"{prefix}{key}"] = weight.detach()
                 return

@@ -237,7 +237,7 @@ def test_rotated_moments_are_decoded_first(kind):
     moments = lingrad.engine.moments.Moments(
         optimizer._run.stepper.state[sub.coords], "rotate", {"exp_avg": 1, "exp_avg_sq": 2}, dict, quantizer
     )
-    carried = moments.rotated(old, new, sub.name, sub.coords.shape)
+    carried = moments.rotated(old, new, sub.name, sub.coords.shape, sub.placed)
     assert torch.equal(carried["exp_avg"], new.transport(old, before["exp_avg"]))
     assert torch.equal(carried["exp_avg_sq"], new.transport_squares(old, before["exp_avg_sq"]))
     moments.replace(carried)

@@ -12,11 +12,11 @@ from torch.distributed import init_device_mesh
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
 from torch.distributed.fsdp import CPUOffloadPolicy, FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 import lingrad
+from benchmarks.traffic import Run, count
 from lingrad.errors import LingradError
+from lingrad.models import LlamaShape, build_llama
 from tests.support.cases import SIDED, UNSIDED
 from tests.support.models import gap, llama, text_batches, text_loss
 from tests.support.processes import each_rank
@@ -285,46 +285,6 @@ def test_mixed_precision_and_offloading(tmp_path):
         )  # the forward rounds to 2^-8, and Adam divides small gradients by themselves
 
 
-class Wire(TorchDispatchMode):
-    """Bytes that this rank hands to the collectives, by kind."""
-
-    def __init__(self):
-        super().__init__()
-        self.sent = {"reduce": 0, "gather": 0, "broadcast": 0}
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = str(func)
-        kind = next((kind for kind in self.sent if kind in name), None)
-        if "c10d" in name and kind is not None:
-            # the input: the first argument of a functional collective, the second of those that write into their first
-            given = args[0] if name.startswith("_c10d") or "allreduce" in name or "broadcast" in name else args[1]
-            self.sent[kind] += sum(t.numel() * t.element_size() for t in tree_leaves(given) if isinstance(t, torch.Tensor))
-        return func(*args, **(kwargs or {}))
-
-
-def count(rank, world, spec, mode, options):
-    """Bytes of the gradients of transformed weights that are reduced: [steps], beside those of a run that trains in full."""
-    found = []
-    for rules in (None, spec):
-        model = llama(torch.float32)
-        for name, param in model.named_parameters():
-            param.requires_grad_("proj" in name)
-        shard(model)
-        if rules is None:
-            optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-        else:
-            optimizer = MODES[mode](model, rules, lr=1e-3, **options)
-        steps = []
-        for batch, _ in text_batches(4, micro=2, rows=6):
-            with Wire() as wire:
-                optimizer.zero_grad()
-                text_loss(model, batch.chunk(world)[rank]).backward()
-                optimizer.step()
-            steps.append(wire.sent)
-        found.append(steps)
-    return found
-
-
 @pytest.mark.parametrize(
     ("spec", "mode"),
     [
@@ -337,8 +297,9 @@ def count(rank, world, spec, mode, options):
 )
 def test_gradients_are_reduced_in_the_small_space(tmp_path, spec, mode):
     """Off refreshes no more than r / min(m, n) of the bytes of full gradients is reduced, and never a gradient itself."""
-    full_steps, steps = each_rank(count, 2, tmp_path, spec, mode, {})[0]
-    shapes = [param.shape for name, param in llama().named_parameters() if "proj" in name]
+    shape = LlamaShape(64, 32, 88, 2, 4, 12)
+    full_steps, steps = (each_rank(count, 2, tmp_path, run, shape)[0] for run in (Run(""), Run(spec, mode)))
+    shapes = [param.shape for name, param in build_llama(shape, seed=0).named_parameters() if "proj" in name]
     assert full_steps[1]["reduce"] == 4 * sum(m * n for m, n in shapes)
     allowed = 4 * sum(4 / min(m, n) * m * n for m, n in shapes)
     assert steps[1]["reduce"] == steps[2]["reduce"] <= 1.05 * allowed

@@ -1,5 +1,7 @@
 """Several processes of torch.distributed on this machine: what each of them returns, or the error of the first that fails."""
 
+import os
+
 import torch
 from torch import distributed
 
@@ -10,6 +12,7 @@ def _entry(rank, function, world, folder, args):
     found = function(rank, world, *args)
     torch.save(found, f"{folder}/found-{rank}.pt")
     distributed.destroy_process_group()
+    os._exit(0)  # gloo's threads sometimes abort a process that ends in the ordinary way
 
 
 def each_rank(function, world, folder, *args):

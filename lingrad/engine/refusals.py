@@ -50,7 +50,8 @@ def check_sharded(settings: Settings, base: Base, attachments: Sequence[Attachme
         model: The model, or what was given in its place.
 
     Raises:
-        SpecError: Moments are coded in blocks, which shards would cut; weights are stepped inside the backward.
+        SpecError: Moments are coded in blocks, which shards would cut; weights are stepped inside the backward; the base cannot
+            step DTensors.
         ModeError: Another program than fully_shard has cut the weights, or some only are.
     """
     subs = [attachment.sub for attachment in attachments]
@@ -83,3 +84,9 @@ def check_sharded(settings: Settings, base: Base, attachments: Sequence[Attachme
             "a sharded run; leave it out: fully_shard frees gathered gradients layer by layer itself",
             option="layerwise",
         )
+    try:
+        base.state_of(cut[0].coords)
+    except Exception as error:  # other code
+        raise SpecError(
+            f"base '{base.name}' cannot step sharded parameters (DTensors): {error}. Use one of torch's, such as adamw"
+        ) from error

@@ -19,7 +19,7 @@ from lingrad.errors import ModeError
 from lingrad.subspaces.basis import Basis
 from lingrad.subspaces.subspace import Subspace
 from lingrad.subspaces.watched import allocate, release
-from lingrad.tensors import whole
+from lingrad.tensors import own, whole
 from lingrad.weights.dense import DenseWeight
 
 
@@ -110,19 +110,19 @@ class Run:
                 yield Named(group, name, param, self._of_coords.get(id(param)))
 
     def held(self) -> Iterator[tuple[Tensor, str]]:
-        """The tensors that stay in memory between steps, for memory reports.
+        """The tensors that stay in this process's memory between steps, for memory reports.
 
         Yields:
             (tensor, what it is): ``weight`` for those that are transformed, ``coords``, ``basis``, ``moments``.
         """
         for sub in self.subspaces:
             yield from ((tensor, "weight") for tensor in sub.weight.tensors())
-            yield sub.coords, "coords"
-            yield from ((tensor, "coords") for tensor in sub.ledger.tensors())
+            yield own(sub.coords), "coords"
+            yield from ((own(tensor), "coords") for tensor in sub.ledger.tensors())
         for basis in self.bases:
             yield from ((tensor, "basis") for tensor in basis.tensors())
         for entries in self.stepper.state.values():
-            yield from ((value, "moments") for value in entries.values() if isinstance(value, Tensor))
+            yield from ((own(value), "moments") for value in entries.values() if isinstance(value, Tensor))
 
     @property
     def is_quiet(self) -> bool:

@@ -310,6 +310,25 @@ def test_gradients_are_reduced_in_the_small_space(tmp_path, spec, mode):
     assert refresh < full_steps[1]["reduce"]
 
 
+def held(rank, world):
+    model = shard(llama(torch.float32)) if world > 1 else llama(torch.float32)
+    optimizer = lingrad.adapt(model, "random(rank=4, every=3, side=right)", lr=1e-2)
+    text_loss(model, text_batches(1, rows=6)[0][0]).backward()
+    optimizer.step()
+    found = {}
+    for tensor, kind in optimizer.held():
+        found[kind] = found.get(kind, 0) + tensor.numel() * tensor.element_size() * (tensor.numel() > 1)
+    return found
+
+
+def test_a_process_holds_its_part(tmp_path):
+    """Half of weights, coordinates and moments, and all of the bases."""
+    (first, second), whole = each_rank(held, 2, tmp_path), held(0, 1)
+    for kind in ("weight", "coords", "moments"):
+        assert first[kind] == second[kind] == whole[kind] / 2
+    assert first["basis"] == second["basis"] == whole["basis"]
+
+
 def refused(rank, world):
     messages = []
 

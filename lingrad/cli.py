@@ -197,6 +197,7 @@ def estimate(
     dtype: Dtype = "bfloat16",
     layerwise: Layerwise = False,
     share: Share = False,
+    ranks: Annotated[int, typer.Option(min=1, help="Processes over which fully_shard cuts every weight.")] = 1,
     json: Json = None,
 ) -> None:
     """Compute the memory between steps in closed form. It is counted from shapes and dtypes; nothing is run."""

@@ -50,6 +50,7 @@ class Question:
         expandable: Model CUDA's expandable segments.
         share: Share right bases among layers that read the same input.
         stagger: Refresh weights in turns.
+        ranks: Processes over which ``fully_shard`` cuts every weight; of the closed form alone.
     """
 
     model: str
@@ -65,6 +66,7 @@ class Question:
     expandable: bool = False
     share: bool = False
     stagger: bool = False
+    ranks: int = 1
 
     def __post_init__(self) -> None:
         """Check the values: raise `SpecError` for the first one that is wrong."""
@@ -134,8 +136,8 @@ class MethodComparison:
 
     def to_json(self) -> str:
         """All reports as JSON."""
-        reports = {label: report.to_dict() for label, report in self.reports.items()}
-        return json.dumps({"reports": reports, "left_out": dict(self.left_out)}, indent=1)
+        plain = {"reports": {k: r.to_dict() for k, r in self.reports.items()}, "left_out": dict(self.left_out)}
+        return json.dumps(plain, indent=1)
 
     def plot(self, path: Path) -> Path:
         """Plot the peaks as bars, stacked by category.
@@ -199,6 +201,7 @@ def estimate(question: Question) -> Estimate:
         tokens=question.batch * question.length,
         layerwise=question.layerwise,
         share="input" if question.share else None,
+        ranks=question.ranks,
         lr=1e-4,
     )
 
@@ -239,8 +242,7 @@ def methods(question: Question) -> list[Method]:
     rank, every = getattr(transform, "rank", None), getattr(transform, "every", 200)
     if rank is None:
         raise SpecError(
-            f"a comparison needs one rank for all methods; give one config string with a rank, such as svd(rank=128), not "
-            f"'{question.rules}'"
+            f"a comparison needs one rank for all methods; give a config string like svd(rank=128), not '{question.rules}'"
         )
     galore = cast("Literal['adamw', 'adamw8bit']", question.base if question.base in ("adamw", "adamw8bit") else "adamw")
     modes = [replace(question, mode=mode).method for mode in get_args(Mode)]
@@ -262,7 +264,6 @@ def fit(question: Question, method: Method | None = None) -> Fit:
     """
     if question.capacity is None:
         raise SpecError("the largest batch that fits depends on the device's memory; give it, such as --capacity 24GiB")
-    method = question.method if method is None else method
     tried: dict[int, MemoryReport] = {}
 
     def fits(batch: int) -> bool:
@@ -272,7 +273,7 @@ def fit(question: Question, method: Method | None = None) -> Fit:
 
     rows = _bisect(fits)
     return Fit(
-        method=method.label,
+        method=(method or question.method).label,
         capacity=question.capacity,
         length=question.length,
         rows=rows,
@@ -296,5 +297,4 @@ def _bisect(fits: Callable[[int], bool]) -> int:
 
 
 def _say(line: str) -> None:
-    sys.stderr.write(f"{line}\n")
-    sys.stderr.flush()
+    print(line, file=sys.stderr, flush=True)  # noqa: T201 - progress

@@ -16,9 +16,10 @@ from lingrad import optimizers
 from lingrad.config.rules import Rules
 from lingrad.config.settings import Mode, Settings, Share
 from lingrad.config.sharing import GroupedTarget, group_targets
-from lingrad.config.targets import resolve_model
+from lingrad.config.targets import Target, resolve_model
 from lingrad.console import columns
-from lingrad.errors import require_one_of
+from lingrad.engine.refusals import check_cut
+from lingrad.errors import SpecError, require, require_one_of
 from lingrad.files.atomic import write_whole
 from lingrad.memory.log import CATEGORIES
 from lingrad.memory.units import readable
@@ -40,7 +41,7 @@ class ParameterBytes:
         frozen: The parameter, if it is not trained.
         buffer: The tensor, if it is a buffer.
         gradient: Its gradient, if it is trained in full.
-        coords: Its coordinates; in optimizer mode one number, since they are zero between steps.
+        coords: Its coordinates; in optimizer mode one number, since they are zero between steps, unless they are cut.
         coords_gradient: The gradient of the coordinates [p, q].
         basis: The state of its transform.
         moments: The state of the base optimizer.
@@ -126,6 +127,7 @@ def estimate(
     tokens: int = 0,
     layerwise: bool = False,
     share: Share | None = None,
+    ranks: int = 1,
     **options: Any,
 ) -> Estimate:
     """Memory between the steps of a `lingrad.wrap` or `lingrad.adapt` run, computed from shapes and dtypes alone.
@@ -138,15 +140,20 @@ def estimate(
         tokens: Tokens of one forward, for the activations that transformed layers save.
         layerwise: Whether gradients are freed inside the backward.
         share: As for `lingrad.wrap`.
+        ranks: Processes over which ``fully_shard`` cuts every parameter by rows; the estimate is that of the first, which holds
+            as much as any.
         **options: Options of the base; options of `lingrad.wrap` are accepted and change nothing.
 
     Returns:
         The estimate, exact to the byte. Raises the errors of `lingrad.wrap`.
     """
     require_one_of(mode, get_args(Mode), "mode")
+    require(type(ranks) is int and ranks >= 1, "ranks", f"ranks must be a whole number, 1 or more, not {ranks!r}")
     _, base_options = Settings.split(options)
     found = optimizers.find(base, base_options, decay=False, others=Settings.names())
     fallback = found.fallback or found
+    if ranks > 1:
+        check_cut(found, layerwise=layerwise)
     plan = resolve_model(model, rules)
     grouped = {id(each.target.param): each for each in group_targets(plan.targets, share)}
     full = {id(param) for _, param in plan.full}
@@ -156,15 +163,17 @@ def estimate(
     for name, param in model.named_parameters():
         own = grouped.get(id(param))
         if own is not None:
-            moments = found.moments(own.coords, wide(own.target.template.dtype))
-            rows.append(_transformed(own, moments, mode, _new(own, seen), tokens=tokens, layerwise=layerwise))
+            moments = found.moments(cut(own.coords, ranks), wide(own.target.template.dtype))
+            weight = _new(own, seen) if ranks == 1 else _cut_bytes(own.target, ranks)
+            rows.append(_transformed(own, moments, mode, weight, tokens=tokens, layerwise=layerwise, ranks=ranks))
             trained += prod(own.coords)
         elif id(param) in full:
-            size, moments = nbytes(param), fallback.moments(tuple(param.shape), param.dtype)
+            shape = cut(tuple(param.shape), ranks)
+            size, moments = prod(shape) * param.element_size(), fallback.moments(shape, param.dtype)
             rows.append(ParameterBytes(name, weight=size, gradient=0 if layerwise else size, moments=_sum(moments)))
             trained += param.numel()
         else:
-            rows.append(ParameterBytes(name, frozen=nbytes(param)))
+            rows.append(ParameterBytes(name, frozen=prod(cut(tuple(param.shape), ranks)) * param.element_size()))
             continue
         quantised += any(moment.dtype == torch.uint8 for moment in moments)
     buffers = {storage(buffer): (name, buffer) for name, buffer in model.named_buffers()}
@@ -175,6 +184,20 @@ def estimate(
         prod(grouped[id(param)].target.layout.shape) if id(param) in grouped else param.numel() for param in model.parameters()
     )
     return Estimate(tuple(rows), elements, trained)
+
+
+def cut(shape: tuple[int, ...], ranks: int) -> tuple[int, ...]:
+    """The largest part of a tensor that ``fully_shard`` cuts along its first dimension."""
+    return (-(-shape[0] // ranks), *shape[1:]) if shape else shape
+
+
+def _cut_bytes(target: Target, ranks: int) -> int:
+    if target.route != "projected":
+        raise SpecError(
+            f"{target.name} is not the weight of one linear layer; only these are trained in a subspace under fully_shard. "
+            "Leave it out by a rule: 'none'"
+        )
+    return prod(cut(tuple(target.param.shape), ranks)) * target.param.element_size()
 
 
 def _sum(tensors: list[TensorSpec]) -> int:
@@ -189,17 +212,17 @@ def _new(grouped: GroupedTarget, seen: set[int]) -> int:
 
 
 def _transformed(
-    grouped: GroupedTarget, moments: list[TensorSpec], mode: Mode, weight: int, *, tokens: int, layerwise: bool
+    grouped: GroupedTarget, moments: list[TensorSpec], mode: Mode, weight: int, *, tokens: int, layerwise: bool, ranks: int
 ) -> ParameterBytes:
     target, template = grouped.target, grouped.target.template
-    p, q = grouped.coords
+    p, q = cut(grouped.coords, ranks)
     dtype = wide(template.dtype)
     size = p * q * dtype.itemsize
     saved = q * tokens * template.element_size() if target.route != "weight" and grouped.is_first else 0
     return ParameterBytes(
         target.name,
         weight=weight,
-        coords=size if mode == "adapter" else dtype.itemsize,
+        coords=size if mode == "adapter" or ranks > 1 else dtype.itemsize,
         coords_gradient=0 if layerwise else size,
         basis=_sum(target.transform.storage(grouped.shape, template.dtype)) if grouped.is_first else 0,
         moments=_sum(moments),

@@ -15,12 +15,14 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 
 import lingrad
 from benchmarks.traffic import Run, count
-from lingrad.errors import LingradError
+from lingrad import memory
+from lingrad.errors import LingradError, SpecError
 from lingrad.models import LlamaShape, build_llama
+from lingrad.tensors import own
 from tests.support.cases import SIDED, UNSIDED
 from tests.support.models import gap, llama, text_batches, text_loss
 from tests.support.processes import each_rank
-from tests.support.runs import MODES
+from tests.support.runs import MODES, each_mode
 
 STEPS, EVERY = 9, 3
 TOLERANCE = 1e-12
@@ -310,23 +312,47 @@ def test_gradients_are_reduced_in_the_small_space(tmp_path, spec, mode):
     assert refresh < full_steps[1]["reduce"]
 
 
-def held(rank, world):
+def held(rank, world, mode):
+    """Bytes by kind, those of transformed weights and of all gradients among them."""
     model = shard(llama(torch.float32)) if world > 1 else llama(torch.float32)
-    optimizer = lingrad.adapt(model, "random(rank=4, every=3, side=right)", lr=1e-2)
+    optimizer = MODES[mode](model, RIGHT, lr=1e-2)
     text_loss(model, text_batches(1, rows=6)[0][0]).backward()
     optimizer.step()
-    found = {}
-    for tensor, kind in optimizer.held():
-        found[kind] = found.get(kind, 0) + tensor.numel() * tensor.element_size() * (tensor.numel() > 1)
-    return found
+    found = [(tensor, kind) for tensor, kind in optimizer.held()]
+    coords = {id(sub.coords) for sub in optimizer.subspaces}
+    for group in optimizer.param_groups:
+        found += [(own(p.grad), "coords gradient" if id(p) in coords else "gradient") for p in group["params"]]
+    return {kind: sum(t.numel() * t.element_size() for t, other in found if other == kind) for _, kind in found}
 
 
-def test_a_process_holds_its_part(tmp_path):
-    """Half of weights, coordinates and moments, and all of the bases."""
-    (first, second), whole = each_rank(held, 2, tmp_path), held(0, 1)
-    for kind in ("weight", "coords", "moments"):
-        assert first[kind] == second[kind] == whole[kind] / 2
-    assert first["basis"] == second["basis"] == whole["basis"]
+RIGHT = "random(rank=4, every=3, side=right)"
+
+
+@each_mode
+@pytest.mark.parametrize("world", [2, pytest.param(3, marks=pytest.mark.slow)])
+def test_a_process_holds_its_part_as_estimated(tmp_path, mode, world):
+    found = each_rank(held, world, tmp_path, mode)
+    estimate = memory.estimate(llama(torch.float32), RIGHT, "adamw", mode, ranks=world)
+    names = {row.name: row for row in estimate.rows}
+    transformed = [row for name, row in names.items() if "proj" in name]
+    assert found[0]["weight"] == sum(row.weight for row in transformed)
+    for kind in ("coords", "basis", "moments", "gradient", "coords gradient"):
+        assert found[0][kind] == estimate.totals[kind], kind
+    whole = memory.estimate(llama(torch.float32), RIGHT, "adamw", "adapter").totals
+    for kind in ("coords", "gradient", "coords gradient"):
+        assert sum(one[kind] for one in found) == whole[kind], kind
+    assert all(one["basis"] == whole["basis"] for one in found)
+
+
+def test_an_estimate_for_several_processes_refuses_what_a_run_does():
+    with pytest.raises(SpecError, match="8-bit moments are coded in blocks of 256"):
+        memory.estimate(llama(), RIGHT, "adamw8bit", ranks=2)
+    with pytest.raises(SpecError, match="layerwise=True steps weights in the order"):
+        memory.estimate(llama(), RIGHT, layerwise=True, ranks=2)
+    with pytest.raises(SpecError, match="embed_tokens.weight is not the weight of one linear layer"):
+        memory.estimate(llama(), {"*embed_tokens": "svd(rank=4)"}, ranks=2)
+    with pytest.raises(SpecError, match="ranks must be a whole number, 1 or more, not 0"):
+        memory.estimate(llama(), RIGHT, ranks=0)
 
 
 def refused(rank, world):

@@ -88,6 +88,11 @@ def own(tensor: Tensor) -> Tensor:
     return tensor._local_tensor if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
 
 
+def same_memory(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors, or this process's parts of two, begin at one address, or have no elements."""
+    return is_sharded(a) == is_sharded(b) and own(a).data_ptr() == own(b).data_ptr()
+
+
 def call(method: weakref.WeakMethod[Callable[..., None]] | None, *args: Any) -> None:
     """Call a method whose object a hook does not keep alive, if that is alive."""
     found = None if method is None else method()

@@ -17,6 +17,7 @@ from lingrad.errors import ModeError
 from lingrad.weights.base import Weight
 from lingrad.weights.bitsandbytes import packed_of
 from lingrad.weights.dense import DenseWeight, Merge
+from lingrad.weights.layout import is_conv1d
 from lingrad.weights.packed import PackedWeight
 from lingrad.weights.sharded import ShardedWeight
 from lingrad.weights.sharding import sharding_of
@@ -40,10 +41,11 @@ def make_weight(target: Target, merge: Merge = "auto") -> Weight:
     sharding = sharding_of(target.param, target.name)
     if sharding is None:
         return DenseWeight(target.layout, target.param, target.owners, merge)
-    if target.route != "projected":
+    if target.route != "projected" or is_conv1d(target.owners[0][0]):
         raise ModeError(
-            f"{target.name} is sharded and not the weight of one linear layer (an embedding, a convolution, fused experts, a "
-            "tied weight); only linear layers are trained in a subspace under fully_shard. Leave it out by a rule: 'none'"
+            f"{target.name} is sharded and not the weight of one linear layer (an embedding, a convolution, GPT-2's Conv1D, "
+            "fused experts, a tied weight); only linear layers are trained in a subspace under fully_shard. Leave it out by a "
+            "rule: 'none'"
         )
     return ShardedWeight(target.layout, target.param, target.owners, sharding)
 

@@ -17,7 +17,7 @@ from lingrad.errors import ModeError
 from lingrad.parallel import average
 from lingrad.subspaces.subspace import Subspace
 from lingrad.subspaces.watched import unwatch, was_written, watch
-from lingrad.tensors import is_sharded, own, wide
+from lingrad.tensors import is_sharded, own, same_memory, whole, wide
 
 CHILD = "lingrad"  # the name under which a layer holds its coordinates
 _MARK = "_lingrad_attached"  # on a parameter whose gradient belongs to a subspace
@@ -130,7 +130,12 @@ class Attachment(ABC):
         if f"{prefix}{attribute}" in state:
             weight, given = self.sub.weight.param, state.pop(f"{prefix}{attribute}")
             assigned = metadata.get("assign_to_params_buffers", False)  # another parameter is the whole weight
-            if not assigned and self._is_sum(given):  # as where the optimizer's state, which has both parts, was loaded before
+            if not isinstance(given, Tensor) or given.shape != weight.shape:
+                state[f"{prefix}{key}"] = given  # torch refuses it, and the run is as it was
+                return
+            # the sum: as where the optimizer's state, which has both parts, was loaded before; W itself: torch fills in so what
+            # a partial state leaves out
+            if not assigned and self._is_known(given):
                 unwatch(weight)  # it is written over with itself
                 state[f"{prefix}{key}"] = weight.detach()
                 return
@@ -143,12 +148,14 @@ class Attachment(ABC):
         watch(self.sub.weight.param, self.sub.open)
 
     @torch.no_grad()
-    def _is_sum(self, given: Any) -> bool:
-        """Whether what is loaded is W + S z as it is now, to the bit, in every process."""
-        now = self.sub.effective()
-        alike = isinstance(given, Tensor) and given.shape == now.shape and given.dtype == now.dtype
-        same = alike and is_sharded(given) == is_sharded(now) and torch.equal(own(given).to(now.device), own(now))
-        return same if self.sub.weight.sharding is None else float(average(torch.tensor(float(same)))) == 1
+    def _is_known(self, given: Tensor) -> bool:
+        """Whether what is loaded is W itself, or W + S z as it is now, to the bit; in every process."""
+        weight, now = self.sub.weight.param, self.sub.effective()
+        alike = given.dtype == now.dtype and is_sharded(given) == is_sharded(now)
+        same = alike and torch.equal(own(given).to(now.device), own(now))
+        itself = alike and same_memory(given, weight) and not was_written(weight)
+        found = torch.tensor([same, itself], dtype=torch.float32, device=now.device)
+        return bool((found if self.sub.weight.sharding is None else average(found)).max() == 1)
 
     @abstractmethod
     def _connect(self, mode: Mode) -> None: ...
@@ -180,6 +187,8 @@ class Coords(nn.Module):
 
     @override
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Coords:
+        if self.sub.weight.sharding is not None:
+            return self._apply_sharded(fn)
         asked = fn(self.coords.detach()[:0])
         if asked.is_meta:
             raise ModeError(
@@ -188,6 +197,16 @@ class Coords(nn.Module):
             )
         super()._apply(lambda t: t.to(device=asked.device, dtype=wide(asked.dtype)), recurse)  # type: ignore[no-untyped-call]
         self.sub.basis.move(asked.device)
+        return self
+
+    def _apply_sharded(self, fn: Callable[[Tensor], Tensor]) -> Coords:
+        """Refuse moves, and casts of the weight, of which fully_shard makes other parameters."""
+        before = own(self.coords).new_empty(0, dtype=self.sub.weight.dtype)
+        after = fn(before)
+        if (after.device, after.dtype) != (before.device, before.dtype):
+            raise ModeError(
+                f"{self.sub.name} is sharded and being trained: move and cast the model before fully_shard and lingrad"
+            )
         return self
 
     @override
@@ -217,7 +236,7 @@ class Coords(nn.Module):
                 )
         elif f"{prefix}coords" in state_dict and not self.sub.released:  # saved by a run without self_contained
             self._load_coords(state_dict[f"{prefix}coords"], f"{prefix}coords", error_msgs)
-        elif f"{prefix}coords" in state_dict:
+        elif f"{prefix}coords" in state_dict and bool(whole(state_dict[f"{prefix}coords"]).any()):
             error_msgs.append(
                 f"{prefix}coords was saved in adapter mode, but the state of this model holds no coordinates: it is in "
                 "optimizer mode; call opt.switch('adapter') before loading it"

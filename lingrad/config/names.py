@@ -8,7 +8,7 @@ from typing import NamedTuple
 from torch import nn
 
 # what torch.compile, checkpoint_wrapper and FullyShardedDataParallel put into names
-_WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module.")
+_WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 
 
 class HeldParameter(NamedTuple):
@@ -40,9 +40,8 @@ def held_parameters(model: nn.Module) -> Iterator[HeldParameter]:
         for attribute, param in module._parameters.items():
             if param is not None:
                 name = f"{path}.{attribute}" if path else attribute
-                for wrapper in _WRAPPERS:
-                    name = name.replace(wrapper, "")
-                yield HeldParameter(name, param, module, attribute)
+                plain = ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+                yield HeldParameter(plain, param, module, attribute)
 
 
 def parameter_at(model: nn.Module, name: str) -> nn.Parameter | None:
@@ -67,5 +66,5 @@ def parameter_at(model: nn.Module, name: str) -> nn.Parameter | None:
 
 def _unwrapped(module: nn.Module) -> nn.Module:
     for wrapper in _WRAPPERS:
-        module = module._modules.get(wrapper[:-1]) or module
+        module = module._modules.get(wrapper) or module
     return module

@@ -122,8 +122,7 @@ def resolve_model(model: nn.Module, rules: Rules) -> Plan:
         ShapeError: A rank does not fit; the message names the parameter.
     """
     candidates = _candidates(model)
-    parsed = parse_rules(rules)
-    head = _output_head(model)
+    parsed, head = parse_rules(rules), _output_head(model)
     ends = [_owned_by(c, head) for c in candidates]
     if isinstance(parsed, Transform):
         chosen = [None if end else _bare(parsed, c) for c, end in zip(candidates, ends, strict=True)]
@@ -296,4 +295,6 @@ def _route(owners: tuple[tuple[nn.Module, str], ...]) -> Route:
     # otherwise: nn.MultiheadAttention reads the weight of its out_proj without calling it.
     if len(owners) != 1 or owners[0][1] != "weight":
         return "weight"
-    return "projected" if type(owners[0][0]) is nn.Linear or is_conv1d(owners[0][0]) else "weight"
+    kind = type(owners[0][0])  # of a layer that fully_shard was called on alone, a class that it has made
+    linear = kind is nn.Linear or (kind.__name__ == "FSDPLinear" and kind.__bases__[-1] is nn.Linear)
+    return "projected" if linear or is_conv1d(owners[0][0]) else "weight"

@@ -21,6 +21,7 @@ from lingrad.optimizers import Base
 from lingrad.optimizers.hooks import without_global_hooks
 from lingrad.subspaces import trees
 from lingrad.subspaces.ledger import Ledger
+from lingrad.subspaces.watched import was_written
 from lingrad.tensors import is_sharded
 from lingrad.tensors import own as own_part
 from lingrad.weights.base import MergeLoss
@@ -132,6 +133,8 @@ def load(run: Run, state_dict: dict[str, Any]) -> None:
                 own_part(tensor).data_ptr() != own_part(stored[key]).data_ptr()
             ):  # as in accelerate's load_state_dict(state_dict())
                 stored[key].copy_(tensor)
+        if stored:
+            was_written(sub.weight.param)  # by this; it and the coordinates belong together
         sub.coords.grad = None  # of weights and a basis that are replaced
         run.step = entries.step
     for group, was in zip(run.groups, saved.groups, strict=True):

@@ -14,7 +14,7 @@ from lingrad.engine.run import Run
 from lingrad.errors import ModeError
 from lingrad.subspaces.watched import SummedWeight
 from lingrad.tensors import is_sharded
-from lingrad.weights.sharding import refuse_late
+from lingrad.weights.sharding import refuse_factors, refuse_late
 
 
 def refuse_lost(run: Run) -> None:
@@ -32,6 +32,8 @@ def refuse_lost(run: Run) -> None:
         return
     if run.frozen:
         _warn_of_unfrozen(run)
+    if not run.is_quiet and any(sub.weight.sharding is not None for sub in run.subspaces):
+        refuse_factors(run.model)
     for name, weight in run.tied:
         if weight.untied:
             raise ModeError(
@@ -69,7 +71,7 @@ def take_assigned(run: Run) -> None:
         weight = attachment.sub.weight.param
         if is_sharded(weight) and attachment.sub.weight.sharding is None:
             refuse_late(attachment.sub.name)
-        if weight.grad is not None or isinstance(weight, SummedWeight):
+        if weight.grad is not None or isinstance(weight, SummedWeight) or attachment.sub.weight.sharding is not None:
             attachment.sub.take(weight)
 
 

@@ -24,6 +24,7 @@ from lingrad.files.atomic import write_whole
 from lingrad.memory.log import CATEGORIES
 from lingrad.memory.units import readable
 from lingrad.tensors import TensorSpec, nbytes, storage, wide
+from lingrad.weights.layout import is_conv1d
 
 SHARED = "(shared by all)"
 
@@ -192,7 +193,7 @@ def cut(shape: tuple[int, ...], ranks: int) -> tuple[int, ...]:
 
 
 def _cut_bytes(target: Target, ranks: int) -> int:
-    if target.route != "projected":
+    if target.route != "projected" or is_conv1d(target.owners[0][0]):
         raise SpecError(
             f"{target.name} is not the weight of one linear layer; only these are trained in a subspace under fully_shard. "
             "Leave it out by a rule: 'none'"

@@ -110,9 +110,16 @@ def watch(param: nn.Parameter, sums: Callable[[], None]) -> None:
         param: The parameter.
         sums: A method that merges the coordinates into it; its object is not kept alive.
     """
-    if type(param) is nn.Parameter:
+    if is_sharded(param):  # a write is found afterwards: our own go to the part, and do not raise its version
+        vars(param)["written_at"] = _versions(param)
+    elif type(param) is nn.Parameter:
         param.__class__ = SummedWeight
         vars(param).update(sums=weakref.WeakMethod(sums), written=False)
+
+
+def _versions(param: Tensor) -> tuple[int, int]:
+    """Of a DTensor and of its part, each of which other programs may write into."""
+    return param._version, own(param)._version
 
 
 def was_written(param: Tensor) -> bool:
@@ -125,13 +132,18 @@ def was_written(param: Tensor) -> bool:
         Whether it has; never where it is not watched.
     """
     if not isinstance(param, SummedWeight):
-        return False
+        seen = vars(param).get("written_at")
+        if seen is None or seen == _versions(param):
+            return False
+        vars(param)["written_at"] = _versions(param)
+        return True
     found, param.written = param.written, False
     return found
 
 
 def unwatch(param: nn.Parameter) -> None:
     """Undo `watch`."""
+    vars(param).pop("written_at", None)
     if isinstance(param, SummedWeight):
         param.__class__ = nn.Parameter  # type: ignore[assignment]
         for name in ("sums", "written"):

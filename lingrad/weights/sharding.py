@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from lingrad.errors import ModeError
 from lingrad.tensors import is_sharded
@@ -45,6 +45,26 @@ def refuse_reader(name: str) -> NoReturn:
         f"{name} is sharded and read by another than its layer's own call (or has a gradient that another program assigned); "
         "leave it out by a rule, 'none', or train it unsharded"
     )
+
+
+def refuse_factors(model: nn.Module) -> None:
+    """Make sure that fully_shard takes the mean of gradients over processes, as coordinates do.
+
+    Args:
+        model: The model.
+
+    Raises:
+        ModeError: A factor of the user's own was set on a part of it.
+    """
+    from torch.distributed.fsdp import FSDPModule
+
+    for name, module in model.named_modules():
+        group = module._get_fsdp_state()._fsdp_param_group if isinstance(module, FSDPModule) else None
+        if getattr(group, "gradient_divide_factor", None) is not None:
+            raise ModeError(
+                f"set_gradient_divide_factor was called on {name or 'the model'}, which the gradients of coordinates do not "
+                "follow: they are means over processes. Leave it out, and multiply the loss by the number of processes"
+            )
 
 
 @dataclass(frozen=True)

@@ -417,3 +417,18 @@ def test_a_sum_that_is_loaded_into_the_run_it_came_from_changes_nothing():
     for sub in optimizer.subspaces:
         assert not bool(sub.coords.any())
         assert torch.equal(sub.weight.param, other[sub.name])
+
+
+def test_a_load_that_names_the_weights_themselves_or_fails_changes_nothing():
+    """torch.distributed.checkpoint fills in what a partial state leaves out by the model's own parameters."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 6)).double()
+    optimizer = lingrad.adapt(model, "random(rank=2)", lr=1e-2)
+    model(torch.randn(3, 6, dtype=torch.float64)).square().sum().backward()
+    optimizer.step()
+    before = {name: weight.clone() for name, weight in optimizer.weights().items()}
+    model.load_state_dict({**model.state_dict(), **dict(model.named_parameters())}, strict=False)
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        model.load_state_dict({**model.state_dict(), "0.weight": torch.zeros(3, 3)})
+    for name, weight in optimizer.weights().items():
+        assert torch.equal(weight, before[name]), name

@@ -12,6 +12,7 @@ from torch.distributed import init_device_mesh
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
 from torch.distributed.fsdp import CPUOffloadPolicy, FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from transformers.pytorch_utils import Conv1D
 
 import lingrad
 from benchmarks.traffic import Run, count
@@ -411,11 +412,13 @@ def refused(rank, world):
     flat = FullyShardedDataParallel.__new__(FullyShardedDataParallel)  # to make one needs a GPU
     nn.Module.__init__(flat)
     attempt(lambda: lingrad.wrap(nn.Sequential(flat, nn.Linear(4, 4)), POWER, lr=1e-2))
+    conv = fully_shard(nn.Sequential(Conv1D(8, 8)).double())
+    attempt(lambda: lingrad.wrap(conv, {"*": "random(rank=2)"}, lr=1e-2))
     return messages
 
 
 def test_what_does_not_work_sharded_is_refused(tmp_path):
-    embedding, codes, layerwise, adafactor, *late, read, columns, rows, part, flat = each_rank(refused, 2, tmp_path)[0]
+    embedding, codes, layerwise, adafactor, *late, read, columns, rows, part, flat, conv = each_rank(refused, 2, tmp_path)[0]
     assert "model.embed_tokens.weight is sharded and not the weight of one linear layer" in embedding
     assert "8-bit moments are coded in blocks of 256, which the shards of fully_shard cut" in codes
     assert "layerwise=True steps weights in the order in which gradients arrive" in layerwise
@@ -429,3 +432,4 @@ def test_what_does_not_work_sharded_is_refused(tmp_path):
     assert "only matrices that are cut by rows, Shard(0), as fully_shard does, can be trained in a subspace" in rows
     assert "layers.1.self_attn.q_proj.weight is not sharded, and model.layers.0" in part
     assert "makes flat vectors of its weights, in which there are no subspaces" in flat
+    assert "0.weight is sharded and not the weight of one linear layer" in conv

@@ -12,12 +12,12 @@ from lingrad.adapters.packed import PackedAttachment as PackedAttachment
 from lingrad.adapters.projected import Projection as Projection
 from lingrad.adapters.shared import SharedInput as SharedInput
 from lingrad.adapters.weight import WeightAttachment as WeightAttachment
+from lingrad.config.cutting import can_be_cut
 from lingrad.config.targets import Target
 from lingrad.errors import ModeError
 from lingrad.weights.base import Weight
 from lingrad.weights.bitsandbytes import packed_of
 from lingrad.weights.dense import DenseWeight, Merge
-from lingrad.weights.layout import is_conv1d
 from lingrad.weights.packed import PackedWeight
 from lingrad.weights.sharded import ShardedWeight
 from lingrad.weights.sharding import sharding_of
@@ -41,7 +41,7 @@ def make_weight(target: Target, merge: Merge = "auto") -> Weight:
     sharding = sharding_of(target.param, target.name)
     if sharding is None:
         return DenseWeight(target.layout, target.param, target.owners, merge)
-    if target.route != "projected" or is_conv1d(target.owners[0][0]):
+    if not can_be_cut(target):
         raise ModeError(
             f"{target.name} is sharded and not the weight of one linear layer (an embedding, a convolution, GPT-2's Conv1D, "
             "fused experts, a tied weight); only linear layers are trained in a subspace under fully_shard. Leave it out by a "

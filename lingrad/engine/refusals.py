@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from torch import nn
 
 from lingrad.adapters import Attachment
+from lingrad.config.cutting import check_cut
 from lingrad.config.settings import Mode, Settings
 from lingrad.errors import ModeError, SpecError, require
 from lingrad.optimizers import Base
@@ -71,35 +72,10 @@ def check_sharded(settings: Settings, base: Base, attachments: Sequence[Attachme
             f"{left.name} is not sharded, and {cut[0].name} is: its gradient would be another in each process. Call "
             "fully_shard(model) on the whole model after its layers, without ignored_params; or leave it out by a rule: 'none'"
         )
-    check_cut(base, layerwise=settings.layerwise)
+    check_cut(base.name, coded=base.quantizer is not None, layerwise=settings.layerwise)
     try:
         base.state_of(cut[0].coords)
     except Exception as error:  # other code
         raise SpecError(
             f"base '{base.name}' cannot step sharded parameters (DTensors): {error}. Use one of torch's, such as adamw"
         ) from error
-
-
-def check_cut(base: Base, *, layerwise: bool) -> None:
-    """Refuse options that a run of cut weights does not support.
-
-    Args:
-        base: The base of the coordinates.
-        layerwise: Whether weights are stepped inside the backward.
-
-    Raises:
-        SpecError: They are, or moments are coded in blocks, which shards would cut.
-    """
-    coded = base.quantizer is not None or base.name == "adamw8bit"
-    require(
-        not coded,
-        "moments",
-        "8-bit moments are coded in blocks of 256, which the shards of fully_shard cut in other places for each number of "
-        "processes; leave them out: each process holds its part of the moments only",
-    )
-    if layerwise:
-        raise SpecError(
-            "layerwise=True steps weights in the order in which gradients arrive, which is not the same in every process of "
-            "a sharded run; leave it out: fully_shard frees gathered gradients layer by layer itself",
-            option="layerwise",
-        )

@@ -13,18 +13,17 @@ import torch
 from torch import nn
 
 from lingrad import optimizers
+from lingrad.config.cutting import can_be_cut, check_cut
 from lingrad.config.rules import Rules
 from lingrad.config.settings import Mode, Settings, Share
 from lingrad.config.sharing import GroupedTarget, group_targets
 from lingrad.config.targets import Target, resolve_model
 from lingrad.console import columns
-from lingrad.engine.refusals import check_cut
 from lingrad.errors import SpecError, require, require_one_of
 from lingrad.files.atomic import write_whole
 from lingrad.memory.log import CATEGORIES
 from lingrad.memory.units import readable
 from lingrad.tensors import TensorSpec, nbytes, storage, wide
-from lingrad.weights.layout import is_conv1d
 
 SHARED = "(shared by all)"
 
@@ -154,7 +153,7 @@ def estimate(
     found = optimizers.find(base, base_options, decay=False, others=Settings.names())
     fallback = found.fallback or found
     if ranks > 1:
-        check_cut(found, layerwise=layerwise)
+        check_cut(found.name, coded=found.quantizer is not None, layerwise=layerwise)
     plan = resolve_model(model, rules)
     grouped = {id(each.target.param): each for each in group_targets(plan.targets, share)}
     full = {id(param) for _, param in plan.full}
@@ -193,7 +192,7 @@ def cut(shape: tuple[int, ...], ranks: int) -> tuple[int, ...]:
 
 
 def _cut_bytes(target: Target, ranks: int) -> int:
-    if target.route != "projected" or is_conv1d(target.owners[0][0]):
+    if not can_be_cut(target):
         raise SpecError(
             f"{target.name} is not the weight of one linear layer; only these are trained in a subspace under fully_shard. "
             "Leave it out by a rule: 'none'"

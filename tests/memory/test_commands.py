@@ -118,9 +118,9 @@ def test_every_option_of_every_command_reaches_the_question():
         "estimate": {"json"},
     }
     without = {
-        "simulate": set(),
-        "fit": {"batch"},
-        "compare": {"mode"},
+        "simulate": {"ranks"},
+        "fit": {"batch", "ranks"},
+        "compare": {"mode", "ranks"},
         "estimate": {"checkpointing", "capacity", "expandable", "stagger"},
     }
     assert group.commands.keys() == outputs.keys()
@@ -135,6 +135,7 @@ def test_every_option_of_every_command_reaches_the_question():
         ("simulate", {"checkpointing": True, "layerwise": True, "share": True, "model": "llama-60m"}),
         ("estimate", {"batch": 2, "length": 64, "mode": "adapter", "base": "sgd", "dtype": "float32", "rules": "svd(rank=8)"}),
         ("estimate", {"layerwise": True, "share": True, "model": "llama-60m"}),
+        ("estimate", {"ranks": 2}),
     ],
 )
 def test_every_option_changes_the_answer(name, changes):

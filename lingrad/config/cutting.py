@@ -1,0 +1,37 @@
+"""What can be trained where each process holds some rows of every weight (``fully_shard``)."""
+
+from __future__ import annotations
+
+from lingrad.config.targets import Target
+from lingrad.errors import SpecError, require
+from lingrad.weights.layout import is_conv1d
+
+
+def can_be_cut(target: Target) -> bool:
+    """Whether a target is the weight of one linear layer, [out, in]."""
+    return target.route == "projected" and not is_conv1d(target.owners[0][0])
+
+
+def check_cut(base: str, *, coded: bool, layerwise: bool) -> None:
+    """Refuse options that a run of cut weights does not support.
+
+    Args:
+        base: The name of the base of the coordinates.
+        coded: Whether its moments are stored as 8-bit codes.
+        layerwise: Whether weights are stepped inside the backward.
+
+    Raises:
+        SpecError: They are, or moments are coded in blocks, which shards would cut.
+    """
+    require(
+        not coded and base != "adamw8bit",
+        "moments",
+        "8-bit moments are coded in blocks of 256, which the shards of fully_shard cut in other places for each number of "
+        "processes; leave them out: each process holds its part of the moments only",
+    )
+    if layerwise:
+        raise SpecError(
+            "layerwise=True steps weights in the order in which gradients arrive, which is not the same in every process of "
+            "a sharded run; leave it out: fully_shard frees gathered gradients layer by layer itself",
+            option="layerwise",
+        )

@@ -79,6 +79,10 @@ def main():
         lingrad.hf.finish(trainer)
         trainer.train()  # anew, without the DistributedDataParallel that knew the first run's coordinates
         assert trainer.model_wrapped is not trainer.model
+    if args.world_size > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)  # gloo's threads sometimes abort a process that ends in the ordinary way
 
 
 if __name__ == "__main__":

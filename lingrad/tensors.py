@@ -88,6 +88,11 @@ def own(tensor: Tensor) -> Tensor:
     return tensor._local_tensor if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
 
 
+def is_zero(value: Any, shape: torch.Size) -> bool:
+    """Whether something is a tensor of a shape whose elements are all zero; a collective where it is sharded."""
+    return isinstance(value, Tensor) and value.shape == shape and not bool(whole(value).any())
+
+
 def same_memory(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors, or this process's parts of two, begin at one address, or have no elements."""
     return is_sharded(a) == is_sharded(b) and own(a).data_ptr() == own(b).data_ptr()

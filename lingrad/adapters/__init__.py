@@ -12,9 +12,8 @@ from lingrad.adapters.packed import PackedAttachment as PackedAttachment
 from lingrad.adapters.projected import Projection as Projection
 from lingrad.adapters.shared import SharedInput as SharedInput
 from lingrad.adapters.weight import WeightAttachment as WeightAttachment
-from lingrad.config.cutting import can_be_cut
+from lingrad.config.cutting import check_target
 from lingrad.config.targets import Target
-from lingrad.errors import ModeError
 from lingrad.weights.base import Weight
 from lingrad.weights.bitsandbytes import packed_of
 from lingrad.weights.dense import DenseWeight, Merge
@@ -31,22 +30,15 @@ def make_weight(target: Target, merge: Merge = "auto") -> Weight:
         merge: See `DenseWeight`.
 
     Returns:
-        The weight.
-
-    Raises:
-        ModeError: It is to be quantised and is not yet; it is sharded, and of another kind of layer than a linear one.
+        The weight. Raises `ModeError` where it is to be quantised and is not yet, or is sharded and of another kind of layer
+        than a linear one.
     """
     if target.route == "packed":
         return packed_of(target.owners[0][0], target.name)
     sharding = sharding_of(target.param, target.name)
     if sharding is None:
         return DenseWeight(target.layout, target.param, target.owners, merge)
-    if not can_be_cut(target):
-        raise ModeError(
-            f"{target.name} is sharded and not the weight of one linear layer (an embedding, a convolution, GPT-2's Conv1D, "
-            "fused experts, a tied weight); only linear layers are trained in a subspace under fully_shard. Leave it out by a "
-            "rule: 'none'"
-        )
+    check_target(target)
     return ShardedWeight(target.layout, target.param, target.owners, sharding)
 
 

@@ -17,7 +17,7 @@ from lingrad.errors import ModeError
 from lingrad.parallel import average
 from lingrad.subspaces.subspace import Subspace
 from lingrad.subspaces.watched import unwatch, was_written, watch
-from lingrad.tensors import is_sharded, own, same_memory, whole, wide
+from lingrad.tensors import is_sharded, is_zero, own, same_memory, wide
 
 CHILD = "lingrad"  # the name under which a layer holds its coordinates
 _MARK = "_lingrad_attached"  # on a parameter whose gradient belongs to a subspace
@@ -236,7 +236,7 @@ class Coords(nn.Module):
                 )
         elif f"{prefix}coords" in state_dict and not self.sub.released:  # saved by a run without self_contained
             self._load_coords(state_dict[f"{prefix}coords"], f"{prefix}coords", error_msgs)
-        elif f"{prefix}coords" in state_dict and bool(whole(state_dict[f"{prefix}coords"]).any()):
+        elif f"{prefix}coords" in state_dict and not is_zero(state_dict[f"{prefix}coords"], self.coords.shape):
             error_msgs.append(
                 f"{prefix}coords was saved in adapter mode, but the state of this model holds no coordinates: it is in "
                 "optimizer mode; call opt.switch('adapter') before loading it"

@@ -3,13 +3,25 @@
 from __future__ import annotations
 
 from lingrad.config.targets import Target
-from lingrad.errors import SpecError, require
+from lingrad.errors import ModeError, SpecError, require
 from lingrad.weights.layout import is_conv1d
 
 
-def can_be_cut(target: Target) -> bool:
-    """Whether a target is the weight of one linear layer, [out, in]."""
-    return target.route == "projected" and not is_conv1d(target.owners[0][0])
+def check_target(target: Target) -> None:
+    """Make sure that a target is the weight of one linear layer, [out, in].
+
+    Args:
+        target: The target.
+
+    Raises:
+        ModeError: It is another one.
+    """
+    if target.route != "projected" or is_conv1d(target.owners[0][0]):
+        raise ModeError(
+            f"{target.name} is sharded and not the weight of one linear layer (an embedding, a convolution, GPT-2's Conv1D, "
+            "fused experts, a tied weight); only linear layers are trained in a subspace under fully_shard. Leave it out by a "
+            "rule: 'none'"
+        )
 
 
 def check_cut(base: str, *, coded: bool, layerwise: bool) -> None:

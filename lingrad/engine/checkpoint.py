@@ -22,8 +22,7 @@ from lingrad.optimizers.hooks import without_global_hooks
 from lingrad.subspaces import trees
 from lingrad.subspaces.ledger import Ledger
 from lingrad.subspaces.watched import was_written
-from lingrad.tensors import is_sharded
-from lingrad.tensors import own as own_part
+from lingrad.tensors import is_sharded, same_memory
 from lingrad.weights.base import MergeLoss
 
 
@@ -129,9 +128,7 @@ def load(run: Run, state_dict: dict[str, Any]) -> None:
             sub.basis.energy = entries.energy
         sub.ledger, sub.weight.loss = entries.ledger, entries.loss
         for key, tensor in entries.stored.items():
-            if (
-                own_part(tensor).data_ptr() != own_part(stored[key]).data_ptr()
-            ):  # as in accelerate's load_state_dict(state_dict())
+            if not same_memory(tensor, stored[key]):  # as in accelerate's load_state_dict(state_dict())
                 stored[key].copy_(tensor)
         if stored:
             was_written(sub.weight.param)  # by this; it and the coordinates belong together
@@ -160,7 +157,7 @@ def _pack(run: Run, attachment: Attachment) -> dict[str, Any]:
     # a number always: what restores a flattened state asks for the keys that the run has now
     energy = NOT_MEASURED if basis.energy is None else basis.energy
     of_basis = {"state": basis.state, "energy": energy} if first else {}
-    # the model's state is loaded before this one, and writes into the shards, which cannot be put elsewhere
+    # what loads the model's state writes into the shards, which cannot be put elsewhere: this one must not share their memory
     stored = {key: one.clone() if is_sharded(one) else one for key, one in _stored(run, attachment).items()}
     tree = {**numbers, **of_basis, "stored": stored, "loss": sub.weight.loss}
     return trees.flatten({**tree, "ledger": sub.ledger.pack()}, PREFIX.rstrip("."))

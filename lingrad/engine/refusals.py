@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import nn
 
 from lingrad.adapters import Attachment
@@ -53,7 +54,7 @@ def check_sharded(settings: Settings, base: Base, attachments: Sequence[Attachme
     Raises:
         SpecError: Moments are coded in blocks, which shards would cut; weights are stepped inside the backward; the base cannot
             step DTensors.
-        ModeError: Another program than fully_shard has cut the weights, or some only are.
+        ModeError: Another program than fully_shard has cut the weights, or some only are; a map cannot be cut.
     """
     subs = [attachment.sub for attachment in attachments]
     cut = [sub for sub in subs if sub.weight.sharding is not None]
@@ -72,6 +73,8 @@ def check_sharded(settings: Settings, base: Base, attachments: Sequence[Attachme
             f"{left.name} is not sharded, and {cut[0].name} is: its gradient would be another in each process. Call "
             "fully_shard(model) on the whole model after its layers, without ignored_params; or leave it out by a rule: 'none'"
         )
+    for sub in cut:  # raises where the map has no part, which the first merge would find out
+        sub.map().part(slice(0, 0), torch.zeros(sub.coords.shape, device=sub.coords.device))
     check_cut(base.name, coded=base.quantizer is not None, layerwise=settings.layerwise)
     try:
         base.state_of(cut[0].coords)

@@ -297,4 +297,4 @@ def _bisect(fits: Callable[[int], bool]) -> int:
 
 
 def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)  # noqa: T201 - progress
+    sys.stderr.write(f"{line}\n")

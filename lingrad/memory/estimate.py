@@ -13,13 +13,13 @@ import torch
 from torch import nn
 
 from lingrad import optimizers
-from lingrad.config.cutting import can_be_cut, check_cut
+from lingrad.config.cutting import check_cut, check_target
 from lingrad.config.rules import Rules
 from lingrad.config.settings import Mode, Settings, Share
 from lingrad.config.sharing import GroupedTarget, group_targets
 from lingrad.config.targets import Target, resolve_model
 from lingrad.console import columns
-from lingrad.errors import SpecError, require, require_one_of
+from lingrad.errors import require, require_one_of
 from lingrad.files.atomic import write_whole
 from lingrad.memory.log import CATEGORIES
 from lingrad.memory.units import readable
@@ -192,11 +192,7 @@ def cut(shape: tuple[int, ...], ranks: int) -> tuple[int, ...]:
 
 
 def _cut_bytes(target: Target, ranks: int) -> int:
-    if not can_be_cut(target):
-        raise SpecError(
-            f"{target.name} is not the weight of one linear layer; only these are trained in a subspace under fully_shard. "
-            "Leave it out by a rule: 'none'"
-        )
+    check_target(target)
     return prod(cut(tuple(target.param.shape), ranks)) * target.param.element_size()
 
 

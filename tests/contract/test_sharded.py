@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 import lingrad
 from benchmarks.traffic import Run, count
 from lingrad import memory
-from lingrad.errors import LingradError, SpecError
+from lingrad.errors import LingradError, ModeError, SpecError
 from lingrad.models import LlamaShape, build_llama
 from lingrad.tensors import own
 from tests.support.cases import SIDED, UNSIDED
@@ -350,7 +350,7 @@ def test_an_estimate_for_several_processes_refuses_what_a_run_does():
         memory.estimate(llama(), RIGHT, "adamw8bit", ranks=2)
     with pytest.raises(SpecError, match="layerwise=True steps weights in the order"):
         memory.estimate(llama(), RIGHT, layerwise=True, ranks=2)
-    with pytest.raises(SpecError, match="embed_tokens.weight is not the weight of one linear layer"):
+    with pytest.raises(ModeError, match="embed_tokens.weight is sharded and not the weight of one linear layer"):
         memory.estimate(llama(), {"*embed_tokens": "svd(rank=4)"}, ranks=2)
     with pytest.raises(SpecError, match="ranks must be a whole number, 1 or more, not 0"):
         memory.estimate(llama(), RIGHT, ranks=0)
@@ -412,13 +412,16 @@ def refused(rank, world):
     flat = FullyShardedDataParallel.__new__(FullyShardedDataParallel)  # to make one needs a GPU
     nn.Module.__init__(flat)
     attempt(lambda: lingrad.wrap(nn.Sequential(flat, nn.Linear(4, 4)), POWER, lr=1e-2))
+    attempt(lambda: lingrad.wrap(shard(llama()), {"*q_proj": "experts(each=svd(rank=2), count=2)", "*": "none"}, lr=1e-2))
     conv = fully_shard(nn.Sequential(Conv1D(8, 8)).double())
     attempt(lambda: lingrad.wrap(conv, {"*": "random(rank=2)"}, lr=1e-2))
     return messages
 
 
 def test_what_does_not_work_sharded_is_refused(tmp_path):
-    embedding, codes, layerwise, adafactor, *late, read, columns, rows, part, flat, conv = each_rank(refused, 2, tmp_path)[0]
+    embedding, codes, layerwise, adafactor, *late, read, columns, rows, part, flat, blocks, conv = each_rank(
+        refused, 2, tmp_path
+    )[0]
     assert "model.embed_tokens.weight is sharded and not the weight of one linear layer" in embedding
     assert "8-bit moments are coded in blocks of 256, which the shards of fully_shard cut" in codes
     assert "layerwise=True steps weights in the order in which gradients arrive" in layerwise
@@ -432,4 +435,5 @@ def test_what_does_not_work_sharded_is_refused(tmp_path):
     assert "only matrices that are cut by rows, Shard(0), as fully_shard does, can be trained in a subspace" in rows
     assert "layers.1.self_attn.q_proj.weight is not sharded, and model.layers.0" in part
     assert "makes flat vectors of its weights, in which there are no subspaces" in flat
+    assert "a BatchedMap cannot be cut by rows; leave sharded weights to another transform" in blocks
     assert "0.weight is sharded and not the weight of one linear layer" in conv

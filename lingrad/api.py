@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from lingrad.config.rounds import Rounds
 from lingrad.config.rules import Rules
 from lingrad.config.settings import Carry, Compat, Merge, Share
 from lingrad.deprecated import renamed_keywords
@@ -119,6 +120,7 @@ def adapt(
     merge: Merge = "auto",
     merge_every: int | None = None,
     keep_remainder: bool = False,
+    rounds: Rounds | None = None,
     **base_kwargs: Any,
 ) -> SubspaceOptimizer:
     """Train in subspaces as one-sided adapters: W = W0 + S z, z trained, merged at each refresh.
@@ -144,6 +146,7 @@ def adapt(
             refreshes only. 1 is optimizer mode's schedule with adapter mode's forward. The trajectory is the same.
         keep_remainder: Where a weight is stored in 4 or 8 bits, add the rounding error of a merge to the new coordinates, as
             far as their basis can express it (LoQT's error compensation); see ``opt.merge_losses()``.
+        rounds: Train as one of several workers that exchange coordinates every few steps; see `lingrad.decentralized`.
         **base_kwargs: See `wrap`.
 
     Returns:
@@ -168,6 +171,7 @@ def adapt(
         merge=merge,
         merge_every=merge_every,
         keep_remainder=keep_remainder,
+        rounds=rounds,
         **base_kwargs,
     )
 

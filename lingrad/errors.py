@@ -54,6 +54,10 @@ class CheckpointError(LingradError, ValueError):
     """A saved state does not belong to this run; the message names the first difference."""
 
 
+class ExchangeError(LingradError, RuntimeError):
+    """Workers of a decentralised run cannot merge what they send each other."""
+
+
 class DataError(LingradError, ValueError):
     """A text, a model folder or a results folder cannot be used."""
 

@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from lingrad.config.rounds import Rounds
 from lingrad.errors import did_you_mean, require, require_one_of, shown
 from lingrad.weights.dense import Merge as Merge
 
@@ -20,7 +21,7 @@ Compat = Literal["galore"]  # another program's arithmetic
 _LARGEST = torch.finfo(torch.float64).max  # of a number
 
 # A checkpoint may be loaded with other values of these; any other option changes what it means.
-_FREE = ("weight_decay", "scale", "layerwise", "merge", "merge_every")
+_FREE = ("weight_decay", "scale", "layerwise", "merge", "merge_every", "rounds")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +45,7 @@ class Settings:
     merge: Merge = "auto"
     merge_every: int | None = None
     keep_remainder: bool = False
+    rounds: Rounds | None = None
 
     def __post_init__(self) -> None:
         """Check every option, and the pairs that exclude each other."""
@@ -67,6 +69,11 @@ class Settings:
             "out",
         )
         steps = self.merge_every
+        require(
+            self.rounds is None or isinstance(self.rounds, Rounds),
+            "rounds",
+            f"rounds must be a lingrad.decentralized.Rounds, or None, not {self.rounds!r}",
+        )
         fits = steps is None or (type(steps) is int and steps >= 1)
         require(fits, "merge_every", f"merge_every must be a number of steps, 1 or more, or None, not {steps!r}")
 
@@ -81,6 +88,12 @@ class Settings:
             self.merge_every is None or mode == "adapter",
             "merge_every",
             "merge_every is for adapter mode; optimizer mode merges at every step. Use lingrad.adapt(..., merge_every=...)",
+        )
+        require(
+            self.rounds is None or mode == "adapter",
+            "rounds",
+            "a worker's round is what its coordinates hold at its end, and optimizer mode merges them at every step. Use "
+            "lingrad.adapt(..., rounds=...)",
         )
 
     def identity(self) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from lingrad.config.settings import Mode, Settings, check_not_negative
 from lingrad.config.sharing import GroupedTarget, group_targets, require_shared
 from lingrad.config.targets import Plan, resolve_model, resolve_parameters
 from lingrad.deprecated import renamed_option
+from lingrad.engine import rounds
 from lingrad.engine.arithmetic import Arithmetic, arithmetic, as_published
 from lingrad.engine.checkpoint import identity
 from lingrad.engine.layerwise import Layerwise
@@ -233,6 +234,7 @@ def build(model: Trainable, rules: Rules, base: BaseLike, mode: Mode, options: M
     for i, basis in enumerate(bases if settings.stagger else ()):
         basis.offset = i * basis.transform.period // len(bases)
     run = Run(settings, Stepper(found, steps_as, degrees), attachments, bases, gathering)
+    rounds.begin(run)
     if isinstance(model, nn.Module):
         run.model = model
         run.frozen = [(name, weakref.ref(param)) for name, param in model.named_parameters() if not param.requires_grad]

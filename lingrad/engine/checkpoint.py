@@ -38,6 +38,7 @@ class Entries(NamedTuple):
         ledger: The ledger; None for a parameter without a subspace.
         loss: What merges have lost, where the weight is quantised.
         stored: Coordinates and the tensors of the weight, where the state holds them; not copied.
+        outer: The momentum of the outer step of a decentralised run.
     """
 
     moments: dict[str, Any]
@@ -48,6 +49,7 @@ class Entries(NamedTuple):
     ledger: Ledger | None = None
     loss: MergeLoss | None = None
     stored: Mapping[str, Tensor] = MappingProxyType({})
+    outer: Tensor | None = None
 
 
 def identity(run: Run) -> dict[str, Any]:
@@ -118,6 +120,7 @@ def load(run: Run, state_dict: dict[str, Any]) -> None:
         stored = _stored(run, named.attachment) if named.attachment is not None and contained else {}
         entries = _unpack(run, saved.state.get(index, {}), named.param, named.name, named.attachment, base, stored)
         found.append((named, stored, entries))
+    run.outer.clear()
     run.stepper.load([(named.param, entries.moments) for named, _, entries in found])
     for named, stored, entries in found:
         if named.attachment is None or entries.step is None or entries.ledger is None:
@@ -133,6 +136,8 @@ def load(run: Run, state_dict: dict[str, Any]) -> None:
         if stored:
             was_written(sub.weight.param)  # by this; it and the coordinates belong together
         sub.coords.grad = None  # of weights and a basis that are replaced
+        if entries.outer is not None:
+            run.outer[sub.name] = entries.outer
         run.step = entries.step
     for group, was in zip(run.groups, saved.groups, strict=True):
         group.update({key: trees.copied(value) for key, value in was.items() if key != "params" and key not in fixed})
@@ -159,7 +164,7 @@ def _pack(run: Run, attachment: Attachment) -> dict[str, Any]:
     of_basis = {"state": basis.state, "energy": energy} if first else {}
     # what loads the model's state writes into the shards, which cannot be put elsewhere: this one must not share their memory
     stored = {key: one.clone() if is_sharded(one) else one for key, one in _stored(run, attachment).items()}
-    tree = {**numbers, **of_basis, "stored": stored, "loss": sub.weight.loss}
+    tree = {**numbers, **of_basis, "stored": stored, "loss": sub.weight.loss, "outer": run.outer.get(sub.name)}
     return trees.flatten({**tree, "ledger": sub.ledger.pack()}, PREFIX.rstrip("."))
 
 
@@ -203,6 +208,10 @@ def _unpack(
     if not all(bool(leaf.isfinite().all()) for leaf in trees.tensors(restored) if leaf.is_floating_point()):
         raise CheckpointError(f"the basis of {name} has values that are not finite in the checkpoint; give an earlier one")
     energy = trees.checked(0.0, entries, ENERGY, name) if first else NOT_MEASURED
+    rounds, outer = run.settings.rounds, None
+    if rounds is not None and rounds.momentum and f"{PREFIX}outer" in entries:
+        like = torch.zeros(sub.weight.layout.shape, dtype=sub.coords.dtype, device=param.device)
+        outer = trees.restore(like, entries, f"{PREFIX}outer", name)
     return found._replace(
         step=step,
         refreshes=refreshes,
@@ -211,6 +220,7 @@ def _unpack(
         ledger=ledger,
         loss=trees.restore(sub.weight.loss, entries, f"{PREFIX}loss", name),
         stored={key: trees.checked(template, entries, f"{PREFIX}stored.{key}", name) for key, template in stored.items()},
+        outer=outer,
     )
 
 

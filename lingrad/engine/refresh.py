@@ -54,8 +54,9 @@ def renew(run: Run) -> None:
         run: The run. What is not finite, or zero, leaves the old basis, as in `choose`.
     """
     due = (sub for sub in run.subspaces if sub.basis.due and sub.basis.transform.reads == "sketch")
-    # dropping a gradient means its sketch too; where layerwise, the run has dropped it
-    stepped = (sub for sub in due if sub.coords.grad is not None or run.layerwise is not None)
+    # dropping a gradient means its sketch too; where layerwise, the run has dropped it; of workers it is the mean of all
+    dropped = run.layerwise is None and run.settings.rounds is None
+    stepped = (sub for sub in due if sub.coords.grad is not None or not dropped)
     bases = dict.fromkeys(sub.basis for sub in stepped if sub.pending.total is not None or ranks() > 1)
     waiting: list[tuple[Basis, Probes, Sketch]] = []
     for basis in bases:

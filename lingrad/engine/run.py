@@ -59,6 +59,7 @@ class Run:
             done for single weights at such steps is left out before.
 
     Attributes:
+        outer: The momentum of the outer step of a decentralised run, by weight.
         tied: (name, weight) of those that several layers hold.
     """
 
@@ -74,6 +75,7 @@ class Run:
     mode: Mode | None = None
     step: int = 0
     quiet_until: int = 0
+    outer: dict[str, Tensor] = field(default_factory=dict, init=False)
     tied: list[tuple[str, DenseWeight]] = field(init=False)
     _members: dict[int, list[Attachment]] = field(default_factory=dict)
     _of_coords: dict[int, Attachment] = field(default_factory=dict)
@@ -121,6 +123,7 @@ class Run:
             yield from ((own(tensor), "coords") for tensor in sub.ledger.tensors())
         for basis in self.bases:
             yield from ((tensor, "basis") for tensor in basis.tensors())
+        yield from ((tensor, "moments") for tensor in self.outer.values())
         for entries in self.stepper.state.values():
             yield from ((own(value), "moments") for value in entries.values() if isinstance(value, Tensor))
 
@@ -200,6 +203,7 @@ class Run:
             return
         for attachment in self.attachments:
             attachment.require(mode)
+        self.settings.check_mode(mode)
         self.detach()
         try:
             self.attach(mode)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lingrad.adapters import Attachment
+from lingrad.engine import rounds
 from lingrad.engine.follow import refuse_lost, take_assigned
 from lingrad.engine.refresh import choose, commit, renew, schedule
 from lingrad.engine.run import Run
@@ -45,19 +46,11 @@ def step(run: Run, closure: Callable[[], Any] | None = None) -> Any:
     return loss
 
 
-@without_global_hooks()
 def _step(run: Run) -> None:
-    for group in run.groups:
-        run.stepper.follow(group, group["params"])
-    take_assigned(run)
-    refuse_lost(run)
-    dry = run.is_dry_run()
-    if run.layerwise is not None:
-        run.layerwise.flush()
+    dry = _stepped(run)
     if not dry:
-        _change(run, run.attachments)
-    _advance(run, run.stepper.built(run.groups), run.attachments)
-    if not dry:
+        if rounds.ends(run):
+            rounds.exchange(run)
         if not run.is_quiet:
             for basis in run.bases:
                 unused = all(attachment.sub.coords.grad is None for attachment in run.of(basis))
@@ -68,6 +61,22 @@ def _step(run: Run) -> None:
             schedule(run)
     if run.layerwise is not None:
         run.layerwise.begin()
+
+
+@without_global_hooks()
+def _stepped(run: Run) -> bool:
+    """Step all that has a gradient; whether this is a dry run."""
+    for group in run.groups:
+        run.stepper.follow(group, group["params"])
+    take_assigned(run)
+    refuse_lost(run)
+    dry = run.is_dry_run()
+    if run.layerwise is not None:
+        run.layerwise.flush()
+    if not dry:
+        _change(run, run.attachments)
+    _advance(run, run.stepper.built(run.groups), run.attachments)
+    return dry
 
 
 @without_global_hooks()

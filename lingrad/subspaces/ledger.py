@@ -92,6 +92,18 @@ class Ledger:
         if self._open is not None:
             self._open += coords
 
+    def take(self, factors: Callable[[Tensor], Factors], coords: Tensor) -> None:
+        """Record a merge through another basis than the one in use.
+
+        Args:
+            factors: Gives S z of that basis.
+            coords: z.
+        """
+        self.merged = True
+        if self.records:
+            found = factors(coords)
+            self._parts.append(Part(self.decay, factors=Factors(found.left.to(CPU), found.right.to(CPU))))
+
     def tensors(self) -> list[Tensor]:
         """What stays on the weight's device: the sum of the coordinates that were merged through the basis in use."""
         return [] if self._open is None else [self._open]
@@ -205,7 +217,7 @@ def _part(transform: Transform, flat: Mapping[str, Any], i: int, template: Any, 
     decay = trees.checked(1.0, flat, f"{i}.decay", owner)
     if not math.isfinite(decay) or decay == 0.0:
         raise CheckpointError(f"the decay of {owner} is {decay} in the checkpoint; give an earlier one")
-    if transform.reads == "nothing":
+    if transform.reads == "nothing" and f"{i}.left" not in flat:
         state = trees.restore(trees.moved(template, CPU), flat, f"{i}.state", owner)
         return Part(decay, trees.copied(trees.checked(coords, flat, f"{i}.coords", owner), CPU), state)
     left, right = (flat.get(f"{i}.{side}") for side in ("left", "right"))

@@ -1,0 +1,153 @@
+"""Workers that may die, be late or join, by torchft: its lighthouse, quorum and process groups."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from datetime import timedelta
+from typing import Any
+
+import torch
+from torch import Tensor, distributed
+from typing_extensions import override
+
+from lingrad.config.rounds import Workers
+from lingrad.decentralized.messages import Head, by_number, check_heads, packed
+from lingrad.errors import ExchangeError, optional, require
+
+
+class TorchftWorkers(Workers):
+    """The workers that a lighthouse of torchft knows: one process each, started and stopped at any time.
+
+    At the end of a round the lighthouse names those who are there (its quorum), who exchange coordinates. One that has died is
+    missing from then on. One that is later than the lighthouse waits (``--join_timeout_ms``), or starts later, is given the
+    weights of another at the next exchange that it reaches; what it has trained since is lost.
+
+    All workers start with the same weights. Close it, or use it in a ``with`` block, at the end.
+
+    Args:
+        number: Which worker this is, from 0; no two have the same.
+        lighthouse: The lighthouse's address, ``http://host:port``; None for that in the environment, TORCHFT_LIGHTHOUSE.
+        at_least: How many workers an exchange needs; with fewer all wait.
+        timeout: Seconds that a message, or the weights for a worker that joins, may take.
+        patience: Seconds to wait for an exchange in all, at least as long as the slowest worker's round.
+        on_join: Called with the number of steps that the run has finished when weights were taken over, to set schedules and
+            data.
+        process_group: A process group of torchft's; None for its gloo.
+
+    Raises:
+        DependencyError: torchft is not installed.
+    """
+
+    def __init__(
+        self,
+        number: int,
+        *,
+        lighthouse: str | None = None,
+        at_least: int = 1,
+        timeout: float = 60.0,
+        patience: float = 3600.0,
+        on_join: Callable[[int], None] | None = None,
+        process_group: Any = None,
+    ) -> None:
+        super().__init__(number)
+        for option, value in (("timeout", timeout), ("patience", patience)):
+            require(isinstance(value, (int, float)) and value > 0, option, f"{option} must be seconds above 0, not {value!r}")
+        require(type(at_least) is int and at_least >= 1, "at_least", f"at_least must be 1 or more, not {at_least!r}")
+        what = "lingrad.decentralized.TorchftWorkers"
+        groups, self._on_join = optional("torchft.process_group", what, "torchft"), on_join
+        limit = timedelta(seconds=timeout)
+        self._patience = patience
+        self._group = groups.ProcessGroupGloo(timeout=limit) if process_group is None else process_group
+        self._store = distributed.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+        self._manager = optional("torchft.manager", what, "torchft").Manager(
+            pg=self._group,
+            load_state_dict=None,
+            state_dict=None,
+            min_replica_size=at_least,
+            use_async_quorum=True,  # a worker that joins is counted from the next exchange on
+            init_sync=False,
+            timeout=limit,
+            quorum_timeout=timedelta(seconds=patience),
+            connect_timeout=limit,
+            rank=0,
+            world_size=1,
+            store_addr="localhost",
+            store_port=self._store.port,
+            lighthouse_addr=lighthouse,
+            replica_id=f"worker{number}",
+            checkpoint_transport=_plain_transport(limit),
+        )
+
+    @override
+    def follow(self, save: Callable[[], dict[str, Any]], load: Callable[[dict[str, Any]], None]) -> None:
+        def take(state: dict[str, Any]) -> None:
+            load(state)
+            if self._on_join is not None:
+                self._on_join(state["run.step"] + 1)
+
+        self._manager.register_state_dict_fn("lingrad", take, save)
+
+    @override
+    def gather(self, own: Sequence[Tensor]) -> Mapping[int, Sequence[Tensor]]:
+        buffer, until = packed(own), time.monotonic() + self._patience
+        while True:
+            left = until - time.monotonic()
+            if left <= 0:
+                raise ExchangeError(
+                    f"no exchange has come about in {self._patience:g} seconds; look whether the lighthouse and the other "
+                    "workers run, or give patience more than the slowest worker's round takes"
+                )
+            self._manager.start_quorum(timeout=timedelta(seconds=left))
+            self._manager.wait_quorum()
+            found = None if self._manager.errored() else self._try(buffer, own)
+            if self._manager.should_commit() and found is not None:
+                return found
+
+    def _try(self, buffer: Tensor, own: Sequence[Tensor]) -> Mapping[int, Sequence[Tensor]] | None:
+        """One exchange of those in the quorum; None where it failed, as when one of them has just died."""
+        head = Head(self.number, len(buffer), int(self._manager.is_participating()))
+        try:
+            heads = [Head(*found.tolist()) for found in self._gather(head.to(buffer.device))]
+            check_heads(heads)
+            found = by_number(heads, self._gather(buffer), own)
+        except ExchangeError:
+            raise
+        except Exception as error:  # noqa: BLE001 - whatever a process group raises
+            self._manager.report_error(error)
+            return None
+        return found
+
+    def _gather(self, tensor: Tensor) -> list[Tensor]:
+        count = self._group.size()
+        found = [torch.empty_like(tensor) for _ in range(count)]
+        self._group.allgather([found], [tensor]).wait()
+        self.sent += tensor.nbytes * (count - 1)
+        return found
+
+    def close(self) -> None:
+        """Leave; the others go on."""
+        with suppress(Exception):
+            self._manager.shutdown(wait=False)
+
+    def __enter__(self) -> TorchftWorkers:
+        """Nothing; `close` at the end."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Leave."""
+        self.close()
+
+
+def _plain_transport(timeout: timedelta) -> Any:
+    """torchft's transport of weights by HTTP, that takes tensors and plain values only: its own unpickles what it is sent."""
+    transports = optional("torchft.checkpointing.http_transport", "lingrad.decentralized.TorchftWorkers", "torchft")
+
+    class PlainTransport(transports.HTTPTransport):  # type: ignore[misc, name-defined]
+        @classmethod
+        def _load_from_address(cls, address: str, timeout: timedelta) -> object:
+            with transports.urllib.request.urlopen(address, timeout=timeout.total_seconds()) as file:  # noqa: S310
+                return transports._streaming_load(file, weights_only=True)
+
+    return PlainTransport(timeout=timeout, num_chunks=0)

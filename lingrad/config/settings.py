@@ -20,7 +20,7 @@ Compat = Literal["galore"]  # another program's arithmetic
 _LARGEST = torch.finfo(torch.float64).max  # of a number
 
 # A checkpoint may be loaded with other values of these; any other option changes what it means.
-_FREE = ("weight_decay", "scale", "layerwise", "merge", "merge_every")
+_FREE = ("weight_decay", "scale", "layerwise", "merge", "merge_every", "process_group")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +42,7 @@ class Settings:
     ledger: bool = False
     self_contained: bool = True
     merge: Merge = "auto"
+    process_group: Any = None
     merge_every: int | None = None
     keep_remainder: bool = False
 

@@ -32,6 +32,7 @@ def wrap(
     ledger: bool = False,
     self_contained: bool = True,
     merge: Merge = "auto",
+    process_group: Any = None,
     **base_kwargs: Any,
 ) -> SubspaceOptimizer:
     """Train in subspaces as an optimizer: W <- W + S opt(S^T G) (GaLore's form).
@@ -67,6 +68,8 @@ def wrap(
             ``fast`` rounds z to the weight's dtype and multiplies in that, many times faster on a GPU; the added error is far
             below the weight's own rounding (docs/performance.md). ``auto`` is ``fast`` for bfloat16 on CUDA and ``exact``
             elsewhere: in float16 a coordinate above 65,504 would become infinite. Other dtypes have one way only.
+        process_group: The processes that train this model together, each on its part of a batch, where these are not all that
+            torch.distributed has: a ``ProcessGroup`` with this process in it. Checkpoints are free of it (docs/sharded.md).
         **base_kwargs: Options of the base, such as ``lr``, ``betas``, ``momentum``. Any base also takes ``moments="8bit"``,
             which stores its moments in 8 bits between steps.
 
@@ -97,6 +100,7 @@ def wrap(
         ledger=ledger,
         self_contained=self_contained,
         merge=merge,
+        process_group=process_group,
         **base_kwargs,
     )
 
@@ -118,6 +122,7 @@ def adapt(
     ledger: bool = False,
     self_contained: bool = True,
     merge: Merge = "auto",
+    process_group: Any = None,
     merge_every: int | None = None,
     keep_remainder: bool = False,
     rounds: Rounds | None = None,
@@ -142,6 +147,7 @@ def adapt(
         ledger: See `wrap`.
         self_contained: See `wrap`.
         merge: See `wrap`.
+        process_group: See `wrap`.
         merge_every: Merge coordinates into the weights every so many steps, in addition to each refresh; None merges at
             refreshes only. 1 is optimizer mode's schedule with adapter mode's forward. The trajectory is the same.
         keep_remainder: Where a weight is stored in 4 or 8 bits, add the rounding error of a merge to the new coordinates, as
@@ -169,6 +175,7 @@ def adapt(
         ledger=ledger,
         self_contained=self_contained,
         merge=merge,
+        process_group=process_group,
         merge_every=merge_every,
         keep_remainder=keep_remainder,
         rounds=rounds,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from lingrad.adapters.base import Attachment as Attachment
 from lingrad.adapters.base import Coords as Coords
 from lingrad.adapters.base import is_attached as is_attached
@@ -22,11 +24,12 @@ from lingrad.weights.sharded import ShardedWeight
 from lingrad.weights.sharding import sharding_of
 
 
-def make_weight(target: Target, merge: Merge = "auto") -> Weight:
+def make_weight(target: Target, ranks: Sequence[int], merge: Merge = "auto") -> Weight:
     """The weight of a target, as its layer stores it.
 
     Args:
         target: The weight, its owners and its route.
+        ranks: The processes of the run.
         merge: See `DenseWeight`.
 
     Returns:
@@ -35,7 +38,7 @@ def make_weight(target: Target, merge: Merge = "auto") -> Weight:
     """
     if target.route == "packed":
         return packed_of(target.owners[0][0], target.name)
-    sharding = sharding_of(target.param, target.name)
+    sharding = sharding_of(target.param, target.name, ranks)
     if sharding is None:
         return DenseWeight(target.layout, target.param, target.owners, merge)
     check_target(target)

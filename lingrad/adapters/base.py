@@ -14,7 +14,6 @@ from typing_extensions import override
 
 from lingrad.config.settings import Mode
 from lingrad.errors import ModeError
-from lingrad.parallel import average
 from lingrad.subspaces.subspace import Subspace
 from lingrad.subspaces.watched import unwatch, was_written, watch
 from lingrad.tensors import is_sharded, is_zero, own, same_memory, wide
@@ -155,7 +154,7 @@ class Attachment(ABC):
         same = alike and torch.equal(own(given).to(now.device), own(now))
         itself = alike and same_memory(given, weight) and not was_written(weight)
         found = torch.tensor([same, itself], dtype=torch.float32, device=now.device)
-        return bool((found if self.sub.weight.sharding is None else average(found)).max() == 1)
+        return bool((found if self.sub.weight.sharding is None else self.sub.processes.average(found)).max() == 1)
 
     @abstractmethod
     def _connect(self, mode: Mode) -> None: ...

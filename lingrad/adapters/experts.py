@@ -23,7 +23,6 @@ from lingrad.adapters.products import FACTS, KNOWN
 from lingrad.adapters.reading import EffectiveWeight, read
 from lingrad.gradients import DenseGradient, Gradient, RowsGradient
 from lingrad.maps.stacked import BatchedMap
-from lingrad.parallel import average
 from lingrad.subspaces.subspace import Subspace
 from lingrad.tensors import call, dense
 
@@ -116,7 +115,7 @@ class ExpertsReader:
         key = (coords.device, coords.dtype, id(coords))
         if self._tokens[0] != key:
             forget = partial(call, weakref.WeakMethod(self._forget))
-            self._tokens = key, applied(Tokens, coords, self.sub.weight.param.shape[0], forget)
+            self._tokens = key, applied(Tokens, coords, self.sub, forget)
         return self._tokens[1][expert]
 
     def _forget(self) -> None:
@@ -221,7 +220,7 @@ class _ReadPart(torch.autograd.Function):
         seen: Gradient = DenseGradient(grad.reshape(-1, grad.shape[-1]).clone())  # autograd may use its buffer again
         if part.expert is not None:
             seen = RowsGradient(seen, part.expert * seen.shape[0], sub.basis.shape[0])
-        return average(sub.project(seen)), None, None
+        return sub.processes.average(sub.project(seen)), None, None
 
 
 def _is_transformed() -> bool:

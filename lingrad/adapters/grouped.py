@@ -18,7 +18,6 @@ from typing_extensions import override
 from lingrad.adapters.functions import once
 from lingrad.gradients import DenseGradient, Gradient, RowsGradient
 from lingrad.maps.stacked import BatchedMap
-from lingrad.parallel import average
 from lingrad.subspaces.subspace import Subspace
 from lingrad.tensors import cast
 
@@ -151,7 +150,9 @@ class ExpertProduct(torch.autograd.Function):
                 seen = RowsGradient(seen, use.expert * seen.shape[0], sub.basis.shape[0])
             sub.record(seen, projected)
         projected = cast(projected, sub.coords.dtype)
-        return out_grad, x_grad, projected if use.expert is not None else average(projected), None, None
+        if use.expert is None:
+            projected = sub.processes.average(projected)
+        return out_grad, x_grad, projected, None, None
 
 
 class Tokens(torch.autograd.Function):
@@ -159,9 +160,10 @@ class Tokens(torch.autograd.Function):
 
     @staticmethod
     @override
-    def forward(ctx: Any, coords: Tensor, count: int, done: Callable[[], None]) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, coords: Tensor, sub: Subspace, done: Callable[[], None]) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
-        ctx.shape, ctx.like, ctx.done = coords.shape, coords.detach(), done
+        ctx.sub, ctx.shape, ctx.like, ctx.done = sub, coords.shape, coords.detach(), done
+        count = sub.weight.param.shape[0]
         p, q = coords.shape[0] // count, coords.shape[1]
         return tuple(torch.empty_strided((p, q), (0, 0), dtype=coords.dtype, device=coords.device) for _ in range(count))
 
@@ -174,7 +176,7 @@ class Tokens(torch.autograd.Function):
         for block, grad in zip(total.chunk(len(grads)), grads, strict=True):
             if grad is not None:
                 block.copy_(grad)
-        return average(total), None, None
+        return ctx.sub.processes.average(total), None, None
 
 
 def _map(sub: Subspace) -> BatchedMap:

@@ -18,7 +18,6 @@ from typing_extensions import override
 from lingrad.adapters.functions import applied, once, outside_of_graph
 from lingrad.errors import ModeError
 from lingrad.gradients.local import DenseGradient
-from lingrad.parallel import average
 from lingrad.subspaces.subspace import Subspace
 from lingrad.tensors import dense
 from lingrad.weights.sharding import refuse_reader
@@ -166,7 +165,7 @@ class _Read(torch.autograd.Function):
         matrix = DenseGradient(ctx.sub.weight.layout.matrix(dense(grad)))
         # autograd may use its buffer again; a sum writes into ours
         projected = ctx.sub.project(matrix, lambda: DenseGradient(matrix.dense().clone()))
-        return average(projected) if ctx.averages else projected, None, None, None
+        return ctx.sub.processes.average(projected) if ctx.averages else projected, None, None, None
 
 
 def read(sub: Subspace, *, averages: bool) -> Tensor:

@@ -21,7 +21,7 @@ Compat = Literal["galore"]  # another program's arithmetic
 _LARGEST = torch.finfo(torch.float64).max  # of a number
 
 # A checkpoint may be loaded with other values of these; any other option changes what it means.
-_FREE = ("weight_decay", "scale", "layerwise", "merge", "merge_every", "rounds")
+_FREE = ("weight_decay", "scale", "layerwise", "merge", "merge_every", "process_group", "rounds")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +43,7 @@ class Settings:
     ledger: bool = False
     self_contained: bool = True
     merge: Merge = "auto"
+    process_group: Any = None
     merge_every: int | None = None
     keep_remainder: bool = False
     rounds: Rounds | None = None

@@ -23,13 +23,14 @@ from lingrad.engine.arithmetic import Arithmetic, arithmetic, as_published
 from lingrad.engine.checkpoint import identity
 from lingrad.engine.layerwise import Layerwise
 from lingrad.engine.refresh import schedule
-from lingrad.engine.refusals import check_effective, check_sharded
+from lingrad.engine.refusals import check_effective, check_equal, check_sharded
 from lingrad.engine.run import Run
 from lingrad.engine.step import step_one
 from lingrad.engine.stepper import Group, Stepper
 from lingrad.errors import SpecError, did_you_mean, require, warn_caller
 from lingrad.optimizers import Base, BaseLike, checks
 from lingrad.optimizers.hooks import without_global_hooks
+from lingrad.parallel import Processes
 from lingrad.subspaces import trees
 from lingrad.subspaces.basis import Basis
 from lingrad.subspaces.ledger import Ledger
@@ -203,6 +204,8 @@ def build(model: Trainable, rules: Rules, base: BaseLike, mode: Mode, options: M
     if found.quantizer is not None:
         checks.check_no_shared_state(found, f"moments='{found.quantizer.kind}'")
     parallel.refuse_wrapped(model)
+    # a worker of a decentralised run shares its rounds with others, not its steps
+    processes = Processes(settings.process_group, alone=settings.rounds is not None and settings.process_group is None)
     plans = resolve_groups(model, rules)
     placed = [group_targets(plan.targets, settings.share) for plan, _ in plans]
     if settings.share is not None:
@@ -211,7 +214,7 @@ def build(model: Trainable, rules: Rules, base: BaseLike, mode: Mode, options: M
     groups: list[Group] = []
     gathering = Gathering(layerwise=settings.layerwise)
     for i, ((plan, given), every) in enumerate(zip(plans, placed, strict=True)):
-        made = _attachments(every, settings, gathering)
+        made = _attachments(every, settings, gathering, processes)
         attachments += made
         groups += make_groups(
             plan,
@@ -233,7 +236,7 @@ def build(model: Trainable, rules: Rules, base: BaseLike, mode: Mode, options: M
     bases = list(dict.fromkeys(attachment.sub.basis for attachment in attachments))
     for i, basis in enumerate(bases if settings.stagger else ()):
         basis.offset = i * basis.transform.period // len(bases)
-    run = Run(settings, Stepper(found, steps_as, degrees), attachments, bases, gathering)
+    run = Run(settings, Stepper(found, steps_as, degrees), attachments, bases, gathering, processes)
     rounds.begin(run)
     if isinstance(model, nn.Module):
         run.model = model
@@ -251,18 +254,21 @@ def start(run: Run, mode: Mode) -> None:
         run: The run.
         mode: The mode.
     """
-    parallel.broadcast(sub.weight.param.data for sub in run.subspaces if isinstance(sub.weight, DenseWeight))
+    check_equal(run, mode)
+    run.processes.broadcast(sub.weight.param.data for sub in run.subspaces if isinstance(sub.weight, DenseWeight))
     run.attach(mode)
     schedule(run)
 
 
-def _attachments(placed: Sequence[GroupedTarget], settings: Settings, gathering: Gathering) -> list[Attachment]:
+def _attachments(
+    placed: Sequence[GroupedTarget], settings: Settings, gathering: Gathering, processes: Processes
+) -> list[Attachment]:
     """The subspace of every target, on a basis of its own or a shared one, and its connection to the model."""
     bases: dict[str, tuple[Basis, SharedInput | None, int]] = {}  # by the first of the weights: with the rows used so far
     found = []
     for place in placed:
         target, first = place.target, place.group[0]
-        weight, rows = make_weight(target, settings.merge), target.layout.shape[0]
+        weight, rows = make_weight(target, processes.ranks, settings.merge), target.layout.shape[0]
         if first.name not in bases:
             transform, like = as_published(settings.compat, first.transform), first.template
             seed = derive_seed(settings.seed, first.name)
@@ -272,7 +278,7 @@ def _attachments(placed: Sequence[GroupedTarget], settings: Settings, gathering:
         basis, shared, start = bases[first.name]
         bases[first.name] = basis, shared, start + rows
         ledger = Ledger(basis.transform, records=settings.ledger)
-        sub = Subspace(target.name, weight, basis, slice(start, start + rows), ledger)
+        sub = Subspace(target.name, weight, basis, slice(start, start + rows), ledger, processes)
         found.append(make_attachment(target, Projection(sub, shared, gathering), plain=settings.self_contained))
     return found
 

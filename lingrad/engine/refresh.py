@@ -18,7 +18,7 @@ from lingrad.gradients import FactoredGradient, Gradient
 from lingrad.gradients.averaged import averaged
 from lingrad.gradients.stacked import StackedGradient
 from lingrad.maps import LinearMap
-from lingrad.parallel import average, broadcast, ranks
+from lingrad.parallel import Processes
 from lingrad.subspaces import trees
 from lingrad.subspaces.basis import Basis, Probes, Proposal
 from lingrad.subspaces.subspace import Subspace
@@ -44,7 +44,7 @@ def choose(run: Run, subs: Iterable[Subspace]) -> None:
     for sub, factor in zip(due, factors, strict=True):
         seen.setdefault(id(sub.basis), common if factor is None else factor)
     for basis in dict.fromkeys(sub.basis for sub in due):
-        _choose(basis, [attachment.sub for attachment in run.of(basis)], seen[id(basis)])
+        _choose(run, basis, seen[id(basis)])
 
 
 def renew(run: Run) -> None:
@@ -57,15 +57,16 @@ def renew(run: Run) -> None:
     # dropping a gradient means its sketch too; where layerwise, the run has dropped it; of workers it is the mean of all
     dropped = run.layerwise is None and run.settings.rounds is None
     stepped = (sub for sub in due if sub.coords.grad is not None or not dropped)
-    bases = dict.fromkeys(sub.basis for sub in stepped if sub.pending.total is not None or ranks() > 1)
+    several = run.processes.count > 1
+    bases = dict.fromkeys(sub.basis for sub in stepped if sub.pending.total is not None or several)
     waiting: list[tuple[Basis, Probes, Sketch]] = []
     for basis in bases:
         subs = [attachment.sub for attachment in run.of(basis)]
         asked = basis.asks(subs[0].coords)
         every = (*asked.learned, *asked.held_out)
-        found = _gathered(subs, every)
-        if found is None and ranks() > 1:
-            found = sketched(averaged(_stacked([_nothing(sub, None) for sub in subs])), every)
+        found = _gathered(subs, every, run.processes)
+        if found is None and several:
+            found = sketched(averaged(_stacked([_nothing(sub, None) for sub in subs]), run.processes), every)
         if found is not None:
             waiting.append((basis, asked, found))
     # all flags are computed before the first is read, so that the host waits once
@@ -77,7 +78,7 @@ def renew(run: Run) -> None:
         if not bool(good):
             basis.warn_once(NOT_FINITE)
         elif bool(any_at_all):
-            proposal = _proposed(basis, basis.transform.learn(basis.state, found[:count], basis.when))
+            proposal = _proposed(run, basis, basis.transform.learn(basis.state, found[:count], basis.when))
             if not _finite(proposal):
                 _warn_of_basis(basis)
                 continue
@@ -98,7 +99,7 @@ def schedule(run: Run) -> None:
         run: The run.
     """
     for basis in look_ahead(run):
-        basis.proposal = _proposed(basis, basis.transform.refresh(basis.state, None, basis.when))
+        basis.proposal = _proposed(run, basis, basis.transform.refresh(basis.state, None, basis.when))
         commit(run, basis)
 
 
@@ -180,42 +181,43 @@ def captured(chosen: LinearMap, products: Sequence[Tensor], probes: Sequence[Pro
     return squares[0].sqrt() if len(squares) == 1 else (squares[0] + squares[1] - 1).clamp_min(0).sqrt()
 
 
-def _choose(basis: Basis, subs: Sequence[Subspace], factor: float) -> None:
+def _choose(run: Run, basis: Basis, factor: float) -> None:
     """Propose a new basis from the gradient that was recorded.
 
     A gradient that is not finite, or a basis that would not be, leaves the old basis in place and warns once; a zero gradient
     leaves it silently.
 
     Args:
+        run: The run.
         basis: The basis, ``due``.
-        subs: The subspaces that use it.
         factor: The factor by which other programs scaled ``coords.grad`` since backward.
     """
+    subs, processes = [attachment.sub for attachment in run.of(basis)], run.processes
     parts = [sub.pending.total if isinstance(sub.pending.total, Gradient) else None for sub in subs]
     template = next((part for part in parts if part is not None), None)
-    if ranks() == 1 and template is None:
+    if processes.count == 1 and template is None:
         return
     # an absent one is zero; where all are, other ranks found something
     every = [_nothing(sub, template) if part is None else part for sub, part in zip(subs, parts, strict=True)]
     local = _stacked(every)
-    size = average(local.norm())  # of the parts, which is not that of their mean, but zero or not finite with it
+    size = processes.average(local.norm())  # of the parts, which is not that of their mean, but zero or not finite with it
     norm = float(size) * factor
     if not math.isfinite(norm):
         basis.warn_once(NOT_FINITE)
     if norm == 0.0 or not math.isfinite(norm):
         return
-    grad = averaged(local)
-    proposal = _proposed(basis, basis.transform.refresh(basis.state, grad, basis.when))
+    grad = averaged(local, processes)
+    proposal = _proposed(run, basis, basis.transform.refresh(basis.state, grad, basis.when))
     if not _finite(proposal):
         _warn_of_basis(basis)
         return
     chosen = proposal.map
     basis.proposal = proposal
     for sub, part in zip(subs, every, strict=True):
-        if sub.pending.total is not None or ranks() > 1:
-            projected = cast(chosen.project(averaged(part)), sub.coords.dtype)
+        if sub.pending.total is not None or processes.count > 1:
+            projected = cast(chosen.project(averaged(part, processes)), sub.coords.dtype)
             sub.coords.grad = sub.placed(projected if factor == 1.0 else projected * factor)
-    if ranks() == 1:
+    if processes.count == 1:
         grads = [whole(sub.coords.grad) for sub in subs if sub.coords.grad is not None]
         total = torch.stack([chosen.norm(grad) for grad in grads]).norm()
         basis.energy = float(total) / norm
@@ -227,12 +229,13 @@ def _choose(basis: Basis, subs: Sequence[Subspace], factor: float) -> None:
         sub.pending.proposed = True
 
 
-def _gathered(subs: Sequence[Subspace], probes: Sequence[Probe]) -> Sketch | None:
-    """The products of the stacked gradient, from what each weight's backwards recorded; the mean over ranks.
+def _gathered(subs: Sequence[Subspace], probes: Sequence[Probe], processes: Processes) -> Sketch | None:
+    """The products of the stacked gradient, from what each weight's backwards recorded; the mean over processes.
 
     Args:
         subs: The subspaces that use one basis.
         probes: What was asked.
+        processes: Those of the run.
 
     Returns:
         The products; None where nothing was recorded.
@@ -245,19 +248,19 @@ def _gathered(subs: Sequence[Subspace], probes: Sequence[Probe]) -> Sketch | Non
     for i, (left, _) in enumerate(probes):
         if left is not None:
             terms = [total[i] for total in found if total is not None]
-            products.append(average(terms[0] if len(terms) == 1 else torch.stack(terms).sum(0)))
+            products.append(processes.average(terms[0] if len(terms) == 1 else torch.stack(terms).sum(0)))
             continue
         rows = [
             known[i].new_zeros(sub.weight.layout.shape[0], known[i].shape[1]) if total is None else total[i]
             for sub, total in zip(subs, found, strict=True)
         ]
-        products.append(average(rows[0] if len(rows) == 1 else torch.cat(rows)))
+        products.append(processes.average(rows[0] if len(rows) == 1 else torch.cat(rows)))
     return tuple(products)
 
 
-def _proposed(basis: Basis, state: Any) -> Proposal:
+def _proposed(run: Run, basis: Basis, state: Any) -> Proposal:
     if basis.transform.reads != "nothing":
-        broadcast(trees.tensors(state))
+        run.processes.broadcast(trees.tensors(state))
     return basis.proposed(state)
 
 

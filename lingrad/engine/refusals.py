@@ -10,6 +10,8 @@ from torch import nn
 from lingrad.adapters import Attachment
 from lingrad.config.cutting import check_cut
 from lingrad.config.settings import Mode, Settings
+from lingrad.engine.checkpoint import identity
+from lingrad.engine.run import Run
 from lingrad.errors import ModeError, SpecError, require
 from lingrad.optimizers import Base
 
@@ -82,3 +84,27 @@ def check_sharded(settings: Settings, base: Base, attachments: Sequence[Attachme
         raise SpecError(
             f"base '{base.name}' cannot step sharded parameters (DTensors): {error}. Use one of torch's, such as adamw"
         ) from error
+
+
+def check_equal(run: Run, mode: Mode) -> None:
+    """Make sure that all processes of a run train the same in the same way, before one waits for what another never sends.
+
+    Args:
+        run: The run, with its groups.
+        mode: The mode that it is to start in.
+
+    Raises:
+        ModeError: They do not.
+    """
+    if run.processes.count == 1:
+        return
+    lines = [f"{key}={value!r}" for key, value in {**identity(run), "mode": mode}.items()]
+    for group in run.groups:
+        plain = {key: value for key, value in group.items() if key not in ("fused", "foreach")}  # these are for devices
+        lines += [f"{key}={value!r}" for key, value in plain.items() if type(value) in (int, float, bool, str, tuple)]
+        specs = iter(group.get("specs", ()))
+        for name, param in zip(group["param_names"], group["params"], strict=True):
+            attachment = run.attachment_of(param)
+            shape = param.shape if attachment is None else attachment.sub.weight.layout.weight_shape
+            lines.append(f"{name} {list(shape)} in {str(param.dtype).removeprefix('torch.')}: {next(specs, 'in full')}")
+    run.processes.require_equal(lines, run.groups[0]["params"][0].device)

@@ -5,17 +5,17 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from lingrad import parallel
 from lingrad.adapters import Attachment, Gathering
 from lingrad.config.settings import Mode, Settings
 from lingrad.engine.layerwise import Layerwise
 from lingrad.engine.stepper import Group, Stepper
 from lingrad.errors import ModeError
+from lingrad.parallel import Processes, initialized
 from lingrad.subspaces.basis import Basis
 from lingrad.subspaces.subspace import Subspace
 from lingrad.subspaces.watched import allocate, release
@@ -49,6 +49,7 @@ class Run:
         attachments: The connections to the model, one for each transformed weight, in its order.
         bases: The bases, in the order of the first weight that uses each.
         gathering: What its layers have in common in the step that is being prepared.
+        processes: The processes that train the model together.
         groups: The param groups; the optimizer's own list.
         model: The model; None where only parameters were given.
         frozen: (name, parameter) of those that were frozen when the run was made, and not reported since.
@@ -61,6 +62,7 @@ class Run:
     Attributes:
         outer: The momentum of the outer step of a decentralised run, by weight.
         tied: (name, weight) of those that several layers hold.
+        count: How many processes there were when the run was made.
     """
 
     settings: Settings
@@ -68,6 +70,7 @@ class Run:
     attachments: list[Attachment]
     bases: list[Basis]
     gathering: Gathering
+    processes: Processes
     groups: list[Group] = field(default_factory=list)
     model: nn.Module | None = None
     frozen: list[tuple[str, weakref.ref[Tensor]]] = field(default_factory=list)
@@ -77,6 +80,8 @@ class Run:
     quiet_until: int = 0
     outer: dict[str, Tensor] = field(default_factory=dict, init=False)
     tied: list[tuple[str, DenseWeight]] = field(init=False)
+    count: int = field(init=False)
+    _check: Any = None
     _members: dict[int, list[Attachment]] = field(default_factory=dict)
     _of_coords: dict[int, Attachment] = field(default_factory=dict)
 
@@ -85,6 +90,7 @@ class Run:
         for attachment in self.attachments:
             self._members.setdefault(id(attachment.sub.basis), []).append(attachment)
             self._of_coords[id(attachment.sub.coords)] = attachment
+        self.count = self.processes.count
         weights = ((attachment.sub.name, attachment.sub.weight) for attachment in self.attachments)
         self.tied = [(name, one) for name, one in weights if isinstance(one, DenseWeight) and len(one.owners) > 1]
 
@@ -136,10 +142,15 @@ class Run:
         """Make sure that the run is connected to its model.
 
         Raises:
-            ModeError: It was detached.
+            ModeError: It was detached; torch.distributed has other processes by now.
         """
         if self.mode is None:
             raise ModeError("this optimizer was detached from its model; call lingrad.wrap or lingrad.adapt again")
+        if self.processes.count > self.count:
+            raise ModeError(
+                f"torch.distributed was initialized after lingrad was called, which knows of {self.count} process only, and "
+                f"would not average over {self.processes.count}; call init_process_group first, then lingrad"
+            )
 
     def attach(self, mode: Mode) -> None:
         """Connect all weights in a mode; with nothing changed where one of them does not support it.
@@ -166,6 +177,8 @@ class Run:
         if self.layerwise is not None:
             self.layerwise.listen((n.param, n.name, None if n.attachment is None else n.attachment.sub) for n in self.named())
         self._exclude_from_ddp(self.attachments)
+        if self.model is not None and initialized():
+            self._check = self.model.register_forward_pre_hook(self.processes.check)
 
     @torch.no_grad()
     def detach(self) -> None:
@@ -190,6 +203,9 @@ class Run:
         if self.layerwise is not None:
             self.layerwise.stop()
         self.mode = None
+        if self._check is not None:
+            self._check.remove()
+            self._check = None
         self._exclude_from_ddp([])
 
     def switch(self, mode: Mode) -> None:
@@ -233,4 +249,4 @@ class Run:
             own = [a.sub.coords for a in attachments if a.averages]
             # in optimizer mode a weight has a gradient only where it is read without its layer, which is averaged here too
             weights = [a.sub.weight.param for a in attachments if a.averages or self.mode == "optimizer"]
-            parallel.exclude(self.model, own + weights)
+            self.processes.exclude(self.model, own + weights)

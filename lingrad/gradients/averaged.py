@@ -10,16 +10,21 @@ from typing_extensions import override
 
 from lingrad.gradients.base import Delegated, Gradient
 from lingrad.gradients.local import DenseGradient
-from lingrad.parallel import average, ranks
+from lingrad.parallel import Processes
 
 
 @final
 class AveragedGradient(Delegated):
-    """The mean over ranks of their gradients; every product costs one all-reduce of its result.
+    """The mean over processes of their gradients; every product costs one all-reduce of its result.
 
     Args:
-        source: The gradient of this rank, [m, n].
+        source: The gradient of this process, [m, n].
+        processes: The processes.
     """
+
+    def __init__(self, source: Gradient, processes: Processes) -> None:
+        super().__init__(source)
+        self.processes = processes
 
     @property
     @override
@@ -29,19 +34,19 @@ class AveragedGradient(Delegated):
     @property
     @override
     def T(self) -> AveragedGradient:
-        return AveragedGradient(self.source.T)
+        return self._of(self.source.T)
 
     @override
     def product(self, left: Tensor | None, right: Tensor | None) -> Tensor:
-        return average(self.source.product(left, right))
+        return self.processes.average(self.source.product(left, right))
 
     @override
     def select(self, rows: Tensor | None, columns: Tensor | None) -> AveragedGradient:
-        return AveragedGradient(self.source.select(rows, columns))
+        return self._of(self.source.select(rows, columns))
 
     @override
     def dense(self) -> Tensor:
-        return average(self.source.dense())
+        return self.processes.average(self.source.dense())
 
     @override
     def norm(self) -> Tensor:
@@ -50,9 +55,12 @@ class AveragedGradient(Delegated):
 
     @override
     def to(self, dtype: torch.dtype) -> AveragedGradient:
-        return AveragedGradient(self.source.to(dtype))
+        return self._of(self.source.to(dtype))
+
+    def _of(self, source: Gradient) -> AveragedGradient:
+        return AveragedGradient(source, self.processes)
 
 
-def averaged(local: Gradient) -> Gradient:
-    """The mean over ranks of their gradients; the gradient itself in one process."""
-    return local if ranks() == 1 else AveragedGradient(local)
+def averaged(local: Gradient, processes: Processes) -> Gradient:
+    """The mean over processes of their gradients; the gradient itself in one process."""
+    return local if processes.count == 1 else AveragedGradient(local, processes)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from lingrad.errors import ModeError
 from lingrad.gradients import Gradient, accumulate
-from lingrad.parallel import average, ranks
+from lingrad.parallel import Processes
 from lingrad.tensors import call, is_sharded, nbytes, whole
 
 Seen = Gradient | tuple[Tensor, ...]
@@ -28,6 +28,7 @@ class PendingGradient:
 
     Args:
         name: The parameter's name, for messages.
+        processes: The processes of the run.
 
     Attributes:
         total: In a step that refreshes, the sum over the micro-batches that are in ``coords.grad``: a gradient, or the
@@ -36,8 +37,9 @@ class PendingGradient:
         proposed: Whether ``coords.grad`` is the projection by a basis that is chosen and not committed yet.
     """
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, processes: Processes) -> None:
         self.name = name
+        self.processes = processes
         self.stale = False
         self.proposed = False
         self._hooks: list[Any] = []
@@ -181,8 +183,8 @@ class PendingGradient:
         if is_sharded(now):  # its mean over ranks is taken in the backward
             now = whole(now)
             left = torch.zeros_like(now) if left is None else whole(left)
-        elif ranks() > 1:  # the others may have found something where this rank did not
-            left = average(torch.zeros_like(now) if left is None else left)
+        elif self.processes.count > 1:  # the others may have found something where this one did not
+            left = self.processes.average(torch.zeros_like(now) if left is None else left)
         elif left is None and not now.any():
             return None
         if left is None:
@@ -201,7 +203,7 @@ class PendingGradient:
         # one multiplication of each entry rounds it by at most eps; a clip after an unscale makes two. Ranks may have been
         # summed in another order, which rounds an entry by eps of the largest part
         rounding = 8 * torch.finfo(now.dtype).eps
-        floor = float((factor * left).abs().max()) * rounding if ranks() > 1 else torch.finfo(now.dtype).tiny
+        floor = float((factor * left).abs().max()) * rounding if self.processes.count > 1 else torch.finfo(now.dtype).tiny
         if not torch.allclose(now, factor * left, rtol=rounding, atol=floor):
             raise ModeError(
                 f"the gradient of {self.name} was changed between backward and step in another way than by one factor. "

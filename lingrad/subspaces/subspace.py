@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from lingrad.errors import ModeError, ShapeError
 from lingrad.gradients import DenseGradient, Gradient
 from lingrad.maps import LinearMap
-from lingrad.parallel import average
+from lingrad.parallel import Processes
 from lingrad.subspaces.basis import Basis, is_projection, products
 from lingrad.subspaces.ledger import Change, Ledger, total
 from lingrad.subspaces.pending import PendingGradient
@@ -36,6 +36,7 @@ class Subspace:
         basis: The basis, which other subspaces may use too.
         rows: The rows of the basis's shape that are this weight's.
         ledger: What was merged.
+        processes: The processes that train it together.
 
     Attributes:
         coords: z [p, q], zero at the start, float32 unless the weight is float64; see `release`.
@@ -48,6 +49,7 @@ class Subspace:
     basis: Basis
     rows: slice
     ledger: Ledger
+    processes: Processes = field(default_factory=Processes)
     coords: nn.Parameter = field(init=False)
     pending: PendingGradient = field(init=False)
     on_gradient: Callable[[], None] | None = None
@@ -60,7 +62,7 @@ class Subspace:
         like = self.weight.param
         zeros = torch.zeros((p, q), device=like.device, dtype=wide(self.weight.dtype))
         self.coords = nn.Parameter(self.placed(zeros))
-        self.pending = PendingGradient(self.name)
+        self.pending = PendingGradient(self.name, self.processes)
 
     def __repr__(self) -> str:
         return f"Subspace({self.name!r}, {self.basis.transform}, coords={tuple(self.coords.shape)})"
@@ -148,7 +150,7 @@ class Subspace:
             grad: G [m, n] of one micro-batch; stored until the step where a refresh reads it.
         """
         self._before_accumulate()
-        projected = average(self.project(grad))
+        projected = self.processes.average(self.project(grad))
         if self.coords.grad is None:
             self.coords.grad = projected
         else:

@@ -8,6 +8,7 @@ its part of the batch, and is reduced to shards there and then: r-sized numbers 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -118,18 +119,19 @@ class Sharding:
         return slice(start, start + size)
 
 
-def sharding_of(param: Tensor, name: str) -> Sharding | None:
+def sharding_of(param: Tensor, name: str, ranks: Sequence[int]) -> Sharding | None:
     """How a parameter is spread.
 
     Args:
         param: The parameter.
         name: Its name, for messages.
+        ranks: The processes of the run.
 
     Returns:
         None where every process has all of it.
 
     Raises:
-        ModeError: It is cut in another way than by rows, or over other processes than all of the run.
+        ModeError: It is cut in another way than by rows, or over other processes than those of the run.
     """
     if not is_sharded(param):
         return None
@@ -140,11 +142,10 @@ def sharding_of(param: Tensor, name: str) -> Sharding | None:
             f"{name} {tuple(param.shape)} is cut as {given.placements}; only matrices that are cut by rows, Shard(0), as "
             "fully_shard does, can be trained in a subspace. Leave it out by a rule: 'none'"
         )
-    from torch import distributed
-
-    if given.device_mesh.size() != distributed.get_world_size():
+    spread = sorted(given.device_mesh.mesh.flatten().tolist())
+    if spread != sorted(ranks):
         raise ModeError(
-            f"{name} is spread over {given.device_mesh.size()} of {distributed.get_world_size()} processes; all processes must "
-            "train one model on parts of a batch (fully_shard over a mesh of all ranks)"
+            f"{name} is spread over the ranks {spread}, and the processes of this run are {sorted(ranks)}; they must train one "
+            "model together. Shard over a mesh of all of them, or pass the mesh's group: process_group=mesh.get_group()"
         )
     return Sharding(given.device_mesh, tuple(given.placements))

@@ -10,9 +10,10 @@ import lingrad
 from lingrad.errors import ModeError
 from tests.support.cases import SIDED, UNSIDED
 from tests.support.models import gap, llama, text_batches, text_loss, zoo, zoo_batches, zoo_loss
+from tests.support.processes import train
 from tests.support.runs import MODES
 
-STEPS, EVERY, CLIP = 7, 3, 0.5
+STEPS, EVERY = 7, 3
 ZOO = {"*": f"svd(rank=1, every={EVERY})"}
 SIDES = ("left", "right", "both")
 SHARED = ("svd(rank=4, every=3, side=right)", "power(rank=4, every=3, side=right)")
@@ -34,31 +35,6 @@ def runs(specs):
             yield zoo, ZOO, zoo_batches(STEPS), zoo_loss, mode
             for rules in SHARED:
                 yield llama, rules, text_batches(STEPS, micro=2), text_loss, mode, {"share": "input", "stagger": True}
-
-
-def train(build, rules, batches, loss, mode, options=None, rank=None):
-    """Train with accumulation, a clip from outside and one switch; returns the weights."""
-    model = build()
-    # eps: S^T G of both-sided singular vectors is diagonal but for rounding, which Adam divides by rounding plus eps
-    optimizer = MODES[mode](model, rules, "adamw", lr=1e-2, weight_decay=0.1, eps=1e-4, **(options or {}))
-    inner = model
-    if rank is not None:
-        model = DistributedDataParallel(model)
-    for step, micro_batches in enumerate(batches):
-        if step == STEPS - 2:
-            optimizer.switch("adapter" if optimizer.mode == "optimizer" else "optimizer")
-        optimizer.zero_grad()
-        *early, last = micro_batches
-        for batch in early:
-            if rank is None:
-                loss(model, batch).backward()
-            else:
-                with model.no_sync():
-                    loss(model, batch.chunk(2)[rank]).backward()
-        loss(model, last if rank is None else last.chunk(2)[rank]).backward()
-        nn.utils.clip_grad_norm_(inner.parameters(), CLIP)
-        optimizer.step()
-    return {name: w.detach().clone() for name, w in optimizer.weights().items()}
 
 
 def work(rank, folder, specs):

@@ -3,7 +3,10 @@
 import os
 
 import torch
-from torch import distributed
+from torch import distributed, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from tests.support.runs import MODES
 
 
 def _entry(rank, function, world, folder, args):
@@ -20,3 +23,31 @@ def each_rank(function, world, folder, *args):
     torch.multiprocessing.spawn(_entry, (function, world, str(folder), args), nprocs=world)
     (folder / f"store-{world}").unlink(missing_ok=True)
     return [torch.load(folder / f"found-{rank}.pt", weights_only=True) for rank in range(world)]
+
+
+def train(build, rules, batches, loss, mode, options=None, rank=None, world=2):
+    """Micro-batches, a clip from outside and a switch before the last two steps; with a rank in DistributedDataParallel.
+
+    ``options`` are those of the run; its ``process_group`` is DistributedDataParallel's too. Returns the weights.
+    """
+    model, options = build(), options or {}
+    # eps: S^T G of both-sided singular vectors is diagonal but for rounding, which Adam divides by rounding plus eps
+    optimizer = MODES[mode](model, rules, "adamw", lr=1e-2, weight_decay=0.1, eps=1e-4, **options)
+    inner = model
+    if rank is not None:
+        model = DistributedDataParallel(model, process_group=options.get("process_group"))
+    for step, micro_batches in enumerate(batches):
+        if step == len(batches) - 2:
+            optimizer.switch("adapter" if optimizer.mode == "optimizer" else "optimizer")
+        optimizer.zero_grad()
+        *early, last = micro_batches
+        for batch in early:
+            if rank is None:
+                loss(model, batch).backward()
+            else:
+                with model.no_sync():
+                    loss(model, batch.chunk(world)[rank]).backward()
+        loss(model, last if rank is None else last.chunk(world)[rank]).backward()
+        nn.utils.clip_grad_norm_(inner.parameters(), 0.5)
+        optimizer.step()
+    return {name: w.detach().clone() for name, w in optimizer.weights().items()}

@@ -17,7 +17,6 @@ from lingrad.console import align
 from lingrad.memory import moments as lowbit
 from lingrad.models import LlamaShape, build_llama, next_token_loss
 from lingrad.research.corpus import moby_dick, tokenize, training_batches, validation_batches
-from lingrad.weights.bitsandbytes import packed_of
 
 SHAPE = LlamaShape(hidden=128, intermediate=384, layers=2, heads=4, length=64)
 ROWS, BEFORE, STEPS = 8, 400, 300
@@ -64,9 +63,9 @@ def dequantized(model: nn.Module) -> nn.Module:
     """A copy with plain layers that hold the numbers the codes stand for."""
     plain = build_llama(SHAPE, seed=0)
     state = {k: v for k, v in model.state_dict().items() if k in plain.state_dict() and v.is_floating_point()}
-    for name, module in plain.named_modules():
-        if type(module) is nn.Linear and name != "lm_head":
-            state[f"{name}.weight"] = packed_of(model.get_submodule(name), name).dense()
+    run = lingrad.adapt(model, SPEC, lr=LR)
+    state |= {name: weight for name, weight in run.weights().items() if name in state or name.endswith("proj.weight")}
+    run.detach()
     plain.load_state_dict(state)
     return plain
 

@@ -22,7 +22,7 @@ from lingrad.transforms import register as register
 
 __version__ = "0.1.0"
 
-_LAZY = ("convert", "hf", "memory", "peft", "research", "testing")
+_LAZY = ("convert", "decentralized", "hf", "memory", "peft", "research", "testing")
 
 _deprecated.alias_modules()
 

@@ -94,7 +94,9 @@ class Rounds:
             f"workers must be one of lingrad.decentralized's, such as ProcessWorkers(), not {self.workers!r}",
         )
         require(
-            type(self.every) is int and self.every >= 1, "every", f"every must be a number of steps, 1 or more, not {self.every!r}"
+            type(self.every) is int and self.every >= 1,
+            "every",
+            f"every must be a number of steps, 1 or more, not {self.every!r}",
         )
         for option, words in (("combine", Combine), ("moments", Kept), ("send", Sent)):
             require_one_of(getattr(self, option), get_args(words), option)

@@ -27,7 +27,6 @@ from lingrad.files.reading import all_finite
 from lingrad.maps.factors import Factors, compress
 from lingrad.models import open_model
 from lingrad.peft.report import AdapterReport
-from lingrad.subspaces import trees as trees
 
 
 @renamed_keywords("lingrad.convert.convert_run", base="start", decayed_base="decayed_start")

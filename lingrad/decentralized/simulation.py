@@ -42,7 +42,7 @@ def simulate(work: Callable[[Workers], T], workers: int) -> list[T]:
             hall.leave(number)
         except _StoppedError:
             pass
-        except BaseException as error:  # noqa: BLE001 - raised again by the caller's thread
+        except BaseException as error:
             hall.stop(error)
 
     random = _random_state()
@@ -64,13 +64,13 @@ class _StoppedError(Exception):
 class _SimulatedWorkers(Workers):
     def __init__(self, number: int, hall: _Hall) -> None:
         super().__init__(number)
-        self._hall = hall
+        self._place, self._hall = number, hall
 
     @override
     def gather(self, own: Sequence[Tensor]) -> Mapping[int, Sequence[Tensor]]:
         buffer = packed(own)
         head = Head(self.number, len(buffer))
-        given = self._hall.exchange(self.number, (head, buffer))
+        given = self._hall.exchange(self._place, (head, buffer))
         check_heads([head for head, _ in given])
         self.sent += (len(buffer) + head.to(buffer.device).nbytes) * (len(given) - 1)
         return by_number([head for head, _ in given], [buffer for _, buffer in given], own)

@@ -14,7 +14,7 @@ from typing_extensions import override
 
 from lingrad.config.rounds import Workers
 from lingrad.decentralized.messages import Head, by_number, check_heads, packed
-from lingrad.errors import ExchangeError, optional, require
+from lingrad.errors import ExchangeError, in_short, optional, require
 
 
 class TorchftWorkers(Workers):
@@ -58,9 +58,11 @@ class TorchftWorkers(Workers):
         what = "lingrad.decentralized.TorchftWorkers"
         groups, self._on_join = optional("torchft.process_group", what, "torchft"), on_join
         limit = timedelta(seconds=timeout)
-        self._patience = patience
+        self._patience, self._options = patience, groups.AllgatherOptions()
         self._group = groups.ProcessGroupGloo(timeout=limit) if process_group is None else process_group
-        self._store = distributed.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+        self._store = distributed.TCPStore(  # type: ignore[attr-defined]
+            "localhost", 0, is_master=True, wait_for_workers=False
+        )
         self._manager = optional("torchft.manager", what, "torchft").Manager(
             pg=self._group,
             load_state_dict=None,
@@ -85,7 +87,7 @@ class TorchftWorkers(Workers):
         def take(state: dict[str, Any]) -> None:
             load(state)
             if self._on_join is not None:
-                self._on_join(state["run.step"] + 1)
+                self._on_join(state["run.ended"])
 
         self._manager.register_state_dict_fn("lingrad", take, save)
 
@@ -93,17 +95,30 @@ class TorchftWorkers(Workers):
     def gather(self, own: Sequence[Tensor]) -> Mapping[int, Sequence[Tensor]]:
         buffer, until = packed(own), time.monotonic() + self._patience
         while True:
-            left = until - time.monotonic()
-            if left <= 0:
-                raise ExchangeError(
-                    f"no exchange has come about in {self._patience:g} seconds; look whether the lighthouse and the other "
-                    "workers run, or give patience more than the slowest worker's round takes"
-                )
-            self._manager.start_quorum(timeout=timedelta(seconds=left))
-            self._manager.wait_quorum()
+            self._join_quorum(until - time.monotonic())
             found = None if self._manager.errored() else self._try(buffer, own)
             if self._manager.should_commit() and found is not None:
                 return found
+
+    def _join_quorum(self, left: float) -> None:
+        """Wait until the lighthouse names those who are there.
+
+        Args:
+            left: Seconds to wait.
+
+        Raises:
+            ExchangeError: It has not.
+        """
+        failed = self._manager.errored()
+        try:
+            self._manager.start_quorum(timeout=timedelta(seconds=max(left, 0.001)))
+            self._manager.wait_quorum()
+        except TimeoutError as error:
+            raise ExchangeError(
+                f"no exchange has come about in {self._patience:g} seconds"
+                f"{'' if failed is None else f' ({in_short(failed.original_exception)})'}; look whether the lighthouse and as "
+                "many workers as it waits for run, or give patience more than the slowest worker's round takes"
+            ) from error
 
     def _try(self, buffer: Tensor, own: Sequence[Tensor]) -> Mapping[int, Sequence[Tensor]] | None:
         """One exchange of those in the quorum; None where it failed, as when one of them has just died."""
@@ -114,7 +129,7 @@ class TorchftWorkers(Workers):
             found = by_number(heads, self._gather(buffer), own)
         except ExchangeError:
             raise
-        except Exception as error:  # noqa: BLE001 - whatever a process group raises
+        except RuntimeError as error:  # of the process group
             self._manager.report_error(error)
             return None
         return found
@@ -122,7 +137,7 @@ class TorchftWorkers(Workers):
     def _gather(self, tensor: Tensor) -> list[Tensor]:
         count = self._group.size()
         found = [torch.empty_like(tensor) for _ in range(count)]
-        self._group.allgather([found], [tensor]).wait()
+        self._group.allgather([found], [tensor], self._options).wait()
         self.sent += tensor.nbytes * (count - 1)
         return found
 
@@ -141,13 +156,13 @@ class TorchftWorkers(Workers):
 
 
 def _plain_transport(timeout: timedelta) -> Any:
-    """torchft's transport of weights by HTTP, that takes tensors and plain values only: its own unpickles what it is sent."""
+    """Torchft's transport of weights by HTTP, here only tensors and plain values; its own unpickles what it is sent."""
     transports = optional("torchft.checkpointing.http_transport", "lingrad.decentralized.TorchftWorkers", "torchft")
 
     class PlainTransport(transports.HTTPTransport):  # type: ignore[misc, name-defined]
         @classmethod
         def _load_from_address(cls, address: str, timeout: timedelta) -> object:
-            with transports.urllib.request.urlopen(address, timeout=timeout.total_seconds()) as file:  # noqa: S310
+            with transports.urllib.request.urlopen(address, timeout=timeout.total_seconds()) as file:
                 return transports._streaming_load(file, weights_only=True)
 
     return PlainTransport(timeout=timeout, num_chunks=0)

@@ -130,6 +130,8 @@ def _check(run: Run) -> None:
         raise SpecError("a basis with store=false is drawn at each use, which a graph cannot do; leave it out", option="store")
     if parallel.initialized():
         raise ModeError("capture is for one process: the averages of torch.distributed were not tried in a graph")
+    if run.settings.rounds is not None:
+        raise ModeError("a graph cannot wait for other workers; leave capture out of a run with rounds")
     for group in run.groups:
         rate, device = group["lr"], group["params"][0].device
         if not isinstance(rate, Tensor) or rate.device != device:

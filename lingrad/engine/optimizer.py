@@ -21,6 +21,7 @@ from lingrad.config.settings import Mode, Settings
 from lingrad.engine import checkpoint
 from lingrad.engine.build import Trainable, build, split_groups, start
 from lingrad.engine.capture import CapturedStep
+from lingrad.engine.rounds import exchange
 from lingrad.engine.run import Run
 from lingrad.engine.step import clip, step
 from lingrad.errors import ModeError, require_one_of
@@ -135,6 +136,10 @@ class SubspaceOptimizer(Optimizer):
             The norm before clipping, 0-d. Raises `ModeError` where the run is layerwise: gradients never exist together.
         """
         return clip(self._run, max_norm, norm_type)
+
+    def exchange(self) -> None:
+        """End a round of `lingrad.decentralized` here, as after the last step of a run; all workers call it."""
+        exchange(self._run, self._run.step)
 
     def switch(self, mode: Mode) -> None:
         """Continue in the other mode from here; the trajectory stays the same.

@@ -61,6 +61,7 @@ class Run:
 
     Attributes:
         outer: The momentum of the outer step of a decentralised run, by weight.
+        ended: Steps that were finished when the last of its rounds ended.
         tied: (name, weight) of those that several layers hold.
         count: How many processes there were when the run was made.
     """
@@ -79,6 +80,7 @@ class Run:
     step: int = 0
     quiet_until: int = 0
     outer: dict[str, Tensor] = field(default_factory=dict, init=False)
+    ended: int = field(default=0, init=False)
     tied: list[tuple[str, DenseWeight]] = field(init=False)
     count: int = field(init=False)
     _check: Any = None

@@ -50,7 +50,7 @@ def _step(run: Run) -> None:
     dry = _stepped(run)
     if not dry:
         if rounds.ends(run):
-            rounds.exchange(run)
+            rounds.exchange(run, run.step + 1)
         if not run.is_quiet:
             for basis in run.bases:
                 unused = all(attachment.sub.coords.grad is None for attachment in run.of(basis))

@@ -17,11 +17,11 @@ from lingrad.transforms.linalg import orthonormalize as orthonormalize
 from lingrad.transforms.pca import PCA as PCA
 from lingrad.transforms.power import Power as Power
 from lingrad.transforms.random import Random as Random
-from lingrad.transforms.slice import Slice as Slice
 from lingrad.transforms.registry import register as register
 from lingrad.transforms.side import BasisTransform as BasisTransform
 from lingrad.transforms.side import Sides as Sides
 from lingrad.transforms.side import SideTransform as SideTransform
+from lingrad.transforms.slice import Slice as Slice
 from lingrad.transforms.svd import SVD as SVD
 
 if not TYPE_CHECKING:  # so that a type checker still reports misspelt names

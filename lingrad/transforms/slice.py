@@ -81,7 +81,8 @@ class Slice(BasisTransform):
         require(
             self.workers == 1 or self.cuts,
             "workers",
-            f"workers cuts a shared basis, and choice={self.choice} has none; leave it out, or choose orthogonal or by_gradient",
+            f"workers cuts a shared basis, and choice={self.choice} has none; leave it out, or choose orthogonal or "
+            "by_gradient",
         )
 
     @property
@@ -150,8 +151,8 @@ class Slice(BasisTransform):
     @override
     def learn(self, state: Cut, sketch: Sketch, when: When) -> Cut:
         if self.choice != "by_gradient":
-            return super().learn(state, sketch, when)
-        found = []
+            return self.refresh(state, None, when)
+        found: list[Tensor | None] = []
         for seen, old, side in zip(by_side(state.shared, sketch), state.shared, ("left", "right"), strict=True):
             if seen is None or old is None:
                 found.append(None)
@@ -195,8 +196,8 @@ class Slice(BasisTransform):
             coords: Number -> z_k [p, q]; of a shared right basis with the rows of one weight.
 
         Returns:
-            S, with P_1 ... P_N side by side as its left basis and Q_1 ... Q_N as its right one, and z with S z = sum of S_k z_k.
-            Workers with identical bases share one, and their coordinates are added up.
+            S, with P_1 ... P_N side by side as its left basis and Q_1 ... Q_N as its right one, and z with S z the sum of all
+            S_k z_k. Workers with identical bases share one, and their coordinates are added up.
         """
         every = list(coords.values())
         if self.choice == "identical":

@@ -1,7 +1,7 @@
 """The study of docs/decentralized.md: workers that each train a slice, against data parallelism and DiLoCo, at equal tokens.
 
     python -m benchmarks.slices run [--out FILE] [--only WORD] [--minutes M]   go on where FILE ends
-    python -m benchmarks.slices table [--out FILE]                            print its tables
+    python -m benchmarks.slices table [--out FILE] [--into PAGE]              print its tables, or put them into a page
 
 A run is one line of the file. Every entry is tuned by the same rule: the learning rate of the transformed weights, as a factor
 of that of the rest, is tried at three powers of two and then on beyond the best of them until it is not at the edge, with one
@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,9 +23,9 @@ import torch
 from torch import Tensor, nn
 
 import lingrad
-
 from lingrad.models import LlamaShape, build_llama, next_token_loss
 from lingrad.research.corpus import Corpus, moby_dick, tokenize, training_batches, validation_batches
+from tools.marks import put
 
 RESULTS = Path("docs/studies/slices.jsonl")
 SHAPE = LlamaShape(hidden=64, intermediate=172, layers=2, heads=4, length=32)
@@ -76,7 +77,7 @@ def entries() -> Iterator[Entry]:
         for choice, combine in (("identical", "mean"), ("independent", "sum"), ("orthogonal", "sum"), ("by_gradient", "sum")):
             yield _slices(choice, combine, workers, every)
         if (workers, every) == (4, 50):
-            yield from _ablations(every)
+            yield from ablations(every)
         if workers == 4:
             yield Entry("averaged weights", "full()", -3, workers, every)
             for choice, combine in (
@@ -98,7 +99,7 @@ def _slices(
     return Entry(f"slices, {choice}, {combine}{more}", spec, 0, workers, every, combine, **options)
 
 
-def _ablations(every: int) -> Iterator[Entry]:
+def ablations(every: int) -> Iterator[Entry]:
     """What decides, at four workers and one length of rounds."""
     for choice, combine in (("identical", "mean"), ("orthogonal", "sum")):
         yield _slices(choice, combine, 4, every, moments="reset")
@@ -172,9 +173,11 @@ def _optimizer(entry: Entry, model: nn.Module, factor: float, seed: int, workers
 
 
 def _sent(entry: Entry, opt: Any, model: nn.Module) -> float:
-    """Bytes of the linear weights that one worker sends: in a ring, 2 (N - 1) / N of what is averaged, N - 1 of what is gathered.
+    """Bytes of the linear weights that one worker sends; the few by which workers compare their options are not counted.
 
-    Sketches of ``by_gradient`` and gradients that a refresh reads are counted, the few bytes by which workers compare are not.
+    Returns:
+        In a ring, 2 (N - 1) / N of what is averaged and N - 1 of what is gathered; sketches of ``by_gradient``, and gradients
+        that a refresh reads, among them.
     """
     each = 2 * (entry.workers - 1) / entry.workers * 4 * STEPS
     if entry.spec is None:
@@ -227,10 +230,9 @@ class Results:
                 found = {"loss": float("nan"), "sent": float("nan"), "error": str(error)}
             seconds = round(time.perf_counter() - start, 1)
             run = {"entry": entry._asdict(), "factor": factor, "seed": seed, **found, "seconds": seconds}
-            print(
-                f"{entry.name}, N {entry.workers}, H {entry.every}, x{factor}, seed {seed}: {found['loss']:.4f}, {seconds} s",
-                flush=True,
-            )
+            what = f"{entry.name}, N {entry.workers}, H {entry.every}, x{factor}, seed {seed}"
+            sys.stdout.write(f"{what}: {found['loss']:.4f}, {seconds} s\n")
+            sys.stdout.flush()
             with self.path.open("a") as file:
                 file.write(json.dumps(run) + "\n")
             self.found[key] = run
@@ -254,12 +256,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["run", "table"])
     parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--into", type=Path)
     parser.add_argument("--only", default="", help="entries whose name has this word")
     parser.add_argument("--minutes", type=float, default=float("inf"))
     asked = parser.parse_args()
     results = Results(asked.out)
     if asked.what == "table":
-        print(table(results))
+        from benchmarks.slices_table import table
+
+        if asked.into is None:
+            sys.stdout.write(table(results) + "\n")
+        else:
+            put(asked.into, {"slices": table(results) + "\n"})
         return
     torch.set_num_threads(1)
     corpus = tokenize("Moby-Dick", moby_dick())
@@ -273,11 +281,6 @@ def main() -> None:
         factor = results.tune(entry, corpus, held)
         for seed in SEEDS:
             results.get(entry, factor, seed, corpus, held)
-
-
-def table(results: Results) -> str:
-    """The tables of docs/decentralized.md."""
-    raise NotImplementedError
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import lingrad
 from lingrad.config.settings import Settings
 from lingrad.errors import SpecError
 
-ONLY_ADAPT = ("merge_every", "keep_remainder")
+ONLY_ADAPT = ("merge_every", "keep_remainder", "rounds")
 
 
 def model():

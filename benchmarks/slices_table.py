@@ -1,0 +1,76 @@
+"""The tables of the study of slices, in docs/decentralized.md."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from typing import NamedTuple
+
+from benchmarks.slices import SEEDS, TUNE, Entry, Results, ablations, entries
+from lingrad.console import markdown as tabulate
+
+
+class Row(NamedTuple):
+    """An entry's results.
+
+    Args:
+        mean: Of the losses of all seeds.
+        error: Its standard error.
+        factor: The best one.
+        at_edge: Whether it is the smallest or the largest that was tried.
+        sent: Megabytes that a worker sent of the linear weights.
+    """
+
+    mean: float
+    error: float
+    factor: float
+    at_edge: bool
+    sent: float
+
+    @property
+    def loss(self) -> str:
+        """The mean and its standard error, in thousandths."""
+        return f"{self.mean:.3f} ± {1000 * self.error:.0f}{'*' if self.at_edge else ''}"
+
+
+def row(results: Results, entry: Entry) -> Row | None:
+    """The results of an entry; None where not all of its runs are there."""
+    runs = [run for run in results.found.values() if Entry(**run["entry"]) == entry]
+    tried = {run["factor"]: run["loss"] for run in runs if run["seed"] == TUNE and math.isfinite(run["loss"])}
+    found = [run for run in runs if run["seed"] in SEEDS]
+    if len(found) < len(SEEDS):
+        return None
+    losses, factor = [run["loss"] for run in found], found[0]["factor"]
+    error = statistics.stdev(losses) / len(losses) ** 0.5
+    at_edge = factor in (min(tried), max(tried))
+    return Row(statistics.mean(losses), error, factor, at_edge, found[0]["sent"] / 1e6)
+
+
+def table(results: Results) -> str:
+    """The tables of docs/decentralized.md.
+
+    Args:
+        results: The runs.
+
+    Returns:
+        Markdown.
+    """
+    found = {entry: one for entry in entries() if (one := row(results, entry)) is not None}
+    parallel = [(e.name, one.loss, f"{one.factor:g}", f"{one.sent:.2f}") for e, one in found.items() if e.every is None]
+    parts = [tabulate([("gradients averaged at every step", "loss", "factor", "MB sent"), *parallel])]
+    ablated = set(ablations(50))
+    for workers in (4, 2, 8):
+        of = {entry: one for entry, one in found.items() if entry.workers == workers and entry.every and entry not in ablated}
+        rounds = sorted({entry.every for entry in of if entry.every})
+        rows = []
+        for name in dict.fromkeys(entry.name for entry in of):
+            cells = []
+            for every in rounds:
+                one = next((one for entry, one in of.items() if (entry.name, entry.every) == (name, every)), None)
+                cells += [one.loss if one else "", f"{one.sent:.2f}" if one else ""]
+            rows.append((name, *cells))
+        head = (f"{workers} workers", *(text for every in rounds for text in (f"H = {every}: loss", "MB sent")))
+        parts.append(tabulate([head, *rows]))
+    rows = [(e.name, one.loss, f"{one.factor:g}", f"{one.sent:.2f}") for e, one in found.items() if e in ablated]
+    parts.append(tabulate([("4 workers, H = 50", "loss", "factor", "MB sent"), *rows]))
+    return "\n\n".join(parts)

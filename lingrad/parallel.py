@@ -132,6 +132,11 @@ class Processes:
         around = DistributedDataParallel._active_ddp_module
         if around is not None and around.process_group is not self.group:
             theirs, ours = distributed.get_process_group_ranks(around.process_group), self.ranks
+            if self.alone:
+                raise ModeError(
+                    f"this model is in a DistributedDataParallel of the ranks {theirs}, and trains in rounds, in which "
+                    "workers do not average gradients; leave DistributedDataParallel out"
+                )
             if sorted(theirs) != sorted(ours):
                 raise ModeError(
                     f"this model is in a DistributedDataParallel of the ranks {theirs}, and its run is of {ours}: gradients "

@@ -1,4 +1,4 @@
-"""`slice`: each of several workers trains in its own columns of one basis (Torroba-Hennigen et al., ICML 2025, arXiv 2502.13811)."""
+"""`slice`: each of several workers trains in columns of its own (Torroba-Hennigen et al., ICML 2025, arXiv 2502.13811)."""
 
 from __future__ import annotations
 

@@ -1,16 +1,17 @@
 """Workers that are processes of torch.distributed: the numbers of the simulation, and errors instead of waiting."""
 
-import datetime
 import os
 
 import pytest
 import torch
 from torch import distributed
+from torch.nn.parallel import DistributedDataParallel
 
 from lingrad.decentralized import ProcessWorkers, simulate
 from lingrad.errors import ExchangeError, ModeError
+from tests.support.models import text_loss
 from tests.support.processes import each_rank
-from tests.support.workers import program
+from tests.support.workers import batch, program, start
 
 RUNS = {
     "orthogonal": ("slice(rank=4, every=8, workers=3)", {}),
@@ -58,13 +59,28 @@ def test_groups(tmp_path):
             assert all(torch.equal(own[key], value) for key, value in expected[number].items())
 
 
+def in_ddp(rank, world):
+    model, _ = start(ProcessWorkers(), "slice(rank=4, workers=2)", every=200)
+    with pytest.raises(ModeError) as found:
+        text_loss(DistributedDataParallel(model), batch(0, rank))
+    return str(found.value)
+
+
+@pytest.mark.slow
+def test_gradients_are_not_averaged_by_others(tmp_path):
+    message = (
+        "this model is in a DistributedDataParallel of the ranks [0, 1], and trains in rounds, in which workers do not average "
+        "gradients; leave DistributedDataParallel out"
+    )
+    assert each_rank(in_ddp, 2, tmp_path) == [message, message]
+
+
 def loses_one(rank, world, folder):
     """The last process dies before the exchange; the others say so within the timeout."""
     if rank == 2:
         os._exit(0)
-    group = distributed.new_group(timeout=datetime.timedelta(seconds=5)) if world < 0 else None
     try:
-        program(ProcessWorkers(group), "slice(rank=4, every=4, workers=3)", steps=4)
+        program(ProcessWorkers(), "slice(rank=4, every=4, workers=3)", steps=4)
     except ExchangeError as error:
         return str(error)
     return "no error"

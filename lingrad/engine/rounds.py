@@ -68,7 +68,7 @@ def begin(run: Run) -> None:
             f"the slices of {basis.name} change every {transform.every} steps, and a round has {rounds.every}: slices change "
             f"at the end of a round; make the number a multiple of {rounds.every}, or 0",
         )
-        basis.state = _numbered(basis, rounds.workers.number)
+        basis.replace(_numbered(basis, rounds.workers.number), basis.refreshes)
     rounds.workers.follow(lambda: snapshot(run), lambda state: restore(run, state))
 
 

@@ -102,9 +102,9 @@ def test_one_that_joins(run):
 @pytest.mark.slow
 def test_a_slow_one_is_left_behind(run):
     """The others wait as long as the lighthouse does; it then takes over their weights, and its round is lost."""
-    longer = {"spec": SPEC, "steps": 6 * EVERY}
-    late = told(1, program=longer, sleeps_in=EVERY + 1, seconds=6)
-    found = run([told(0, program=longer, pause=0.5), late, told(2, program=longer, pause=0.5)], join=1000)
+    longer = {"spec": SPEC, "steps": 12 * EVERY}
+    late = told(1, program=longer, sleeps_in=EVERY + 1, seconds=12)
+    found = run([told(0, program=longer, pause=0.5), late, told(2, program=longer, pause=0.5)], join=4000)
     assert same(found[0], found[2])
     assert found[1]["joined"], "it was not late"
     assert same(found[1], found[0])

@@ -30,12 +30,14 @@ class Processes:
 
     Args:
         group: Their ``torch.distributed.ProcessGroup``; None for all processes that torch.distributed has.
+        adds: Whether each has the gradient of its part of one weight, which add up, and not that of its part of a batch.
 
     Raises:
         SpecError: This process is not in the group, or it is no group.
     """
 
     group: Any = None
+    adds: bool = False
 
     def __post_init__(self) -> None:
         """Make sure that this process is one of them."""
@@ -77,6 +79,14 @@ class Processes:
         mean = (tensor / count).contiguous()  # divided first, as DistributedDataParallel does
         distributed.all_reduce(mean, group=self.group)
         return mean
+
+    def reduce(self, tensor: Tensor) -> Tensor:
+        """What is linear in a gradient, of the whole gradient: the mean over processes, or the sum of parts of a weight."""
+        if not self.adds:
+            return self.average(tensor)
+        total = tensor.clone(memory_format=torch.contiguous_format)
+        distributed.all_reduce(total, group=self.group)
+        return total
 
     def broadcast(self, tensors: Iterable[Tensor]) -> None:
         """Give all the values of the first, in place: with another number of threads a factorization rounds differently."""

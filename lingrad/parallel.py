@@ -127,24 +127,6 @@ class Processes:
             "different layers (pipeline stages), or train models of their own, give each set its group: process_group="
         )
 
-    def check(self, _: nn.Module, __: Any) -> None:
-        """Make sure that a DistributedDataParallel around a model has the processes of its run; a hook on the forward.
-
-        Raises:
-            ModeError: It has others.
-        """
-        if torch.compiler.is_dynamo_compiling():
-            return
-        around = DistributedDataParallel._active_ddp_module
-        if around is not None and around.process_group is not self.group:
-            theirs, ours = distributed.get_process_group_ranks(around.process_group), self.ranks
-            if sorted(theirs) != sorted(ours):
-                raise ModeError(
-                    f"this model is in a DistributedDataParallel of the ranks {theirs}, and its run is of {ours}: gradients "
-                    "would be averaged over the ones, and bases chosen by the others. Pass one group to both: "
-                    "lingrad.wrap(model, ..., process_group=group), DistributedDataParallel(model, process_group=group)"
-                )
-
     def exclude(self, model: nn.Module, params: Iterable[nn.Parameter]) -> None:
         """Have a DistributedDataParallel that is built later ignore some parameters.
 
@@ -178,4 +160,46 @@ def refuse_wrapped(model: object) -> None:
         raise ModeError(
             "this model is in FullyShardedDataParallel, which makes flat vectors of its weights, in which there are no "
             "subspaces; shard it by torch.distributed.fsdp.fully_shard (FSDP2, fsdp_version: 2), then call lingrad"
+        )
+
+
+def check_around(processes: Processes, refreshes: bool, sends: bool, *_: Any) -> None:
+    """Make sure that a DistributedDataParallel around a model is one that its run can be in; a hook on the model's forward.
+
+    Args:
+        processes: The processes of the run.
+        refreshes: Whether a basis changes now and then.
+        sends: Whether the run averages what DistributedDataParallel does not.
+
+    Raises:
+        ModeError: It has other processes, or a communication hook that keeps something over a change of basis or leaves
+            processes apart, or lets processes run out of batches.
+    """
+    around = None if torch.compiler.is_dynamo_compiling() else DistributedDataParallel._active_ddp_module
+    if around is None:
+        return
+    if around.process_group is not processes.group:
+        theirs, ours = distributed.get_process_group_ranks(around.process_group), processes.ranks
+        if sorted(theirs) != sorted(ours):
+            raise ModeError(
+                f"this model is in a DistributedDataParallel of the ranks {theirs}, and its run is of {ours}: gradients "
+                "would be averaged over the ones, and bases chosen by the others. Pass one group to both: "
+                "lingrad.wrap(model, ..., process_group=group), DistributedDataParallel(model, process_group=group)"
+            )
+    states = {type(state).__name__: state for _, state in around._comm_hooks}
+    power: Any = states.get("PowerSGDState")
+    if power is not None and power.use_error_feedback and refreshes:
+        raise ModeError(
+            "PowerSGD's error feedback adds what it left out of a gradient to later ones, and after a refresh these are "
+            "gradients in another basis; pass use_error_feedback=False to PowerSGDState, or keep the bases: every=0"
+        )
+    if "PostLocalSGDState" in states:
+        raise ModeError(
+            "post-local SGD lets the weights of subgroups part, and bases are chosen for one model; leave the hook out, "
+            "or give each subgroup a run of its own: process_group="
+        )
+    if around._join_config.enable and sends:
+        raise ModeError(
+            "join() answers the messages of DistributedDataParallel for processes that have no batches left, and not those by "
+            "which a refresh averages what it reads; give all processes as many batches, or use random bases in linear layers"
         )

@@ -31,6 +31,7 @@ class Processes:
     Args:
         group: Their ``torch.distributed.ProcessGroup``; None for all processes that torch.distributed has.
         alone: This process alone, whatever others torch.distributed has.
+        adds: Whether each has the gradient of its part of one weight, which add up, and not that of its part of a batch.
 
     Raises:
         SpecError: This process is not in the group, or it is no group.
@@ -38,6 +39,7 @@ class Processes:
 
     group: Any = None
     alone: bool = False
+    adds: bool = False
 
     def __post_init__(self) -> None:
         """Make sure that this process is one of them."""
@@ -82,6 +84,14 @@ class Processes:
         distributed.all_reduce(mean, group=self.group)
         return mean
 
+    def reduce(self, tensor: Tensor) -> Tensor:
+        """What is linear in a gradient, of the whole gradient: the mean over processes, or the sum of parts of a weight."""
+        if not self.adds:
+            return self.average(tensor)
+        total = tensor.clone(memory_format=torch.contiguous_format)
+        distributed.all_reduce(total, group=self.group)
+        return total
+
     def broadcast(self, tensors: Iterable[Tensor]) -> None:
         """Give all the values of the first, in place: with another number of threads a factorization rounds differently."""
         if self.count > 1:
@@ -121,29 +131,6 @@ class Processes:
             "different layers (pipeline stages), or train models of their own, give each set its group: process_group="
         )
 
-    def check(self, _: nn.Module, __: Any) -> None:
-        """Make sure that a DistributedDataParallel around a model has the processes of its run; a hook on the forward.
-
-        Raises:
-            ModeError: It has others.
-        """
-        if torch.compiler.is_dynamo_compiling():
-            return
-        around = DistributedDataParallel._active_ddp_module
-        if around is not None and around.process_group is not self.group:
-            theirs, ours = distributed.get_process_group_ranks(around.process_group), self.ranks
-            if self.alone:
-                raise ModeError(
-                    f"this model is in a DistributedDataParallel of the ranks {theirs}, and trains in rounds, in which "
-                    "workers do not average gradients; leave DistributedDataParallel out"
-                )
-            if sorted(theirs) != sorted(ours):
-                raise ModeError(
-                    f"this model is in a DistributedDataParallel of the ranks {theirs}, and its run is of {ours}: gradients "
-                    "would be averaged over the ones, and bases chosen by the others. Pass one group to both: "
-                    "lingrad.wrap(model, ..., process_group=group), DistributedDataParallel(model, process_group=group)"
-                )
-
     def exclude(self, model: nn.Module, params: Iterable[nn.Parameter]) -> None:
         """Have a DistributedDataParallel that is built later ignore some parameters.
 
@@ -177,4 +164,51 @@ def refuse_wrapped(model: object) -> None:
         raise ModeError(
             "this model is in FullyShardedDataParallel, which makes flat vectors of its weights, in which there are no "
             "subspaces; shard it by torch.distributed.fsdp.fully_shard (FSDP2, fsdp_version: 2), then call lingrad"
+        )
+
+
+def check_around(processes: Processes, refreshes: bool, sends: bool, *_: Any) -> None:
+    """Make sure that a DistributedDataParallel around a model is one that its run can be in; a hook on the model's forward.
+
+    Args:
+        processes: The processes of the run.
+        refreshes: Whether a basis changes now and then.
+        sends: Whether the run averages what DistributedDataParallel does not.
+
+    Raises:
+        ModeError: It has other processes, or a communication hook that keeps something over a change of basis or leaves
+            processes apart, or lets processes run out of batches.
+    """
+    around = None if torch.compiler.is_dynamo_compiling() else DistributedDataParallel._active_ddp_module
+    if around is None:
+        return
+    if around.process_group is not processes.group:
+        theirs, ours = distributed.get_process_group_ranks(around.process_group), processes.ranks
+        if processes.alone:
+            raise ModeError(
+                f"this model is in a DistributedDataParallel of the ranks {theirs}, and trains in rounds, in which workers do "
+                "not average gradients; leave DistributedDataParallel out"
+            )
+        if sorted(theirs) != sorted(ours):
+            raise ModeError(
+                f"this model is in a DistributedDataParallel of the ranks {theirs}, and its run is of {ours}: gradients "
+                "would be averaged over the ones, and bases chosen by the others. Pass one group to both: "
+                "lingrad.wrap(model, ..., process_group=group), DistributedDataParallel(model, process_group=group)"
+            )
+    states = {type(state).__name__: state for _, state in around._comm_hooks}
+    power: Any = states.get("PowerSGDState")
+    if power is not None and power.use_error_feedback and refreshes:
+        raise ModeError(
+            "PowerSGD's error feedback adds what it left out of a gradient to later ones, and after a refresh these are "
+            "gradients in another basis; pass use_error_feedback=False to PowerSGDState, or keep the bases: every=0"
+        )
+    if "PostLocalSGDState" in states:
+        raise ModeError(
+            "post-local SGD lets the weights of subgroups part, and bases are chosen for one model; leave the hook out, "
+            "or give each subgroup a run of its own: process_group="
+        )
+    if around._join_config.enable and sends:
+        raise ModeError(
+            "join() answers the messages of DistributedDataParallel for processes that have no batches left, and not those by "
+            "which a refresh averages what it reads; give all processes as many batches, or use random bases in linear layers"
         )

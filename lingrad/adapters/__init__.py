@@ -9,6 +9,7 @@ from lingrad.adapters.base import Coords as Coords
 from lingrad.adapters.base import is_attached as is_attached
 from lingrad.adapters.base import refuse_attached as refuse_attached
 from lingrad.adapters.compiled import Gathering as Gathering
+from lingrad.adapters.layer_part import LayerPartAttachment as LayerPartAttachment
 from lingrad.adapters.linear import LinearAttachment as LinearAttachment
 from lingrad.adapters.packed import PackedAttachment as PackedAttachment
 from lingrad.adapters.projected import Projection as Projection
@@ -21,14 +22,15 @@ from lingrad.weights.bitsandbytes import packed_of
 from lingrad.weights.dense import DenseWeight, Merge
 from lingrad.weights.packed import PackedWeight
 from lingrad.weights.sharded import ShardedWeight
-from lingrad.weights.sharding import sharding_of
+from lingrad.weights.sharding import LayerSharding, sharding_of
 
 
-def make_weight(target: Target, ranks: Sequence[int], merge: Merge = "auto") -> Weight:
+def make_weight(target: Target, model: object, ranks: Sequence[int], merge: Merge = "auto") -> Weight:
     """The weight of a target, as its layer stores it.
 
     Args:
         target: The weight, its owners and its route.
+        model: The model, or what was given in its place.
         ranks: The processes of the run.
         merge: See `DenseWeight`.
 
@@ -38,7 +40,7 @@ def make_weight(target: Target, ranks: Sequence[int], merge: Merge = "auto") -> 
     """
     if target.route == "packed":
         return packed_of(target.owners[0][0], target.name)
-    sharding = sharding_of(target.param, target.name, ranks)
+    sharding = sharding_of(target.param, target.name, model, ranks)
     if sharding is None:
         return DenseWeight(target.layout, target.param, target.owners, merge)
     check_target(target)
@@ -59,6 +61,8 @@ def make_attachment(target: Target, layer: Projection, *, plain: bool = False) -
     sub = layer.sub
     if isinstance(sub.weight, PackedWeight):
         return PackedAttachment(sub.weight, layer, plain=plain)
+    if isinstance(sub.weight.sharding, LayerSharding):
+        return LayerPartAttachment(*target.owners[0], layer, plain=plain)
     if target.route == "projected":
         return LinearAttachment(*target.owners[0], layer, plain=plain)
     assert isinstance(sub.weight, DenseWeight)  # noqa: S101 - the other kind is above

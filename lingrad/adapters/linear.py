@@ -11,7 +11,7 @@ import sys
 import weakref
 from collections.abc import Callable
 from functools import partial
-from typing import Any, final
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -127,7 +127,6 @@ class LayerAttachment(Attachment):
         return out
 
 
-@final
 class LinearAttachment(LayerAttachment):
     """A linear layer with a dense weight; arguments as for `LayerAttachment`."""
 

@@ -26,7 +26,7 @@ from lingrad.gradients.local import formed
 from lingrad.maps import LinearMap
 from lingrad.subspaces.basis import products
 from lingrad.subspaces.subspace import Subspace
-from lingrad.tensors import cast, whole
+from lingrad.tensors import cast
 
 # How z takes part in a layer: W + S z is formed, or S z is applied to the tokens; None where z is zero.
 Way = Literal["sum", "apply"] | None
@@ -66,8 +66,8 @@ class Projection:
         return self.shared.reduce(self.sub.name, current, x, given)
 
     def whole(self, coords: Tensor) -> Tensor:
-        """All of the coordinates; gathered anew in the backward, where the weight is sharded."""
-        return coords if self.sharding is None else whole(coords)
+        """The coordinates that the layer's products take; gathered anew in the backward, where the weight is sharded."""
+        return coords if self.sharding is None else self.sharding.taken(coords)
 
     def prepare(self) -> None:
         """Make what a compiled forward of the next step reads: the map, and the sinks where a basis is refreshed in it."""
@@ -138,7 +138,7 @@ class Projection:
         elif ctx.whole:
             owned = (lambda: FactoredGradient(out_grad, x.clone())) if ctx.borrowed else None
             self.sub.record(FactoredGradient(out_grad, x), projected, owned)
-        return projected if self.sharding is None else self.sharding.reduce(projected), *found
+        return projected if self.sharding is None else self.sharding.reduce(projected, self.sub.coords), *found
 
 
 def _mark(layer: Projection, ctx: Any, x: Tensor, sinks: tuple[Tensor, ...]) -> None:
@@ -149,7 +149,9 @@ def _mark(layer: Projection, ctx: Any, x: Tensor, sinks: tuple[Tensor, ...]) -> 
         return
     basis = layer.sub.basis
     ctx.whole, ctx.refreshes = basis.due, basis.refreshes
-    ctx.borrowed = ctx.whole and x.is_leaf  # an input that no layer made may be a buffer that is filled again
+    ctx.borrowed = ctx.whole and (
+        x.is_leaf or layer.sharding is not None
+    )  # an input that no layer made may be a buffer that is filled again
 
 
 def _map_of(ctx: Any) -> LinearMap:

@@ -19,8 +19,8 @@ def check_target(target: Target) -> None:
     if target.route != "projected" or is_conv1d(target.owners[0][0]):
         raise ModeError(
             f"{target.name} is sharded and not the weight of one linear layer (an embedding, a convolution, GPT-2's Conv1D, "
-            "fused experts, a tied weight); only linear layers are trained in a subspace under fully_shard. Leave it out by a "
-            "rule: 'none'"
+            "fused experts, a tied weight); only linear layers are trained in a subspace under fully_shard and "
+            "tensor parallelism. Leave it out by a rule: 'none'"
         )
 
 
@@ -38,12 +38,12 @@ def check_cut(base: str, *, coded: bool, layerwise: bool) -> None:
     require(
         not coded and base != "adamw8bit",
         "moments",
-        "8-bit moments are coded in blocks of 256, which the shards of fully_shard cut in other places for each number of "
+        "8-bit moments are coded in blocks of 256, which the shards of a weight cut in other places for each number of "
         "processes; leave them out: each process holds its part of the moments only",
     )
     if layerwise:
         raise SpecError(
             "layerwise=True steps weights in the order in which gradients arrive, which is not the same in every process of "
-            "a sharded run; leave it out: fully_shard frees gathered gradients layer by layer itself",
+            "a sharded run; leave it out (fully_shard frees gathered gradients layer by layer itself)",
             option="layerwise",
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 from torch import Tensor, nn
@@ -37,6 +38,7 @@ from lingrad.subspaces.ledger import Ledger
 from lingrad.subspaces.subspace import Subspace
 from lingrad.transforms.linalg import derive_seed
 from lingrad.weights.dense import DenseWeight
+from lingrad.weights.sharding import LayerSharding
 
 Named = tuple[str, nn.Parameter]
 Trainable = nn.Module | Iterable[Named] | Iterable[dict[str, Any]]
@@ -214,7 +216,7 @@ def build(model: Trainable, rules: Rules, base: BaseLike, mode: Mode, options: M
     groups: list[Group] = []
     gathering = Gathering(layerwise=settings.layerwise)
     for i, ((plan, given), every) in enumerate(zip(plans, placed, strict=True)):
-        made = _attachments(every, settings, gathering, processes)
+        made = _attachments(every, model, settings, gathering, processes)
         attachments += made
         groups += make_groups(
             plan,
@@ -226,7 +228,7 @@ def build(model: Trainable, rules: Rules, base: BaseLike, mode: Mode, options: M
             prefix=f"{i}." if len(plans) > 1 else "",
         )
     check_effective(settings, mode, attachments)
-    check_sharded(settings, found, attachments, model)
+    check_sharded(settings, found, attachments)
     for group in groups:
         stepped = found if group["kind"] == "coords" else found.fallback or found
         checks.check_steps(stepped, group["params"], capturable=bool(group.get("capturable")))
@@ -261,14 +263,14 @@ def start(run: Run, mode: Mode) -> None:
 
 
 def _attachments(
-    placed: Sequence[GroupedTarget], settings: Settings, gathering: Gathering, processes: Processes
+    placed: Sequence[GroupedTarget], model: object, settings: Settings, gathering: Gathering, processes: Processes
 ) -> list[Attachment]:
     """The subspace of every target, on a basis of its own or a shared one, and its connection to the model."""
     bases: dict[str, tuple[Basis, SharedInput | None, int]] = {}  # by the first of the weights: with the rows used so far
     found = []
     for place in placed:
         target, first = place.target, place.group[0]
-        weight, rows = make_weight(target, processes.ranks, settings.merge), target.layout.shape[0]
+        weight, rows = make_weight(target, model, processes.ranks, settings.merge), target.layout.shape[0]
         if first.name not in bases:
             transform, like = as_published(settings.compat, first.transform), first.template
             seed = derive_seed(settings.seed, first.name)
@@ -278,7 +280,8 @@ def _attachments(
         basis, shared, start = bases[first.name]
         bases[first.name] = basis, shared, start + rows
         ledger = Ledger(basis.transform, records=settings.ledger)
-        sub = Subspace(target.name, weight, basis, slice(start, start + rows), ledger, processes)
+        adds = isinstance(weight.sharding, LayerSharding)
+        sub = Subspace(target.name, weight, basis, slice(start, start + rows), ledger, replace(processes, adds=adds))
         found.append(make_attachment(target, Projection(sub, shared, gathering), plain=settings.self_contained))
     return found
 

@@ -21,6 +21,7 @@ from lingrad.maps import LinearMap
 from lingrad.parallel import Processes
 from lingrad.subspaces import trees
 from lingrad.subspaces.basis import Basis, Probes, Proposal
+from lingrad.subspaces.pending import in_whole
 from lingrad.subspaces.subspace import Subspace
 from lingrad.tensors import cast, whole
 from lingrad.transforms import Probe, Sketch
@@ -64,9 +65,9 @@ def renew(run: Run) -> None:
         subs = [attachment.sub for attachment in run.of(basis)]
         asked = basis.asks(subs[0].coords)
         every = (*asked.learned, *asked.held_out)
-        found = _gathered(subs, every, run.processes)
+        found = _gathered(subs, every, subs[0].processes)
         if found is None and several:
-            found = sketched(averaged(_stacked([_nothing(sub, None) for sub in subs]), run.processes), every)
+            found = sketched(averaged(_stacked([_nothing(sub, None) for sub in subs]), subs[0].processes), every)
         if found is not None:
             waiting.append((basis, asked, found))
     # all flags are computed before the first is read, so that the host waits once
@@ -192,15 +193,17 @@ def _choose(run: Run, basis: Basis, factor: float) -> None:
         basis: The basis, ``due``.
         factor: The factor by which other programs scaled ``coords.grad`` since backward.
     """
-    subs, processes = [attachment.sub for attachment in run.of(basis)], run.processes
-    parts = [sub.pending.total if isinstance(sub.pending.total, Gradient) else None for sub in subs]
+    subs = [attachment.sub for attachment in run.of(basis)]
+    processes = subs[0].processes
+    seen = [sub.pending.total for sub in subs]
+    parts = [in_whole(one, sub.weight) if isinstance(one, Gradient) else None for one, sub in zip(seen, subs, strict=True)]
     template = next((part for part in parts if part is not None), None)
     if processes.count == 1 and template is None:
         return
     # an absent one is zero; where all are, other ranks found something
     every = [_nothing(sub, template) if part is None else part for sub, part in zip(subs, parts, strict=True)]
     local = _stacked(every)
-    size = processes.average(local.norm())  # of the parts, which is not that of their mean, but zero or not finite with it
+    size = processes.reduce(local.norm())  # of the parts, which is not that of their mean, but zero or not finite with it
     norm = float(size) * factor
     if not math.isfinite(norm):
         basis.warn_once(NOT_FINITE)
@@ -248,13 +251,13 @@ def _gathered(subs: Sequence[Subspace], probes: Sequence[Probe], processes: Proc
     for i, (left, _) in enumerate(probes):
         if left is not None:
             terms = [total[i] for total in found if total is not None]
-            products.append(processes.average(terms[0] if len(terms) == 1 else torch.stack(terms).sum(0)))
+            products.append(processes.reduce(terms[0] if len(terms) == 1 else torch.stack(terms).sum(0)))
             continue
         rows = [
             known[i].new_zeros(sub.weight.layout.shape[0], known[i].shape[1]) if total is None else total[i]
             for sub, total in zip(subs, found, strict=True)
         ]
-        products.append(processes.average(rows[0] if len(rows) == 1 else torch.cat(rows)))
+        products.append(processes.reduce(rows[0] if len(rows) == 1 else torch.cat(rows)))
     return tuple(products)
 
 

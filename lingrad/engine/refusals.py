@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
 
 import torch
-from torch import nn
 
 from lingrad.adapters import Attachment
+from lingrad.config import spec
 from lingrad.config.cutting import check_cut
 from lingrad.config.settings import Mode, Settings
 from lingrad.engine.checkpoint import identity
 from lingrad.engine.run import Run
 from lingrad.errors import ModeError, SpecError, require
 from lingrad.optimizers import Base
+from lingrad.subspaces.subspace import Subspace
+from lingrad.weights.sharding import LayerSharding
 
 
 def check_effective(settings: Settings, mode: Mode, attachments: Sequence[Attachment]) -> None:
@@ -44,39 +48,35 @@ def check_effective(settings: Settings, mode: Mode, attachments: Sequence[Attach
     )
 
 
-def check_sharded(settings: Settings, base: Base, attachments: Sequence[Attachment], model: object) -> None:
+def check_sharded(settings: Settings, base: Base, attachments: Sequence[Attachment]) -> None:
     """Refuse what the shards of a weight do not support.
 
     Args:
         settings: The options.
         base: The base of the coordinates.
         attachments: The connections to the model.
-        model: The model, or what was given in its place.
 
     Raises:
         SpecError: Moments are coded in blocks, which shards would cut; weights are stepped inside the backward; the base cannot
             step DTensors.
-        ModeError: Another program than fully_shard has cut the weights, or some only are; a map cannot be cut.
+        ModeError: Some weights only are cut; a map cannot be cut.
     """
     subs = [attachment.sub for attachment in attachments]
     cut = [sub for sub in subs if sub.weight.sharding is not None]
     if not cut:
         return
-    from torch.distributed.fsdp import FSDPModule
-
-    if not (isinstance(model, nn.Module) and any(isinstance(module, FSDPModule) for module in model.modules())):
-        raise ModeError(
-            f"{cut[0].name} is a DTensor that fully_shard has not made (tensor parallelism?): its layer computes a part of its "
-            "output in each process. Shard by fully_shard instead, or leave such weights out by a rule: 'none'"
-        )
-    if len(cut) < len(subs):
+    parts = [sub for sub in cut if isinstance(sub.weight.sharding, LayerSharding)]
+    if parts:
+        _check_parts(subs)
+    elif len(cut) < len(subs):
         left = next(sub for sub in subs if sub.weight.sharding is None)
         raise ModeError(
             f"{left.name} is not sharded, and {cut[0].name} is: its gradient would be another in each process. Call "
             "fully_shard(model) on the whole model after its layers, without ignored_params; or leave it out by a rule: 'none'"
         )
-    for sub in cut:  # raises where the map has no part, which the first merge would find out
-        sub.map().part(slice(0, 0), torch.zeros(sub.coords.shape, device=sub.coords.device))
+    else:
+        for sub in cut:  # raises where the map has no part, which the first merge would find out
+            sub.map().part(slice(0, 0), torch.zeros(sub.coords.shape, device=sub.coords.device))
     check_cut(base.name, coded=base.quantizer is not None, layerwise=settings.layerwise)
     try:
         base.state_of(cut[0].coords)
@@ -84,6 +84,33 @@ def check_sharded(settings: Settings, base: Base, attachments: Sequence[Attachme
         raise SpecError(
             f"base '{base.name}' cannot step sharded parameters (DTensors): {error}. Use one of torch's, such as adamw"
         ) from error
+
+
+def _check_parts(subs: Sequence[Subspace]) -> None:
+    """Make sure that under tensor parallelism a part of the coordinates belongs to a part of each weight."""
+    bases: dict[int, Subspace] = {}
+    for sub in subs:
+        first = bases.setdefault(id(sub.basis), sub)
+        if (first.weight.sharding is None) != (sub.weight.sharding is None):
+            raise ModeError(
+                f"{first.name} and {sub.name} share a basis, and tensor parallelism has cut one of them only; parallelize "
+                "both, leave share out, or leave one of the weights out by a rule: 'none'"
+            )
+        if sub.weight.sharding is None:
+            continue
+        by_rows, current = sub.weight.sharding.dim == 0, sub.map()
+        if not (current if by_rows else current.T).aligned:
+            cut, style, side = ("rows", "ColwiseParallel", "right") if by_rows else ("columns", "RowwiseParallel", "left")
+            transform: Any = sub.basis.transform
+            one_sided = (
+                spec.format(replace(transform, side=side)) if hasattr(transform, "side") else f"svd(rank=64, side={side})"
+            )
+            raise ModeError(
+                f"{sub.name} {list(sub.weight.layout.shape)} is cut by {cut} ({style}), and the basis of "
+                f"'{spec.format(transform)}' is not on the {side} side alone: a part of the weight would need all of the "
+                f"coordinates. Give such weights side={side} by a rule: {{'*{sub.name.rpartition('.')[0].rpartition('.')[2]}': "
+                f"'{one_sided}', ...}}"
+            )
 
 
 def check_equal(run: Run, mode: Mode) -> None:

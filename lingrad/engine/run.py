@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +16,7 @@ from lingrad.config.settings import Mode, Settings
 from lingrad.engine.layerwise import Layerwise
 from lingrad.engine.stepper import Group, Stepper
 from lingrad.errors import ModeError
-from lingrad.parallel import Processes, initialized
+from lingrad.parallel import Processes, check_around, initialized
 from lingrad.subspaces.basis import Basis
 from lingrad.subspaces.subspace import Subspace
 from lingrad.subspaces.watched import allocate, release
@@ -180,7 +181,10 @@ class Run:
             self.layerwise.listen((n.param, n.name, None if n.attachment is None else n.attachment.sub) for n in self.named())
         self._exclude_from_ddp(self.attachments)
         if self.model is not None and initialized():
-            self._check = self.model.register_forward_pre_hook(self.processes.check)
+            refreshes = any(basis.transform.period for basis in self.bases)
+            sends = any(basis.transform.reads != "nothing" for basis in self.bases) or any(a.averages for a in self.attachments)
+            check = partial(check_around, self.processes, refreshes, sends)
+            self._check = self.model.register_forward_pre_hook(check)
 
     @torch.no_grad()
     def detach(self) -> None:

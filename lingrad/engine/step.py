@@ -23,7 +23,7 @@ from lingrad.optimizers.hooks import without_global_hooks
 from lingrad.subspaces.ledger import Ledger
 from lingrad.subspaces.merging import merge_all
 from lingrad.subspaces.watched import allocate
-from lingrad.tensors import own
+from lingrad.tensors import is_sharded, own, whole
 
 
 @torch.no_grad()
@@ -118,7 +118,16 @@ def clip(run: Run, max_norm: float, norm_type: float) -> Tensor:
     with torch.no_grad():
         take_assigned(run)
         choose(run, (sub for sub in run.subspaces if sub.basis.due and sub.basis.transform.reads == "gradient"))
-    return torch.nn.utils.clip_grad_norm_([named.param for named in run.named()], max_norm, norm_type)
+    params = [named.param for named in run.named()]
+    grads = [param.grad for param in params if param.grad is not None]
+    kinds = [[grad for grad in grads if is_sharded(grad) is cut] for cut in (False, True)]
+    if not all(kinds):
+        return torch.nn.utils.clip_grad_norm_(params, max_norm, norm_type)
+    with torch.no_grad():  # of tensors that are cut and others, which torch does not take together
+        norms = [whole(torch.nn.utils.get_total_norm(kind, norm_type)) for kind in kinds]
+        total: Tensor = torch.linalg.vector_norm(torch.stack(norms), norm_type)
+        torch._foreach_mul_([own(grad) for grad in grads], (max_norm / (total + 1e-6)).clamp(max=1.0))
+    return total
 
 
 def _change(run: Run, attachments: Sequence[Attachment]) -> None:

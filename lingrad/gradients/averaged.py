@@ -1,4 +1,4 @@
-"""The mean of a gradient over the processes of a run."""
+"""The gradient of which each process of a run has a part: of the batch, or of the weight."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lingrad.parallel import Processes
 
 @final
 class AveragedGradient(Delegated):
-    """The mean over processes of their gradients; every product costs one all-reduce of its result.
+    """The mean over processes of their gradients, or the sum; every product costs one all-reduce of its result.
 
     Args:
         source: The gradient of this process, [m, n].
@@ -38,7 +38,7 @@ class AveragedGradient(Delegated):
 
     @override
     def product(self, left: Tensor | None, right: Tensor | None) -> Tensor:
-        return self.processes.average(self.source.product(left, right))
+        return self.processes.reduce(self.source.product(left, right))
 
     @override
     def select(self, rows: Tensor | None, columns: Tensor | None) -> AveragedGradient:
@@ -46,11 +46,11 @@ class AveragedGradient(Delegated):
 
     @override
     def dense(self) -> Tensor:
-        return self.processes.average(self.source.dense())
+        return self.processes.reduce(self.source.dense())
 
     @override
     def norm(self) -> Tensor:
-        """The norm of the mean, for which the whole matrix is all-reduced."""
+        """Its norm, for which the whole matrix is all-reduced."""
         return DenseGradient(self.dense()).norm()
 
     @override
@@ -62,5 +62,5 @@ class AveragedGradient(Delegated):
 
 
 def averaged(local: Gradient, processes: Processes) -> Gradient:
-    """The mean over processes of their gradients; the gradient itself in one process."""
+    """The mean over processes of their gradients, or the sum; the gradient itself in one process."""
     return local if processes.count == 1 else AveragedGradient(local, processes)

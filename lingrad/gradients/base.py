@@ -6,6 +6,7 @@ Layout: a weight is W [m, n] = [out, in], the order of ``torch.nn.Linear``, and 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import final
 
 import torch
 from torch import Tensor
@@ -116,3 +117,39 @@ class Delegated(Gradient):
     @override
     def nbytes(self) -> int:
         return self.source.nbytes
+
+
+@final
+class Transposed(Delegated):
+    """The transpose of a gradient, computed from the gradient's own products."""
+
+    @property
+    @override
+    def shape(self) -> tuple[int, int]:
+        m, n = self.source.shape
+        return n, m
+
+    @property
+    @override
+    def T(self) -> Gradient:
+        return self.source
+
+    @override
+    def product(self, left: Tensor | None, right: Tensor | None) -> Tensor:
+        return self.source.product(right, left).t()
+
+    @override
+    def select(self, rows: Tensor | None, columns: Tensor | None) -> Gradient:
+        return self.source.select(columns, rows).T
+
+    @override
+    def dense(self) -> Tensor:
+        return self.source.dense().t()
+
+    @override
+    def norm(self) -> Tensor:
+        return self.source.norm()
+
+    @override
+    def to(self, dtype: torch.dtype) -> Gradient:
+        return Transposed(self.source.to(dtype))

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from lingrad.gradients.base import Gradient
+from lingrad.gradients.base import Gradient, Transposed
 from lingrad.tensors import cast, nbytes, wide
 
 
@@ -192,8 +192,8 @@ class RowsGradient(Gradient):
 
     @property
     @override
-    def T(self) -> DenseGradient:
-        return DenseGradient(self.dense()).T
+    def T(self) -> Gradient:
+        return Transposed(self)
 
     @override
     def product(self, left: Tensor | None, right: Tensor | None) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from lingrad.gradients.base import Delegated, Gradient
+from lingrad.gradients.base import Gradient, Transposed
 from lingrad.gradients.local import DenseGradient
 
 
@@ -47,7 +47,7 @@ class StackedGradient(Gradient):
     @property
     @override
     def T(self) -> Gradient:
-        return _Transposed(self)
+        return Transposed(self)
 
     @override
     def product(self, left: Tensor | None, right: Tensor | None) -> Tensor:
@@ -77,39 +77,3 @@ class StackedGradient(Gradient):
     @override
     def to(self, dtype: torch.dtype) -> StackedGradient:
         return StackedGradient([part.to(dtype) for part in self.parts])
-
-
-@final
-class _Transposed(Delegated):
-    """The transpose of a gradient, computed from the gradient's own products."""
-
-    @property
-    @override
-    def shape(self) -> tuple[int, int]:
-        m, n = self.source.shape
-        return n, m
-
-    @property
-    @override
-    def T(self) -> Gradient:
-        return self.source
-
-    @override
-    def product(self, left: Tensor | None, right: Tensor | None) -> Tensor:
-        return self.source.product(right, left).t()
-
-    @override
-    def select(self, rows: Tensor | None, columns: Tensor | None) -> Gradient:
-        return self.source.select(columns, rows).T
-
-    @override
-    def dense(self) -> Tensor:
-        return self.source.dense().t()
-
-    @override
-    def norm(self) -> Tensor:
-        return self.source.norm()
-
-    @override
-    def to(self, dtype: torch.dtype) -> Gradient:
-        return _Transposed(self.source.to(dtype))

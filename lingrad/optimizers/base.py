@@ -85,7 +85,8 @@ class Base:
         params, options = list(params), dict(self.options)
         devices = _fused_on(self.factory)
         if devices and not {"fused", "foreach", "differentiable"} & options.keys():  # fused and capturable go together
-            options["fused"] = all(_fusible(p, devices) for p in _flatten(params))
+            flat = list(_flatten(params))  # a fused kernel takes plain tensors or DTensors, not both
+            options["fused"] = all(_fusible(p, devices) for p in flat) and len({is_sharded(p) for p in flat}) == 1
         try:
             optimizer = self.factory(params, **options)
         except Exception as error:  # other code

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,8 +18,11 @@ from torch import Tensor, nn
 
 from lingrad.errors import ModeError
 from lingrad.gradients import Gradient, accumulate
+from lingrad.gradients.local import RowsGradient
 from lingrad.parallel import Processes
 from lingrad.tensors import call, is_sharded, nbytes, whole
+from lingrad.weights.base import Weight
+from lingrad.weights.sharding import LayerSharding
 
 Seen = Gradient | tuple[Tensor, ...]
 
@@ -79,6 +83,9 @@ class PendingGradient:
         self._backward = -1
         self._accepted = -1  # the backward that was added to coords.grad last
         self._left: Tensor | None = None  # a copy of coords.grad as the last backward left it
+        self._reduced: Tensor | None = (
+            None  # and as DistributedDataParallel did, with whatever its communication hook makes of it
+        )
         self._written: tuple[weakref.ref[Tensor], int] | None = None  # coords.grad itself, and its version then
         self._first = True  # whether the running backward is the first since coords.grad was zeroed
 
@@ -138,6 +145,13 @@ class PendingGradient:
         grad = coords.grad
         self._left = grad.clone() if compare and grad is not None else None
         self._written = None if grad is None else (weakref.ref(grad), grad._version)
+        self._reduced = None
+        if self._left is not None and self._accepted != -1 and self.processes.count > 1:
+            engine: Any = torch.autograd.Variable._execution_engine  # which calls DistributedDataParallel first
+            engine.queue_callback(lambda: engine.queue_callback(partial(self._copy_reduced, coords)))
+
+    def _copy_reduced(self, coords: nn.Parameter) -> None:
+        self._reduced = None if coords.grad is None else coords.grad.clone()
 
     def refuse_stale(self, coords: nn.Parameter) -> None:
         """Make sure that ``coords.grad`` is not left from before a refresh.
@@ -199,18 +213,46 @@ class PendingGradient:
             return 1.0
         if not now.isfinite().all():  # a clip by a norm that another weight's gradient made infinite
             return math.nan
-        factor = float((now.double() * left).sum() / left.double().square().sum())
-        # one multiplication of each entry rounds it by at most eps; a clip after an unscale makes two. Ranks may have been
-        # summed in another order, which rounds an entry by eps of the largest part
-        rounding = 8 * torch.finfo(now.dtype).eps
-        floor = float((factor * left).abs().max()) * rounding if self.processes.count > 1 else torch.finfo(now.dtype).tiny
-        if not torch.allclose(now, factor * left, rtol=rounding, atol=floor):
+        # ranks may have been summed in another order, which rounds an entry by eps of the largest part
+        factor = _factor(now, left, loose=self.processes.count > 1)
+        if factor is None and self._reduced is not None:
+            factor = _factor(now, self._reduced, loose=False)
+        if factor is None:
             raise ModeError(
                 f"the gradient of {self.name} was changed between backward and step in another way than by one factor. "
                 "This step refreshes its basis, so the change cannot be carried over. Change the gradient by one factor, "
                 "or use opt.clip_grad_norm_, which refreshes first."
             )
         return factor
+
+
+def _factor(now: Tensor, before: Tensor, *, loose: bool) -> float | None:
+    """By what factor a gradient was multiplied; None where it was changed in another way."""
+    if not before.any():
+        return None
+    factor = float((now.double() * before).sum() / before.double().square().sum())
+    # one multiplication of each entry rounds it by at most eps; a clip after an unscale makes two
+    rounding = 8 * torch.finfo(now.dtype).eps
+    floor = float((factor * before).abs().max()) * rounding if loose else torch.finfo(now.dtype).tiny
+    return factor if torch.allclose(now, factor * before, rtol=rounding, atol=floor) else None
+
+
+def in_whole(grad: Gradient, weight: Weight) -> Gradient:
+    """The gradient of a process's part of a weight in that of the whole weight, zero elsewhere.
+
+    Args:
+        grad: The gradient; that of the whole weight unless tensor parallelism has cut it.
+        weight: The weight.
+
+    Returns:
+        [m, n] of the whole weight.
+    """
+    if not isinstance(weight.sharding, LayerSharding):
+        return grad
+    dim = weight.sharding.dim
+    size = weight.layout.shape[dim]
+    first = weight.sharding.rows(size).start
+    return RowsGradient(grad, first, size) if dim == 0 else RowsGradient(grad.T, first, size).T
 
 
 def _plus(total: Seen | None, part: Seen) -> Seen:

@@ -18,7 +18,7 @@ from lingrad.maps import LinearMap
 from lingrad.parallel import Processes
 from lingrad.subspaces.basis import Basis, is_projection, products
 from lingrad.subspaces.ledger import Change, Ledger, total
-from lingrad.subspaces.pending import PendingGradient
+from lingrad.subspaces.pending import PendingGradient, in_whole
 from lingrad.subspaces.watched import is_released, was_written
 from lingrad.tensors import dense, own, whole, wide
 from lingrad.transforms import Probe
@@ -197,9 +197,9 @@ class Subspace:
         if self.basis.transform.reads == "gradient":
             self.pending.record(grad if owned is None else owned())
             return
-        own, current = self.probes(), self.map()
-        known = [is_projection(current, probe) for probe in own]
-        self.pending.record(products(grad, own, known, projected))
+        own, current, seen = self.probes(), self.map(), in_whole(grad, self.weight)
+        known = [seen is grad and is_projection(current, probe) for probe in own]
+        self.pending.record(products(seen, own, known, projected))
 
     def probes(self) -> list[Probe]:
         """What the refresh of the step that is being prepared multiplies this weight's gradient with."""

@@ -1,4 +1,4 @@
-"""Weights of which each process holds some rows (``fully_shard``)."""
+"""Weights of which each process holds a part (``fully_shard``, tensor parallelism)."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from lingrad.maps import LinearMap
 from lingrad.tensors import is_sharded, own, whole
 from lingrad.weights.base import Weight
 from lingrad.weights.layout import Layout
-from lingrad.weights.sharding import Sharding
+from lingrad.weights.sharding import LayerSharding, Sharding
 
 
 @final
 class ShardedWeight(Weight):
-    """A parameter that is a DTensor, cut by rows; a merge writes this process's.
+    """A parameter that is a DTensor; a merge writes this process's part.
 
     Args:
         layout: How it is read as a matrix [m, n], which is as it is.
@@ -70,7 +70,9 @@ class ShardedWeight(Weight):
         part.add_lift_(own(self.param.detach()), taken)
 
     def _part(self, current: LinearMap, coords: Tensor) -> tuple[LinearMap, Tensor]:
-        """The map to this process's rows, and the coordinates that it takes."""
+        """The map to this process's part, and the coordinates that it takes."""
+        if isinstance(self.sharding, LayerSharding):  # the map does not act along the dimension that is cut
+            return current, own(coords)
         rows = self.sharding.rows(self.layout.shape[0])
         return current.part(rows, own(coords) if current.aligned else whole(coords))
 

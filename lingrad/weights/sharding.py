@@ -10,12 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 from torch import Tensor, nn
+from typing_extensions import override
 
 from lingrad.errors import ModeError
-from lingrad.tensors import is_sharded
+from lingrad.tensors import is_sharded, own, whole
 
 
 def refuse_late(name: str) -> NoReturn:
@@ -70,18 +71,23 @@ def refuse_factors(model: nn.Module) -> None:
 
 @dataclass(frozen=True)
 class Sharding:
-    """How a weight, and its coordinates, are spread over processes.
+    """How a weight, and its coordinates, are spread over processes, each of which has its part of a batch.
 
     Args:
         mesh: The processes, a ``DeviceMesh``.
         placements: For each dimension of the mesh ``Shard(0)``, or ``Replicate()`` where several have the same rows.
+
+    Attributes:
+        dim: The dimension that is cut.
     """
 
     mesh: Any
     placements: tuple[Any, ...]
 
+    dim: ClassVar[int] = 0
+
     def spread(self, tensor: Tensor) -> Tensor:
-        """This process's rows of what every process has; nothing is sent.
+        """This process's part of what every process has; nothing is sent.
 
         Args:
             tensor: The same in every process.
@@ -93,11 +99,16 @@ class Sharding:
 
         return distribute_tensor(tensor.detach(), self.mesh, self.placements, src_data_rank=None)
 
-    def reduce(self, part: Tensor) -> Tensor:
-        """The mean over processes of what each has in part; one reduce-scatter for each dimension of the mesh.
+    def taken(self, coords: Tensor) -> Tensor:
+        """The coordinates that the layer's own products take: all of them, gathered."""
+        return whole(coords)
+
+    def reduce(self, part: Tensor, like: Tensor) -> Tensor:
+        """The gradient of the coordinates, of what each process has: the mean; a reduce-scatter for each dimension of the mesh.
 
         Args:
             part: What this process has, of the whole shape.
+            like: The coordinates.
 
         Returns:
             A DTensor.
@@ -109,7 +120,7 @@ class Sharding:
         return summed.redistribute(self.mesh, self.placements)
 
     def rows(self, count: int) -> slice:
-        """The rows that this process holds of a weight of so many."""
+        """The rows, or columns, that this process holds of a weight of so many."""
         start, size = 0, count
         for dim, placement in enumerate(self.placements):
             if placement.is_shard():
@@ -119,12 +130,38 @@ class Sharding:
         return slice(start, start + size)
 
 
-def sharding_of(param: Tensor, name: str, ranks: Sequence[int]) -> Sharding | None:
+@dataclass(frozen=True)
+class LayerSharding(Sharding):
+    """How a layer is spread over processes, each of which computes a part of it for the whole batch (tensor parallelism).
+
+    By rows each has some of its outputs, by columns it takes some of its inputs. The basis is on the other side, so that a part
+    of the coordinates belongs to a part of the weight: products, gradients and merges send nothing.
+    """
+
+    @property
+    def dim(self) -> int:  # type: ignore[override]
+        """The dimension that is cut: rows (``ColwiseParallel``) or columns (``RowwiseParallel``)."""
+        found: int = self.placements[0].dim
+        return found
+
+    @override
+    def taken(self, coords: Tensor) -> Tensor:
+        return own(coords)
+
+    @override
+    def reduce(self, part: Tensor, like: Tensor) -> Tensor:
+        from torch.distributed.tensor import DTensor
+
+        return DTensor.from_local(part, self.mesh, self.placements, run_check=False, shape=like.shape, stride=like.stride())
+
+
+def sharding_of(param: Tensor, name: str, model: object, ranks: Sequence[int]) -> Sharding | None:
     """How a parameter is spread.
 
     Args:
         param: The parameter.
         name: Its name, for messages.
+        model: The model, or what was given in its place.
         ranks: The processes of the run.
 
     Returns:
@@ -135,17 +172,26 @@ def sharding_of(param: Tensor, name: str, ranks: Sequence[int]) -> Sharding | No
     """
     if not is_sharded(param):
         return None
+    from torch.distributed.fsdp import FSDPModule
+
     given: Any = param
-    by_rows = all(p.is_replicate() or (p.is_shard(0) and type(p).__name__ == "Shard") for p in given.placements)
-    if not by_rows or param.dim() != 2:
+    mesh, placements = given.device_mesh, tuple(given.placements)
+    by_fully_shard = isinstance(model, nn.Module) and any(isinstance(module, FSDPModule) for module in model.modules())
+    plain = all(p.is_replicate() or type(p).__name__ == "Shard" for p in placements) and param.dim() == 2
+    if by_fully_shard:
+        fits = plain and all(p.is_replicate() or p.is_shard(0) for p in placements)
+    else:
+        fits = plain and len(placements) == 1 and placements[0].is_shard()
+    if not fits:
         raise ModeError(
-            f"{name} {tuple(param.shape)} is cut as {given.placements}; only matrices that are cut by rows, Shard(0), as "
-            "fully_shard does, can be trained in a subspace. Leave it out by a rule: 'none'"
+            f"{name} {tuple(param.shape)} is cut as {placements}; only matrices that fully_shard has cut by rows, or "
+            "ColwiseParallel or RowwiseParallel over a mesh of one dimension, not both together, can be trained in a subspace. "
+            "Leave it out by a rule: 'none'"
         )
-    spread = sorted(given.device_mesh.mesh.flatten().tolist())
+    spread = sorted(mesh.mesh.flatten().tolist())
     if spread != sorted(ranks):
         raise ModeError(
             f"{name} is spread over the ranks {spread}, and the processes of this run are {sorted(ranks)}; they must train one "
             "model together. Shard over a mesh of all of them, or pass the mesh's group: process_group=mesh.get_group()"
         )
-    return Sharding(given.device_mesh, tuple(given.placements))
+    return (Sharding if by_fully_shard else LayerSharding)(mesh, placements)

@@ -40,8 +40,12 @@ def held_parameters(model: nn.Module) -> Iterator[HeldParameter]:
         for attribute, param in module._parameters.items():
             if param is not None:
                 name = f"{path}.{attribute}" if path else attribute
-                plain = ".".join(part for part in name.split(".") if part not in _WRAPPERS)
-                yield HeldParameter(plain, param, module, attribute)
+                yield HeldParameter(plain(name), param, module, attribute)
+
+
+def plain(name: str) -> str:
+    """A parameter's name without the parts that torch's wrappers put into it."""
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 
 def parameter_at(model: nn.Module, name: str) -> nn.Parameter | None:

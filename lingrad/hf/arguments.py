@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 
 from lingrad import optimizers
 from lingrad.api import adapt, wrap
+from lingrad.config.names import plain
 from lingrad.config.rules import Rules, parse_rules
 from lingrad.config.settings import Carry, Mode, Settings
 from lingrad.deprecated import renamed_keywords
@@ -146,7 +147,7 @@ class Factory:
         except BaseException:
             optimizer.detach()
             raise
-        optimizer.exclude_from_decay(set(decaying).__contains__)
+        optimizer.exclude_from_decay({plain(name) for name in decaying}.__contains__)
         return optimizer
 
 

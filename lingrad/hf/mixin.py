@@ -72,8 +72,8 @@ class TrainerMixin(_Trainer):  # type: ignore[misc]
         if self.optimizer is None and given is not None and given[0] is Factory:
             if model is None and shards(self.args):
                 return create_sharded(self, self.create_optimizer)
-            bare = getattr(self.model if model is None else model, "_orig_mod", self.model if model is None else model)
-            self.optimizer_cls_and_kwargs = (Factory, {**given[1], "decaying": self.get_decay_parameter_names(bare)})
+            decaying = self.get_decay_parameter_names(self.model if model is None else model)
+            self.optimizer_cls_and_kwargs = (Factory, {**given[1], "decaying": decaying})
         return super().create_optimizer(model)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:

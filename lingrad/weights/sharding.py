@@ -28,7 +28,7 @@ def refuse_late(name: str) -> NoReturn:
     """
     raise ModeError(
         f"{name} was sharded after lingrad was called (fully_shard, parallelize_module, an FSDP plugin), and its coordinates "
-        "with it; shard the model first, then call lingrad on it"
+        "with it; shard the model first, then call lingrad on it (with accelerate: lingrad.hf.prepare)"
     )
 
 

@@ -35,6 +35,7 @@ from lingrad.subspaces.ledger import Ledger
 from lingrad.subspaces.subspace import Subspace
 from lingrad.transforms.linalg import derive_seed
 from lingrad.weights.dense import DenseWeight
+from lingrad.weights.sharding import reshard
 
 Named = tuple[str, nn.Parameter]
 Trainable = nn.Module | Iterable[Named] | Iterable[dict[str, Any]]
@@ -202,6 +203,8 @@ def build(model: Trainable, rules: Rules, base: BaseLike, mode: Mode, options: M
     if found.quantizer is not None:
         checks.check_no_shared_state(found, f"moments='{found.quantizer.kind}'")
     parallel.refuse_wrapped(model)
+    if isinstance(model, nn.Module):
+        reshard(model)
     plans = resolve_groups(model, rules)
     placed = [group_targets(plan.targets, settings.share) for plan, _ in plans]
     if settings.share is not None:

@@ -8,6 +8,7 @@ its part of the batch, and is reduced to shards there and then: r-sized numbers 
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -45,6 +46,18 @@ def refuse_reader(name: str) -> NoReturn:
         f"{name} is sharded and read by another than its layer's own call (or has a gradient that another program assigned); "
         "leave it out by a rule, 'none', or train it unsharded"
     )
+
+
+def reshard(model: nn.Module) -> None:
+    """Have the modules hold their shards that hold gathered weights, as after a forward without a backward.
+
+    Args:
+        model: The model.
+    """
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # takes long to import, and is, where anything is sharded by it
+    for module in model.modules() if fsdp is not None else ():
+        if isinstance(module, fsdp.FSDPModule):
+            module.reshard()
 
 
 def refuse_factors(model: nn.Module) -> None:

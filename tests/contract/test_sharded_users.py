@@ -101,7 +101,20 @@ def fails_to_load(mode, rank, world):
     return weights_of(optimizer)
 
 
-PROGRAMS = (loads_a_part, loads_all, resumes_from_rank_0, moves_nowhere, fails_to_load)
+def evaluates_first(mode, rank, world):
+    """After a forward without a backward the modules hold gathered weights."""
+    model = build() if world == 1 else shard(build())
+    model(torch.ones(2, 6, dtype=torch.float64))
+    optimizer = MODES[mode](model, SPEC, lr=1e-2, eps=1e-4)
+    go_on(model, optimizer, rank, world, range(4))
+    model(torch.ones(2, 6, dtype=torch.float64))
+    optimizer.detach()
+    optimizer = MODES[mode](model, SPEC, lr=1e-2, eps=1e-4)
+    go_on(model, optimizer, rank, world, range(4, 8))
+    return weights_of(optimizer)
+
+
+PROGRAMS = (evaluates_first, loads_a_part, loads_all, resumes_from_rank_0, moves_nowhere, fails_to_load)
 
 
 def run_programs(rank, world):

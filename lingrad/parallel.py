@@ -146,15 +146,20 @@ class Processes:
 
 
 def refuse_wrapped(model: object) -> None:
-    """Make sure that a model is not in DistributedDataParallel yet, nor in the first FullyShardedDataParallel.
+    """Make sure that a model is not in DistributedDataParallel yet, in the first FullyShardedDataParallel, nor DeepSpeed's.
 
     Args:
         model: The model, or its parameters.
 
     Raises:
-        ModeError: It is; DistributedDataParallel would wait for gradients of weights that are frozen now, and
-            FullyShardedDataParallel makes flat vectors of weights.
+        ModeError: It is; DistributedDataParallel would wait for gradients of weights that are frozen now, and the others make
+            flat vectors of weights.
     """
+    if any(kind.__name__ == "DeepSpeedEngine" for kind in type(model).__mro__):
+        raise ModeError(
+            "this model is in DeepSpeed's engine, which trains it with an optimizer of its own; leave DeepSpeed out, and shard "
+            "the model by torch.distributed.fsdp.fully_shard (FSDP2), then call lingrad"
+        )
     if isinstance(model, DistributedDataParallel):
         raise ModeError(
             "this model is in DistributedDataParallel already, which would wait for gradients of weights that are frozen "

@@ -1,11 +1,13 @@
-"""The names of a model's parameters: those of the plain model, whatever torch has wrapped around its layers."""
+"""A model's parameters: their names in the plain model, whatever torch has wrapped around its layers; that they have elements."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
+
+from lingrad.errors import ModeError, ShapeError
 
 # what torch.compile, checkpoint_wrapper and FullyShardedDataParallel put into names
 _WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
@@ -40,8 +42,35 @@ def held_parameters(model: nn.Module) -> Iterator[HeldParameter]:
         for attribute, param in module._parameters.items():
             if param is not None:
                 name = f"{path}.{attribute}" if path else attribute
-                plain = ".".join(part for part in name.split(".") if part not in _WRAPPERS)
-                yield HeldParameter(plain, param, module, attribute)
+                yield HeldParameter(plain(name), param, module, attribute)
+
+
+def plain(name: str) -> str:
+    """A parameter's name without the parts that torch's wrappers put into it."""
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+
+
+def require_elements(name: str, param: Tensor) -> None:
+    """Make sure that a parameter has its shape and its elements.
+
+    Args:
+        name: Its name.
+        param: The parameter.
+
+    Raises:
+        ShapeError: It gets them in the first forward.
+        ModeError: DeepSpeed has taken them away (ZeRO-3).
+    """
+    if isinstance(param, nn.parameter.UninitializedParameter):
+        raise ShapeError(
+            f"{name} has no shape yet: a lazy layer takes it from its first input. Call the model once, and lingrad then"
+        )
+    if hasattr(param, "ds_id"):
+        raise ModeError(
+            f"{name} {tuple(getattr(param, 'ds_shape', param.shape))} was cut into flat vectors by DeepSpeed (ZeRO-3, zero.Init), "
+            "in which there are no subspaces; build the model without DeepSpeed, and shard it by "
+            "torch.distributed.fsdp.fully_shard (FSDP2), then call lingrad"
+        )
 
 
 def parameter_at(model: nn.Module, name: str) -> nn.Parameter | None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lingrad.config import spec
-from lingrad.config.names import held_parameters
+from lingrad.config.names import held_parameters, require_elements
 from lingrad.config.rules import Rules, parse_rules
 from lingrad.errors import ShapeError, SpecError
 from lingrad.transforms.base import Transform
@@ -154,7 +154,7 @@ def resolve_parameters(named: Iterable[tuple[str, nn.Parameter]], rules: Rules) 
     """
     named = list(named)
     for name, param in named:
-        _require_initialized(name, param)
+        require_elements(name, param)
     candidates = [_Candidate([name], param) for name, param in named if param.requires_grad]
     parsed = parse_rules(rules)
     if isinstance(parsed, Transform):
@@ -167,19 +167,12 @@ def resolve_parameters(named: Iterable[tuple[str, nn.Parameter]], rules: Rules) 
 def _candidates(model: nn.Module) -> list[_Candidate]:
     found: dict[int, _Candidate] = {}
     for name, param, module, attribute in held_parameters(model):
-        _require_initialized(name, param)
+        require_elements(name, param)
         if param.requires_grad or (attribute == "weight" and is_packed(module)):
             candidate = found.setdefault(id(param), _Candidate([], param))
             candidate.names.append(name)
             candidate.owners.append((module, attribute))
     return list(found.values())
-
-
-def _require_initialized(name: str, param: Tensor) -> None:
-    if isinstance(param, nn.parameter.UninitializedParameter):
-        raise ShapeError(
-            f"{name} has no shape yet: a lazy layer takes it from its first input. Call the model once, and lingrad then"
-        )
 
 
 def _bare(transform: Transform, candidate: _Candidate) -> Transform | None:

@@ -38,7 +38,7 @@ from lingrad.subspaces.ledger import Ledger
 from lingrad.subspaces.subspace import Subspace
 from lingrad.transforms.linalg import derive_seed
 from lingrad.weights.dense import DenseWeight
-from lingrad.weights.sharding import LayerSharding
+from lingrad.weights.sharding import LayerSharding, reshard
 
 Named = tuple[str, nn.Parameter]
 Trainable = nn.Module | Iterable[Named] | Iterable[dict[str, Any]]
@@ -206,6 +206,8 @@ def build(model: Trainable, rules: Rules, base: BaseLike, mode: Mode, options: M
     if found.quantizer is not None:
         checks.check_no_shared_state(found, f"moments='{found.quantizer.kind}'")
     parallel.refuse_wrapped(model)
+    if isinstance(model, nn.Module):
+        reshard(model)
     # a worker of a decentralised run shares its rounds with others, not its steps
     processes = Processes(settings.process_group, alone=settings.rounds is not None and settings.process_group is None)
     plans = resolve_groups(model, rules)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lingrad import parallel
 from lingrad.adapters import Attachment
 from lingrad.engine.refresh import look_ahead
 from lingrad.engine.run import Run
@@ -20,7 +21,7 @@ from lingrad.errors import CheckpointError
 from lingrad.optimizers import Base
 from lingrad.optimizers.hooks import without_global_hooks
 from lingrad.subspaces import trees
-from lingrad.subspaces.ledger import Ledger
+from lingrad.subspaces.ledger import Ledger, sealed
 from lingrad.subspaces.watched import was_written
 from lingrad.tensors import is_sharded, same_memory
 from lingrad.weights.base import MergeLoss
@@ -165,7 +166,10 @@ def _pack(run: Run, attachment: Attachment) -> dict[str, Any]:
     # what loads the model's state writes into the shards, which cannot be put elsewhere: this one must not share their memory
     stored = {key: one.clone() if is_sharded(one) else one for key, one in _stored(run, attachment).items()}
     tree = {**numbers, **of_basis, "stored": stored, "loss": sub.weight.loss, "outer": run.outer.get(sub.name)}
-    return trees.flatten({**tree, "ledger": sub.ledger.pack()}, PREFIX.rstrip("."))
+    ledger = sub.ledger.pack()
+    if ledger is not None and parallel.initialized():
+        ledger = sealed(ledger, sub.coords)
+    return trees.flatten({**tree, "ledger": ledger}, PREFIX.rstrip("."))
 
 
 def _unpack(

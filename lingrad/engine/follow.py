@@ -26,8 +26,16 @@ def refuse_lost(run: Run) -> None:
         run: The run, with the gradients of a step.
 
     Raises:
-        ModeError: The model has another parameter in place of one that is trained, or several in place of a tied one.
+        ModeError: The model, or a param group, has another parameter in place of one that is trained, or the model several in
+            place of a tied one.
     """
+    params = [param for group in run.groups for param in group["params"]]
+    if run.lacks(params):
+        raise ModeError(
+            "another program has put parameters of its own into the optimizer's param groups, as DeepSpeed's ZeRO does with flat "
+            "vectors: coordinates would not be merged, nor bases refreshed. Leave it out, and shard the model by "
+            "torch.distributed.fsdp.fully_shard (FSDP2), then call lingrad"
+        )
     if run.model is None:
         return
     if run.frozen:
@@ -40,7 +48,7 @@ def refuse_lost(run: Run) -> None:
                 f"the layers that shared {name} hold different parameters now (one was replaced, or "
                 "load_state_dict was called with assign=True), and only one of them would be trained. Tie them again"
             )
-    if all(param.grad is not None or not param.requires_grad for group in run.groups for param in group["params"]):
+    if all(param.grad is not None or not param.requires_grad for param in params):
         return
     idle = [named for named in run.named() if named.param.grad is None and named.param.requires_grad]
     if run.layerwise is not None:

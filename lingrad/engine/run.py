@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
@@ -109,6 +109,10 @@ class Run:
     def attachment_of(self, param: Tensor) -> Attachment | None:
         """The attachment whose coordinates a parameter is; None for one that is trained in full."""
         return self._of_coords.get(id(param))
+
+    def lacks(self, params: Iterable[Tensor]) -> bool:
+        """Whether some coordinates of the run are not among the parameters that are to be stepped."""
+        return bool(self._of_coords.keys() - set(map(id, params)))
 
     def named(self) -> Iterator[Named]:
         """Every parameter that is stepped.

@@ -21,7 +21,7 @@ from lingrad.config.sharing import GroupedTarget
 from lingrad.errors import CheckpointError, SpecError, shown
 from lingrad.maps.factors import Factors
 from lingrad.subspaces import trees
-from lingrad.subspaces.ledger import Ledger, total
+from lingrad.subspaces.ledger import Ledger, total, opened
 from lingrad.tensors import wide
 from lingrad.transforms import Transform
 
@@ -105,7 +105,7 @@ class Saved:
 
     def has_ledger(self, name: str) -> bool:
         """Whether the merges of a transformed parameter are recorded."""
-        return f"{PREFIX}ledger.decay" in self.entries(name)
+        return any(key.startswith(f"{PREFIX}ledger.") for key in self.entries(name))
 
     def has_coords(self, name: str) -> bool:
         """Whether the coordinates of a transformed parameter are in the state."""
@@ -187,7 +187,7 @@ def read_ledger(transform: Transform, entries: Mapping[str, Any], template: Any,
     """
     prefix = f"{PREFIX}ledger."
     flat = {key.removeprefix(prefix): value for key, value in entries.items() if key.startswith(prefix)}
-    return Ledger.unpack(transform, flat, template, coords, name)
+    return Ledger.unpack(transform, opened(flat, name), template, coords, name)
 
 
 def _upgraded(entries: Mapping[str, Any]) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from lingrad.hf.folders import last_checkpoint as last_checkpoint
 from lingrad.hf.mixin import READY_MADE, ready_made
 from lingrad.hf.mixin import TrainerMixin as TrainerMixin
 from lingrad.hf.mixin import quantized_allowed as quantized_allowed
+from lingrad.hf.sharded import prepare as prepare
 
 
 def __getattr__(name: str) -> Any:

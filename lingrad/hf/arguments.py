@@ -5,7 +5,6 @@ The Trainer creates its optimizer late, when ``train()`` begins, so the argument
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, fields
@@ -17,6 +16,7 @@ from torch.optim import Optimizer
 
 from lingrad import optimizers
 from lingrad.api import adapt, wrap
+from lingrad.config.names import plain
 from lingrad.config.rules import Rules, parse_rules
 from lingrad.config.settings import Carry, Mode, Settings
 from lingrad.deprecated import renamed_keywords
@@ -24,6 +24,7 @@ from lingrad.engine.optimizer import SubspaceOptimizer
 from lingrad.errors import ModeError, SpecError, optional, require, require_one_of
 from lingrad.galore.arguments import GaloreTargets
 from lingrad.galore.names import is_galore
+from lingrad.hf.sharded import check_order, check_parallel
 
 AnyRules = Rules | Callable[[nn.Module], Rules]
 
@@ -74,7 +75,8 @@ def trainer_kwargs(
 
     Raises:
         SpecError: A config string, rule or option is wrong; or ``args`` have something that would have no effect.
-        ModeError: ``args`` have something that is not supported: sharding, DataParallel, layerwise steps with accumulation.
+        ModeError: ``args`` have something that is not supported: DeepSpeed, FSDP other than FSDP2, DataParallel, layerwise steps
+            with accumulation.
         DependencyError: transformers, or the package of the base, is not installed.
     """
     optional("transformers", "lingrad.hf", "hf")
@@ -87,7 +89,7 @@ def trainer_kwargs(
         require(name not in options, name, f"'{name}' is set by lingrad.hf; leave it out")
     _check_args(args, base, translated=isinstance(rules, GaloreTargets))
     _check_layerwise(args, layerwise=bool(options.get("layerwise")))
-    _check_parallel(args)
+    check_parallel(args)
     given = {"scale": scale, "carry": carry, "seed": seed, **options}
     _, of_base = Settings.split(options)
     optimizers.find(base, {**_of_the_base(args, base), **of_base}, decay=False, others=Settings.names())
@@ -126,10 +128,9 @@ class Factory:
             The optimizer, in ``mode``.
 
         Raises:
-            ModeError: The model is sharded, or uses a transformed weight without calling its layer.
+            ModeError: The model was not sharded by the Trainer before this, or uses a transformed weight without calling its layer.
         """
-        if any(type(param).__name__ == "DTensor" for param in model.parameters()):
-            raise ModeError("this model is sharded, which lingrad cannot train yet; use DistributedDataParallel")
+        check_order(model, args)
         if decaying is None:
             trainer = optional("transformers", "lingrad.hf", "hf").Trainer
             decaying = trainer.get_decay_parameter_names(None, model)
@@ -146,7 +147,7 @@ class Factory:
         except BaseException:
             optimizer.detach()
             raise
-        optimizer.exclude_from_decay(set(decaying).__contains__)
+        optimizer.exclude_from_decay({plain(name) for name in decaying}.__contains__)
         return optimizer
 
 
@@ -207,21 +208,6 @@ def _check_layerwise(args: Any, *, layerwise: bool) -> None:
             "TrainingArguments(max_grad_norm=0) avoids this warning",
             UserWarning,
             stacklevel=3,
-        )
-
-
-def _check_parallel(args: Any) -> None:
-    on = {"1", "true", "yes", "y", "t", "on"}
-    for name, used in (
-        ("FSDP", bool(args.fsdp) or os.environ.get("ACCELERATE_USE_FSDP", "").lower() in on),
-        ("DeepSpeed", bool(args.deepspeed) or os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() in on),
-    ):
-        if used:
-            raise ModeError(f"lingrad cannot train with {name} yet; leave it out, and use several processes with DDP")
-    if args.n_gpu > 1:
-        raise ModeError(
-            f"the Trainer would put {args.n_gpu} GPUs into one DataParallel, whose copies of the model are not trained; "
-            "start one process for each with 'accelerate launch' or 'torchrun', or use one only: CUDA_VISIBLE_DEVICES=0"
         )
 
 

@@ -7,6 +7,7 @@ would use.
 
 from __future__ import annotations
 
+import pickle
 import re
 import zipfile
 from collections.abc import Callable
@@ -20,6 +21,10 @@ from lingrad.files.tensorfile import TensorFile
 
 _NAME = re.compile(r"checkpoint-(\d+)")
 _PICKLED = "pytorch_model.bin"  # never loaded here, but the Trainer may have written it
+_DAMAGED = (zipfile.BadZipFile, pickle.UnpicklingError, EOFError)
+_INDEX = ".metadata"  # of torch.distributed.checkpoint, which writes it last
+# the model and the optimizer of a Trainer with FSDP, by fsdp_config["state_dict_type"]
+_SHARDED = (("pytorch_model_fsdp.bin", "optimizer.bin"), (f"pytorch_model_fsdp_0/{_INDEX}", f"optimizer_0/{_INDEX}"))
 
 
 def last_checkpoint(output_dir: str | Path) -> str | None:
@@ -67,30 +72,46 @@ def missing_from(folder: Path) -> str:
     """
     if not folder.is_dir():
         return "there is no such folder"
+    sharded = next((names for names in _SHARDED if (folder / Path(names[0]).parts[0]).exists()), None)
     try:
         weights = weight_files(folder) or weight_files(folder, _PICKLED)
     except DataError as error:
         return str(error)
-    if not weights:
+    if not weights and sharded is None:
         return f"there is no {WEIGHTS}"
     rng = sorted(folder.glob("rng_state*.pth")) or [folder / "rng_state.pth"]
     checked: list[tuple[Path, Callable[[Path], Any]]] = [
         *((folder / name, TensorFile if name.endswith(".safetensors") else _open_zip) for name in weights),
-        *((path, _open_zip) for path in (folder / "optimizer.pt", folder / "scheduler.pt", *rng)),
+        *((folder / name, _open_shards if name.endswith(_INDEX) else _open_zip) for name in sharded or ("optimizer.pt",)),
+        *((path, _open_zip) for path in (folder / "scheduler.pt", *rng)),
         (folder / "trainer_state.json", _read_state),  # written last
     ]
     for path, read in checked:
+        name = path.relative_to(folder).as_posix()
         if not path.is_file():
-            return f"there is no {path.name}"
+            return f"there is no {name}"
         try:
             read(path)
-        except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:  # a DataError is a ValueError
-            return f"{path.name} is truncated or damaged ({error})"
+        except (OSError, ValueError, KeyError, TypeError, *_DAMAGED) as error:  # a DataError is a ValueError
+            return f"{name} is truncated or damaged ({error})"
     return ""
 
 
 def _open_zip(path: Path) -> None:
     zipfile.ZipFile(path).close()  # reads the directory, which is at the end
+
+
+def _open_shards(path: Path) -> None:
+    """Unpickle the index of a distributed checkpoint, as the Trainer does, and make sure that its files are as long as it says."""
+    from torch.distributed.checkpoint import FileSystemReader
+
+    ends: dict[str, int] = {}
+    for stored in FileSystemReader(path.parent).read_metadata().storage_data.values():
+        ends[stored.relative_path] = max(ends.get(stored.relative_path, 0), stored.offset + stored.length)
+    for name, end in ends.items():
+        size = (path.parent / name).stat().st_size
+        if size < end:
+            raise DataError(f"{name} has {size} of {end} bytes")
 
 
 def _read_state(path: Path) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
@@ -15,16 +13,16 @@ import torch
 from torch import Tensor, nn
 
 from lingrad.engine.optimizer import SubspaceOptimizer
-from lingrad.errors import LingradError, ModeError, optional
+from lingrad.errors import ModeError, optional
 from lingrad.hf.access import find_optimizer, metrics
 from lingrad.hf.arguments import Factory
 from lingrad.hf.folders import check_checkpoint, last_checkpoint
 from lingrad.hf.renamed import load_renamed
-from lingrad.peft.export import export
+from lingrad.hf.saving import save_adapter
+from lingrad.hf.sharded import create_sharded, load_sharded, saves_shards, shards
+from lingrad.tensors import whole
 
 READY_MADE = {"LingradTrainer": ("transformers", "Trainer", "hf"), "LingradSFTTrainer": ("trl", "SFTTrainer", "trl")}
-
-ADAPTER = "adapter"  # a folder inside that of the saved model
 
 _Trainer: Any = object  # whatever comes after this class in a trainer's bases
 
@@ -72,6 +70,8 @@ class TrainerMixin(_Trainer):  # type: ignore[misc]
         """
         given = getattr(self, "optimizer_cls_and_kwargs", None)
         if self.optimizer is None and given is not None and given[0] is Factory:
+            if model is None and shards(self.args):
+                return create_sharded(self, self.create_optimizer)
             decaying = self.get_decay_parameter_names(self.model if model is None else model)
             self.optimizer_cls_and_kwargs = (Factory, {**given[1], "decaying": decaying})
         return super().create_optimizer(model)
@@ -147,7 +147,7 @@ class TrainerMixin(_Trainer):  # type: ignore[misc]
         if optimizer.settings.layerwise:
             return None
         self.accelerator.unscale_gradients()
-        return optimizer.clip_grad_norm_(max_norm)
+        return whole(optimizer.clip_grad_norm_(max_norm))
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the plain model and, in adapter mode, a PEFT adapter in its folder, in ``adapter/``.
@@ -158,18 +158,19 @@ class TrainerMixin(_Trainer):  # type: ignore[misc]
         """
         self._writes_adapter = not _internal_call or self.adapter_in_checkpoints
         super().save_model(output_dir, _internal_call)
+        if not _internal_call and self._uses_lingrad() and saves_shards(self):  # of which it writes nothing
+            self._save(output_dir, state_dict=self.accelerator.get_state_dict(self.model))
 
     def _save(self, output_dir: str | None = None, *args: Any, **kwargs: Any) -> None:
         super()._save(output_dir, *args, **kwargs)
         optimizer = find_optimizer(self)
-        if self._writes_adapter and self.args.should_save and optimizer is not None and optimizer.mode == "adapter":
-            folder = Path(self.args.output_dir if output_dir is None else output_dir) / ADAPTER
-            with _own_forward(self.model):
-                _write_adapter(optimizer, folder, self._no_adapter, self.adapter_options)
+        if self._writes_adapter and optimizer is not None and optimizer.mode == "adapter":
+            folder = Path(self.args.output_dir if output_dir is None else output_dir)
+            save_adapter(optimizer, self.model, folder, self._no_adapter, self.adapter_options, writes=self.args.should_save)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
-        if self._uses_lingrad():
+        if self._uses_lingrad() and not self.is_fsdp_enabled:  # which loads the model's own names
             load_renamed(self.model if model is None else model, Path(resume_from_checkpoint))
 
     def _load_best_model(self) -> None:
@@ -178,10 +179,13 @@ class TrainerMixin(_Trainer):  # type: ignore[misc]
         best = Path(self.state.best_model_checkpoint)
         if optimizer is None:
             return
-        load_renamed(self.model, best)
+        if not self.is_fsdp_enabled:
+            load_renamed(self.model, best)
         if optimizer.mode != "adapter":
             return
-        if (best / "optimizer.pt").is_file():  # coordinates and ledger belong to the weights
+        if self.is_fsdp_enabled:
+            load_sharded(self, best)
+        elif (best / "optimizer.pt").is_file():  # coordinates and ledger belong to the weights
             optimizer.load_state_dict(torch.load(best / "optimizer.pt", map_location="cpu", weights_only=True))
         else:
             self._no_adapter = f"the best model was loaded from '{best}', which has no optimizer.pt (save_only_model)"
@@ -238,39 +242,3 @@ def _check_plain(optimizer: SubspaceOptimizer | None) -> None:
             "this optimizer is in adapter mode and was made with self_contained=False: the models and checkpoints that the "
             "trainer saves would lack its coordinates; leave that option out"
         )
-
-
-@contextmanager
-def _own_forward(model: nn.Module) -> Iterator[None]:
-    """Remove a forward by which accelerate (autocast) or TRL has replaced the model's, which PEFT does not use."""
-    replaced = vars(model).pop("forward", None)
-    try:
-        yield
-    finally:
-        if replaced is not None:
-            vars(model)["forward"] = replaced
-
-
-def _write_adapter(optimizer: SubspaceOptimizer, folder: Path, no_adapter: str, options: Mapping[str, Any]) -> None:
-    """Export to a temporary folder, then replace the adapter of an earlier save; warn where there can be no adapter."""
-    fresh = folder.with_name(f".{folder.name}.new")
-    shutil.rmtree(fresh, ignore_errors=True)
-    why = no_adapter
-    if not why and folder.exists() and not (folder / "adapter_config.json").is_file():
-        why = f"'{folder}' is not an adapter's folder, and is not overwritten"
-    if not why:
-        try:
-            export(optimizer, fresh, **{"quiet": True, **options})
-        except LingradError as error:
-            why = str(error)
-    if (folder / "adapter_config.json").is_file():  # written by an earlier save
-        shutil.rmtree(folder)
-    if why:
-        warnings.warn(
-            f"'{folder.parent}' has the full model, but no adapter: {why}. 'lingrad convert START {folder.parent} --out DIR' "
-            "makes one from the weights before and after training, and reports how close it is",
-            UserWarning,
-            stacklevel=5,
-        )
-    else:
-        fresh.rename(folder)

@@ -150,6 +150,11 @@ def _of_run(optimizer: SubspaceOptimizer) -> ExportSource:
     if optimizer.mode is None:
         raise ModeError("this optimizer was detached from its model; export before detach()")
     refuse_peft(model, "export")
+    if any(sub.weight.sharding is not None for sub in optimizer.subspaces):
+        raise ExportError(
+            "the model is sharded, and no process has all of it; have every process gather opt.changes() and a full state dict, "
+            "and one of them pass the pair (model, changes), with the plain model that has that state"
+        )
     found = optimizer.changes()
     attachments = {attachment.sub.name: attachment for attachment in optimizer.attachments}
     named = [pair for group in optimizer.param_groups for pair in zip(group["param_names"], group["params"], strict=True)]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from io import BytesIO
 from typing import Any, NamedTuple
 
 import torch
@@ -204,13 +205,50 @@ class Ledger:
         if not math.isfinite(found.decay):
             raise CheckpointError(f"the decay of {name} is {found.decay} in the checkpoint; give an earlier one")
         if "open" in flat:
-            found._open = trees.copied(trees.checked(coords, flat, "open", f"the ledger of {name}"), coords.device)
+            open_ = trees.copied(trees.checked(coords, flat, "open", f"the ledger of {name}"), coords.device)
+            found._open = open_ if whole(open_).any() else None
         parts = trees.checked(0, flat, "parts", f"the ledger of {name}")
         if parts < 0:
             raise CheckpointError(f"the ledger of {name} has {shown(parts)} merges in the checkpoint; give an earlier one")
         for i in range(parts):
             found._parts.append(_part(transform, flat, i, template, coords, f"merge {i} of {name}"))
         return found
+
+
+def sealed(flat: Mapping[str, Any], coords: Tensor) -> dict[str, Any]:
+    """The entries of `Ledger.pack` as the same two, whatever was recorded.
+
+    torch.distributed.checkpoint loads the entries that a run has already, and one that has just begun has none of merges.
+
+    Args:
+        flat: The entries.
+        coords: Coordinates of the weight.
+
+    Returns:
+        ``open`` and ``record``, which has all others.
+    """
+    rest = BytesIO()
+    torch.save({key: value for key, value in flat.items() if key != "open"}, rest)
+    return {"open": flat.get("open", torch.zeros_like(coords)), "record": rest.getvalue()}
+
+
+def opened(flat: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """The entries of `Ledger.pack`, sealed or not.
+
+    Args:
+        flat: The entries.
+        name: The weight's name, for messages.
+
+    Returns:
+        The entries. Raises `CheckpointError` where they are damaged.
+    """
+    if "record" not in flat:
+        return flat
+    try:
+        rest = torch.load(BytesIO(flat["record"]), map_location=CPU, weights_only=True)
+        return {**rest, **({"open": flat["open"]} if "open" in flat else {})}
+    except Exception as error:  # torch has many for a damaged file
+        raise CheckpointError(f"the ledger of {name} is damaged in the checkpoint ({error}); give an earlier one") from error
 
 
 def _part(transform: Transform, flat: Mapping[str, Any], i: int, template: Any, coords: Tensor, owner: str) -> Part:

@@ -8,6 +8,7 @@ its part of the batch, and is reduced to shards there and then: r-sized numbers 
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NoReturn
@@ -30,7 +31,7 @@ def refuse_late(name: str) -> NoReturn:
     """
     raise ModeError(
         f"{name} was sharded after lingrad was called (fully_shard, parallelize_module, an FSDP plugin), and its coordinates "
-        "with it; shard the model first, then call lingrad on it"
+        "with it; shard the model first, then call lingrad on it (with accelerate: lingrad.hf.prepare)"
     )
 
 
@@ -47,6 +48,18 @@ def refuse_reader(name: str) -> NoReturn:
         f"{name} is sharded and read by another than its layer's own call (or has a gradient that another program assigned); "
         "leave it out by a rule, 'none', or train it unsharded"
     )
+
+
+def reshard(model: nn.Module) -> None:
+    """Have the modules hold their shards that hold gathered weights, as after a forward without a backward.
+
+    Args:
+        model: The model.
+    """
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # takes long to import, and is, where anything is sharded by it
+    for module in model.modules() if fsdp is not None else ():
+        if isinstance(module, fsdp.FSDPModule):
+            module.reshard()
 
 
 def refuse_factors(model: nn.Module) -> None:

@@ -7,9 +7,10 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.checkpoint.state_dict import get_state_dict as get_both
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
-from lingrad.errors import LingradError
+import lingrad
+from lingrad.errors import LingradError, ModeError
 from tests.support.processes import each_rank
-from tests.support.runs import MODES
+from tests.support.runs import MODES, each_mode
 
 FULL = StateDictOptions(full_state_dict=True)
 SPEC = "power(rank=2, every=3)"
@@ -100,7 +101,20 @@ def fails_to_load(mode, rank, world):
     return weights_of(optimizer)
 
 
-PROGRAMS = (loads_a_part, loads_all, resumes_from_rank_0, moves_nowhere, fails_to_load)
+def evaluates_first(mode, rank, world):
+    """After a forward without a backward the modules hold gathered weights."""
+    model = build() if world == 1 else shard(build())
+    model(torch.ones(2, 6, dtype=torch.float64))
+    optimizer = MODES[mode](model, SPEC, lr=1e-2, eps=1e-4)
+    go_on(model, optimizer, rank, world, range(4))
+    model(torch.ones(2, 6, dtype=torch.float64))
+    optimizer.detach()
+    optimizer = MODES[mode](model, SPEC, lr=1e-2, eps=1e-4)
+    go_on(model, optimizer, rank, world, range(4, 8))
+    return weights_of(optimizer)
+
+
+PROGRAMS = (evaluates_first, loads_a_part, loads_all, resumes_from_rank_0, moves_nowhere, fails_to_load)
 
 
 def run_programs(rank, world):
@@ -162,3 +176,58 @@ def test_what_cannot_be_followed_is_refused(tmp_path):
     for said in each_rank(run_refused, 2, tmp_path):
         for message, expected in zip(said, REFUSED.values(), strict=True):
             assert expected in message
+
+
+class TestDeepSpeed:
+    """What DeepSpeed's ZeRO does to parameters, done here: with DeepSpeed 0.19.8 itself the messages were the same."""
+
+    @staticmethod
+    def partitioned():
+        """As in ``deepspeed.zero.Init``."""
+        model = build()
+        for number, param in enumerate(model.parameters()):
+            param.ds_id, param.ds_shape, param.ds_tensor = number, param.shape, param.detach().flatten()
+            param.data = torch.empty(0, dtype=param.dtype)
+        return model
+
+    @each_mode
+    def test_zero_3(self, mode):
+        with pytest.raises(ModeError) as caught:
+            MODES[mode](self.partitioned(), SPEC, lr=1e-2)
+        message = (
+            "0.weight (8, 6) was cut into flat vectors by DeepSpeed (ZeRO-3, zero.Init), in which there are no subspaces; build "
+            "the model without DeepSpeed, and shard it by torch.distributed.fsdp.fully_shard (FSDP2), then call lingrad"
+        )
+        assert str(caught.value) == message
+        with pytest.raises(ModeError) as caught:
+            lingrad.wrap(self.partitioned().named_parameters(), SPEC, lr=1e-2)
+        assert str(caught.value) == message
+
+    @each_mode
+    def test_zero_1_and_2(self, mode):
+        """They put flat vectors, with gradients of their own, in place of a group's parameters."""
+        model = build()
+        optimizer = MODES[mode](model, SPEC, lr=1e-2)
+        before = {name: weight.clone() for name, weight in optimizer.weights().items()}
+        model(torch.ones(2, 6, dtype=torch.float64)).sum().backward()
+        for group in optimizer.param_groups:
+            flat = torch.cat([param.detach().flatten() for param in group["params"]]).requires_grad_()
+            flat.grad = torch.cat([param.grad.flatten() for param in group["params"]])
+            group["params"] = [flat]
+        with pytest.raises(ModeError) as caught:
+            optimizer.step()
+        assert str(caught.value) == (
+            "another program has put parameters of its own into the optimizer's param groups, as DeepSpeed's ZeRO does with flat "
+            "vectors: coordinates would not be merged, nor bases refreshed. Leave it out, and shard the model by "
+            "torch.distributed.fsdp.fully_shard (FSDP2), then call lingrad"
+        )
+        assert all(torch.equal(model.get_parameter(name), weight) for name, weight in before.items())
+
+    def test_its_engine(self):
+        engine = type("DeepSpeedEngine", (nn.Sequential,), {})(build())
+        with pytest.raises(ModeError) as caught:
+            lingrad.wrap(engine, SPEC, lr=1e-2)
+        assert str(caught.value) == (
+            "this model is in DeepSpeed's engine, which trains it with an optimizer of its own; leave DeepSpeed out, and shard "
+            "the model by torch.distributed.fsdp.fully_shard (FSDP2), then call lingrad"
+        )

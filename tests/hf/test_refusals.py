@@ -59,16 +59,19 @@ class TestRefusals:
         with pytest.raises(ModeError, match="would lack its coordinates; leave that option out"):
             lingrad.hf.LingradTrainer(model, arguments(tmp_path), optimizers=(opt, None))
 
-    def test_sharding(self, tmp_path, monkeypatch):
-        monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-        args = trainers.quietly(arguments, tmp_path)
-        with pytest.raises(ModeError, match="cannot train with FSDP yet"):
-            lingrad.hf.trainer_kwargs(SPEC, args)
-        monkeypatch.delenv("ACCELERATE_USE_FSDP")
+    @pytest.mark.parametrize("by_launcher", [False, True])
+    def test_deepspeed(self, tmp_path, monkeypatch, by_launcher):
         args = arguments(tmp_path)
-        args.deepspeed = {"zero_optimization": {"stage": 2}}
-        with pytest.raises(ModeError, match="cannot train with DeepSpeed yet"):
+        if by_launcher:
+            monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+        else:
+            args.deepspeed = {"zero_optimization": {"stage": 2}}
+        with pytest.raises(ModeError) as caught:
             lingrad.hf.trainer_kwargs(SPEC, args)
+        assert str(caught.value) == (
+            "DeepSpeed cuts weights, gradients or the optimizer's parameters into flat vectors of its own, in which there are no "
+            "subspaces; leave it out, and shard by FSDP2: TrainingArguments(fsdp=True), or fsdp_version: 2 in accelerate's config"
+        )
 
     def test_several_gpus_in_one_process(self, tmp_path):
         args = arguments(tmp_path)

@@ -1,7 +1,7 @@
 """The study of docs/decentralized.md: workers that each train a slice, against data parallelism and DiLoCo, at equal tokens.
 
-    python -m benchmarks.slices run [--out FILE] [--only WORD] [--minutes M]   go on where FILE ends
-    python -m benchmarks.slices table [--out FILE] [--into PAGE]              print its tables, or put them into a page
+    python -m benchmarks.slices [--out FILE] [--only WORD] [--minutes M]   go on where FILE ends
+    python -m benchmarks.slices_table [--into PAGE]                        print the tables, or put them into a page
 
 A run is one line of the file. Every entry is tuned by the same rule: the learning rate of the transformed weights, as a factor
 of that of the rest, is tried at three powers of two and then on beyond the best of them until it is not at the edge, with one
@@ -25,7 +25,6 @@ from torch import Tensor, nn
 import lingrad
 from lingrad.models import LlamaShape, build_llama, next_token_loss
 from lingrad.research.corpus import Corpus, moby_dick, tokenize, training_batches, validation_batches
-from tools.marks import put
 
 RESULTS = Path("docs/studies/slices.jsonl")
 SHAPE = LlamaShape(hidden=64, intermediate=172, layers=2, heads=4, length=32)
@@ -252,23 +251,13 @@ class Results:
 
 
 def main() -> None:
-    """Run, or print the tables."""
+    """Run what is missing."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["run", "table"])
     parser.add_argument("--out", type=Path, default=RESULTS)
-    parser.add_argument("--into", type=Path)
     parser.add_argument("--only", default="", help="entries whose name has this word")
     parser.add_argument("--minutes", type=float, default=float("inf"))
     asked = parser.parse_args()
     results = Results(asked.out)
-    if asked.what == "table":
-        from benchmarks.slices_table import table
-
-        if asked.into is None:
-            sys.stdout.write(table(results) + "\n")
-        else:
-            put(asked.into, {"slices": table(results) + "\n"})
-        return
     torch.set_num_threads(1)
     corpus = tokenize("Moby-Dick", moby_dick())
     held = validation_batches(corpus, rows=16, length=SHAPE.length, batches=16)

@@ -1,13 +1,17 @@
-"""The tables of the study of slices, in docs/decentralized.md."""
+"""The tables of the study of slices: ``python -m benchmarks.slices_table [--into docs/decentralized.md]``."""
 
 from __future__ import annotations
 
+import argparse
 import math
 import statistics
+import sys
+from pathlib import Path
 from typing import NamedTuple
 
-from benchmarks.slices import SEEDS, TUNE, Entry, Results, ablations, entries
+from benchmarks.slices import RESULTS, SEEDS, TUNE, Entry, Results, ablations, entries
 from lingrad.console import markdown as tabulate
+from tools.marks import put
 
 
 class Row(NamedTuple):
@@ -74,3 +78,20 @@ def table(results: Results) -> str:
     rows = [(e.name, one.loss, f"{one.factor:g}", f"{one.sent:.2f}") for e, one in found.items() if e in ablated]
     parts.append(tabulate([("4 workers, H = 50", "loss", "factor", "MB sent"), *rows]))
     return "\n\n".join(parts)
+
+
+def main() -> None:
+    """Print the tables, or put them between the marks of a page."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--into", type=Path)
+    asked = parser.parse_args()
+    text = table(Results(asked.out)) + "\n"
+    if asked.into is None:
+        sys.stdout.write(text)
+    else:
+        put(asked.into, {"slices": text})
+
+
+if __name__ == "__main__":
+    main()

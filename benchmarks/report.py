@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import host, plots
+from benchmarks import host, plots, traffic
 from benchmarks.measure import ratio
 from benchmarks.plan import FROZEN, FULL, GALORE, GOALS, PERIOD, Workload
 from lingrad.console import markdown as tabulate
@@ -99,6 +99,8 @@ def markdown(found: dict[str, Any]) -> str:
         parts.append(f"**Host time**, compiled:\n\n{host.compiled_table(found['host, compiled'])}")
     if "compiled" in found:
         parts.append(f"**Compiled** steps, CPU time of one thread:\n\n{host.compiled_table(found['compiled'])}")
+    if "traffic" in found:
+        parts.append(f"**Sent** by one of two processes in a step, fully_shard, in kB:\n\n{traffic.table(found['traffic'])}")
     for what, points in found["curves"].items():
         parts.append(f"**Over {what}**, ratios to full AdamW:\n\n{curve_table(what, points)}")
     return "\n".join(parts)

@@ -7,10 +7,12 @@ lingrad. Linear layers alone are trained, so that reduced bytes are theirs. In b
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -123,21 +125,22 @@ def count(rank: int, world: int, run: Run, shape: LlamaShape = SHAPE) -> list[di
     return found
 
 
-def table(counted: Sequence[tuple[Run, list[dict[str, int]]]]) -> str:
+def table(counted: Sequence[dict[str, Any]]) -> str:
     """The bytes of an ordinary step and of one that refreshes every basis, as Markdown; in kB."""
     rows = [("run", "reduced", "gathered", "at a refresh: reduced", "gathered", "broadcast")]
-    plain = counted[0][1][1]
-    for run, steps in counted:
+    plain = counted[0]["steps"][1]
+    for found in counted:
+        steps = found["steps"]
         ordinary, refresh = steps[1], steps[STEPS - 1]
         share = ordinary["reduce"] / plain["reduce"]
         cells = [f"{ordinary['reduce'] / 1e3:.1f} ({share:.3f})", f"{ordinary['gather'] / 1e3:.1f}"]
-        cells += [f"{refresh[kind] / 1e3:.1f}" for kind in KINDS] if run.spec else ["", "", ""]
-        rows.append((run.label, *cells))
+        cells += [f"{refresh[kind] / 1e3:.1f}" for kind in KINDS] if found["run"] != PLAIN else ["", "", ""]
+        rows.append((found["run"], *cells))
     return tabulate(rows)
 
 
 def worker(rank: int, world: int, folder: str) -> None:
-    """What a process does: count all runs; the first one writes the table.
+    """What a process does: count all runs; the first one writes what it found.
 
     Args:
         rank: This process.
@@ -150,17 +153,28 @@ def worker(rank: int, world: int, folder: str) -> None:
     for run in RUNS:
         if rank == 0:
             measure.say(run.label)
-        counted.append((run, count(rank, world, run)))
+        counted.append({"run": run.label, "steps": count(rank, world, run)})
     distributed.destroy_process_group()
     if rank == 0:
-        sys.stdout.write(table(counted))
+        (Path(folder) / "found.json").write_text(json.dumps(counted))
+
+
+def compare() -> list[dict[str, Any]]:
+    """Count all runs, on two processes of this machine's CPUs.
+
+    Returns:
+        For each run ``run``, its label, and ``steps``, what `count` gives; plain `fully_shard` first.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        torch.multiprocessing.spawn(worker, (2, folder), nprocs=2)  # type: ignore[no-untyped-call]
+        found: list[dict[str, Any]] = json.loads((Path(folder) / "found.json").read_text())
+    return found
 
 
 def main() -> None:
     """Count, and print the table."""
     argparse.ArgumentParser(prog="python -m benchmarks.traffic", description=__doc__).parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.spawn(worker, (2, folder), nprocs=2)  # type: ignore[no-untyped-call]
+    sys.stdout.write(table(compare()))
 
 
 if __name__ == "__main__":

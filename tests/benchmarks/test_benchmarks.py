@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from benchmarks import __main__ as benchmarks
-from benchmarks import docs, measure, merges, report, steps
+from benchmarks import docs, measure, merges, report, steps, traffic
 from benchmarks.peers import split
 from benchmarks.plan import ENTRIES, FROZEN, FULL, GOALS, MAIN, PLANS, SHARED, Plan, Steps, Workload, captured
 from lingrad.errors import DependencyError, LingradError
@@ -67,7 +67,7 @@ def test_goals_name_methods_and_plans_have_them():
 @pytest.mark.slow
 def test_a_run_from_end_to_end(tmp_path, monkeypatch, capsys):
     """Of all suites but the one whose size is fixed; then the way into the docs."""
-    suites = [suite for suite in benchmarks.SUITES if suite not in ("pca", "host", "compiled")]  # compilers take minutes
+    suites = [suite for suite in benchmarks.SUITES if suite not in ("pca", "host", "compiled", "traffic")]  # minutes
     monkeypatch.setitem(benchmarks.PLANS, "quick", TINY)
     run_main("--quick", "--only", *suites, "--out", str(tmp_path / "out"))
     told = capsys.readouterr().out
@@ -149,6 +149,20 @@ def test_traffic_counts_each_tensor_of_an_operator_once():
         torch.add(x, x)
         x.t()
     assert moved.nbytes == 2 * 400
+
+
+def test_what_is_sent_is_in_the_report(monkeypatch):
+    step = {"reduce": 4000, "gather": 2000, "broadcast": 0}
+    counted = [
+        {"run": traffic.PLAIN, "steps": [step] * 4},
+        {"run": "`random(rank=1)`, optimizer mode", "steps": [step | {"reduce": 1000}] * 3 + [step | {"broadcast": 500}]},
+    ]
+    monkeypatch.setattr(traffic, "compare", lambda: counted)
+    found = benchmarks.run(TINY, ["traffic"], "cpu")
+    about = {"plan": "tiny", "seconds": 1.0, "machine": report.machine("cpu")}
+    told = report.markdown(found | about)
+    assert "**Sent** by one of two processes in a step, fully_shard, in kB:" in told
+    assert "1.0 (0.250) |      2.0 |                   4.0 |      2.0 |       0.5 |" in told
 
 
 @pytest.mark.parametrize("path", sorted(DOCS.with_suffix("").glob("*/result.json")), ids=lambda path: path.parent.name)

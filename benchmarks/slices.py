@@ -77,6 +77,9 @@ def entries() -> Iterator[Entry]:
             yield _slices(choice, combine, workers, every)
         if (workers, every) == (4, 50):
             yield from ablations(every)
+        if workers == 4 and every < 200:
+            for choice, combine in (("identical", "mean"), ("independent", "sum"), ("orthogonal", "sum")):
+                yield _slices(choice, combine, workers, every, rank=1)
         if workers == 4:
             yield Entry("averaged weights", "full()", -3, workers, every)
             for choice, combine in (

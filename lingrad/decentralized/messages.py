@@ -29,16 +29,19 @@ class Head(NamedTuple):
         return torch.tensor(self, dtype=torch.int64, device=device)
 
 
-def packed(tensors: Sequence[Tensor]) -> Tensor:
+def packed(tensors: Sequence[Tensor], backend: str = "gloo") -> Tensor:
     """Tensors as one buffer.
 
     Args:
-        tensors: Of any shapes and dtypes, on one device.
+        tensors: Of any shapes, dtypes and devices.
+        backend: The name of the process group's; what is not of NVIDIA's or Intel's sends memory of the CPU.
 
     Returns:
         uint8 [bytes].
     """
-    return torch.cat([tensor.detach().contiguous().reshape(-1).view(torch.uint8) for tensor in tensors])
+    on_device = any(name in backend for name in ("nccl", "xccl"))
+    device = tensors[0].device if on_device else torch.device("cpu")
+    return torch.cat([tensor.detach().contiguous().reshape(-1).view(torch.uint8).to(device) for tensor in tensors])
 
 
 def unpacked(buffer: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
@@ -49,11 +52,14 @@ def unpacked(buffer: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
         like: Tensors of their shapes and dtypes.
 
     Returns:
-        New tensors.
+        New tensors, on the devices of ``like``.
     """
     sizes = [tensor.numel() * tensor.element_size() for tensor in like]
     parts = buffer.split(sizes)  # cloned, since a view of another dtype must begin at a multiple of its size
-    return [part.clone().view(tensor.dtype).view(tensor.shape) for part, tensor in zip(parts, like, strict=True)]
+    found = (
+        (part.clone().view(tensor.dtype).view(tensor.shape), tensor.device) for part, tensor in zip(parts, like, strict=True)
+    )
+    return [tensor.to(device) for tensor, device in found]
 
 
 def check_heads(heads: Sequence[Head]) -> None:

@@ -39,7 +39,7 @@ class ProcessWorkers(Workers):
 
     @override
     def gather(self, own: Sequence[Tensor]) -> Mapping[int, Sequence[Tensor]]:
-        count, buffer = distributed.get_world_size(self._group), packed(own)
+        count, buffer = distributed.get_world_size(self._group), packed(own, distributed.get_backend(self._group))
         try:
             sizes = self._gather(Head(self.number, len(buffer)).to(buffer.device), count)
             heads = [Head(*head.tolist()) for head in sizes]

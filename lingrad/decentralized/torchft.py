@@ -93,7 +93,7 @@ class TorchftWorkers(Workers):
 
     @override
     def gather(self, own: Sequence[Tensor]) -> Mapping[int, Sequence[Tensor]]:
-        buffer, until = packed(own), time.monotonic() + self._patience
+        buffer, until = packed(own, self._group.getBackendName()), time.monotonic() + self._patience
         while True:
             self._join_quorum(until - time.monotonic())
             found = None if self._manager.errored() else self._try(buffer, own)

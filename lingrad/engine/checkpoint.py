@@ -142,6 +142,8 @@ def load(run: Run, state_dict: dict[str, Any]) -> None:
         run.step = entries.step
     for group, was in zip(run.groups, saved.groups, strict=True):
         group.update({key: trees.copied(value) for key, value in was.items() if key != "params" and key not in fixed})
+    if run.settings.rounds is not None and run.step % run.settings.rounds.every == 0:
+        run.ended = run.step  # the round had ended before the state was saved
     look_ahead(run)  # a redraw that was due had happened before the state was saved
     if run.layerwise is not None:
         run.layerwise.begin()

@@ -82,8 +82,8 @@ def ends(run: Run) -> bool:
 def exchange(run: Run, finished: int) -> None:
     """Send coordinates, and add to every weight what all workers have found.
 
-    Parameters that train in full become their mean, and so do the sketches that the next bases are learned from. What is not
-    finite of a worker is left out, and its moments start anew.
+    Nothing is done where no step was made since the last. Parameters that train in full become their mean, and so do the sketches
+    that the next bases are learned from. What is not finite of a worker is left out, and its moments start anew.
 
     Args:
         run: The run.
@@ -97,6 +97,8 @@ def exchange(run: Run, finished: int) -> None:
     rounds = run.settings.rounds
     if rounds is None:
         raise ModeError("this run has no rounds; pass rounds=lingrad.decentralized.Rounds(workers=...) to lingrad.adapt")
+    if finished == run.ended:  # nothing was trained since, and an outer momentum would move the weights again
+        return
     own, subs, run.ended = rounds.workers.number, run.subspaces, finished
     given = rounds.workers.gather(packed(run, rounds))
     found = {number: unpacked(run, rounds, given[number]) for number in sorted(given)}

@@ -50,7 +50,9 @@ def prepare(accelerator: Any, model: nn.Module, make: Callable[[nn.Module], Opti
     """
     accelerate = optional("accelerate", "lingrad.hf", "hf")
     if not isinstance(accelerator, accelerate.Accelerator):
-        raise SpecError(f"accelerator must be an accelerate.Accelerator, not a {type(accelerator).__name__}", option="accelerator")
+        raise SpecError(
+            f"accelerator must be an accelerate.Accelerator, not a {type(accelerator).__name__}", option="accelerator"
+        )
     check_accelerator(accelerator)
     if not getattr(accelerator, "is_fsdp2", False):
         prepared: tuple[nn.Module, Any] = accelerator.prepare(model, make(model))

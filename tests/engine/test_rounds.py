@@ -211,6 +211,29 @@ def test_a_round_ends_by_hand():
     assert torch.equal(found[0]["first.weight"], found[1]["first.weight"])
 
 
+def test_a_round_without_a_step_changes_nothing():
+    """Nor does an outer momentum, at the end of a round or after a checkpoint of that moment was loaded."""
+    found = {}
+
+    def train(workers):
+        made = Rounds(workers=workers, every=EVERY, combine="mean", lr=0.7, momentum=0.9)
+        model = Small()
+        optimizer = lingrad.adapt(model, {"*": SPECS[0].format(side="left")}, rounds=made, **RUN)
+        optimizer.exchange()
+        for step in range(EVERY):
+            optimizer.zero_grad()
+            loss_of(model, step, workers.number).backward()
+            optimizer.step()
+        found["sent"], before = workers.sent, weights(optimizer)
+        optimizer.exchange()
+        optimizer.load_state_dict(optimizer.state_dict())
+        optimizer.exchange()
+        assert all(torch.equal(value, before[name]) for name, value in weights(optimizer).items())
+        assert workers.sent == found["sent"] > 0
+
+    simulate(train, 2)
+
+
 @pytest.mark.parametrize("spec", [spec.format(side="both") for spec in SPECS[1:4]])
 def test_what_all_workers_have_done_is_in_the_ledger(spec):
     """ledger=True: the change of each weight, merged by all, as factors."""

@@ -77,7 +77,9 @@ def whole(weights):
 
 def ended(trainer):
     """The weights, and what was logged."""
-    logged = [{k: v for k, v in entry.items() if k in ("loss", "eval_loss", "grad_norm")} for entry in trainer.state.log_history]
+    logged = [
+        {k: v for k, v in entry.items() if k in ("loss", "eval_loss", "grad_norm")} for entry in trainer.state.log_history
+    ]
     return whole(lingrad.hf.optimizer_of(trainer).weights()), logged
 
 

@@ -47,6 +47,7 @@ class Entry(NamedTuple):
         lr: The same.
         momentum: The same.
         send: The same.
+        rows: Windows of a batch, of all workers together.
     """
 
     name: str
@@ -59,6 +60,7 @@ class Entry(NamedTuple):
     lr: float = 1.0
     momentum: float = 0.0
     send: str = "full"
+    rows: int = ROWS
 
 
 def entries() -> Iterator[Entry]:
@@ -112,6 +114,8 @@ def ablations(every: int) -> Iterator[Entry]:
         yield _slices(choice, combine, 4, every, send="8bit")
         yield _slices(choice, combine, 4, every, rank=2 * RANK)
     yield _slices("identical", "mean", 4, every, rank=4 * RANK)
+    for choice, combine in (("identical", "mean"), ("independent", "sum"), ("orthogonal", "sum")):
+        yield _slices(choice, combine, 4, every, rows=8 * ROWS)
 
 
 def schedule(step: int) -> float:
@@ -139,7 +143,7 @@ def train(entry: Entry, factor: float, seed: int, corpus: Corpus, held: list[Ten
         opt = _optimizer(entry, model, factor, seed, workers)
         scheduler = torch.optim.lr_scheduler.LambdaLR(opt, schedule)
         own = slice(None) if workers is None else slice(workers.number, None, entry.workers)
-        for batch in training_batches(corpus, steps=STEPS, rows=ROWS, length=SHAPE.length, seed=seed):
+        for batch in training_batches(corpus, steps=STEPS, rows=entry.rows, length=SHAPE.length, seed=seed):
             next_token_loss(model, batch[own]).backward()
             opt.step()
             scheduler.step()

@@ -82,8 +82,8 @@ def ends(run: Run) -> bool:
 def exchange(run: Run, finished: int) -> None:
     """Send coordinates, and add to every weight what all workers have found.
 
-    Nothing is done where no step was made since the last. Parameters that train in full become their mean, and so do the sketches
-    that the next bases are learned from. What is not finite of a worker is left out, and its moments start anew.
+    Nothing is done where no step was made since the last. Parameters that train in full become their mean, and so do the
+    sketches that the next bases are learned from. What is not finite of a worker is left out, and its moments start anew.
 
     Args:
         run: The run.

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from unittest import mock
 
-import torch
 from torch import distributed, nn
 
 from lingrad.errors import ModeError
@@ -36,7 +35,7 @@ def first_of(ranks: int, assumed: set[str]) -> Iterator[Shard]:
             "this process is one of a torch.distributed run, and ranks=... simulates a run of its own; simulate in a process "
             "without torch.distributed, or take this run's memory with lingrad.memory.track"
         )
-    import torch.distributed._tools.fake_collectives  # noqa: F401 - collectives on meta tensors
+    import torch.distributed._tools.fake_collectives  # collectives on meta tensors
     from torch.distributed.fsdp._fully_shard import _fsdp_param_group, _fully_shard
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -45,8 +44,8 @@ def first_of(ranks: int, assumed: set[str]) -> Iterator[Shard]:
     try:
         with ExitStack() as stack:
             # it asks for weights with values, gathers them on the mesh's device, and orders its work by that device's streams
-            stack.enter_context(mock.patch.object(group, "_validate_no_meta_params", lambda self: None))
-            stack.enter_context(mock.patch.object(_fully_shard, "_get_device_from_mesh", lambda mesh: meta))
+            stack.enter_context(mock.patch.object(group, "_validate_no_meta_params"))
+            stack.enter_context(mock.patch.object(_fully_shard, "_get_device_from_mesh", return_value=meta))
             stack.enter_context(mock.patch.object(torch, "meta", torch.cpu, create=True))
             yield lambda model: _shard(model, ranks, assumed)
     finally:
@@ -54,7 +53,7 @@ def first_of(ranks: int, assumed: set[str]) -> Iterator[Shard]:
 
 
 def _shard(model: nn.Module, ranks: int, assumed: set[str]) -> nn.Module:
-    from torch.distributed import init_device_mesh
+    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
     mesh = init_device_mesh("cpu", (ranks,))
@@ -70,4 +69,5 @@ def _shard(model: nn.Module, ranks: int, assumed: set[str]) -> nn.Module:
         f"the first of {ranks} processes; fully_shard of {each}{'then of ' if each else ''}the model; memory that streams hold "
         "back from each other is not counted"
     )
-    return fully_shard(model, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    return model

@@ -136,8 +136,8 @@ def test_what_cannot_be_simulated_is_refused(tmp_path):
     finally:
         distributed.destroy_process_group()
     assert str(caught.value) == (
-        "this process is one of a torch.distributed run, and ranks=... simulates a run of its own; simulate in a process without "
-        "torch.distributed, or take this run's memory with lingrad.memory.track"
+        "this process is one of a torch.distributed run, and ranks=... simulates a run of its own; simulate in a process "
+        "without torch.distributed, or take this run's memory with lingrad.memory.track"
     )
 
 

@@ -8,7 +8,7 @@ from unittest import mock
 
 from torch import distributed, nn
 
-from lingrad.errors import ModeError
+from lingrad.errors import MemoryModelError, ModeError
 
 Shard = Callable[[nn.Module], nn.Module]
 
@@ -26,6 +26,7 @@ def first_of(ranks: int, assumed: set[str]) -> Iterator[Shard]:
 
     Raises:
         ModeError: This process is one of several already.
+        MemoryModelError: This version of torch has no collectives on meta tensors.
     """
     if ranks == 1:
         yield lambda model: model
@@ -35,9 +36,15 @@ def first_of(ranks: int, assumed: set[str]) -> Iterator[Shard]:
             "this process is one of a torch.distributed run, and ranks=... simulates a run of its own; simulate in a process "
             "without torch.distributed, or take this run's memory with lingrad.memory.track"
         )
-    import torch.distributed._tools.fake_collectives  # collectives on meta tensors
-    from torch.distributed.fsdp._fully_shard import _fsdp_param_group, _fully_shard
-    from torch.testing._internal.distributed.fake_pg import FakeStore
+    try:
+        import torch.distributed._tools.fake_collectives  # collectives on meta tensors
+        from torch.distributed.fsdp._fully_shard import _fsdp_param_group, _fully_shard
+        from torch.testing._internal.distributed.fake_pg import FakeStore
+    except ImportError as error:
+        raise MemoryModelError(
+            f"this torch ({torch.__version__}) cannot simulate several processes: {error}; memory.estimate counts what each of "
+            "them holds between steps"
+        ) from error
 
     distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
     group, meta = _fsdp_param_group.FSDPParamGroup, torch.device("meta")

@@ -59,6 +59,7 @@ Model = Annotated[str, typer.Option(help="llama-60m ... llama-70b, demo, a confi
 NewAdapter = Annotated[Path, typer.Option(help="Folder of the adapter; must not exist.")]
 Plot = Annotated[Path | None, typer.Option(help="Write a plot to this file, such as run.png.")]
 Rank = Annotated[int | None, typer.Option(help="At most this many columns for each weight.")]
+Ranks = Annotated[int, typer.Option(min=1, help="Processes over which fully_shard cuts every weight.")]
 Results = Annotated[Path, typer.Option(help="Folder of the results.")]
 Rules = Annotated[str, typer.Option(help="Config string, or rules: '*.attn.*: svd(rank=64); *: none'.")]
 Share = Annotated[bool, typer.Option("--share", help="Share right bases among layers that read the same input.")]
@@ -127,6 +128,7 @@ def simulate(
     share: Share = False,
     stagger: Stagger = False,
     expandable: Expandable = False,
+    ranks: Ranks = 1,
     json: Json = None,
     plot: Plot = None,
     snapshot: Annotated[Path | None, typer.Option(help="Write a snapshot for pytorch.org/memory_viz to this file.")] = None,
@@ -154,6 +156,7 @@ def fit(
     share: Share = False,
     stagger: Stagger = False,
     expandable: Expandable = False,
+    ranks: Ranks = 1,
     json: Json = None,
 ) -> None:
     """Find the largest batch that fits in the memory of a device."""
@@ -197,7 +200,7 @@ def estimate(
     dtype: Dtype = "bfloat16",
     layerwise: Layerwise = False,
     share: Share = False,
-    ranks: Annotated[int, typer.Option(min=1, help="Processes over which fully_shard cuts every weight.")] = 1,
+    ranks: Ranks = 1,
     json: Json = None,
 ) -> None:
     """Compute the memory between steps in closed form. It is counted from shapes and dtypes; nothing is run."""

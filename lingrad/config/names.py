@@ -1,4 +1,4 @@
-"""A model's parameters: their names in the plain model, whatever torch has wrapped around its layers; that they have elements."""
+"""A model's parameters: their names in the plain model, whatever is wrapped around its layers; that they have elements."""
 
 from __future__ import annotations
 
@@ -67,8 +67,8 @@ def require_elements(name: str, param: Tensor) -> None:
         )
     if hasattr(param, "ds_id"):
         raise ModeError(
-            f"{name} {tuple(getattr(param, 'ds_shape', param.shape))} was cut into flat vectors by DeepSpeed (ZeRO-3, zero.Init), "
-            "in which there are no subspaces; build the model without DeepSpeed, and shard it by "
+            f"{name} {tuple(getattr(param, 'ds_shape', param.shape))} was cut into flat vectors by DeepSpeed (ZeRO-3, "
+            "zero.Init), in which there are no subspaces; build the model without DeepSpeed, and shard it by "
             "torch.distributed.fsdp.fully_shard (FSDP2), then call lingrad"
         )
 

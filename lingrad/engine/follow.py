@@ -32,8 +32,8 @@ def refuse_lost(run: Run) -> None:
     params = [param for group in run.groups for param in group["params"]]
     if run.lacks(params):
         raise ModeError(
-            "another program has put parameters of its own into the optimizer's param groups, as DeepSpeed's ZeRO does with flat "
-            "vectors: coordinates would not be merged, nor bases refreshed. Leave it out, and shard the model by "
+            "another program has put parameters of its own into the optimizer's param groups, as DeepSpeed's ZeRO does with "
+            "flat vectors: coordinates would not be merged, nor bases refreshed. Leave it out, and shard the model by "
             "torch.distributed.fsdp.fully_shard (FSDP2), then call lingrad"
         )
     if run.model is None:

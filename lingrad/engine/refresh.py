@@ -46,6 +46,8 @@ def choose(run: Run, subs: Iterable[Subspace]) -> None:
         seen.setdefault(id(sub.basis), common if factor is None else factor)
     for basis in dict.fromkeys(sub.basis for sub in due):
         _choose(run, basis, seen[id(basis)])
+    if due and run.processes.count > 1:  # bases are compared with test vectors then
+        free_test_matrices()
 
 
 def renew(run: Run) -> None:
@@ -68,13 +70,16 @@ def renew(run: Run) -> None:
         found = _gathered(subs, every, subs[0].processes)
         if found is None and several:
             found = sketched(averaged(_stacked([_nothing(sub, None) for sub in subs]), subs[0].processes), every)
+        for sub in subs if several else ():  # what was averaged is a copy
+            sub.pending.total = None
         if found is not None:
             waiting.append((basis, asked, found))
     # all flags are computed before the first is read, so that the host waits once
     finite = [torch.stack([p.isfinite().all() for p in found]).all() for _, _, found in waiting]
     nonzero = [torch.stack([p.any() for p in found]).any() for _, _, found in waiting]
     measured: list[tuple[Basis, Tensor | None]] = []
-    for (basis, asked, found), good, any_at_all in zip(waiting, finite, nonzero, strict=True):
+    for good, any_at_all in zip(finite, nonzero, strict=True):
+        basis, asked, found = waiting.pop(0)  # the old basis and its sketch are freed before the next one is computed
         count = len(asked.learned)
         if not bool(good):
             basis.warn_once(NOT_FINITE)

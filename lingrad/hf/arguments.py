@@ -75,8 +75,8 @@ def trainer_kwargs(
 
     Raises:
         SpecError: A config string, rule or option is wrong; or ``args`` have something that would have no effect.
-        ModeError: ``args`` have something that is not supported: DeepSpeed, FSDP other than FSDP2, DataParallel, layerwise steps
-            with accumulation.
+        ModeError: ``args`` have something that is not supported: DeepSpeed, FSDP other than FSDP2, DataParallel, layerwise
+            steps with accumulation.
         DependencyError: transformers, or the package of the base, is not installed.
     """
     optional("transformers", "lingrad.hf", "hf")
@@ -128,7 +128,8 @@ class Factory:
             The optimizer, in ``mode``.
 
         Raises:
-            ModeError: The model was not sharded by the Trainer before this, or uses a transformed weight without calling its layer.
+            ModeError: The model was not sharded by the Trainer before this, or uses a transformed weight without calling its
+                layer.
         """
         check_order(model, args)
         if decaying is None:

@@ -102,8 +102,8 @@ def _open_zip(path: Path) -> None:
 
 
 def _open_shards(path: Path) -> None:
-    """Unpickle the index of a distributed checkpoint, as the Trainer does, and make sure that its files are as long as it says."""
-    from torch.distributed.checkpoint import FileSystemReader
+    """Unpickle the index of a distributed checkpoint, as the Trainer does, and make sure that its files are that long."""
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
 
     ends: dict[str, int] = {}
     for stored in FileSystemReader(path.parent).read_metadata().storage_data.values():

@@ -1,7 +1,7 @@
 """Models that accelerate shards by FSDP2, in the Trainer or without it.
 
-lingrad's optimizer is made of the shards, and so after them; ``accelerator.prepare`` wants model and optimizer at once, and puts
-the shards into an optimizer that was made before. Here it gets another one in place of lingrad's.
+lingrad's optimizer is made of the shards, and so after them; ``accelerator.prepare`` wants model and optimizer at once, and
+puts the shards into an optimizer that was made before. Here it gets another one in place of lingrad's.
 """
 
 from __future__ import annotations
@@ -50,9 +50,8 @@ def prepare(accelerator: Any, model: nn.Module, make: Callable[[nn.Module], Opti
     """
     accelerate = optional("accelerate", "lingrad.hf", "hf")
     if not isinstance(accelerator, accelerate.Accelerator):
-        raise SpecError(
-            f"accelerator must be an accelerate.Accelerator, not a {type(accelerator).__name__}", option="accelerator"
-        )
+        found = type(accelerator).__name__
+        raise SpecError(f"accelerator must be an accelerate.Accelerator, not a {found}", option="accelerator")
     check_accelerator(accelerator)
     if not getattr(accelerator, "is_fsdp2", False):
         prepared: tuple[nn.Module, Any] = accelerator.prepare(model, make(model))
@@ -127,8 +126,8 @@ def check_order(model: nn.Module, args: Any) -> None:
         )
     if sharded and not shards(args):
         raise ModeError(
-            "this model was sharded before the Trainer got it (fully_shard, from_pretrained with distributed_config or tp_plan), "
-            "whose checkpoints would hold the optimizer's state of one process only; pass it unsharded, with "
+            "this model was sharded before the Trainer got it (fully_shard, from_pretrained with distributed_config or "
+            "tp_plan), whose checkpoints would hold the optimizer's state of one process only; pass it unsharded, with "
             "TrainingArguments(fsdp=True)"
         )
 

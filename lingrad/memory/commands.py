@@ -50,7 +50,7 @@ class Question:
         expandable: Model CUDA's expandable segments.
         share: Share right bases among layers that read the same input.
         stagger: Refresh weights in turns.
-        ranks: Processes over which ``fully_shard`` cuts every weight; of the closed form alone.
+        ranks: Processes over which ``fully_shard`` cuts every weight, each with a batch of its own.
     """
 
     model: str
@@ -177,6 +177,7 @@ def simulate(question: Question, method: Method | None = None) -> MemoryReport:
             layerwise=question.layerwise,
             capacity=None if question.capacity is None else parse_bytes(question.capacity),
             expandable=question.expandable,
+            ranks=question.ranks,
         )
     except MemoryModelError as error:
         if INSTEAD in str(error):
@@ -271,12 +272,11 @@ def fit(question: Question, method: Method | None = None) -> Fit:
         tried[batch] = simulate(replace(question, batch=batch), method)
         return bool(tried[batch].fits)
 
-    rows = _bisect(fits)
     return Fit(
+        rows=(rows := _bisect(fits)),
         method=(method or question.method).label,
         capacity=question.capacity,
         length=question.length,
-        rows=rows,
         reserved=tried[max(rows, 1)].reserved or 0,
         at_least=rows == LARGEST,
     )

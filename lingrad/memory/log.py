@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 CATEGORIES = (
     "weight",  # parameters that are trained, transformed or in full
     "frozen",  # parameters that are not trained
+    "gathered",  # weights of all processes, which fully_shard gathers for a layer
     "buffer",
     "gradient",  # of parameters trained in full
     "coords",
@@ -106,12 +107,12 @@ class Log:
     def free(self, storage: Storage, phase: str) -> None:
         """Record that a storage was freed."""
         storage.freed_in = phase
-        self.during.append((storage.index, -storage.nbytes, phase))
+        if storage.nbytes:
+            self.during.append((storage.index, -storage.nbytes, phase))
 
     def resize(self, storage: Storage, nbytes: int, phase: str) -> None:
         """Record that a storage was resized: the old memory is freed, new memory is allocated."""
-        self.during.append((storage.index, -storage.nbytes, phase))
-        self.during.append((storage.index, nbytes, phase))
+        self.during += [(storage.index, change, phase) for change in (-storage.nbytes, nbytes) if change]
         storage.nbytes = nbytes
 
     def mark(self, name: str) -> None:

@@ -11,13 +11,14 @@ from torch import Tensor, nn
 from lingrad.config.rules import Rules
 from lingrad.config.settings import Mode
 from lingrad.deprecated import renamed_keywords
-from lingrad.errors import DataError, LingradError, MemoryModelError, in_short, require, require_one_of
+from lingrad.errors import DataError, LingradError, MemoryModelError, ModeError, in_short, require, require_one_of
 from lingrad.memory import kernels
 from lingrad.memory.devices import allocator_of
 from lingrad.memory.log import END_OF_STEP
 from lingrad.memory.report import MemoryReport, summarize
+from lingrad.memory.shards import first_of
 from lingrad.memory.tracker import Tracker
-from lingrad.methods import Lingrad, Method, Training
+from lingrad.methods import FullRank, Lingrad, Method, Training
 from lingrad.models import loss_of, make_inputs
 from lingrad.optimizers.base import BaseLike
 
@@ -47,6 +48,7 @@ def simulate(
     attention: kernels.Attention = "flash",
     capacity: int | None = None,
     expandable: bool = False,
+    ranks: int = 1,
     **options: Any,
 ) -> MemoryReport:
     """Run real training steps on meta tensors, which take no memory, and report the memory they would take.
@@ -71,6 +73,7 @@ def simulate(
         attention: The attention kernel on CUDA: ``flash``, ``efficient`` or ``math``.
         capacity: Memory of the device in bytes; the report then says whether the run fits.
         expandable: Model ``expandable_segments:True`` of CUDA's allocator.
+        ranks: Processes over which ``fully_shard`` cuts every weight, each with such a batch; the report is that of the first.
         **options: Options of the base and of `lingrad.wrap`; not with a `Method`.
 
     Returns:
@@ -79,13 +82,17 @@ def simulate(
     Raises:
         MemoryModelError: Something depends on the values of tensors: autocast, an integer that is read back, an operator or
             a module without a meta implementation.
+        ModeError: Several processes are asked for, and this is one of several already, or the method is not lingrad's.
     """
     _check(build, batch, length, steps, dtype)
+    require(type(ranks) is int and ranks >= 1, "ranks", f"ranks must be a whole number, 1 or more, not {ranks!r}")
     require_one_of(device, ("cuda", "cpu"), "device")
     require_one_of(attention, get_args(kernels.Attention), "attention")
     require(capacity is None or type(capacity) is int, "capacity", f"capacity must be a number of bytes, not {capacity!r}")
     assumed: set[str] = set()
     method = _method(rules, base, mode, options)
+    if ranks > 1 and not isinstance(method, (Lingrad, FullRank)):
+        raise ModeError(f"{method.label} is simulated for one process only; leave ranks={ranks} out")
     with torch.device("meta"):
         model = _cast(build(), dtype)
     strays = [name for name, tensor in model.named_parameters() if not tensor.is_meta]
@@ -97,17 +104,17 @@ def simulate(
         )
     compute_loss = OwnLoss(batch, length) if loss is None else loss
     choices = kernels.as_on_cuda(attention, assumed) if device == "cuda" else kernels.as_on_cpu(assumed)
-    with choices, kernels.without_autocast():
+    with choices, kernels.without_autocast(), first_of(ranks, assumed) as shard:
         execute = kernels.answered(assumed)
         with Tracker("meta", execute):  # only to answer what the preparation reads back
             if isinstance(compute_loss, OwnLoss):
                 compute_loss.prepare(model)
-            training = method.prepare(_checkpointed(model, checkpointing), layerwise=layerwise)
+            training = method.prepare(shard(_checkpointed(model, checkpointing)), layerwise=layerwise)
         tracker = Tracker("meta", execute)
         with kernels.explained(type(model).__name__):
             _run(training, tracker, steps, compute_loss)
     assumptions = [
-        f"{steps} steps of {training.model.__class__.__name__} on meta tensors, operators as on {device}",
+        f"{steps} steps of {type(model).__name__.removeprefix('FSDP')} on meta tensors, operators as on {device}",
         *sorted(assumed),
         "workspaces inside kernels (SVD, sorting) are not counted",
     ]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,7 @@ from lingrad.errors import MemoryModelError, ModeError
 from lingrad.memory import labels
 from lingrad.memory.log import BACKWARD, BEFORE, END_OF_STEP, FORWARD, RECOMPUTE, STEP, Log, Storage
 from lingrad.memory.report import MemoryReport, summarize
+from lingrad.tensors import is_sharded, own
 
 Execute = Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]
 
@@ -52,6 +54,14 @@ class Tracker(TorchDispatchMode):
         self._coords: set[int] = set()
         self._steps = 0  # optimizer steps that are running, nested
         self._active = self._entered = False
+        resize = torch.UntypedStorage.resize_
+
+        def follow(storage: Any, size: int) -> Any:
+            found = resize(storage, size)
+            self._resized(storage)
+            return found
+
+        self._resizing = mock.patch.object(torch.UntypedStorage, "resize_", follow)
 
     def watch(self, *watched: nn.Module | Optimizer | Tensor) -> Tracker:
         """Record what exists already, and label the tensors of models and optimizers from now on.
@@ -108,12 +118,14 @@ class Tracker(TorchDispatchMode):
             register_optimizer_step_post_hook(self._after_step),
         ]
         self._hook_gradients()
+        self._resizing.start()
         super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
     @override
     def __exit__(self, *exception: Any) -> Any:
         self._active, self._steps = False, 0
+        self._resizing.stop()
         while self._hooks:
             self._hooks.pop().remove()
         self._hooked.clear()
@@ -123,6 +135,8 @@ class Tracker(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if any(is_sharded(tensor) for tensor in _tensors((args, kwargs))):
+            return NotImplemented  # the operators of its part come here in turn
         kwargs = kwargs or {}
         name = ""
         for tensor in _tensors((args, kwargs)):
@@ -142,6 +156,13 @@ class Tracker(TorchDispatchMode):
                 self._follow(storage, part, self.phase, op)
             elif known[0].nbytes != storage.nbytes():
                 self.log.resize(known[0], storage.nbytes(), self.phase)
+
+    def _resized(self, storage: Any) -> None:
+        """A storage was resized behind its tensors, as ``fully_shard`` does with the weights that it gathers."""
+        known = self._live.get(storage._cdata)
+        if known is not None and known[0].nbytes != storage.nbytes():
+            known[0].label = known[0].label or "gathered"
+            self.log.resize(known[0], storage.nbytes(), self.phase)
 
     def _label(self, tensor: Tensor, category: str, *, new: bool) -> None:
         for part in _strided(tensor):
@@ -242,7 +263,8 @@ def _tensors(tree: Any) -> Iterator[Tensor]:
 
 
 def _strided(tensor: Any) -> Iterable[Tensor]:
-    """The ordinary tensors that store a tensor's elements."""
+    """The ordinary tensors that store a tensor's elements in this process."""
+    tensor = own(tensor)
     if is_traceable_wrapper_subclass(tensor):
         parts, _ = tensor.__tensor_flatten__()
         return (inner for part in parts for inner in _strided(getattr(tensor, part)))

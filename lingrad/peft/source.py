@@ -152,8 +152,8 @@ def _of_run(optimizer: SubspaceOptimizer) -> ExportSource:
     refuse_peft(model, "export")
     if any(sub.weight.sharding is not None for sub in optimizer.subspaces):
         raise ExportError(
-            "the model is sharded, and no process has all of it; have every process gather opt.changes() and a full state dict, "
-            "and one of them pass the pair (model, changes), with the plain model that has that state"
+            "the model is sharded, and no process has all of it; have every process gather opt.changes() and a full state "
+            "dict, and one of them pass the pair (model, changes), with the plain model that has that state"
         )
     found = optimizer.changes()
     attachments = {attachment.sub.name: attachment for attachment in optimizer.attachments}

@@ -240,7 +240,10 @@ def opened(flat: Mapping[str, Any], name: str) -> Mapping[str, Any]:
         name: The weight's name, for messages.
 
     Returns:
-        The entries. Raises `CheckpointError` where they are damaged.
+        The entries.
+
+    Raises:
+        CheckpointError: They are damaged.
     """
     if "record" not in flat:
         return flat

@@ -57,7 +57,9 @@ def reshard(model: nn.Module) -> None:
         model: The model.
     """
     fsdp = sys.modules.get("torch.distributed.fsdp")  # takes long to import, and is, where anything is sharded by it
-    for module in model.modules() if fsdp is not None else ():
+    if fsdp is None:
+        return
+    for module in model.modules():
         if isinstance(module, fsdp.FSDPModule):
             module.reshard()
 

@@ -195,8 +195,8 @@ class TestDeepSpeed:
         with pytest.raises(ModeError) as caught:
             MODES[mode](self.partitioned(), SPEC, lr=1e-2)
         message = (
-            "0.weight (8, 6) was cut into flat vectors by DeepSpeed (ZeRO-3, zero.Init), in which there are no subspaces; build "
-            "the model without DeepSpeed, and shard it by torch.distributed.fsdp.fully_shard (FSDP2), then call lingrad"
+            "0.weight (8, 6) was cut into flat vectors by DeepSpeed (ZeRO-3, zero.Init), in which there are no subspaces; "
+            "build the model without DeepSpeed, and shard it by torch.distributed.fsdp.fully_shard (FSDP2), then call lingrad"
         )
         assert str(caught.value) == message
         with pytest.raises(ModeError) as caught:
@@ -217,8 +217,8 @@ class TestDeepSpeed:
         with pytest.raises(ModeError) as caught:
             optimizer.step()
         assert str(caught.value) == (
-            "another program has put parameters of its own into the optimizer's param groups, as DeepSpeed's ZeRO does with flat "
-            "vectors: coordinates would not be merged, nor bases refreshed. Leave it out, and shard the model by "
+            "another program has put parameters of its own into the optimizer's param groups, as DeepSpeed's ZeRO does with "
+            "flat vectors: coordinates would not be merged, nor bases refreshed. Leave it out, and shard the model by "
             "torch.distributed.fsdp.fully_shard (FSDP2), then call lingrad"
         )
         assert all(torch.equal(model.get_parameter(name), weight) for name, weight in before.items())

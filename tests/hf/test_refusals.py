@@ -69,8 +69,9 @@ class TestRefusals:
         with pytest.raises(ModeError) as caught:
             lingrad.hf.trainer_kwargs(SPEC, args)
         assert str(caught.value) == (
-            "DeepSpeed cuts weights, gradients or the optimizer's parameters into flat vectors of its own, in which there are no "
-            "subspaces; leave it out, and shard by FSDP2: TrainingArguments(fsdp=True), or fsdp_version: 2 in accelerate's config"
+            "DeepSpeed cuts weights, gradients or the optimizer's parameters into flat vectors of its own, in which there "
+            "are no subspaces; leave it out, and shard by FSDP2: TrainingArguments(fsdp=True), or fsdp_version: 2 in "
+            "accelerate's config"
         )
 
     def test_several_gpus_in_one_process(self, tmp_path):

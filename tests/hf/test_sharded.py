@@ -1,6 +1,6 @@
 """The Trainer and accelerate with FSDP2: two processes that each hold half of every weight are one process.
 
-accelerate shards on GPUs only. Here it is told that the processes have some (`on_cpus`); all else is its own, and the Trainer's.
+accelerate shards on GPUs only. Here it is told that the processes have some (`on_cpus`); all else is its own.
 Tolerance: 1e-12 in float64, as for the modes: sums over processes are taken in another order.
 """
 
@@ -215,7 +215,7 @@ def test_an_adapter_is_written_next_to_the_saved_model(tmp_path):
 @each_mode
 @pytest.mark.slow
 def test_bfloat16(tmp_path, mode):
-    """The Trainer's bf16: float32 weights, gathered in bfloat16; a forward rounds to 2^-8, Adam divides gradients by themselves."""
+    """The Trainer's bf16: float32 weights, gathered in bfloat16. A forward rounds to 2^-8, and Adam divides by gradients."""
     weights = each_rank(halved, 2, tmp_path, str(tmp_path), mode)[0]
     expected = ended(straight(str(tmp_path / "one"), mode, KINDS[0], 1))[0]
     assert 1e-6 < gap(weights, expected) < 0.1
@@ -353,8 +353,8 @@ def test_what_does_not_work_is_refused(tmp_path):
         assert "was sharded after lingrad was called" in message
         assert "shard the model first, then call lingrad on it (with accelerate: lingrad.hf.prepare)" in message
     assert exported == (
-        "the model is sharded, and no process has all of it; have every process gather opt.changes() and a full state dict, and "
-        "one of them pass the pair (model, changes), with the plain model that has that state"
+        "the model is sharded, and no process has all of it; have every process gather opt.changes() and a full state dict, "
+        "and one of them pass the pair (model, changes), with the plain model that has that state"
     )
 
 

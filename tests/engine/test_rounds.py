@@ -400,10 +400,10 @@ def test_workers_that_differ(change, message):
     assert message in str(found.value)
 
 
-def one_worker(rules="slice(rank=2)", start=lingrad.adapt, rounds=None, **options):
+def one_worker(rules="slice(rank=2)", start="adapt", rounds=None, **options):
     def train(workers):
         made = Rounds(workers=workers, every=4) if rounds is None else rounds
-        return start(Small(), {"*": rules}, lr=1e-2, rounds=made, **options)
+        return getattr(lingrad, start)(Small(), {"*": rules}, lr=1e-2, rounds=made, **options)
 
     return simulate(train, 1)[0]
 
@@ -411,7 +411,7 @@ def one_worker(rules="slice(rank=2)", start=lingrad.adapt, rounds=None, **option
 @pytest.mark.parametrize(
     ("given", "error", "message"),
     [
-        ({"start": lingrad.wrap}, SpecError, "optimizer mode merges them at every step. Use lingrad.adapt(..., rounds=...)"),
+        ({"start": "wrap"}, SpecError, "optimizer mode merges them at every step. Use lingrad.adapt(..., rounds=...)"),
         ({"stagger": True}, SpecError, "stagger merges or changes bases at other steps than the end of a round"),
         ({"layerwise": True}, SpecError, "layerwise merges or changes bases at other steps than the end of a round"),
         ({"merge_every": 2}, SpecError, "merge_every merges or changes bases at other steps than the end of a round"),

@@ -118,8 +118,8 @@ def test_every_option_of_every_command_reaches_the_question():
         "estimate": {"json"},
     }
     without = {
-        "simulate": {"ranks"},
-        "fit": {"batch", "ranks"},
+        "simulate": set(),
+        "fit": {"batch"},
         "compare": {"mode", "ranks"},
         "estimate": {"checkpointing", "capacity", "expandable", "stagger"},
     }
@@ -136,6 +136,7 @@ def test_every_option_of_every_command_reaches_the_question():
         ("estimate", {"batch": 2, "length": 64, "mode": "adapter", "base": "sgd", "dtype": "float32", "rules": "svd(rank=8)"}),
         ("estimate", {"layerwise": True, "share": True, "model": "llama-60m"}),
         ("estimate", {"ranks": 2}),
+        ("simulate", {"ranks": 2}),
     ],
 )
 def test_every_option_changes_the_answer(name, changes):

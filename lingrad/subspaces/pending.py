@@ -181,7 +181,7 @@ class PendingGradient:
             ModeError: A part of it was put there by another program, or all of it.
         """
         grad = coords.grad
-        if grad is None or not self._changed(grad):
+        if grad is None or self.proposed or not self._changed(grad):  # proposed: it has been read
             return
         if self._asked > 0:
             raise ModeError(

@@ -24,7 +24,7 @@ from lingrad.engine.arithmetic import Arithmetic, arithmetic, as_published
 from lingrad.engine.checkpoint import identity
 from lingrad.engine.layerwise import Layerwise
 from lingrad.engine.refresh import schedule
-from lingrad.engine.refusals import check_effective, check_equal, check_sharded
+from lingrad.engine.refusals import check_base, check_effective, check_equal, check_sharded
 from lingrad.engine.run import Run
 from lingrad.engine.step import step_one
 from lingrad.engine.stepper import Group, Stepper
@@ -198,6 +198,7 @@ def build(model: Trainable, rules: Rules, base: BaseLike, mode: Mode, options: M
     if base_options.get("lr") is not None:  # some bases choose their own
         check_not_negative("lr", base_options["lr"])
     found = optimizers.find(base, base_options, decay=False, others=Settings.names())
+    check_base(found)
     checks.check_reads_only_gradients(found)
     degrees = checks.moment_degrees(found) if settings.carry == "rotate" else {}
     steps_as = arithmetic(settings.compat, found.name)

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import warnings
 
+import torch
+
 from lingrad.adapters import is_attached
 from lingrad.config.names import parameter_at
 from lingrad.engine.run import Run
@@ -64,6 +66,31 @@ def refuse_lost(run: Run) -> None:
                 "load_state_dict was called with assign=True), so it would not be trained. Load without assign=True; or call "
                 "detach(), change the model, and call lingrad again"
             )
+
+
+def refuse_apart(run: Run) -> None:
+    """Make sure that something averages gradients over the processes of a run; asked in its first step with gradients.
+
+    Args:
+        run: The run, with the gradients of a step.
+
+    Raises:
+        ModeError: Processes have other gradients than each other; all of them raise.
+    """
+    subs = [sub for sub in run.subspaces if sub.weight.sharding is None]
+    if run.compared or run.processes.count == 1 or not subs:
+        return
+    grads = [sub.coords.new_zeros(()) if sub.coords.grad is None else sub.coords.grad for sub in subs]
+    norms = torch.stack([torch.linalg.vector_norm(grad, dtype=torch.float64) for grad in grads])
+    mean, squares = run.processes.average(torch.stack((norms, norms.square())))
+    run.compared = bool(mean.any())
+    apart = squares - mean.square() > 1e-8 * mean.square()  # of batches they are; what is averaged is equal but for rounding
+    if apart.any():
+        raise ModeError(
+            f"the gradient of {subs[int(apart.int().argmax())].name} is not the same in the {run.processes.count} processes of "
+            "this run: nothing has averaged it, and their weights would part. Build DistributedDataParallel(model) after "
+            "lingrad was called; processes with models of their own (pipeline stages, local SGD) need a process_group each"
+        )
 
 
 def take_assigned(run: Run) -> None:

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import nn
 
 from lingrad.adapters import Attachment
 from lingrad.config import spec
@@ -16,6 +17,7 @@ from lingrad.engine.checkpoint import identity
 from lingrad.engine.run import Run
 from lingrad.errors import ModeError, SpecError, require
 from lingrad.optimizers import Base
+from lingrad.parallel import initialized
 from lingrad.subspaces.subspace import Subspace
 from lingrad.weights.sharding import LayerSharding
 
@@ -46,6 +48,25 @@ def check_effective(settings: Settings, mode: Mode, attachments: Sequence[Attach
         "merge_every merges more often than refreshes do, and a merge into a quantised weight loses what is smaller than a "
         "step of its grid; leave it out",
     )
+
+
+def check_base(base: Base) -> None:
+    """Refuse a base that spreads its own state over processes.
+
+    Args:
+        base: The base of the coordinates.
+
+    Raises:
+        SpecError: It is torch's ZeroRedundancyOptimizer.
+    """
+    factory: Any = base.factory
+    made = factory if isinstance(factory, type) or not initialized() else type(base.build([nn.Parameter(torch.zeros(1, 1))]))
+    if any(cls.__name__ == "ZeroRedundancyOptimizer" for cls in getattr(made, "__mro__", ())):
+        raise SpecError(
+            "ZeroRedundancyOptimizer keeps the moments of a parameter in one process only, and refreshes and checkpoints of a "
+            "run need them where its coordinates are; pass the optimizer inside it as the base, and shard weights, coordinates "
+            "and moments by fully_shard"
+        )
 
 
 def check_sharded(settings: Settings, base: Base, attachments: Sequence[Attachment]) -> None:

@@ -57,6 +57,7 @@ class Run:
         layerwise: What steps each weight inside the backward, where the run does so.
         mode: ``optimizer`` or ``adapter``; None while detached.
         step: Steps finished.
+        compared: Whether its processes have had the same gradients in a step.
         quiet_until: The first step in which any basis changes, or a gradient that is left from before must be refused; what is
             done for single weights at such steps is left out before.
 
@@ -79,6 +80,7 @@ class Run:
     layerwise: Layerwise | None = None
     mode: Mode | None = None
     step: int = 0
+    compared: bool = False
     quiet_until: int = 0
     outer: dict[str, Tensor] = field(default_factory=dict, init=False)
     ended: int = field(default=0, init=False)

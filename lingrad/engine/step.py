@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lingrad.adapters import Attachment
 from lingrad.engine import rounds
-from lingrad.engine.follow import refuse_lost, take_assigned
+from lingrad.engine.follow import refuse_apart, refuse_lost, take_assigned
 from lingrad.engine.refresh import choose, commit, renew, schedule
 from lingrad.engine.run import Run
 from lingrad.engine.stepper import Built, Group
@@ -71,6 +71,8 @@ def _stepped(run: Run) -> bool:
     take_assigned(run)
     refuse_lost(run)
     dry = run.is_dry_run()
+    if not dry:
+        refuse_apart(run)
     if run.layerwise is not None:
         run.layerwise.flush()
     if not dry:
@@ -117,6 +119,7 @@ def clip(run: Run, max_norm: float, norm_type: float) -> Tensor:
         )
     with torch.no_grad():
         take_assigned(run)
+        refuse_apart(run)
         choose(run, (sub for sub in run.subspaces if sub.basis.due and sub.basis.transform.reads == "gradient"))
     params = [named.param for named in run.named()]
     grads = [param.grad for param in params if param.grad is not None]
@@ -138,6 +141,8 @@ def _change(run: Run, attachments: Sequence[Attachment]) -> None:
     for attachment in attachments:
         sub = attachment.sub
         attachment.require_read()
+        if sub.basis.due:
+            sub.pending.require_read(sub.coords)
         if sub.basis.due and sub.basis.transform.reads == "gradient":
             due.append(sub)
         else:

@@ -11,7 +11,7 @@ import math
 import weakref
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -87,6 +87,7 @@ class PendingGradient:
             None  # and as DistributedDataParallel did, with whatever its communication hook makes of it
         )
         self._written: tuple[weakref.ref[Tensor], int] | None = None  # coords.grad itself, and its version then
+        self._asked = 0  # how often a gradient was computed that autograd has not added to coords.grad
         self._first = True  # whether the running backward is the first since coords.grad was zeroed
 
     @property
@@ -128,6 +129,7 @@ class PendingGradient:
         self.proposed = False
         # zeroing coords.grad by hand means what was recorded for the refresh too
         self._first = coords.grad is None or (self._changed(coords.grad) and self._zeroed(coords.grad))
+        self._asked += 1
 
     def after_accumulate(self, coords: nn.Parameter, *, compare: bool) -> None:
         """Called when ``coords.grad`` holds one more backward; one that asked for other gradients never comes here.
@@ -136,6 +138,7 @@ class PendingGradient:
             coords: The coordinates.
             compare: Keep a copy of their gradient, for `outside_factor`.
         """
+        self._asked = 0 if self._first else self._asked - 1
         if self._first:
             self.total = None
         if self._staged is not None:
@@ -167,6 +170,33 @@ class PendingGradient:
                 f"the gradient of {self.name} is from before its basis was refreshed; call zero_grad() after each step"
             )
         self.stale = False
+
+    def require_read(self, coords: nn.Parameter) -> None:
+        """Make sure that a refresh reads of all that is in ``coords.grad``.
+
+        Args:
+            coords: The coordinates, in a step that refreshes their basis.
+
+        Raises:
+            ModeError: A part of it was put there by another program, or all of it.
+        """
+        grad = coords.grad
+        if grad is None or self.proposed or not self._changed(grad):  # proposed: it has been read
+            return
+        if self._asked > 0:
+            raise ModeError(
+                f"the gradient of {self.name} came, in part, from torch.autograd.grad, which leaves nothing for the refresh of "
+                "this step to read; zero-bubble schedules of pipelines compute it so. Use backward(), a schedule of whole "
+                "backwards (GPipe, 1F1B, Interleaved1F1B), or bases that read nothing (random)"
+            )
+        if self.total is None and self.processes.count == 1 and bool(whole(grad).any()):
+            self._refuse_foreign()
+
+    def _refuse_foreign(self) -> NoReturn:
+        raise ModeError(
+            f"the gradient of {self.name} did not come from a backward since the last step. This step refreshes its basis, "
+            "which needs the backward's own gradient; run forward and backward, then step"
+        )
 
     def _changed(self, grad: Tensor) -> bool:
         """Whether another program has written into the gradient, or replaced it, since the last backward."""
@@ -202,10 +232,7 @@ class PendingGradient:
         elif left is None and not now.any():
             return None
         if left is None:
-            raise ModeError(
-                f"the gradient of {self.name} did not come from a backward since the last step. This step refreshes its basis, "
-                "which needs the backward's own gradient; run forward and backward, then step"
-            )
+            self._refuse_foreign()
         if not left.any() or not left.isfinite().all():
             return None
         left = left.to(now.dtype)  # model.to casts gradients

@@ -4,6 +4,7 @@ Tolerance: 1e-12 in float64, as for the modes: sums over ranks are taken in anot
 """
 
 import itertools
+from functools import partial
 
 import pytest
 import torch
@@ -11,10 +12,12 @@ from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compress_hook
 from torch.distributed.algorithms.ddp_comm_hooks.post_localSGD_hook import PostLocalSGDState, post_localSGD_hook
 from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState, powerSGD_hook
+from torch.distributed.algorithms.model_averaging.averagers import PeriodicModelAverager
+from torch.distributed.optim import PostLocalSGDOptimizer, ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 
 import lingrad
-from lingrad.errors import ModeError
+from lingrad.errors import LingradError, ModeError
 from tests.support.models import gap, llama, text_batches, text_loss, zoo, zoo_batches, zoo_loss
 from tests.support.processes import each_rank
 from tests.support.runs import MODES
@@ -253,3 +256,59 @@ def test_what_does_not_work_is_refused(tmp_path):
         "join() answers the messages of DistributedDataParallel for processes that have no batches left, and not those by "
         "which a refresh averages what it reads; give all processes as many batches, or use random bases in linear layers"
     )
+
+
+def other_optimizers(rank, world):
+    """Optimizers of torch.distributed around lingrad, in it, and beside it."""
+    messages = []
+
+    def attempt(function):
+        try:
+            function()
+        except LingradError as error:
+            messages.append(str(error))
+        else:
+            messages.append("nothing was raised")
+
+    spec = "power(rank=4, every=3)"
+    attempt(lambda: ZeroRedundancyOptimizer(llama().parameters(), lingrad.wrap, rules=spec, lr=1e-2))
+    attempt(lambda: lingrad.wrap(llama(), spec, ZeroRedundancyOptimizer, optimizer_class=torch.optim.AdamW, lr=1e-2))
+    factory = partial(ZeroRedundancyOptimizer, optimizer_class=torch.optim.AdamW)
+    attempt(lambda: lingrad.adapt(llama(), spec, lambda params, lr: factory(params, lr=lr), lr=1e-2))
+
+    def step(wrapped, mode="optimizer", spec=spec, clips=False):
+        model, optimizer = start(spec, mode, False)
+        outer = wrapped(optimizer)
+        text_loss(model, text_batches(1)[0][0].chunk(2)[rank]).backward()
+        if clips:
+            optimizer.clip_grad_norm_(1.0)
+        outer.step()
+
+    averager = PeriodicModelAverager(period=2, warmup_steps=0)
+    attempt(lambda: step(lambda optimizer: PostLocalSGDOptimizer(optimizer, averager)))
+    for spec in ("svd", "power", "random"):
+        for mode in MODES:
+            text = f"{spec}(rank=4, every=3)"
+            attempt(lambda text=text, mode=mode: step(lambda optimizer: optimizer, mode, text, clips=mode == "adapter"))
+    return messages
+
+
+def test_other_optimizers_of_torch_distributed_are_refused(tmp_path):
+    (unnamed, base, factory, *apart), other = each_rank(other_optimizers, 2, tmp_path)
+    assert unnamed == (
+        "expected a model, model.named_parameters(), or groups {'params': ..., 'rules': ...} whose params are (name, "
+        "parameter) pairs, since seeds, rules and checkpoints refer to names; not a Parameter"
+    )
+    assert base == factory
+    assert base == (
+        "ZeroRedundancyOptimizer keeps the moments of a parameter in one process only, and refreshes and checkpoints of a run "
+        "need them where its coordinates are; pass the optimizer inside it as the base, and shard weights, coordinates and "
+        "moments by fully_shard"
+    )
+    assert apart == other[3:]  # both say it, and neither waits
+    for message in apart:  # local SGD, and a model without DistributedDataParallel
+        assert message == (
+            "the gradient of model.layers.0.self_attn.q_proj.weight is not the same in the 2 processes of this run: nothing "
+            "has averaged it, and their weights would part. Build DistributedDataParallel(model) after lingrad was called; "
+            "processes with models of their own (pipeline stages, local SGD) need a process_group each"
+        )

@@ -33,16 +33,17 @@ class Workers(ABC):
         self.sent = 0
 
     @abstractmethod
-    def gather(self, own: Sequence[Tensor]) -> Mapping[int, Sequence[Tensor]]:
+    def gather(self, give: Callable[[], Sequence[Tensor]]) -> Mapping[int, Sequence[Tensor]]:
         """What every worker gives in this exchange.
 
         Args:
-            own: This worker's tensors, of the same shapes and dtypes for all; not changed.
+            give: Gives this worker's tensors, of the same shapes and dtypes for all, which are not changed. It is asked again
+                after `follow`'s ``load``.
 
         Returns:
-            Number -> tensors on the devices of ``own``, those of this worker among them where it took part; workers that have
-            died or are late are missing. In the same order, with the same values, for all. Raises `ExchangeError` where two
-            workers have one number, or give other tensors.
+            Number -> tensors on the devices of this worker's, its own among them where it took part; workers that have died or
+            are late are missing. In the same order, with the same values, for all. Raises `ExchangeError` where two workers
+            have one number, or give other tensors.
         """
 
     def follow(self, save: Callable[[], dict[str, Any]], load: Callable[[dict[str, Any]], None]) -> None:  # noqa: B027

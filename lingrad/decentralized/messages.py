@@ -63,7 +63,7 @@ def unpacked(buffer: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
 
 
 def check_heads(heads: Sequence[Head]) -> None:
-    """Make sure that every number is one worker's, and that all send equally much.
+    """Make sure that every number is one worker's, and that all whose coordinates are merged send equally much.
 
     Args:
         heads: Those of all workers.
@@ -72,6 +72,7 @@ def check_heads(heads: Sequence[Head]) -> None:
         ExchangeError: They do not.
     """
     seen: set[int] = set()
+    first = next((head for head in heads if head.taken), None)
     for head in heads:
         if head.number in seen:
             raise ExchangeError(
@@ -79,9 +80,9 @@ def check_heads(heads: Sequence[Head]) -> None:
                 "its own, from 0"
             )
         seen.add(head.number)
-        if head.size != heads[0].size:
+        if first is not None and head.taken and head.size != first.size:
             raise ExchangeError(
-                f"worker {heads[0].number} sends {heads[0].size} bytes and worker {head.number} sends {head.size}: their "
+                f"worker {first.number} sends {first.size} bytes and worker {head.number} sends {head.size}: their "
                 "models, rules or options of Rounds differ; start all of them with the same"
             )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, distributed
@@ -38,7 +38,8 @@ class ProcessWorkers(Workers):
         self._group = group
 
     @override
-    def gather(self, own: Sequence[Tensor]) -> Mapping[int, Sequence[Tensor]]:
+    def gather(self, give: Callable[[], Sequence[Tensor]]) -> Mapping[int, Sequence[Tensor]]:
+        own = give()
         count, buffer = distributed.get_world_size(self._group), packed(own, distributed.get_backend(self._group))
         try:
             sizes = self._gather(Head(self.number, len(buffer)).to(buffer.device), count)

@@ -67,7 +67,8 @@ class _SimulatedWorkers(Workers):
         self._place, self._hall = number, hall
 
     @override
-    def gather(self, own: Sequence[Tensor]) -> Mapping[int, Sequence[Tensor]]:
+    def gather(self, give: Callable[[], Sequence[Tensor]]) -> Mapping[int, Sequence[Tensor]]:
+        own = give()
         buffer = packed(own)
         head = Head(self.number, len(buffer))
         given = self._hall.exchange(self._place, (head, buffer))

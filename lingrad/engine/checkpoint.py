@@ -40,6 +40,7 @@ class Entries(NamedTuple):
         loss: What merges have lost, where the weight is quantised.
         stored: Coordinates and the tensors of the weight, where the state holds them; not copied.
         outer: The momentum of the outer step of a decentralised run.
+        ended: Steps finished at the end of its last round.
     """
 
     moments: dict[str, Any]
@@ -51,6 +52,7 @@ class Entries(NamedTuple):
     loss: MergeLoss | None = None
     stored: Mapping[str, Tensor] = MappingProxyType({})
     outer: Tensor | None = None
+    ended: int = 0
 
 
 def identity(run: Run) -> dict[str, Any]:
@@ -137,13 +139,12 @@ def load(run: Run, state_dict: dict[str, Any]) -> None:
         if stored:
             was_written(sub.weight.param)  # by this; it and the coordinates belong together
         sub.coords.grad = None  # of weights and a basis that are replaced
+        run.ended, run.failed = entries.ended, None
         if entries.outer is not None:
             run.outer[sub.name] = entries.outer
         run.step = entries.step
     for group, was in zip(run.groups, saved.groups, strict=True):
         group.update({key: trees.copied(value) for key, value in was.items() if key != "params" and key not in fixed})
-    if run.settings.rounds is not None and run.step % run.settings.rounds.every == 0:
-        run.ended = run.step  # the round had ended before the state was saved
     look_ahead(run)  # a redraw that was due had happened before the state was saved
     if run.layerwise is not None:
         run.layerwise.begin()
@@ -168,6 +169,8 @@ def _pack(run: Run, attachment: Attachment) -> dict[str, Any]:
     # what loads the model's state writes into the shards, which cannot be put elsewhere: this one must not share their memory
     stored = {key: one.clone() if is_sharded(one) else one for key, one in _stored(run, attachment).items()}
     tree = {**numbers, **of_basis, "stored": stored, "loss": sub.weight.loss, "outer": run.outer.get(sub.name)}
+    if run.settings.rounds is not None:
+        tree |= {"ended": run.ended, "worker": run.settings.rounds.workers.number}
     ledger = sub.ledger.pack()
     if ledger is not None and parallel.initialized():
         ledger = sealed(ledger, sub.coords)
@@ -199,6 +202,14 @@ def _unpack(
     if attachment is None:
         return found
     sub, basis = attachment.sub, attachment.sub.basis
+    rounds, outer, ended = run.settings.rounds, None, 0
+    if rounds is not None and f"{PREFIX}worker" in entries:
+        ended, worker = (trees.checked(0, entries, f"{PREFIX}{key}", name) for key in ("ended", "worker"))
+        if worker != rounds.workers.number:
+            raise CheckpointError(
+                f"this is the checkpoint of worker {worker}, whose coordinates and moments are of its own slice, and this is "
+                f"worker {rounds.workers.number}: load its own, or join by TorchftWorkers"
+            )
     kinds = {"step": 0, "refreshes": 0, "merged": False, "m": 0, "n": 0}
     step, refreshes, merged, *shape = (trees.checked(v, entries, f"{PREFIX}{key}", name) for key, v in kinds.items())
     if min(step, refreshes) < 0:
@@ -214,7 +225,6 @@ def _unpack(
     if not all(bool(leaf.isfinite().all()) for leaf in trees.tensors(restored) if leaf.is_floating_point()):
         raise CheckpointError(f"the basis of {name} has values that are not finite in the checkpoint; give an earlier one")
     energy = trees.checked(0.0, entries, ENERGY, name) if first else NOT_MEASURED
-    rounds, outer = run.settings.rounds, None
     if rounds is not None and rounds.momentum and f"{PREFIX}outer" in entries:
         like = torch.zeros(sub.weight.layout.shape, dtype=sub.coords.dtype, device=param.device)
         outer = trees.restore(like, entries, f"{PREFIX}outer", name)
@@ -227,6 +237,7 @@ def _unpack(
         loss=trees.restore(sub.weight.loss, entries, f"{PREFIX}loss", name),
         stored={key: trees.checked(template, entries, f"{PREFIX}stored.{key}", name) for key, template in stored.items()},
         outer=outer,
+        ended=ended,
     )
 
 

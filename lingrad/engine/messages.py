@@ -16,14 +16,15 @@ from lingrad.subspaces.subspace import Subspace
 from lingrad.transforms.linalg import derive_seed
 
 SAMPLES = 16  # elements of each weight by which workers see that they hold the same ones
-ALIKE = 1e-2  # by how much these may differ, of the largest: other machines round other ways
+ALIKE = 1e-4  # by how much these may differ, of the largest: other machines round other ways; or four units of 16 bits
 
 
 class Message(NamedTuple):
     """What a worker sends.
 
     Args:
-        terms: What workers must agree on: [steps, hash of the options], int64, and some elements of each weight, float64.
+        terms: What workers must agree on: [steps, hash of the options, sum of the bits of all weights before the first round],
+            int64; and some elements of each weight, float64.
         coords: z of every weight.
         sketches: Of every weight whose basis is about to be learned, the products of its probes.
         full: The parameters that train in full.
@@ -105,10 +106,23 @@ def trained_in_full(run: Run) -> dict[str, Tensor]:
 def _terms(run: Run, rounds: Rounds) -> list[Tensor]:
     """What workers must agree on: see `Message`."""
     specs = [(sub.name, str(sub.basis.transform), sub.weight.layout.shape, sub.basis.refreshes) for sub in run.subspaces]
-    known = derive_seed(run.settings.seed, rounds.terms(), specs, list(trained_in_full(run)))
+    # weights are multiplied by 1 - lr weight_decay in each worker
+    decays = [(float(group["lr"]), float(group["weight_decay"])) for group in run.groups if group["weight_decay"]]
+    options = run.settings.seed, run.settings.carry, run.stepper.base.name, decays, rounds.terms()
+    known = derive_seed(0, options, specs, list(trained_in_full(run)))
     samples = [_sample(sub.weight.dense()) for sub in run.subspaces]
-    device = run.subspaces[0].coords.device if run.subspaces else None
-    return [torch.tensor([run.ended, known], dtype=torch.int64, device=device), torch.cat(samples)]
+    started = 0 if any(sub.ledger.merged for sub in run.subspaces) else _bits(run)
+    return [torch.tensor([run.ended, known, started], dtype=torch.int64, device=samples[0].device), torch.cat(samples)]
+
+
+def _bits(run: Run) -> int:
+    """The sum of the bits of all parameters that no worker changes before its first exchange, which wraps around."""
+    trained = {id(named.param) for named in run.named()}
+    params = () if run.model is None else (param for param in run.model.parameters() if id(param) not in trained)
+    words = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    sums = (param.detach().contiguous().view(-1).view(words[param.element_size()]).sum(dtype=torch.int64) for param in params)
+    total = sum(int(one) for one in sums)
+    return (total + 2**63) % 2**64 - 2**63
 
 
 def _sample(weight: Tensor) -> Tensor:
@@ -135,10 +149,11 @@ def check_terms(terms: Mapping[int, Sequence[Tensor]]) -> None:
             )
         if int(agreed[1]) != int(own[1]):
             raise ExchangeError(
-                f"workers {one} and {number} differ in their rules, seed, options of Rounds or trained parameters, and would "
-                "merge into other slices than were trained; start all of them with the same"
+                f"workers {one} and {number} differ in their rules, base, seed, carry, options of Rounds, trained parameters, "
+                "or in lr where weights decay, and would make other changes than were trained; start all of them with the same"
             )
-        if float((sample - weights).abs().max()) > ALIKE * float(weights.abs().max()):
+        same = int(agreed[2]) == int(own[2])
+        if not same or float((sample - weights).abs().max()) > ALIKE * float(weights.abs().max()):
             raise ExchangeError(
                 f"workers {one} and {number} hold different weights: load the same checkpoint in all of them before the run, "
                 "and write to no weight in it"

@@ -12,7 +12,7 @@ from lingrad.config.rounds import Rounds
 from lingrad.engine.messages import check_terms, learning, packed, trained_in_full, unpacked
 from lingrad.engine.refresh import look_ahead
 from lingrad.engine.run import Run
-from lingrad.errors import ExchangeError, ModeError, SpecError, require, warn_caller
+from lingrad.errors import ExchangeError, ModeError, SpecError, in_short, require, warn_caller
 from lingrad.maps import KroneckerMap
 from lingrad.subspaces import trees
 from lingrad.subspaces.basis import Basis
@@ -32,9 +32,8 @@ def begin(run: Run) -> None:
     """
     rounds = run.settings.rounds
     if rounds is None:
-        sliced = next(
-            (basis for basis in run.bases if isinstance(basis.transform, Slice) and basis.transform.workers > 1), None
-        )
+        trained = [sub.basis for sub in run.subspaces if not sub.weight.param.is_meta]  # and not only simulated
+        sliced = next((basis for basis in trained if isinstance(basis.transform, Slice) and basis.transform.workers > 1), None)
         require(
             sliced is None,
             "rounds",
@@ -78,6 +77,35 @@ def ends(run: Run) -> bool:
     return rounds is not None and ((run.step + 1) % rounds.every == 0 or any(basis.due for basis in run.bases))
 
 
+def require_whole(run: Run) -> None:
+    """Make sure that no exchange of an earlier step has failed.
+
+    Args:
+        run: The run.
+
+    Raises:
+        ExchangeError: One has; what was due after it was not done.
+    """
+    if run.failed is not None:
+        raise ExchangeError(
+            f"the exchange after step {run.step + 1} has failed, and this worker's weights are not those of the others: start "
+            f"again from a checkpoint. It failed with: {run.failed}"
+        )
+
+
+def exchange_in_step(run: Run) -> None:
+    """`exchange` at the end of a step; where it fails the run does not go on.
+
+    Args:
+        run: The run. Raises what `exchange` does.
+    """
+    try:
+        exchange(run, run.step + 1)
+    except Exception as error:
+        run.failed = in_short(error)
+        raise
+
+
 @torch.no_grad()
 def exchange(run: Run, finished: int) -> None:
     """Send coordinates, and add to every weight what all workers have found.
@@ -94,15 +122,21 @@ def exchange(run: Run, finished: int) -> None:
         ExchangeError: Workers differ in their options, in their step or in the weights they hold.
     """
     run.require_attached()
+    require_whole(run)
     rounds = run.settings.rounds
     if rounds is None:
         raise ModeError("this run has no rounds; pass rounds=lingrad.decentralized.Rounds(workers=...) to lingrad.adapt")
     if finished == run.ended:  # nothing was trained since, and an outer momentum would move the weights again
         return
-    own, subs, run.ended = rounds.workers.number, run.subspaces, finished
-    given = rounds.workers.gather(packed(run, rounds))
-    found = {number: unpacked(run, rounds, given[number]) for number in sorted(given)}
-    check_terms({number: message.terms for number, message in found.items()})
+    own, subs = rounds.workers.number, run.subspaces
+    before, run.ended = run.ended, finished
+    try:
+        given = rounds.workers.gather(lambda: packed(run, rounds))
+        found = {number: unpacked(run, rounds, given[number]) for number in sorted(given)}
+        check_terms({number: message.terms for number, message in found.items()})
+    except BaseException:
+        run.ended = before
+        raise
     taken = {number: message for number, message in found.items() if message.is_finite}
     for number in found.keys() - taken.keys():
         warn_caller(f"worker {number} sent values that are not finite; its round is left out", RuntimeWarning)
@@ -110,12 +144,15 @@ def exchange(run: Run, finished: int) -> None:
         raise ExchangeError(f"no worker has sent finite values by step {run.ended}; lower the learning rate")
     for i, sub in enumerate(subs):
         _merge(run, rounds, sub, {number: message.coords[i] for number, message in taken.items()})
-        if rounds.moments == "reset" or own in found.keys() - taken.keys():
-            run.stepper.moments(sub, "reset").replace({})
+        if rounds.moments == "reset":
+            run.stepper.restart("coords", sub.coords)
     for i, sub in enumerate(learning(run)):
         sub.pending.total = tuple(map(_mean, zip(*(message.sketches[i] for message in taken.values()), strict=True)))
     for i, param in enumerate(trained_in_full(run).values()):
         param.copy_(_mean([message.full[i] for message in taken.values()]))
+    if own in found.keys() - taken.keys():  # its moments are not finite either
+        for named in run.named():
+            run.stepper.restart(named.group["kind"], named.param)
 
 
 def snapshot(run: Run) -> dict[str, Any]:
@@ -155,7 +192,9 @@ def restore(run: Run, state: Mapping[str, Any]) -> None:
         basis.state = _numbered(basis, number)
     for sub in run.subspaces:
         sub.coords.zero_()
-        run.stepper.moments(sub, "reset").replace({})
+        sub.ledger.merged = True
+    for named in run.named():
+        run.stepper.restart(named.group["kind"], named.param)
     look_ahead(run)  # a redraw that was due is in the snapshot
 
 

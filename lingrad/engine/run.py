@@ -64,6 +64,7 @@ class Run:
     Attributes:
         outer: The momentum of the outer step of a decentralised run, by weight.
         ended: Steps that were finished when the last of its rounds ended.
+        failed: What the exchange of a step has failed with; the run does not go on.
         tied: (name, weight) of those that several layers hold.
         count: How many processes there were when the run was made.
     """
@@ -84,6 +85,7 @@ class Run:
     quiet_until: int = 0
     outer: dict[str, Tensor] = field(default_factory=dict, init=False)
     ended: int = field(default=0, init=False)
+    failed: str | None = field(default=None, init=False)
     tied: list[tuple[str, DenseWeight]] = field(init=False)
     count: int = field(init=False)
     _check: Any = None

@@ -47,10 +47,11 @@ def step(run: Run, closure: Callable[[], Any] | None = None) -> Any:
 
 
 def _step(run: Run) -> None:
+    rounds.require_whole(run)
     dry = _stepped(run)
     if not dry:
         if rounds.ends(run):
-            rounds.exchange(run, run.step + 1)
+            rounds.exchange_in_step(run)
         if not run.is_quiet:
             for basis in run.bases:
                 unused = all(attachment.sub.coords.grad is None for attachment in run.of(basis))
@@ -189,7 +190,8 @@ def _decay(run: Run, stepped: Sequence[tuple[Group, Tensor]], *, undo: bool = Fa
     """Multiply weights and coordinates that have a gradient by 1 - lr * weight_decay, each param group in one call."""
     by_group: dict[int, tuple[Group, list[Tensor], list[Ledger]]] = {}
     for group, param in stepped:
-        if group["weight_decay"] == 0 or param.grad is None:
+        # of workers' weights each decays in every step, whether or not it had a gradient in this worker: they stay alike
+        if group["weight_decay"] == 0 or (param.grad is None and run.settings.rounds is None):
             continue
         attachment = run.attachment_of(param)
         _, tensors, ledgers = by_group.setdefault(id(group), (group, [], []))

@@ -222,6 +222,17 @@ class Stepper:
 
         return Moments(self.state.get(sub.coords, {}), carry, self.degrees, initial, self.base.quantizer)
 
+    def restart(self, kind: str, param: Tensor) -> None:
+        """Give a parameter the state that it had before its first step.
+
+        Args:
+            kind: Of its param group.
+            param: The parameter.
+        """
+        entries = self.state.get(param, {})
+        entries.clear()
+        entries.update(self.base_of(kind).build([param]).state.get(param, {}))
+
     def _build(self, base: Base, groups: list[Group]) -> Built:
         optimizer = base.build([{"params": group["params"]} for group in groups])
         for param, initial in optimizer.state.items():

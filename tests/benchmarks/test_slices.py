@@ -64,7 +64,7 @@ def test_bytes_are_those_sent(entry, monkeypatch):
             opt.step()
             opt.zero_grad()
         rest = sum(p.numel() * 4 for group in opt.param_groups[1:] for p in group["params"])
-        compared = 16 + 8 * 16 * len(opt.subspaces) + 24
+        compared = 24 + 8 * 16 * len(opt.subspaces) + 24
         found[workers.number] = workers.sent - 3 * 2 * (rest + compared), slices._sent(entry, opt, model)
 
     lingrad.decentralized.simulate(work, 4)

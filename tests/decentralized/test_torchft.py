@@ -31,7 +31,7 @@ def run(tmp_path):
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
 
         def begin(one, i):
-            full = {"name": str(i), "folder": str(tmp_path), "lighthouse": address, "wait_for": len(told), **one}
+            full = {"name": str(i), "folder": str(tmp_path), "lighthouse": address, "all": list(range(len(told))), **one}
             command = [sys.executable, "-m", "tests.support.workers_script", json.dumps(full)]
             log = (tmp_path / f"{i}.log").open("w")
             started.append(subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log))
@@ -41,7 +41,7 @@ def run(tmp_path):
         processes = [begin(one, i) for i, one in enumerate(told)]
         for after, one in late:
             assert processes[after].wait(max(0, until - time.monotonic()))  # it has died
-            processes.append(begin({**one, "wait_for": 0}, len(processes)))
+            processes.append(begin({**one, "all": []}, len(processes)))
         codes = [process.wait(max(0, until - time.monotonic())) for process in processes]
         paths = [tmp_path / f"{i}.pt" for i in range(len(processes))]
         for code, i in zip(codes, range(len(processes)), strict=True):
@@ -83,20 +83,16 @@ def test_one_that_dies_costs_its_round(run):
 
 
 @pytest.mark.slow
-def test_one_that_joins(run):
+@pytest.mark.parametrize("spec", [SPEC, "slice(rank=4, every=8, choice=by_gradient, workers=3)"])
+def test_one_that_joins(run, spec):
     """A new worker takes over the weights of the others, and then trains with them, under a number that is free."""
-    longer = {"spec": SPEC, "steps": 10 * EVERY}
-    found = run(
-        [told(0, program=longer, pause=0.3), told(1, program=longer, dies_in=1), told(2, program=longer, pause=0.3)],
-        late=[(1, told(1, program=longer))],
-        join=2000,
-    )
+    longer = {"spec": spec, "steps": 5 * EVERY}
+    there = {"program": longer, "waits_in": 2 * EVERY + 1, "waits_for": "ready-3"}
+    found = run([told(0, **there), told(1, program=longer, dies_in=1), told(2, **there)], late=[(1, told(1, program=longer))])
     assert found[1] is None
     assert same(found[0], found[2])
     assert same(found[0], found[3])
-    assert len(found[3]["joined"]) == 1
-    assert 0 < found[3]["joined"][0] < 10 * EVERY
-    assert found[3]["joined"][0] % EVERY == 0
+    assert found[3]["joined"] == [3 * EVERY]
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """A worker of a decentralised run, as a program that `simulate`, processes and torchft run alike."""
 
 import torch
+from torch import nn
 
 import lingrad
 from lingrad import decentralized
@@ -53,3 +54,30 @@ def program(workers, spec, *, steps=STEPS, before=None, first=None, **options):
 def weights(optimizer):
     """The effective weights, copied."""
     return {name: weight.detach().clone() for name, weight in optimizer.weights().items()}
+
+
+class Small(nn.Module):
+    """Two linear layers with a bias each, of no square weight."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(3)
+        self.first, self.second = nn.Linear(9, 12), nn.Linear(12, 7)
+        self.to(torch.float64)
+
+    def forward(self, x):
+        return self.second(torch.tanh(self.first(x)))
+
+
+def inputs(step, number):
+    generator = torch.Generator().manual_seed(100 * step + number)
+    x, y = (torch.randn(5, size, generator=generator, dtype=torch.float64) for size in (9, 7))
+    return x, y
+
+
+def loss_of(model, step, number):
+    x, y = inputs(step, number)
+    return (model(x) - y).square().mean()
+
+
+RUN = {"lr": 1e-2, "weight_decay": 0.1}

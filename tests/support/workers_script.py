@@ -12,6 +12,13 @@ from lingrad import decentralized
 from tests.support.workers import program
 
 
+def await_file(path):
+    """Wait for it, for a minute."""
+    until = time.monotonic() + 60
+    while not path.exists() and time.monotonic() < until:
+        time.sleep(0.02)
+
+
 def main():
     """Train until the end, or until what is told of this worker happens."""
     told = json.loads(sys.argv[1])
@@ -22,15 +29,16 @@ def main():
         told["number"], lighthouse=told["lighthouse"], at_least=1, timeout=20, patience=60, on_join=joined.append
     ) as workers:
         (folder / f"ready-{told['name']}").touch()
-        until = time.monotonic() + 60
-        while len(list(folder.glob("ready-*"))) < told["wait_for"] and time.monotonic() < until:
-            time.sleep(0.02)
+        for name in told["all"]:
+            await_file(folder / f"ready-{name}")
 
         def before(step):
             if step == told.get("dies_in"):
                 os._exit(9)
             if step == told.get("sleeps_in"):
                 time.sleep(told["seconds"])
+            if step == told.get("waits_in"):
+                await_file(folder / told["waits_for"])
             time.sleep(told.get("pause", 0))
 
         found = program(workers, **told["program"], before=before, first=joined)

@@ -27,7 +27,8 @@ from tests.support.runs import MODES, each_mode
 STEPS, EVERY = 9, 3
 TOLERANCE = 1e-12
 SIDES = ("left", "right", "both", "short", "long")
-SPECS = [text.format(side=side) for text in SIDED for side in SIDES] + list(UNSIDED)
+SLICES = ("slice(rank=4, every=7, side={side})", "slice(rank=4, every=7, side={side}, choice=by_gradient)")
+SPECS = [text.format(side=side) for text in (*SIDED, *SLICES) for side in SIDES] + list(UNSIDED)
 CARRIES = ("keep", "reset", "rotate")
 # what else a run may do, in turn
 OPTIONS = (
@@ -95,17 +96,17 @@ def train(spec, mode, options, clipped, rank=0, world=1, *, model=None, steps=ST
     return weights_of(optimizer), norms
 
 
-def work(rank, world, cases):
-    return [train(*case, rank=rank, world=world) for case in cases]
+def work(rank, world, cases, steps):
+    return [train(*case, rank=rank, world=world, steps=steps) for case in cases]
 
 
-def assert_one(folder, world, cases):
-    first, *others = each_rank(work, world, folder, cases)
+def assert_one(folder, world, cases, steps=STEPS):
+    first, *others = each_rank(work, world, folder, cases, steps)
     for i, case in enumerate(cases):
         weights, norms = first[i]
         for other in others:
             assert all(torch.equal(weight, other[i][0][name]) for name, weight in weights.items()), case
-        expected, expected_norms = train(*case)
+        expected, expected_norms = train(*case, steps=steps)
         assert gap(weights, expected) <= TOLERANCE, case
         assert [float(norm) for norm in norms] == pytest.approx([float(norm) for norm in expected_norms], rel=TOLERANCE)
 
@@ -128,6 +129,14 @@ def test_two_processes_are_one_in_many_combinations(tmp_path):
 @pytest.mark.rare(10**9)
 def test_three_processes_are_one_in_every_combination(tmp_path):
     assert_one(tmp_path, 3, list(matrix(lambda number: True)))
+
+
+@pytest.mark.slow
+@pytest.mark.rare(10**9)
+def test_two_processes_are_one_over_forty_steps(tmp_path):
+    """Transforms, sides, modes and what carries moments, in each combination that comes after ten others."""
+    cases = itertools.islice(itertools.product(SPECS, MODES, CARRIES), 0, None, 11)
+    assert_one(tmp_path, 2, [(spec, mode, {"carry": carry}, False) for spec, mode, carry in cases], steps=40)
 
 
 @pytest.mark.slow

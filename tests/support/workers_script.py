@@ -38,6 +38,7 @@ def main():
             if step == told.get("sleeps_in"):
                 time.sleep(told["seconds"])
             if step == told.get("waits_in"):
+                (folder / f"waits-{told['name']}").touch()
                 await_file(folder / told["waits_for"])
             time.sleep(told.get("pause", 0))
 

@@ -233,7 +233,8 @@ class Run:
             return
         for attachment in self.attachments:
             attachment.require(mode)
-        self.settings.check_mode(mode)
+        if self.settings.rounds is not None:
+            self.settings.check_mode(mode)
         self.detach()
         try:
             self.attach(mode)

@@ -52,16 +52,22 @@ def _step(run: Run) -> None:
     if not dry:
         if rounds.ends(run):
             rounds.exchange_in_step(run)
-        if not run.is_quiet:
-            for basis in run.bases:
-                unused = all(attachment.sub.coords.grad is None for attachment in run.of(basis))
-                basis.idle = basis.due and unused and run.layerwise is None
-            renew(run)
-        run.step += 1
-        if not run.is_quiet:
-            schedule(run)
+        _end(run)
     if run.layerwise is not None:
         run.layerwise.begin()
+
+
+@without_global_hooks()
+def _end(run: Run) -> None:
+    """Change the bases that are learned from this step's sketches, and those that are drawn before the next."""
+    if not run.is_quiet:
+        for basis in run.bases:
+            unused = all(attachment.sub.coords.grad is None for attachment in run.of(basis))
+            basis.idle = basis.due and unused and run.layerwise is None
+        renew(run)
+    run.step += 1
+    if not run.is_quiet:
+        schedule(run)
 
 
 @without_global_hooks()

@@ -7,7 +7,6 @@ would use.
 
 from __future__ import annotations
 
-import pickle
 import re
 import zipfile
 from collections.abc import Callable
@@ -17,11 +16,12 @@ from typing import Any
 from lingrad.errors import CheckpointError, DataError
 from lingrad.files.model_folder import WEIGHTS, weight_files
 from lingrad.files.reading import read_json
+from lingrad.files.shards import check_shards
 from lingrad.files.tensorfile import TensorFile
 
 _NAME = re.compile(r"checkpoint-(\d+)")
 _PICKLED = "pytorch_model.bin"  # never loaded here, but the Trainer may have written it
-_DAMAGED = (zipfile.BadZipFile, pickle.UnpicklingError, EOFError)
+_DAMAGED = (zipfile.BadZipFile, EOFError)
 _INDEX = ".metadata"  # of torch.distributed.checkpoint, which writes it last
 # the model and the optimizer of a Trainer with FSDP, by fsdp_config["state_dict_type"]
 _SHARDED = (("pytorch_model_fsdp.bin", "optimizer.bin"), (f"pytorch_model_fsdp_0/{_INDEX}", f"optimizer_0/{_INDEX}"))
@@ -82,7 +82,7 @@ def missing_from(folder: Path) -> str:
     rng = sorted(folder.glob("rng_state*.pth")) or [folder / "rng_state.pth"]
     checked: list[tuple[Path, Callable[[Path], Any]]] = [
         *((folder / name, TensorFile if name.endswith(".safetensors") else _open_zip) for name in weights),
-        *((folder / name, _open_shards if name.endswith(_INDEX) else _open_zip) for name in sharded or ("optimizer.pt",)),
+        *((folder / name, check_shards if name.endswith(_INDEX) else _open_zip) for name in sharded or ("optimizer.pt",)),
         *((path, _open_zip) for path in (folder / "scheduler.pt", *rng)),
         (folder / "trainer_state.json", _read_state),  # written last
     ]
@@ -99,19 +99,6 @@ def missing_from(folder: Path) -> str:
 
 def _open_zip(path: Path) -> None:
     zipfile.ZipFile(path).close()  # reads the directory, which is at the end
-
-
-def _open_shards(path: Path) -> None:
-    """Unpickle the index of a distributed checkpoint, as the Trainer does, and make sure that its files are that long."""
-    from torch.distributed.checkpoint.filesystem import FileSystemReader
-
-    ends: dict[str, int] = {}
-    for stored in FileSystemReader(path.parent).read_metadata().storage_data.values():
-        ends[stored.relative_path] = max(ends.get(stored.relative_path, 0), stored.offset + stored.length)
-    for name, end in ends.items():
-        size = (path.parent / name).stat().st_size
-        if size < end:
-            raise DataError(f"{name} has {size} of {end} bytes")
 
 
 def _read_state(path: Path) -> None:

@@ -33,7 +33,7 @@ class Cut(NamedTuple):
         q: Columns of a worker's right basis; None if that side has none.
         number: Which worker this is, from 0.
         like: Empty, with the device and dtype of the bases.
-        shared: The bases that all workers share out, [m, workers p] and [n, workers q], where they are not drawn; else Nones.
+        shared: The bases that all workers share out, [workers, m, p] and [workers, n, q], where they are not drawn; else Nones.
     """
 
     seed: int
@@ -133,7 +133,9 @@ class Slice(BasisTransform):
         state = Cut(seed, *shape, *self.ranks(shape), 0, torch.empty(0, device=device, dtype=dtype), Sides(None, None))
         if self.choice != "by_gradient":
             return state
-        return state._replace(shared=Sides(self._drawn(state, "left", None), self._drawn(state, "right", None)))
+        drawn = (self._drawn(state, side, None) for side in ("left", "right"))
+        blocks = (None if one is None else one.unflatten(1, (self.workers, -1)).movedim(1, 0).contiguous() for one in drawn)
+        return state._replace(shared=Sides(*blocks))
 
     @override
     def refresh(self, state: Cut, grad: Gradient | None, when: When) -> Cut:
@@ -159,10 +161,10 @@ class Slice(BasisTransform):
                 continue
             seed = derive_seed(when.seed, when.step, side)
             solver: Literal["exact", "gram"] = "exact" if seen.dtype == torch.float64 else "gram"
-            vectors, _ = leading_vectors(seen, old.shape[1], None, solver=solver, seed=seed)
+            vectors, _ = leading_vectors(seen, self.workers * old.shape[2], None, solver=solver, seed=seed)
             assert vectors is not None  # noqa: S101 - a left basis was asked for
-            dealt = vectors.view(len(vectors), -1, self.workers).transpose(1, 2)  # the k-th of each round of cards is k's
-            found.append(dealt.reshape(vectors.shape).to(old.dtype))
+            dealt = vectors.unflatten(1, (-1, self.workers)).movedim(2, 0)  # the k-th of each round of cards is k's
+            found.append(dealt.to(old.dtype).contiguous())
         return state._replace(shared=Sides(*found))
 
     @override
@@ -217,7 +219,9 @@ class Slice(BasisTransform):
             parts = [self._drawn(state, side, None if self.choice == "identical" else number) for number in numbers]
             return parts[0] if len(parts) == 1 else torch.cat([part for part in parts if part is not None], 1)
         shared = state.shared.left if side == "left" else state.shared.right
-        basis = self._drawn(state, side, None) if shared is None else shared
+        if shared is not None:
+            return shared[numbers[0]] if len(numbers) == 1 else torch.cat([shared[number] for number in numbers], 1)
+        basis = self._drawn(state, side, None)
         assert basis is not None  # noqa: S101 - the side has a rank
         return torch.cat([basis[:, number * rank : (number + 1) * rank] for number in numbers], 1).contiguous()
 

@@ -65,6 +65,8 @@ def table(results: Results) -> str:
     ablated = set(ablations(50))
     for workers in (4, 2, 8):
         of = {entry: one for entry, one in found.items() if entry.workers == workers and entry.every and entry not in ablated}
+        if not of:
+            continue
         rounds = sorted({entry.every for entry in of if entry.every})
         rows = []
         for name in dict.fromkeys(entry.name for entry in of):

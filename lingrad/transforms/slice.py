@@ -14,7 +14,7 @@ from lingrad.gradients.base import Gradient
 from lingrad.maps import KroneckerMap, LinearMap
 from lingrad.tensors import wide
 from lingrad.transforms.base import Probe, Reads, Sketch, When
-from lingrad.transforms.linalg import derive_seed, gaussian, leading_vectors, orthonormalize
+from lingrad.transforms.linalg import align_signs, derive_seed, gaussian, leading_vectors, orthonormalize
 from lingrad.transforms.registry import register
 from lingrad.transforms.side import BasisTransform, Sides
 from lingrad.transforms.sketch import by_side, range_probes
@@ -164,7 +164,8 @@ class Slice(BasisTransform):
             vectors, _ = leading_vectors(seen, self.workers * old.shape[2], None, solver=solver, seed=seed)
             assert vectors is not None  # noqa: S101 - a left basis was asked for
             dealt = vectors.unflatten(1, (-1, self.workers)).movedim(2, 0)  # the k-th of each round of cards is k's
-            found.append(dealt.to(old.dtype).contiguous())
+            aligned = [align_signs(new, was) for new, was in zip(dealt, old, strict=True)]  # moments depend on signs
+            found.append(torch.stack(aligned).to(old.dtype))
         return state._replace(shared=Sides(*found))
 
     @override

@@ -19,6 +19,11 @@ SAMPLES = 16  # elements of each weight by which workers see that they hold the 
 ALIKE = 1e-4  # by how much these may differ, of the largest: other machines round other ways; or four units of 16 bits
 
 
+def alike(run: Run) -> float:
+    """By how much elements of workers' weights may differ, of the largest."""
+    return max([ALIKE, *(4 * torch.finfo(sub.weight.dtype).eps for sub in run.subspaces)])
+
+
 class Message(NamedTuple):
     """What a worker sends.
 
@@ -130,11 +135,12 @@ def _sample(weight: Tensor) -> Tensor:
     return flat[:: max(1, len(flat) // SAMPLES)][:SAMPLES].to(torch.float64)
 
 
-def check_terms(terms: Mapping[int, Sequence[Tensor]]) -> None:
+def check_terms(terms: Mapping[int, Sequence[Tensor]], tolerance: float) -> None:
     """Make sure that workers mean the same by what they send.
 
     Args:
         terms: Number -> the terms of its message.
+        tolerance: What `alike` gives.
 
     Raises:
         ExchangeError: They do not.
@@ -153,7 +159,7 @@ def check_terms(terms: Mapping[int, Sequence[Tensor]]) -> None:
                 "or in lr where weights decay, and would make other changes than were trained; start all of them with the same"
             )
         same = int(agreed[2]) == int(own[2])
-        if not same or float((sample - weights).abs().max()) > ALIKE * float(weights.abs().max()):
+        if not same or float((sample - weights).abs().max()) > tolerance * float(weights.abs().max()):
             raise ExchangeError(
                 f"workers {one} and {number} hold different weights: load the same checkpoint in all of them before the run, "
                 "and write to no weight in it"

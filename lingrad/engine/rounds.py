@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lingrad.config.rounds import Rounds
-from lingrad.engine.messages import check_terms, learning, packed, trained_in_full, unpacked
+from lingrad.engine.messages import alike, check_terms, learning, packed, trained_in_full, unpacked
 from lingrad.engine.refresh import look_ahead
 from lingrad.engine.run import Run
 from lingrad.errors import ExchangeError, ModeError, SpecError, in_short, require, warn_caller
@@ -133,15 +133,15 @@ def exchange(run: Run, finished: int) -> None:
     try:
         given = rounds.workers.gather(lambda: packed(run, rounds))
         found = {number: unpacked(run, rounds, given[number]) for number in sorted(given)}
-        check_terms({number: message.terms for number, message in found.items()})
+        check_terms({number: message.terms for number, message in found.items()}, alike(run))
+        taken = {number: message for number, message in found.items() if message.is_finite}
+        if not taken:
+            raise ExchangeError(f"no worker has sent finite values by step {run.ended}; lower the learning rate")
     except BaseException:
         run.ended = before
         raise
-    taken = {number: message for number, message in found.items() if message.is_finite}
     for number in found.keys() - taken.keys():
         warn_caller(f"worker {number} sent values that are not finite; its round is left out", RuntimeWarning)
-    if not taken:
-        raise ExchangeError(f"no worker has sent finite values by step {run.ended}; lower the learning rate")
     for i, sub in enumerate(subs):
         _merge(run, rounds, sub, {number: message.coords[i] for number, message in taken.items()})
         if rounds.moments == "reset":

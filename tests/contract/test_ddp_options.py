@@ -17,9 +17,9 @@ from torch.distributed.optim import PostLocalSGDOptimizer, ZeroRedundancyOptimiz
 from torch.nn.parallel import DistributedDataParallel
 
 import lingrad
-from lingrad.errors import LingradError, ModeError
+from lingrad.errors import ModeError
 from tests.support.models import gap, llama, text_batches, text_loss, zoo, zoo_batches, zoo_loss
-from tests.support.processes import each_rank
+from tests.support.processes import Attempts, each_rank
 from tests.support.runs import MODES
 
 TOLERANCE = 1e-12
@@ -238,7 +238,7 @@ def refused(rank, world):
     attempt(power, "random(rank=4, every=0)")
     attempt(local)
     attempt(join, "power(rank=4, every=3)")
-    return messages
+    return list(messages)
 
 
 def test_what_does_not_work_is_refused(tmp_path):
@@ -260,15 +260,7 @@ def test_what_does_not_work_is_refused(tmp_path):
 
 def other_optimizers(rank, world):
     """Optimizers of torch.distributed around lingrad, in it, and beside it."""
-    messages = []
-
-    def attempt(function):
-        try:
-            function()
-        except LingradError as error:
-            messages.append(str(error))
-        else:
-            messages.append("nothing was raised")
+    messages = attempt = Attempts()
 
     spec = "power(rank=4, every=3)"
     attempt(lambda: ZeroRedundancyOptimizer(llama().parameters(), lingrad.wrap, rules=spec, lr=1e-2))
@@ -290,7 +282,7 @@ def other_optimizers(rank, world):
         for mode in MODES:
             text = f"{spec}(rank=4, every=3)"
             attempt(lambda text=text, mode=mode: step(lambda optimizer: optimizer, mode, text, clips=mode == "adapter"))
-    return messages
+    return list(messages)
 
 
 def test_other_optimizers_of_torch_distributed_are_refused(tmp_path):

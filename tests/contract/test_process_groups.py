@@ -12,10 +12,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 import lingrad
 from benchmarks.traffic import Wire
-from lingrad.errors import LingradError
 from tests.support.cases import variants
 from tests.support.models import gap, llama, text_batches, text_loss, zoo, zoo_batches, zoo_loss
-from tests.support.processes import each_rank, train
+from tests.support.processes import Attempts, each_rank, train
 from tests.support.runs import MODES
 
 TOLERANCE = 1e-12
@@ -125,15 +124,7 @@ SPEC = "svd(rank=2, every=3)"
 
 
 def refused(rank, world):
-    messages = []
-
-    def attempt(function):
-        try:
-            function()
-        except LingradError as error:
-            messages.append(str(error))
-        else:
-            messages.append("nothing was raised")
+    messages = attempt = Attempts()
 
     def small(width=6, names=("a", "b")):
         torch.manual_seed(0)
@@ -161,7 +152,7 @@ def refused(rank, world):
     attempt(lambda: in_ddp(None, each[rank]))
     mesh = init_device_mesh("cpu", (world,))
     attempt(lambda: lingrad.wrap(fully_shard(nn.Sequential(nn.Linear(6, 6)), mesh=mesh), SPEC, process_group=each[rank]))
-    return messages
+    return list(messages)
 
 
 def test_what_does_not_belong_together_is_refused(tmp_path):

@@ -16,12 +16,12 @@ from transformers.pytorch_utils import Conv1D
 import lingrad
 from benchmarks.traffic import Run, count
 from lingrad import memory
-from lingrad.errors import LingradError, ModeError, SpecError
+from lingrad.errors import ModeError, SpecError
 from lingrad.models import LlamaShape, build_llama
 from lingrad.tensors import own
 from tests.support.cases import SIDED, UNSIDED
 from tests.support.models import gap, llama, text_batches, text_loss
-from tests.support.processes import each_rank
+from tests.support.processes import Attempts, each_rank
 from tests.support.runs import MODES, each_mode
 
 STEPS, EVERY = 9, 3
@@ -397,15 +397,7 @@ def test_an_estimate_for_several_processes_refuses_what_a_run_does():
 
 
 def refused(rank, world):
-    messages = []
-
-    def attempt(function):
-        try:
-            function()
-        except LingradError as error:
-            messages.append(str(error))
-        else:
-            messages.append("nothing was raised")
+    messages = attempt = Attempts()
 
     model = shard(llama())
     attempt(lambda: lingrad.wrap(model, {"*embed_tokens": "svd(rank=4)"}, lr=1e-2))
@@ -448,7 +440,7 @@ def refused(rank, world):
     attempt(lambda: lingrad.wrap(shard(llama()), {"*q_proj": "experts(each=svd(rank=2), count=2)", "*": "none"}, lr=1e-2))
     conv = fully_shard(nn.Sequential(Conv1D(8, 8)).double())
     attempt(lambda: lingrad.wrap(conv, {"*": "random(rank=2)"}, lr=1e-2))
-    return messages
+    return list(messages)
 
 
 def test_what_does_not_work_sharded_is_refused(tmp_path):

@@ -13,11 +13,10 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 
 import lingrad
 from benchmarks.traffic import Wire
-from lingrad.errors import LingradError
 from tests.contract.test_sharded import full, train, weights_of
 from tests.support.cases import variants
 from tests.support.models import gap, llama, text_batches, text_loss
-from tests.support.processes import each_rank
+from tests.support.processes import Attempts, each_rank
 from tests.support.runs import MODES
 
 TOLERANCE = 1e-12
@@ -317,15 +316,7 @@ def test_the_state_of_a_model_is_that_of_the_plain_model(tmp_path):
 
 
 def refused(rank, world):
-    messages = []
-
-    def attempt(function):
-        try:
-            function()
-        except LingradError as error:
-            messages.append(str(error))
-        else:
-            messages.append("nothing was raised")
+    messages = attempt = Attempts()
 
     mesh = init_device_mesh("cpu", (world,))
     power = "power(rank=4, every=3, side={side})"
@@ -368,7 +359,7 @@ def refused(rank, world):
 
     attempt(lambda: without_hooks(None))
     attempt(lambda: without_hooks(Shard(1)))
-    return messages
+    return list(messages)
 
 
 def test_what_does_not_work_is_refused(tmp_path):

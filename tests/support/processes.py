@@ -6,7 +6,21 @@ import torch
 from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from lingrad.errors import LingradError
 from tests.support.runs import MODES
+
+
+class Attempts(list):
+    """The messages of what is called, one after the other, for a process to return."""
+
+    def __call__(self, function):
+        """Call a function and keep its error of lingrad's."""
+        try:
+            function()
+        except LingradError as error:
+            self.append(str(error))
+        else:
+            self.append("nothing was raised")
 
 
 def _entry(rank, function, world, folder, args):

@@ -1,9 +1,9 @@
 """The study of docs/decentralized.md: workers that each train a slice, against data parallelism and DiLoCo, at equal tokens.
 
-    python -m benchmarks.slices [--out FILE] [--only WORD] [--minutes M]   go on where FILE ends
-    python -m benchmarks.slices_table [--into PAGE]                        print the tables, or put them into a page
+    python -m benchmarks.slices [--out FILE] [--only WORD] [--cell N H] [--minutes M]   go on where FILE ends
+    python -m benchmarks.slices_table [--into PAGE]                                     print the tables, or put them into a page
 
-A run is one line of the file. Every entry is tuned by the same rule: the learning rate of the transformed weights, as a factor
+Processes that run different cells may share a file. A run is one line of the file. Every entry is tuned by the same rule: the learning rate of the transformed weights, as a factor
 of that of the rest, is tried at three powers of two and then on beyond the best of them until it is not at the edge, with one
 seed; the best is run with three others. All workers are simulated in one process; the numbers are those of as many processes.
 """
@@ -262,6 +262,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--only", default="", help="entries whose name has this word")
+    parser.add_argument("--cell", type=int, nargs=2, action="append", metavar=("N", "H"), help="entries of N workers in rounds of H")
     parser.add_argument("--minutes", type=float, default=float("inf"))
     asked = parser.parse_args()
     results = Results(asked.out)
@@ -270,7 +271,7 @@ def main() -> None:
     held = validation_batches(corpus, rows=16, length=SHAPE.length, batches=16)
     until = time.monotonic() + 60 * asked.minutes
     for entry in entries():
-        if asked.only not in entry.name:
+        if asked.only not in entry.name or (asked.cell and [entry.workers, entry.every] not in asked.cell):
             continue
         if time.monotonic() > until:
             return

@@ -1,11 +1,11 @@
 """The study of docs/decentralized.md: workers that each train a slice, against data parallelism and DiLoCo, at equal tokens.
 
     python -m benchmarks.slices [--out FILE] [--only WORD] [--cell N H] [--minutes M]   go on where FILE ends
-    python -m benchmarks.slices_table [--into PAGE]                                     print the tables, or put them into a page
+    python -m benchmarks.slices_table [--into PAGE]                    print the tables, or put them into a page
 
-Processes that run different cells may share a file. A run is one line of the file. Every entry is tuned by the same rule: the learning rate of the transformed weights, as a factor
-of that of the rest, is tried at three powers of two and then on beyond the best of them until it is not at the edge, with one
-seed; the best is run with three others. All workers are simulated in one process; the numbers are those of as many processes.
+A run is one line of the file; processes that run different cells may share it. Every entry is tuned by the same rule: the
+learning rate of the transformed weights, as a factor of that of the rest, is tried at three powers of two and then on beyond the
+best of them until it is not at the edge, with one seed; the best is run with three others. All workers are simulated in one process; the numbers are those of as many processes.
 """
 
 from __future__ import annotations
@@ -262,7 +262,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--only", default="", help="entries whose name has this word")
-    parser.add_argument("--cell", type=int, nargs=2, action="append", metavar=("N", "H"), help="entries of N workers in rounds of H")
+    cell = "entries of N workers in rounds of H; may be given again"
+    parser.add_argument("--cell", type=int, nargs=2, action="append", metavar=("N", "H"), help=cell)
     parser.add_argument("--minutes", type=float, default=float("inf"))
     asked = parser.parse_args()
     results = Results(asked.out)

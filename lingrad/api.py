@@ -48,7 +48,8 @@ def wrap(
             or a factory ``f(params, **base_kwargs)``.
         weight_decay: Decoupled decay of every parameter, W <- (1 - lr * weight_decay) W, whatever the base.
         scale: Multiplies the learning rate of the coordinates, not their decay (GaLore's ``scale``).
-        carry: What happens to the base's moments at a refresh: ``keep``, ``reset``, or ``rotate`` into the new basis.
+        carry: What happens to the base's moments at a refresh: ``keep``, ``reset``, ``rotate`` into the new basis, or
+            ``transport``, which estimates squares better (LDAdam). Only ``reset`` sets the base's count of steps back.
         seed: Seed of everything random; each weight derives its own from it and its name.
         compat: ``galore`` follows galore_torch's arithmetic exactly.
         layerwise: Step each weight inside the backward as soon as its gradient is computed, then free the gradient: no two need

@@ -86,7 +86,7 @@ def train(
     base: Base = "adamw",
     lr: Annotated[float, typer.Option(help="Learning rate.")] = 5e-3,
     scale: Annotated[float, typer.Option(help="Factor on the learning rate of the coordinates.")] = 0.25,
-    carry: Annotated[str, typer.Option(help="What happens to moments at a refresh: keep, reset or rotate.")] = "keep",
+    carry: Annotated[str, typer.Option(help="Moments at a refresh: keep, reset, rotate or transport.")] = "keep",
     steps: Annotated[int, typer.Option(min=3, help="Training steps; two mode switches need three.")] = 200,
     length: Annotated[int, typer.Option(min=2, help="Bytes in a window.")] = 64,
     out: Results = Path("runs/train"),

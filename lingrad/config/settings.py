@@ -14,10 +14,11 @@ from lingrad.errors import did_you_mean, require, require_one_of, shown
 from lingrad.weights.dense import Merge as Merge
 
 Mode = Literal["optimizer", "adapter"]  # when coordinates are merged: at every step, or at each refresh
-Carry = Literal["keep", "reset", "rotate"]  # what a refresh does to moments
+Carry = Literal["keep", "reset", "rotate", "transport"]  # what a refresh does to moments
 Share = Literal["input"]  # which weights share a basis: linear layers that read one input
 Compat = Literal["galore"]  # another program's arithmetic
 
+MOVES = ("rotate", "transport")  # of Carry, what takes moments to another basis
 _LARGEST = torch.finfo(torch.float64).max  # of a number
 
 # A checkpoint may be loaded with other values of these; any other option changes what it means.

@@ -15,7 +15,7 @@ from lingrad.config import spec
 from lingrad.config.coverage import remark
 from lingrad.config.names import held_parameters
 from lingrad.config.rules import Rules
-from lingrad.config.settings import Mode, Settings, check_not_negative
+from lingrad.config.settings import MOVES, Mode, Settings, check_not_negative
 from lingrad.config.sharing import GroupedTarget, group_targets, require_shared
 from lingrad.config.targets import Plan, resolve_model, resolve_parameters
 from lingrad.deprecated import renamed_option
@@ -31,6 +31,7 @@ from lingrad.engine.stepper import Group, Stepper
 from lingrad.errors import SpecError, did_you_mean, require, warn_caller
 from lingrad.optimizers import Base, BaseLike, checks
 from lingrad.optimizers.hooks import without_global_hooks
+from lingrad.optimizers.moments import MomentKinds, moment_kinds, require_transportable
 from lingrad.parallel import Processes
 from lingrad.subspaces import trees
 from lingrad.subspaces.basis import Basis
@@ -200,7 +201,9 @@ def build(model: Trainable, rules: Rules, base: BaseLike, mode: Mode, options: M
     found = optimizers.find(base, base_options, decay=False, others=Settings.names())
     check_base(found)
     checks.check_reads_only_gradients(found)
-    degrees = checks.moment_degrees(found) if settings.carry == "rotate" else {}
+    kinds = moment_kinds(found, settings.carry) if settings.carry in MOVES else MomentKinds({}, None)
+    if settings.carry == "transport":
+        require_transportable(found, kinds)
     steps_as = arithmetic(settings.compat, found.name)
     if settings.layerwise:
         checks.check_no_shared_state(found)
@@ -241,7 +244,7 @@ def build(model: Trainable, rules: Rules, base: BaseLike, mode: Mode, options: M
     bases = list(dict.fromkeys(attachment.sub.basis for attachment in attachments))
     for i, basis in enumerate(bases if settings.stagger else ()):
         basis.offset = i * basis.transform.period // len(bases)
-    run = Run(settings, Stepper(found, steps_as, degrees), attachments, bases, gathering, processes)
+    run = Run(settings, Stepper(found, steps_as, kinds), attachments, bases, gathering, processes)
     rounds.begin(run)
     if isinstance(model, nn.Module):
         run.model = model

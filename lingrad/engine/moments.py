@@ -8,10 +8,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lingrad.config.settings import Carry
+from lingrad.config.settings import MOVES, Carry
 from lingrad.errors import DualityError
 from lingrad.maps import LinearMap
 from lingrad.optimizers.eight_bit import Quantizer
+from lingrad.optimizers.moments import MomentKinds
 from lingrad.tensors import whole
 
 
@@ -20,22 +21,30 @@ class Moments(NamedTuple):
 
     Args:
         state: Its entries; changed in place.
-        carry: ``keep`` (GaLore), ``reset`` (as ReLoRA does), or ``rotate`` into the new basis.
-        degrees: For ``rotate``, which entries are means (1) and which are squares (2).
+        carry: ``keep`` (GaLore), ``reset`` (as ReLoRA does), ``rotate`` into the new basis, or ``transport`` (LDAdam). All but
+            ``reset`` leave the count of steps, on which the bias correction depends, as it is.
+        kinds: For ``rotate`` and ``transport``, which entries are means and which are squares.
+        rates: For ``transport``, how fast the means forget.
         initial: Gives the entries a base has before its first step; most have none.
         quantizer: How the entries are stored between steps, where they are quantised.
     """
 
     state: dict[str, Any]
     carry: Carry
-    degrees: Mapping[str, int]
+    kinds: MomentKinds
+    rates: Callable[[], Mapping[str, float]]
     initial: Callable[[], Mapping[str, Any]]
     quantizer: Quantizer | None = None
 
-    def rotated(
+    def carried(
         self, old: LinearMap, new: LinearMap, name: str, shape: torch.Size, placed: Callable[[Tensor], Tensor]
     ) -> dict[str, Tensor]:
-        """The moments in the coordinates of another map, where they are to be rotated.
+        """The moments in the coordinates of another map, where they are to be taken there.
+
+        With C = S_new^T S_old, a mean m of gradients becomes C m, exactly. A mean v of squares cannot be known. ``rotate``
+        takes (C o C) v, as if gradients had no mean. ``transport`` takes variance and mean apart (Robert et al., LDAdam,
+        ICLR 2025, arXiv 2410.16103, section 3.2): with m' and v' for m and v after bias correction by their weights,
+        |(C o C) (v' - m'^2) + (C m')^2|, times the weight of v.
 
         Args:
             old: The map they belong to.
@@ -45,27 +54,43 @@ class Moments(NamedTuple):
             placed: Gives a moment, which every process has, as the coordinates are held.
 
         Returns:
-            Key -> moment; empty unless ``carry`` is ``rotate``.
+            Key -> moment; empty where ``carry`` is ``keep`` or ``reset``.
 
         Raises:
-            DualityError: An entry is no moment, so that it cannot be rotated.
+            DualityError: An entry is no moment, so that it cannot be carried.
         """
-        carried: dict[str, Tensor] = {}
-        if self.carry != "rotate":
-            return carried
-        entries = self.state if self.quantizer is None else self.quantizer.decode(self.state)
-        for key, value in entries.items():
-            if not isinstance(value, Tensor) or (key not in self.degrees and value.numel() == 1):  # a step counter
+        if self.carry not in MOVES or not self.state:
+            return {}
+        degrees = self.kinds.degrees
+        found: dict[str, Tensor] = {}
+        for key, value in (self.state if self.quantizer is None else self.quantizer.decode(self.state)).items():
+            if not isinstance(value, Tensor) or (key not in degrees and value.numel() == 1):  # a step counter
                 continue
-            if key not in self.degrees or value.shape != shape:
-                raise DualityError(f"carry='rotate' cannot rotate the state '{key}' of {name}; use keep or reset")
-            moment = whole(value)
-            moved = new.transport(old, moment) if self.degrees[key] == 1 else new.transport_squares(old, moment)
-            carried[key] = placed(moved)
-        return carried
+            if key not in degrees or value.shape != shape:
+                raise DualityError(f"carry='{self.carry}' cannot {self.carry} the state '{key}' of {name}; use keep or reset")
+            found[key] = whole(value)
+        means = {key: new.transport(old, value) for key, value in found.items() if degrees[key] == 1}
+        rates = self.rates() if self.carry == "transport" else {}
+        mean = next((key for key in means if key in rates), None)
+        moved = dict(means)
+        for key in found.keys() - means.keys():
+            if mean is None or key not in rates:
+                moved[key] = new.transport_squares(old, found[key])
+                continue
+            of_mean, of_square = self._weight(rates[mean]), self._weight(rates[key])
+            variance = found[key] / of_square - (found[mean] / of_mean).square()
+            estimate = new.transport_squares(old, variance) + (means[mean] / of_mean).square()
+            moved[key] = estimate.abs_().mul_(of_square)
+        return {key: placed(moved[key]) for key in found}
+
+    def _weight(self, rate: float) -> Tensor:
+        """1 - b^k, the weights in a mean of k gradients, 0-d; not zero."""
+        count = self.state[self.kinds.counter or ""]
+        count = count.double() if isinstance(count, Tensor) else torch.tensor(float(count), dtype=torch.float64)
+        return (1.0 - rate**count).clamp_min(torch.finfo(torch.float32).tiny)
 
     def replace(self, carried: Mapping[str, Tensor]) -> None:
-        """Move over to the new basis: take over what `rotated` gave, or start again where ``carry`` is ``reset``.
+        """Move over to the new basis: take over what `carried` gave, or start again where ``carry`` is ``reset``.
 
         Args:
             carried: Key -> moment.

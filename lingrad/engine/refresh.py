@@ -151,8 +151,8 @@ def commit(run: Run, basis: Basis) -> None:
     remainders = []
     for attachment in run.of(basis):
         sub = attachment.sub
-        moments = run.stepper.moments(sub, run.settings.carry)
-        carried = moments.rotated(old, new, sub.name, sub.coords.shape, sub.placed)
+        moments = run.stepper.moments(sub, run.settings.carry, run.groups)
+        carried = moments.carried(old, new, sub.name, sub.coords.shape, sub.placed)
         remainders.append((sub, sub.merge(keep=run.settings.keep_remainder)))
         sub.ledger.close(basis.state, old.factors)
         moments.replace(carried)

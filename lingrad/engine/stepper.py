@@ -15,6 +15,7 @@ from lingrad.engine.arithmetic import Arithmetic
 from lingrad.engine.moments import Moments
 from lingrad.errors import ShapeError, SpecError
 from lingrad.optimizers import Base
+from lingrad.optimizers.moments import MomentKinds, decay_rates
 from lingrad.subspaces import trees
 from lingrad.subspaces.subspace import Subspace
 
@@ -47,20 +48,21 @@ class Stepper:
     Args:
         base: The base of the coordinates; its fallback steps what it cannot.
         arithmetic: Details of the step.
-        degrees: Which moments are means (1) and which are squares (2), where they are to be rotated.
+        kinds: Which moments are means and which are squares, where they are to be taken to another basis.
 
     Attributes:
         state: What the optimizers keep, by parameter; they share this mapping.
     """
 
-    def __init__(self, base: Base, arithmetic: Arithmetic, degrees: Mapping[str, int]) -> None:
+    def __init__(self, base: Base, arithmetic: Arithmetic, kinds: MomentKinds) -> None:
         self.base = base
         self.arithmetic = arithmetic
-        self.degrees = degrees
+        self.kinds = kinds
         self.state: defaultdict[Tensor, dict[str, Any]] = defaultdict(dict)
         self._built: list[Built] = []
         self._single: dict[int, Built] = {}  # of one parameter each, where layerwise
         self._followed: dict[int, _Kind] = {}  # of each parameter, when its state last followed
+        self._known_rates: dict[str, Mapping[str, float]] = {}  # by the hyper-parameters of a group
         self._compiled: dict[str, Any] | None = None  # options of torch.compile, where steps go through it
 
     def base_of(self, kind: str) -> Base:
@@ -206,12 +208,13 @@ class Stepper:
                 self.state[param] = entries
         self._followed = {id(param): (param.dtype, param.device, param.shape) for param, _ in states}
 
-    def moments(self, sub: Subspace, carry: Carry) -> Moments:
+    def moments(self, sub: Subspace, carry: Carry, groups: list[Group]) -> Moments:
         """The state of one weight's coordinates, for a refresh to carry over.
 
         Args:
             sub: The weight's subspace.
             carry: How.
+            groups: The run's param groups.
 
         Returns:
             The moments.
@@ -220,7 +223,18 @@ class Stepper:
         def initial() -> dict[str, Any]:
             return dict(self.base.build([sub.coords]).state.get(sub.coords, {}))
 
-        return Moments(self.state.get(sub.coords, {}), carry, self.degrees, initial, self.base.quantizer)
+        def rates() -> Mapping[str, float]:
+            return self._rates(next(group for group in groups if any(param is sub.coords for param in group["params"])))
+
+        return Moments(self.state.get(sub.coords, {}), carry, self.kinds, rates, initial, self.base.quantizer)
+
+    def _rates(self, group: Group) -> Mapping[str, float]:
+        """How fast the means forget with the hyper-parameters that a group has now."""
+        options = {key: value for key, value in group.items() if key not in _OWN}
+        now = repr(sorted(options.items(), key=lambda item: item[0]))
+        if now not in self._known_rates:
+            self._known_rates[now] = decay_rates(self.base, self.kinds, options)
+        return self._known_rates[now]
 
     def restart(self, kind: str, param: Tensor) -> None:
         """Give a parameter the state that it had before its first step.

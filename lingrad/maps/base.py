@@ -189,13 +189,13 @@ class LinearMap(ABC):
 
         Args:
             old: The map the second moments belong to.
-            squares: v [p, q], non-negative.
+            squares: v [p, q].
 
         Raises:
-            DualityError: The map has no cheap elementwise square. One that has returns [p, q], non-negative.
+            DualityError: The map has no cheap elementwise square. One that has returns [p, q].
         """
         raise DualityError(
-            f"carry='rotate' needs the square of S_new^T S_old, which {type(self).__name__} does not offer; "
+            f"carry='rotate' and 'transport' need the square of S_new^T S_old, which {type(self).__name__} does not offer; "
             "use carry='keep' or carry='reset'"
         )
 

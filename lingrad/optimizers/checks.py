@@ -1,12 +1,11 @@
 """What the duality requires of a base optimizer, tested by a dry run of a few steps.
 
-Its update must read only gradients (Torroba-Hennigen et al., ICML 2025, arXiv 2502.13811, section 3), and moments that are
-rotated into another basis must be means of gradients or of their squares.
+Its update must read only gradients (Torroba-Hennigen et al., ICML 2025, arXiv 2502.13811, section 3).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -31,10 +30,11 @@ MANY_STEPS = 12  # a base that looks back does so every 5 or 6 steps, or more se
 
 # Classes that have read only gradients, with the options with which they did; a factory may be another the next time
 _PASSED: WeakKeyDictionary[type, set[Any]] = WeakKeyDictionary()
+_FIXED = {"params", "lr", "weight_decay", "fused", "foreach", "capturable"}  # in a dry run
 _PLAIN = (bool, int, float, str, type(None))
 
 
-class _DryRun(NamedTuple):
+class DryRun(NamedTuple):
     """A few steps of a base.
 
     Args:
@@ -70,14 +70,14 @@ def check_reads_only_gradients(base: Base) -> None:
     passed, key = _passed(base)
     if key in passed:
         return
-    shapes, dtype, moved = _first_run(base)
+    shapes, dtype, moved = first_run(base)
     try:
-        placed = _dry_run(base, shapes, dtype, placed=True, followed=True)
+        placed = dry_run(base, shapes, dtype, placed=True, followed=True)
     except Exception:  # what no dispatch mode can follow may raise anything
-        placed = _dry_run(base, shapes, dtype, placed=True)
+        placed = dry_run(base, shapes, dtype, placed=True)
     why = placed.found
     if not why:
-        longer = [_dry_run(base, [SMALL], dtype, steps=MANY_STEPS, placed=placed) for placed in (False, True)]
+        longer = [dry_run(base, [SMALL], dtype, steps=MANY_STEPS, placed=placed) for placed in (False, True)]
         same = map(_agree, moved.updates + longer[0].updates, placed.updates + longer[1].updates)
         why = (
             ""
@@ -175,36 +175,7 @@ def _equal(one: Any, other: Any) -> bool:
     return bool(one == other)
 
 
-def moment_degrees(base: Base) -> dict[str, int]:
-    """Find the degree of each moment of a base in the gradient: 1 for means, 2 for squares.
-
-    Args:
-        base: The base to test.
-
-    Returns:
-        State key -> degree, for every state tensor that has the parameter's shape.
-
-    Raises:
-        DualityError: A state tensor is neither, so that it cannot be rotated into another basis.
-    """
-    base = base.unquantised
-    _, dtype, _ = _first_run(base)
-    once, twice = (_dry_run(base, [SHAPE], dtype, steps=3, factor=factor).state for factor in (1.0, 2.0))
-    degrees = {}
-    for key, value in once.items():
-        if not isinstance(value, Tensor) or value.numel() == 1:
-            continue
-        degree = next((d for d in (1, 2) if _grew(value, twice[key], 2.0**d)), None)
-        if value.shape != SHAPE or degree is None:
-            raise DualityError(
-                f"carry='rotate' cannot rotate the state '{key}' of base '{base.name}' (it is quantised, factored or "
-                "not a moment of the gradient); use carry='keep' or carry='reset'"
-            )
-        degrees[key] = degree
-    return degrees
-
-
-def _first_run(base: Base) -> tuple[Sequence[Shape], torch.dtype, _DryRun]:
+def first_run(base: Base) -> tuple[Sequence[Shape], torch.dtype, DryRun]:
     """A dry run on what the base can step, where only its own steps change the parameters; they start at zero.
 
     Returns:
@@ -217,7 +188,7 @@ def _first_run(base: Base) -> tuple[Sequence[Shape], torch.dtype, _DryRun]:
     for shapes in [MATRICES] if base.fallback else [MATRICES + VECTORS, MATRICES]:
         for dtype in (torch.float64, torch.float32):
             try:
-                return shapes, dtype, _dry_run(base, shapes, dtype)
+                return shapes, dtype, dry_run(base, shapes, dtype)
             except Exception as error:  # other code; bitsandbytes, for one, has no float64
                 failure = error
     if isinstance(failure, SpecError):
@@ -226,7 +197,7 @@ def _first_run(base: Base) -> tuple[Sequence[Shape], torch.dtype, _DryRun]:
     raise SpecError(f"base '{base.name}' cannot be used: its step(), without a closure, failed with: {why}") from failure
 
 
-def _dry_run(
+def dry_run(
     base: Base,
     shapes: Sequence[Shape],
     dtype: torch.dtype,
@@ -235,7 +206,9 @@ def _dry_run(
     factor: float = 1.0,
     placed: bool = False,
     followed: bool = False,
-) -> _DryRun:
+    constant: bool = False,
+    group: Mapping[str, Any] | None = None,
+) -> DryRun:
     """A few steps on fixed gradients, times a factor.
 
     Args:
@@ -246,6 +219,8 @@ def _dry_run(
         factor: The factor.
         placed: Whether the parameters are set to other values before each step.
         followed: Whether they are followed; then the run ends with the first thing that reads them.
+        constant: Whether every gradient is 1 throughout.
+        group: Hyper-parameters that replace the base's own.
 
     Returns:
         The run.
@@ -254,9 +229,10 @@ def _dry_run(
     reads = ParameterReads(params) if followed else nullcontext()
     with reads:
         optimizer = base.build_dry(params)
-    for group in optimizer.param_groups:
-        group["lr"] = torch.ones_like(group["lr"]) if isinstance(group.get("lr"), Tensor) else 1.0
-    gradients = [_windows(param, steps, seed=1) for param in params]
+    for options in optimizer.param_groups:
+        options.update({key: value for key, value in (group or {}).items() if key in options.keys() - _FIXED})
+        options["lr"] = torch.ones_like(options["lr"]) if isinstance(options.get("lr"), Tensor) else 1.0
+    gradients = [[torch.ones_like(p)] * steps if constant else _windows(p, steps, seed=1) for p in params]
     positions = [_windows(param, steps, seed=0) for param in params] if placed else []
     updates: list[list[Tensor]] = [[] for _ in params]
     for i in range(steps):
@@ -268,10 +244,10 @@ def _dry_run(
         with reads.step() if isinstance(reads, ParameterReads) else reads:
             optimizer.step()
         if isinstance(reads, ParameterReads) and reads.found:
-            return _DryRun([], {}, reads.found)
+            return DryRun([], {}, reads.found)
         for param, was, own in zip(params, before, updates, strict=True):
             own.append(param.detach() - was)
-    return _DryRun([torch.stack(own) for own in updates], dict(optimizer.state.get(params[0], {})))
+    return DryRun([torch.stack(own) for own in updates], dict(optimizer.state.get(params[0], {})))
 
 
 def _windows(param: Tensor, steps: int, *, seed: int) -> list[Tensor]:
@@ -285,10 +261,6 @@ def _windows(param: Tensor, steps: int, *, seed: int) -> list[Tensor]:
 def _agree(moved: Tensor, other: Tensor) -> bool:
     # bitsandbytes rounds to float32: updates of about 1 differ by 4e-7; with a decay of 1e-5 they would differ by 3e-5
     return torch.allclose(moved, other, rtol=0, atol=2e-6 * float(moved.abs().max()))
-
-
-def _grew(once: Tensor, twice: Tensor, factor: float) -> bool:
-    return once.is_floating_point() and torch.allclose(twice, factor * once, rtol=1e-3, atol=0.0)
 
 
 def hyper_parameters(base: Base) -> dict[str, Any]:

@@ -42,7 +42,7 @@ def train(
         base: The base optimizer, by name.
         lr: Learning rate.
         scale: Factor on the learning rate of the coordinates.
-        carry: What happens to moments at a refresh: keep, reset or rotate.
+        carry: What happens to moments at a refresh: keep, reset, rotate or transport.
         steps: Training steps.
         length: Bytes in a window.
 

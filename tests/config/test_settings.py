@@ -41,7 +41,7 @@ def test_a_misspelt_option(entry, option):
 @pytest.mark.parametrize(
     ("option", "value", "message"),
     [
-        ("carry", "rotat", "carry must be one of keep, reset, rotate, not 'rotat'; did you mean 'rotate'?"),
+        ("carry", "rotat", "carry must be one of keep, reset, rotate, transport, not 'rotat'; did you mean 'rotate'?"),
         ("merge", "exakt", "merge must be one of auto, exact, fast, not 'exakt'; did you mean 'exact'?"),
         ("compat", "galor", "compat must be 'galore' or None, not 'galor'; did you mean 'galore'?"),
         ("share", "inputs", "share must be 'input' or None, not 'inputs'; did you mean 'input'?"),

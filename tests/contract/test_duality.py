@@ -7,11 +7,13 @@ where it must be looser, and why.
 """
 
 import itertools
+from typing import get_args
 
 import pytest
 import torch
 
 from lingrad import optimizers
+from lingrad.config.settings import Carry
 from lingrad.transforms import registry
 from tests.support import cases
 from tests.support.cases import BASES, SIDED, SPECS, UNSIDED
@@ -53,7 +55,7 @@ def test_the_combinations_hold_every_pair_and_every_name():
         assert pairs == every
     assert {case.rules.partition("(")[0] for case in PAIRS} == set(registry.transform_names())
     assert {case.base for case in PAIRS} == set(optimizers.names())
-    assert {case.carry for case in PAIRS} == {"keep", "reset", "rotate"}
+    assert {case.carry for case in PAIRS} == set(get_args(Carry))
 
 
 def assert_same_trajectory(build, spec, base, batches, **options):

@@ -90,7 +90,7 @@ def test_without_aligned_signs(base):
 
 @each_base
 @pytest.mark.parametrize("side", ["left", "both"])
-@pytest.mark.parametrize("carry", ["reset", "rotate"])
+@pytest.mark.parametrize("carry", ["reset", "rotate", "transport"])
 def test_moments_at_a_refresh(carry, side, base):
     expected = theirs(reference.galore, side, base, carry=carry)
     for make in (lingrad.wrap, lingrad.adapt):

@@ -15,6 +15,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from lingrad import optimizers
+from lingrad.config.settings import MOVES
 from lingrad.engine.saved import FORMAT
 from lingrad.errors import CheckpointError
 from tests.support.cases import BASES, SIDED, UNSIDED
@@ -22,7 +23,7 @@ from tests.support.models import every_kind, llama, text_batches, text_loss, tok
 from tests.support.runs import MODES, each_mode, through_a_file
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}
-CARRIES = ("keep", "reset", "rotate")
+CARRIES = ("keep", "reset", "rotate", "transport")
 OPTIONS = {
     **BASES,
     "adam": {"lr": 1e-2, "amsgrad": True},
@@ -92,7 +93,7 @@ FACTORS = {"deal": range(len(DEALS)), "base": OPTIONS, "dtype": DTYPES, "mode": 
 
 def pairwise():
     """Few cases in which every two values of two factors meet: the one with most new pairs, again and again."""
-    cases = [case for case in itertools.product(*FACTORS.values()) if case[5] != "rotate" or case[1] not in NO_ROTATION]
+    cases = [case for case in itertools.product(*FACTORS.values()) if case[5] not in MOVES or case[1] not in NO_ROTATION]
     pairs = {case: frozenset(itertools.combinations(enumerate(case), 2)) for case in cases}
     missing, chosen = set().union(*pairs.values()), []
     while missing:

@@ -29,7 +29,7 @@ TOLERANCE = 1e-12
 SIDES = ("left", "right", "both", "short", "long")
 SLICES = ("slice(rank=4, every=7, side={side})", "slice(rank=4, every=7, side={side}, choice=by_gradient)")
 SPECS = [text.format(side=side) for text in (*SIDED, *SLICES) for side in SIDES] + list(UNSIDED)
-CARRIES = ("keep", "reset", "rotate")
+CARRIES = ("keep", "reset", "rotate", "transport")
 # what else a run may do, in turn
 OPTIONS = (
     {},

@@ -180,7 +180,7 @@ def test_maps_of_different_kinds_transport_means_but_not_squares():
     coords = draw(*coords_shape(old), seed=5)
     assert_close(new.transport(old, coords), new.project(old.lift(coords)))
     for one, other in ((new, old), (old, new), (MAPS["rows x right"], MAPS["both"])):
-        with pytest.raises(DualityError, match="carry='rotate' needs the square of"):
+        with pytest.raises(DualityError, match="carry='rotate' and 'transport' need the square of"):
             one.transport_squares(other, coords)
 
 

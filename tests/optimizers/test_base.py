@@ -9,8 +9,10 @@ from torch import nn
 
 import lingrad
 from lingrad import optimizers
+from lingrad.config.settings import MOVES
 from lingrad.errors import DependencyError, DualityError, SpecError
 from lingrad.optimizers import checks
+from lingrad.optimizers.moments import moment_kinds
 from tests.support.models import llama, text_batches, train
 
 NAMED = {
@@ -250,10 +252,13 @@ def test_muon_steps_matrices_and_adamw_the_rest():
     ],
 )
 def test_moments_are_told_apart_by_how_they_grow(base, options, degrees):
-    assert checks.moment_degrees(optimizers.find(base, options)) == degrees
+    assert moment_kinds(optimizers.find(base, options)).degrees == degrees
 
 
-@pytest.mark.parametrize(("base", "state"), [("adafactor", "exp_avg_sq_row"), ("adamw8bit", "state1")])
-def test_states_that_cannot_rotate_are_refused_at_once(base, state):
-    with pytest.raises(DualityError, match=f"cannot rotate the state '{state}' of base '{base}'"):
-        lingrad.wrap(llama(), "svd(rank=4)", base, carry="rotate")
+@pytest.mark.parametrize(
+    ("base", "state"), [("adafactor", "exp_avg_sq_row"), ("adamw8bit", "state1"), (torch.optim.Adamax, "exp_inf")]
+)
+@pytest.mark.parametrize("carry", MOVES)
+def test_states_that_cannot_be_carried_are_refused_at_once(base, state, carry):
+    with pytest.raises(DualityError, match=f"cannot {carry} the state '{state}' of base '{optimizers.base.name_of(base)}'"):
+        lingrad.wrap(llama(), "svd(rank=4)", base, carry=carry)

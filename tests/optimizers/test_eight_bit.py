@@ -8,10 +8,12 @@ from torch import nn
 
 import lingrad
 from lingrad import memory, optimizers
+from lingrad.config.settings import MOVES
 from lingrad.errors import CheckpointError, DualityError, SpecError
-from lingrad.optimizers import checks, codes, eight_bit
+from lingrad.optimizers import codes, eight_bit
 from lingrad.optimizers.codes import PLAIN, code_book, dequantize, quantize
 from lingrad.optimizers.eight_bit import QuantizedOptimizer
+from lingrad.optimizers.moments import MomentKinds, moment_kinds
 from lingrad.tensors import TensorSpec
 from lingrad.testing.oracles import assert_dual
 from lingrad.testing.training import every_kind, token_batches, token_loss
@@ -195,7 +197,7 @@ DUAL = cases.covering(
         for side in ("short", "left", "both")
         for carry in cases.CARRIES
         for base in range(len(WITH_MOMENTS))
-        if carry != "rotate" or cases.rotates(*WITH_MOMENTS[base])
+        if carry not in MOVES or cases.rotates(*WITH_MOMENTS[base])
     ],
     2,
 )
@@ -222,7 +224,7 @@ def test_both_modes_agree_to_the_rounding_of_codes(case):
 def test_rotated_moments_are_decoded_first(kind):
     """carry='rotate' of moments that are exact in codes is that of moments as they are."""
     options = {"lr": 1e-2, "moments": kind, "min_8bit_size": 16}
-    assert checks.moment_degrees(optimizers.find("adamw", options)) == {"exp_avg": 1, "exp_avg_sq": 2}
+    assert moment_kinds(optimizers.find("adamw", options)).degrees == {"exp_avg": 1, "exp_avg_sq": 2}
     model = llama(torch.float32)
     optimizer = lingrad.wrap(model, "random(rank=8, every=4)", "adamw", carry="rotate", **options)
     batches = text_batches(4, micro=1)
@@ -235,9 +237,14 @@ def test_rotated_moments_are_decoded_first(kind):
     drawn = basis.transform.refresh(basis.state, None, basis.when._replace(step=basis.when.step + 4))
     new = basis.transform.map(drawn)
     moments = lingrad.engine.moments.Moments(
-        optimizer._run.stepper.state[sub.coords], "rotate", {"exp_avg": 1, "exp_avg_sq": 2}, dict, quantizer
+        optimizer._run.stepper.state[sub.coords],
+        "rotate",
+        MomentKinds({"exp_avg": 1, "exp_avg_sq": 2}, "step"),
+        dict,
+        dict,
+        quantizer,
     )
-    carried = moments.rotated(old, new, sub.name, sub.coords.shape, sub.placed)
+    carried = moments.carried(old, new, sub.name, sub.coords.shape, sub.placed)
     assert torch.equal(carried["exp_avg"], new.transport(old, before["exp_avg"]))
     assert torch.equal(carried["exp_avg_sq"], new.transport_squares(old, before["exp_avg_sq"]))
     moments.replace(carried)

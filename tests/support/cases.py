@@ -10,8 +10,9 @@ import torch
 
 from lingrad import optimizers
 from lingrad.config import spec
+from lingrad.config.settings import MOVES
 from lingrad.errors import DualityError
-from lingrad.optimizers import checks
+from lingrad.optimizers.moments import moment_kinds
 from lingrad.testing.oracles import assert_dual
 from lingrad.testing.training import token_batches
 from lingrad.transforms import BasisTransform, registry
@@ -60,7 +61,7 @@ BASES = {
     "lion": {"lr": 1e-3},
 }
 
-CARRIES = ("keep", "reset", "rotate")
+CARRIES = ("keep", "reset", "rotate", "transport")
 CLIPS = (None, 0.05)
 
 # What a base needs to be tried well; a base that is not here is tried as it is, with lr=1e-2.
@@ -104,14 +105,14 @@ def base_options():
 
 
 def rotates(base, options):
-    """Whether carry=rotate is accepted: moments that are quantised, factored or normalised cannot be rotated."""
+    """Whether carry=rotate and transport are accepted, which moments that are quantised, factored or normalised forbid."""
     return _rotates(base, tuple(options.items()))
 
 
 @functools.cache
 def _rotates(base, options):
     try:
-        checks.moment_degrees(optimizers.find(base, dict(options)))
+        moment_kinds(optimizers.find(base, dict(options)))
     except DualityError:
         return False
     return True
@@ -203,7 +204,7 @@ def _product():
     for rules, side, carry, (base, options), clip in itertools.product(variants(), SIDES, CARRIES, base_options(), CLIPS):
         if "{side}" not in rules and side != "short":
             continue
-        if carry == "rotate" and not rotates(base, options):
+        if carry in MOVES and not rotates(base, options):
             continue
         # without alignment the signs of singular vectors are decided by rounding, and moments that are carried refer to them
         if "align=false" in rules and carry != "reset":

@@ -52,13 +52,21 @@ def bases(gradient, side, old):
 
 
 def carried(memory, carry, old, new):
-    """The moments after a refresh: kept, dropped, or m <- S_new^T S_old m and v <- its square on squares."""
+    """The moments after a refresh: kept, dropped, m <- S_new^T S_old m and v <- its square on squares, or as LDAdam has it."""
     if carry == "reset":
         return {}
     if carry == "rotate" and old is not None:
         a, b = (now.T @ was for now, was in zip(new, old, strict=True))
         turned = {"m": a @ memory["m"] @ b.T}
         return memory | (turned | {"v": a**2 @ memory["v"] @ (b**2).T} if "v" in memory else turned)
+    if carry == "transport" and old is not None and "v" not in memory:
+        return carried(memory, "rotate", old, new)
+    if carry == "transport" and old is not None:
+        a, b = (now.T @ was for now, was in zip(new, old, strict=True))
+        one, two = 1 - 0.9 ** memory["t"], 1 - 0.999 ** memory["t"]
+        mean, square = memory["m"] / one, memory["v"] / two
+        guess = (a**2 @ (square - mean**2) @ (b**2).T + (a @ mean @ b.T) ** 2).abs()
+        return memory | {"m": a @ memory["m"] @ b.T, "v": two * guess}
     return memory
 
 

@@ -4,8 +4,9 @@
     python -m benchmarks.slices_table [--into PAGE]                    print the tables, or put them into a page
 
 A run is one line of the file; processes that run different cells may share it. Every entry is tuned by the same rule: the
-learning rate of the transformed weights, as a factor of that of the rest, is tried at three powers of two and then on beyond the
-best of them until it is not at the edge, with one seed; the best is run with three others. All workers are simulated in one process; the numbers are those of as many processes.
+learning rate of the transformed weights, as a factor of that of the rest, is tried at three powers of two, and then on beyond
+the best of them until it is not at the edge, with one seed; the best is run with three others. All workers are simulated in one
+process; the numbers are those of as many processes.
 """
 
 from __future__ import annotations

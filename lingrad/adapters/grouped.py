@@ -107,7 +107,7 @@ class ExpertProduct(torch.autograd.Function):
     @override
     def forward(ctx: Any, out: Tensor, x: Tensor, token: Tensor, use: Use, active: bool) -> Tensor:
         sub, rows = use.sub, use.rows
-        ctx.use, ctx.due, ctx.refreshes, ctx.active = use, sub.basis.due, sub.basis.refreshes, active
+        ctx.use, ctx.due, ctx.refreshes, ctx.active = use, sub.basis.gathers, sub.basis.refreshes, active
         x = cast(x, out.dtype).reshape(-1, x.shape[-1])
         of_input, of_output = use.sides(_map(sub), out.dtype)
         reduced = x if of_input is None else rows.times(x, of_input)

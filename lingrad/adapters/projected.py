@@ -24,7 +24,7 @@ from lingrad.errors import ModeError
 from lingrad.gradients import FactoredGradient
 from lingrad.gradients.local import formed
 from lingrad.maps import LinearMap
-from lingrad.subspaces.basis import products
+from lingrad.subspaces.products import products
 from lingrad.subspaces.subspace import Subspace
 from lingrad.tensors import cast
 
@@ -41,8 +41,8 @@ class Projection:
         gathering: What the layers of its run have in common.
 
     Attributes:
-        traceable: Whether torch.compile can go through its functions: the basis is not drawn at each use, and the weight not
-            stepped inside the backward.
+        traceable: Whether torch.compile can go through its functions: the basis is not drawn at each use, no step reads the
+            gradient itself, and the weight is not stepped inside the backward.
         sinks: The leaves of the step that is being prepared; None unless the layer is compiled.
     """
 
@@ -51,7 +51,8 @@ class Projection:
         self.shared = shared
         self.gathering = gathering
         self.sharding = sub.weight.sharding
-        self.traceable = sub.basis.transform.stores_map and not gathering.layerwise and self.sharding is None
+        basis = sub.basis
+        self.traceable = basis.transform.stores_map and not basis.whole and not gathering.layerwise and self.sharding is None
         self.sinks: Sinks | None = None
         gathering.join(self)
 
@@ -148,7 +149,7 @@ def _mark(layer: Projection, ctx: Any, x: Tensor, sinks: tuple[Tensor, ...]) -> 
         ctx.whole = len(sinks) > 0
         return
     basis = layer.sub.basis
-    ctx.whole, ctx.refreshes = basis.due, basis.refreshes
+    ctx.whole, ctx.refreshes = basis.gathers, basis.refreshes
     ctx.borrowed = ctx.whole and (
         x.is_leaf or layer.sharding is not None
     )  # an input that no layer made may be a buffer that is filled again

@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from lingrad.config.residual import parse_residual
 from lingrad.config.rounds import Rounds
 from lingrad.errors import did_you_mean, require, require_one_of, shown
 from lingrad.weights.dense import Merge as Merge
@@ -36,6 +37,7 @@ class Settings:
     weight_decay: float = 0.0
     scale: float = 1.0
     carry: Carry = "keep"
+    residual: str | None = None
     seed: int = 0
     compat: Compat | None = None
     layerwise: bool = False
@@ -53,6 +55,14 @@ class Settings:
         """Check every option, and the pairs that exclude each other."""
         require_one_of(self.carry, get_args(Carry), "carry")
         require_one_of(self.merge, get_args(Merge), "merge")
+        if self.residual is not None:
+            object.__setattr__(self, "residual", str(parse_residual(self.residual)))
+            require(
+                not self.ledger,
+                "residual",
+                f"residual='{self.residual}' steps outside of the span of the basis, so that the change of a weight has no low "
+                "rank for the ledger to record; leave ledger or residual out",
+            )
         for option in ("weight_decay", "scale"):
             check_not_negative(option, getattr(self, option))
         for option in ("layerwise", "stagger", "ledger", "self_contained", "keep_remainder"):
@@ -90,6 +100,12 @@ class Settings:
             self.merge_every is None or mode == "adapter",
             "merge_every",
             "merge_every is for adapter mode; optimizer mode merges at every step. Use lingrad.adapt(..., merge_every=...)",
+        )
+        require(
+            self.residual is None or mode == "optimizer",
+            "residual",
+            f"residual='{self.residual}' steps outside of the span of the basis, which no adapter holds, so that adapter mode "
+            "has no such run; use lingrad.wrap, or leave residual out",
         )
         require(
             self.rounds is None or mode == "adapter",

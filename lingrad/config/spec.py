@@ -40,6 +40,21 @@ def parse(text: str) -> Transform:
         raise SpecError(f"this is nested too deeply for a config string: {shown(text)}") from None
 
 
+def parse_choice(text: str) -> optimizers.Choice:
+    """Read a word with options, of something that is no transform.
+
+    Args:
+        text: For example ``sgd(momentum=0.9)``.
+
+    Returns:
+        The word and its options, which are literals; what they mean is the caller's.
+
+    Raises:
+        SpecError: The string is malformed.
+    """
+    return _Reader(text).choice()
+
+
 def format(transform: Transform) -> str:  # noqa: A001 - the inverse of parse; read as spec.format
     """Write a transform as its canonical config string.
 
@@ -90,12 +105,17 @@ class _Reader:
         self.text = text.replace("\n", " ").strip()  # one line, so that a column is a position
 
     def transform(self) -> Transform:
+        return self._transform(self._tree())
+
+    def choice(self) -> optimizers.Choice:
+        return self._choice(self._tree())
+
+    def _tree(self) -> ast.expr:
         try:
-            tree = ast.parse(self.text, mode="eval").body
+            return ast.parse(self.text, mode="eval").body
         except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
             column = max(getattr(error, "offset", None) or 1, 1) - 1
             self._fail("this is not a config string", column, 1, "expected name(option=value, ...)")
-        return self._transform(tree)
 
     def _transform(self, node: ast.expr) -> Transform:
         if isinstance(node, ast.Name):  # a bare name is a transform with its defaults
@@ -150,7 +170,7 @@ class _Reader:
         if isinstance(node, ast.Name):
             return optimizers.Choice(node.id)
         if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Name) or node.args:
-            self._fail_at(node, "expected an optimizer, such as adam or sgd(momentum=0.9)")
+            self._fail_at(node, "expected a word, or one with options, such as sgd(momentum=0.9)")
         options: list[tuple[str, Any]] = []
         for keyword in node.keywords:
             if keyword.arg is None:

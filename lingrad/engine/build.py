@@ -201,7 +201,11 @@ def build(model: Trainable, rules: Rules, base: BaseLike, mode: Mode, options: M
     found = optimizers.find(base, base_options, decay=False, others=Settings.names())
     check_base(found)
     checks.check_reads_only_gradients(found)
-    kinds = moment_kinds(found, settings.carry) if settings.carry in MOVES else MomentKinds({}, None)
+    kinds = MomentKinds({}, None)
+    if settings.carry in MOVES:
+        kinds = moment_kinds(found, f"carry='{settings.carry}'", settings.carry)
+    elif settings.residual == "feedback":
+        kinds = moment_kinds(found, "residual='feedback'", "follow")
     if settings.carry == "transport":
         require_transportable(found, kinds)
     steps_as = arithmetic(settings.compat, found.name)

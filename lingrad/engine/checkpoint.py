@@ -41,6 +41,7 @@ class Entries(NamedTuple):
         stored: Coordinates and the tensors of the weight, where the state holds them; not copied.
         outer: The momentum of the outer step of a decentralised run.
         ended: Steps finished at the end of its last round.
+        residual: What is kept of the part of the gradient that its basis drops.
     """
 
     moments: dict[str, Any]
@@ -53,6 +54,7 @@ class Entries(NamedTuple):
     stored: Mapping[str, Tensor] = MappingProxyType({})
     outer: Tensor | None = None
     ended: int = 0
+    residual: Mapping[str, Tensor] = MappingProxyType({})
 
 
 def identity(run: Run) -> dict[str, Any]:
@@ -142,6 +144,8 @@ def load(run: Run, state_dict: dict[str, Any]) -> None:
         run.ended, run.failed = entries.ended, None
         if entries.outer is not None:
             run.outer[sub.name] = entries.outer
+        if run.residuals is not None:
+            run.residuals.load(sub, entries.residual)
         run.step = entries.step
     for group, was in zip(run.groups, saved.groups, strict=True):
         group.update({key: trees.copied(value) for key, value in was.items() if key != "params" and key not in fixed})
@@ -169,6 +173,8 @@ def _pack(run: Run, attachment: Attachment) -> dict[str, Any]:
     # what loads the model's state writes into the shards, which cannot be put elsewhere: this one must not share their memory
     stored = {key: one.clone() if is_sharded(one) else one for key, one in _stored(run, attachment).items()}
     tree = {**numbers, **of_basis, "stored": stored, "loss": sub.weight.loss, "outer": run.outer.get(sub.name)}
+    if run.residuals is not None:
+        tree["residual"] = run.residuals.entries(sub)
     if run.settings.rounds is not None:
         tree |= {"ended": run.ended, "worker": run.settings.rounds.workers.number}
     ledger = sub.ledger.pack()
@@ -220,6 +226,7 @@ def _unpack(
     if sub.ledger.records:
         ledger = read_ledger(basis.transform, entries, basis.state, param, name)
     ledger.merged = merged
+    residual = {} if run.residuals is None else run.residuals.entries(sub)
     first = run.of(basis)[0] is attachment
     restored = trees.restore(basis.state, entries, f"{PREFIX}state", name) if first else None
     if not all(bool(leaf.isfinite().all()) for leaf in trees.tensors(restored) if leaf.is_floating_point()):
@@ -238,6 +245,7 @@ def _unpack(
         stored={key: trees.checked(template, entries, f"{PREFIX}stored.{key}", name) for key, template in stored.items()},
         outer=outer,
         ended=ended,
+        residual={key: trees.checked(like, entries, f"{PREFIX}residual.{key}", name) for key, like in residual.items()},
     )
 
 

@@ -83,6 +83,15 @@ class Moments(NamedTuple):
             moved[key] = estimate.abs_().mul_(of_square)
         return {key: placed(moved[key]) for key in found}
 
+    def mean(self) -> tuple[str, float, Tensor] | None:
+        """The mean of gradients: its key, how fast it forgets, and its value; None where there is none."""
+        rates = self.rates() if self.state else {}
+        key = next((key for key in self.state if self.kinds.degrees.get(key) == 1 and key in rates), None)
+        if key is None:
+            return None
+        entries = self.state if self.quantizer is None else self.quantizer.decode(self.state)
+        return key, rates[key], whole(entries[key])
+
     def _weight(self, rate: float) -> Tensor:
         """1 - b^k, the weights in a mean of k gradients, 0-d; not zero."""
         count = self.state[self.kinds.counter or ""]

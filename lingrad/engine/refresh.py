@@ -131,7 +131,8 @@ def look_ahead(run: Run) -> list[Basis]:
     gathering.due = any(basis.due and not basis.idle for basis in run.bases)
     for attachment in run.attachments:
         attachment.prepare()
-    if any(basis.due for basis in run.bases) or redrawn or any(attachment.sub.pending.stale for attachment in run.attachments):
+    gathers = any(basis.gathers for basis in run.bases)
+    if gathers or redrawn or any(attachment.sub.pending.stale for attachment in run.attachments):
         run.quiet_until = run.step  # not before the next look
     else:
         run.quiet_until = min((basis.quiet_until(run.step) for basis in run.bases), default=run.step + 1000)
@@ -155,6 +156,8 @@ def commit(run: Run, basis: Basis) -> None:
         carried = moments.carried(old, new, sub.name, sub.coords.shape, sub.placed)
         remainders.append((sub, sub.merge(keep=run.settings.keep_remainder)))
         sub.ledger.close(basis.state, old.factors)
+        if run.residuals is not None:
+            run.residuals.changed(sub, old, new, moments, carried)
         moments.replace(carried)
         sub.pending.proposed = False
     basis.commit()
@@ -233,7 +236,8 @@ def _choose(run: Run, basis: Basis, factor: float) -> None:
         held_out = basis.held_out(subs[0].coords)
         basis.energy = _number(captured(chosen, sketched(grad, held_out), held_out))
     for sub in subs:
-        sub.pending.forget()
+        if not basis.whole:  # else the step itself reads it
+            sub.pending.forget()
         sub.pending.proposed = True
 
 

@@ -19,6 +19,7 @@ from lingrad.errors import ModeError, SpecError, require
 from lingrad.optimizers import Base
 from lingrad.parallel import initialized
 from lingrad.subspaces.subspace import Subspace
+from lingrad.weights.dense import DenseWeight
 from lingrad.weights.sharding import LayerSharding
 
 
@@ -31,11 +32,18 @@ def check_effective(settings: Settings, mode: Mode, attachments: Sequence[Attach
         attachments: The connections to the model.
     """
     defaults = Settings()
-    for option in ("scale", "carry", "compat"):
+    for option in ("scale", "carry", "residual", "compat"):
         idle = getattr(settings, option) != getattr(defaults, option) and not attachments
         require(not idle, option, f"'{option}' has no effect where nothing is transformed; leave it out")
     for attachment in attachments:
         attachment.require(mode)
+        sub = attachment.sub
+        require(
+            settings.residual is None or (isinstance(sub.weight, DenseWeight) and sub.weight.sharding is None),
+            "residual",
+            f"residual='{settings.residual}' adds a matrix as large as {sub.name} to it at every step, and that is stored "
+            "in 4 or 8 bits, or cut over processes; leave residual out",
+        )
     quantised = any(attachment.sub.weight.loss is not None for attachment in attachments)
     require(
         quantised or not settings.keep_remainder,

@@ -12,8 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from lingrad.adapters import Attachment, Gathering
+from lingrad.config.residual import parse_residual
 from lingrad.config.settings import Mode, Settings
 from lingrad.engine.layerwise import Layerwise
+from lingrad.engine.residual import Residuals
 from lingrad.engine.stepper import Group, Stepper
 from lingrad.errors import ModeError
 from lingrad.parallel import Processes, check_around, initialized
@@ -65,6 +67,7 @@ class Run:
         outer: The momentum of the outer step of a decentralised run, by weight.
         ended: Steps that were finished when the last of its rounds ended.
         failed: What the exchange of a step has failed with; the run does not go on.
+        residuals: What becomes of the part of a gradient that its basis drops; None where it is dropped.
         tied: (name, weight) of those that several layers hold.
         count: How many processes there were when the run was made.
     """
@@ -86,6 +89,7 @@ class Run:
     outer: dict[str, Tensor] = field(default_factory=dict, init=False)
     ended: int = field(default=0, init=False)
     failed: str | None = field(default=None, init=False)
+    residuals: Residuals | None = field(default=None, init=False)
     tied: list[tuple[str, DenseWeight]] = field(init=False)
     count: int = field(init=False)
     _check: Any = None
@@ -98,6 +102,10 @@ class Run:
             self._members.setdefault(id(attachment.sub.basis), []).append(attachment)
             self._of_coords[id(attachment.sub.coords)] = attachment
         self.count = self.processes.count
+        if self.settings.residual is not None:
+            self.residuals = Residuals(parse_residual(self.settings.residual))
+        for basis in self.bases:
+            basis.whole = self.residuals is not None
         weights = ((attachment.sub.name, attachment.sub.weight) for attachment in self.attachments)
         self.tied = [(name, one) for name, one in weights if isinstance(one, DenseWeight) and len(one.owners) > 1]
 
@@ -141,6 +149,7 @@ class Run:
         for basis in self.bases:
             yield from ((tensor, "basis") for tensor in basis.tensors())
         yield from ((tensor, "moments") for tensor in self.outer.values())
+        yield from ((tensor, "moments") for tensor in (() if self.residuals is None else self.residuals.tensors()))
         for entries in self.stepper.state.values():
             yield from ((own(value), "moments") for value in entries.values() if isinstance(value, Tensor))
 

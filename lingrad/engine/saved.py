@@ -59,7 +59,8 @@ class Saved:
         upgraded = upgrade(state_dict)
         self.upgraded = upgraded is not state_dict
         self.state: Mapping[Any, Mapping[str, Any]] = upgraded["state"]
-        self.groups: list[dict[str, Any]] = upgraded["param_groups"]
+        # options that came later are None in files from before
+        self.groups: list[dict[str, Any]] = [{"residual": None} | group for group in upgraded["param_groups"]]
 
     @property
     def is_run(self) -> bool:

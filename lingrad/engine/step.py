@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lingrad.adapters import Attachment
-from lingrad.engine import rounds
+from lingrad.engine import residual, rounds
 from lingrad.engine.follow import refuse_apart, refuse_lost, take_assigned
 from lingrad.engine.refresh import choose, commit, renew, schedule
 from lingrad.engine.run import Run
@@ -68,6 +68,9 @@ def _end(run: Run) -> None:
     run.step += 1
     if not run.is_quiet:
         schedule(run)
+    if run.residuals is not None:
+        for sub in run.subspaces:
+            run.residuals.settle(sub)
 
 
 @without_global_hooks()
@@ -127,6 +130,7 @@ def clip(run: Run, max_norm: float, norm_type: float) -> Tensor:
     with torch.no_grad():
         take_assigned(run)
         refuse_apart(run)
+        residual.take_up(run, run.subspaces)
         choose(run, (sub for sub in run.subspaces if sub.basis.due and sub.basis.transform.reads == "gradient"))
     params = [named.param for named in run.named()]
     grads = [param.grad for param in params if param.grad is not None]
@@ -161,6 +165,7 @@ def _change(run: Run, attachments: Sequence[Attachment]) -> None:
                 "does not call the one it found, the weight is not trained: replace forwards first, then call lingrad",
                 sub.name,
             )
+    residual.take_up(run, (attachment.sub for attachment in attachments))
     choose(run, due)
     for basis in dict.fromkeys(sub.basis for sub in due):
         commit(run, basis)
@@ -185,7 +190,9 @@ def _advance(run: Run, optimizers: Sequence[Built], attachments: Sequence[Attach
     if decay_last:
         _decay(run, stepped)
     every = run.settings.merge_every
-    if optimizer_mode:
+    if run.residuals is not None:
+        residual.merge(run, live)
+    elif optimizer_mode:
         merge_all(live, flats)
     elif every is not None and (run.step + 1) % every == 0:
         for sub in live:

@@ -147,6 +147,17 @@ class LinearMap(ABC):
         eye = torch.eye(min(m, n), dtype=lifted.dtype, device=lifted.device)
         return Factors(lifted, eye) if m >= n else Factors(eye, lifted)
 
+    def residual(self, matrix: Tensor) -> Tensor:
+        """What no coordinates can express of a matrix: ``matrix - S z`` for the S z that is nearest to it.
+
+        Args:
+            matrix: [m, n], at least float32.
+
+        Returns:
+            [m, n], a new tensor. By conjugate gradients, as `fit`, where the map knows no faster way.
+        """
+        return matrix - self.lift(self.fit(matrix))
+
     def norm(self, coords: Tensor) -> Tensor:
         """|S z|_F, 0-d; without forming the lift if the map allows it."""
         norm: Tensor = torch.linalg.vector_norm(self.lift(coords))

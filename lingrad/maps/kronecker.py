@@ -162,6 +162,10 @@ class KroneckerMap(LinearMap):
             weight.addmm_(*two_factors([cast(f, weight.dtype) for f in factors]))
 
     @override
+    def residual(self, matrix: Tensor) -> Tensor:
+        return matrix - nearest(self.left, nearest(self.right, matrix.mT).mT)
+
+    @override
     def norm(self, coords: Tensor) -> Tensor:
         return _both_sides(self, self, coords, power=1).mul(coords).sum().clamp_min(0).sqrt()
 
@@ -179,6 +183,26 @@ class KroneckerMap(LinearMap):
 
 
 _IDENTITY = KroneckerMap(None, None)
+
+
+def nearest(side: Tensor | None, matrix: Tensor) -> Tensor:
+    """P (P^T P)^-1 P^T M, the matrix in the columns' span that is nearest to M; M itself without a basis.
+
+    Args:
+        side: P [..., m, p], or None. Columns that depend on each other are allowed.
+        matrix: M [..., m, n], at least float32.
+
+    Returns:
+        [..., m, n].
+    """
+    if side is None:
+        return matrix
+    side = cast(side, matrix.dtype)
+    gram = side.mT @ side
+    diagonal = gram.diagonal(dim1=-2, dim2=-1)
+    diagonal += torch.finfo(gram.dtype).eps * diagonal.mean(-1, keepdim=True)  # no column may be zero
+    factor, _ = torch.linalg.cholesky_ex(gram)
+    return side @ torch.cholesky_solve(side.mT @ matrix, factor)
 
 
 def two_factors(factors: list[Tensor]) -> list[Tensor]:

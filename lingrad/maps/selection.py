@@ -100,6 +100,10 @@ class SelectionMap(LinearMap):
             weight.index_copy_(*chosen[0], weight.index_select(*chosen[0]).add_(coords))
 
     @override
+    def residual(self, matrix: Tensor) -> Tensor:
+        return matrix - self.lift(self.project(matrix))
+
+    @override
     def norm(self, coords: Tensor) -> Tensor:
         norm: Tensor = torch.linalg.vector_norm(coords)
         return norm

@@ -14,7 +14,7 @@ from lingrad.gradients.base import Gradient
 from lingrad.gradients.local import DenseGradient, RowsGradient
 from lingrad.maps.base import LinearMap, as_gradient
 from lingrad.maps.factors import Factors
-from lingrad.maps.kronecker import BLOCK, KroneckerMap, two_factors
+from lingrad.maps.kronecker import BLOCK, KroneckerMap, nearest, two_factors
 from lingrad.tensors import cast, storage
 
 
@@ -64,6 +64,10 @@ class StackedMap(LinearMap):
     def add_rounded_lift_(self, weight: Tensor, coords: Tensor) -> None:
         for one, rows, part in self._parts(weight, coords):
             one.add_rounded_lift_(rows, part)
+
+    @override
+    def residual(self, matrix: Tensor) -> Tensor:
+        return torch.cat([one.residual(rows) for one, rows in zip(self.maps, matrix.chunk(len(self.maps)), strict=True)])
 
     @override
     def transport(self, old: LinearMap, coords: Tensor) -> Tensor:
@@ -150,6 +154,11 @@ class BatchedMap(LinearMap):
             self.add_lift_(weight, coords)
         else:
             self._split(weight).baddbmm_(*two_factors([cast(factor, weight.dtype) for factor in factors]))
+
+    @override
+    def residual(self, matrix: Tensor) -> Tensor:
+        blocks = self._split(matrix)
+        return (blocks - nearest(self.left, nearest(self.right, blocks.mT).mT)).flatten(0, 1)
 
     @override
     def norm(self, coords: Tensor) -> Tensor:

@@ -73,6 +73,11 @@ class TwoSidedMap(LinearMap):
         self.left.add_rounded_lift_(weight, self.right.lift(cast(coords, weight.dtype)))
 
     @override
+    def residual(self, matrix: Tensor) -> Tensor:
+        dropped = self.right.residual(matrix)
+        return self.left.residual(matrix - dropped).add_(dropped)
+
+    @override
     def transport_squares(self, old: LinearMap, squares: Tensor) -> Tensor:
         if not isinstance(old, TwoSidedMap):
             return super().transport_squares(old, squares)

@@ -32,12 +32,13 @@ class MomentKinds:
     counter: str | None
 
 
-def moment_kinds(base: Base, carry: str = "rotate") -> MomentKinds:
+def moment_kinds(base: Base, option: str = "carry='rotate'", verb: str = "rotate") -> MomentKinds:
     """Find what the entries of a base's state are.
 
     Args:
         base: The base to test.
-        carry: What is to be done with them, for the message.
+        option: The option of a run that must know them, for the message.
+        verb: What it does with them, for the message.
 
     Returns:
         The kinds.
@@ -46,6 +47,7 @@ def moment_kinds(base: Base, carry: str = "rotate") -> MomentKinds:
         DualityError: An entry is neither a mean of gradients nor of squares, so that it cannot be taken to another basis.
     """
     base = base.unquantised
+    remedy = "carry='keep' or carry='reset'" if option.startswith("carry") else "another base"
     _, dtype, _ = first_run(base)
     once, twice, negated = (dry_run(base, [SHAPE], dtype, steps=STEPS, factor=factor).state for factor in (1.0, 2.0, -1.0))
     degrees, counter = {}, None
@@ -59,8 +61,8 @@ def moment_kinds(base: Base, carry: str = "rotate") -> MomentKinds:
         degree = next((d for d in (1, 2) if _grew(value, twice[key], 2.0**d) and _grew(value, negated[key], signs[d])), None)
         if value.shape != SHAPE or degree is None:
             raise DualityError(
-                f"carry='{carry}' cannot {carry} the state '{key}' of base '{base.name}' (it is quantised, factored or "
-                "not a moment of the gradient); use carry='keep' or carry='reset'"
+                f"{option} cannot {verb} the state '{key}' of base '{base.name}' (it is quantised, factored or "
+                f"not a moment of the gradient); use {remedy}"
             )
         degrees[key] = degree
     return MomentKinds(degrees, counter)

@@ -6,18 +6,16 @@ It knows no weight and no gradient: a run asks it what a refresh needs, and give
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from lingrad.errors import ModeError
-from lingrad.gradients import Gradient
-from lingrad.maps import KroneckerMap, LinearMap
+from lingrad.maps import LinearMap
 from lingrad.subspaces import trees
-from lingrad.tensors import distinct, wide
-from lingrad.transforms import Probe, Sketch, Transform, When
+from lingrad.tensors import distinct
+from lingrad.transforms import Probe, Transform, When
 from lingrad.transforms.linalg import derive_seed
 from lingrad.transforms.sketch import test_matrix
 
@@ -73,6 +71,7 @@ class Basis:
         refreshes: Refreshes committed.
         offset: Steps by which its refreshes are late, where weights take turns.
         due: Whether the step that is being prepared gathers what a refresh needs.
+        whole: Whether every step gathers the gradient itself, for what becomes of the part that the basis drops.
         energy: |S S^T G| / |G| of the last refresh; None where it was not measured.
         proposal: A refresh that is chosen and not yet committed.
         idle: Whether no weight that uses it had a gradient in the last step in which it was due.
@@ -89,6 +88,7 @@ class Basis:
         self.refreshes = 0
         self.offset = 0
         self.due = False
+        self.whole = False
         self.energy: float | None = None
         self.proposal: Proposal | None = None
         self.idle = False
@@ -100,6 +100,11 @@ class Basis:
     def shape(self) -> tuple[int, int]:
         """(m, n), of the stacked weights where several share it."""
         return self.when.shape
+
+    @property
+    def gathers(self) -> bool:
+        """Whether the backwards of the step that is being prepared leave more than the gradient of the coordinates."""
+        return self.due or self.whole
 
     @property
     def coords_shape(self) -> tuple[int, int]:
@@ -258,26 +263,3 @@ class Basis:
         if text not in self._said:
             self._said.add(text)
             warnings.warn(text, RuntimeWarning, stacklevel=3)
-
-
-def is_projection(current: LinearMap, probe: Probe) -> bool:
-    """Whether the product of a probe is the projection by a map, which is not computed twice."""
-    return isinstance(current, KroneckerMap) and current.left is probe.left and current.right is probe.right
-
-
-def products(grad: Gradient, probes: Sequence[Probe], known: Sequence[bool], projected: Tensor) -> Sketch:
-    """The products of a gradient with some probes.
-
-    Args:
-        grad: G [m, n].
-        probes: What it is multiplied with.
-        known: For each of them whether it `is_projection`.
-        projected: The projection, [p, q].
-
-    Returns:
-        The products, in memory of their own and at least float32.
-    """
-    found = []
-    for (left, right), same in zip(probes, known, strict=True):
-        found.append((projected if same else grad.product(left, right)).to(wide(grad.dtype), copy=same))
-    return tuple(found)

@@ -38,6 +38,7 @@ class PendingGradient:
         total: In a step that refreshes, the sum over the micro-batches that are in ``coords.grad``: a gradient, or the
             products of a sketch; or None.
         stale: Whether ``coords.grad`` may be left from before a refresh.
+        fed: Whether what earlier steps have left is in ``coords.grad`` and in ``total``.
         proposed: Whether ``coords.grad`` is the projection by a basis that is chosen and not committed yet.
     """
 
@@ -79,6 +80,7 @@ class PendingGradient:
 
     def _clear(self) -> None:
         self.total: Seen | None = None
+        self.fed = False
         self._staged: Seen | None = None  # of the backward that is running, not yet in coords.grad
         self._backward = -1
         self._accepted = -1  # the backward that was added to coords.grad last
@@ -140,7 +142,7 @@ class PendingGradient:
         """
         self._asked = 0 if self._first else self._asked - 1
         if self._first:
-            self.total = None
+            self.total, self.fed = None, False
         if self._staged is not None:
             self.total = _plus(self.total, self._staged)
             self._staged = None
@@ -155,6 +157,18 @@ class PendingGradient:
 
     def _copy_reduced(self, coords: nn.Parameter) -> None:
         self._reduced = None if coords.grad is None else coords.grad.clone()
+
+    def replace(self, total: Gradient, coords: nn.Parameter) -> None:
+        """Take another gradient for what the backwards have left, since something was added to it and to ``coords.grad``.
+
+        Args:
+            total: The gradient, scaled as other programs have scaled ``coords.grad``.
+            coords: The coordinates.
+        """
+        grad = coords.grad
+        self.total, self.fed, self._reduced = total, True, None
+        self._left = None if grad is None else grad.clone()
+        self._written = None if grad is None else (weakref.ref(grad), grad._version)
 
     def refuse_stale(self, coords: nn.Parameter) -> None:
         """Make sure that ``coords.grad`` is not left from before a refresh.

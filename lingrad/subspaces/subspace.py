@@ -16,12 +16,12 @@ from lingrad.errors import ModeError, ShapeError
 from lingrad.gradients import DenseGradient, Gradient
 from lingrad.maps import LinearMap
 from lingrad.parallel import Processes
-from lingrad.subspaces.basis import Basis, is_projection, products
+from lingrad.subspaces.basis import Basis
 from lingrad.subspaces.ledger import Change, Ledger, total
-from lingrad.subspaces.pending import PendingGradient, in_whole
+from lingrad.subspaces.pending import PendingGradient
+from lingrad.subspaces.products import sketch
 from lingrad.subspaces.watched import is_released, was_written
 from lingrad.tensors import dense, own, whole, wide
-from lingrad.transforms import Probe
 from lingrad.weights.base import Remainder, Weight
 from lingrad.weights.sharding import refuse_reader
 
@@ -69,7 +69,7 @@ class Subspace:
 
     def listen(self) -> None:
         """Follow what autograd adds to the gradient of the coordinates, in steps where it matters: hooks take their time."""
-        matters = self.basis.due or self.pending.stale or self.on_gradient is not None
+        matters = self.basis.gathers or self.pending.stale or self.on_gradient is not None
         self.pending.listen(self.coords, (self._before_accumulate, self._after_accumulate) if matters else None)
 
     def placed(self, coords: Tensor) -> Tensor:
@@ -168,7 +168,7 @@ class Subspace:
             The projection [p, q] in the coordinates' dtype, of this rank.
         """
         projected = self.map().project(grad)
-        if self.basis.due:
+        if self.basis.gathers:
             self.record(grad, projected, owned)
         return projected.to(self.coords.dtype)
 
@@ -194,21 +194,10 @@ class Subspace:
             projected: Its projection by the map in use, [p, q], which may be one of the products.
             owned: Gives the gradient in memory that no other program will write into, where it is in such memory now.
         """
-        if self.basis.transform.reads == "gradient":
+        if self.basis.whole or self.basis.transform.reads == "gradient":
             self.pending.record(grad if owned is None else owned())
             return
-        own, current, seen = self.probes(), self.map(), in_whole(grad, self.weight)
-        known = [seen is grad and is_projection(current, probe) for probe in own]
-        self.pending.record(products(seen, own, known, projected))
-
-    def probes(self) -> list[Probe]:
-        """What the refresh of the step that is being prepared multiplies this weight's gradient with."""
-        learned, held_out = self.basis.asks(self.coords)
-        rows = self.weight.layout.shape[0]  # of a shared basis the probes are as tall as the stacked weights
-        return [
-            probe if probe.left is None or len(probe.left) == rows else probe._replace(left=probe.left[self.rows])
-            for probe in (*learned, *held_out)
-        ]
+        self.pending.record(sketch(self, grad, projected))
 
     def merge(self, *, keep: bool = False) -> Remainder | None:
         """``W += S z``, then ``z = 0``: the effective weight stays what it was.
@@ -294,7 +283,7 @@ class Subspace:
             self.basis.proposal = None
 
     def _after_accumulate(self) -> None:
-        if self.basis.due:
-            self.pending.after_accumulate(self.coords, compare=self.basis.transform.reads == "gradient")
+        if self.basis.gathers:
+            self.pending.after_accumulate(self.coords, compare=self.basis.due and self.basis.transform.reads == "gradient")
         if self.on_gradient is not None:
             self.on_gradient()

@@ -103,6 +103,14 @@ class DenseWeight(Weight):
         else:  # the strides allowed no view, as in a channels_last convolution
             weight.add_(self.layout.restore(current.lift(coords)))
 
+    def add_matrix_(self, matrix: Tensor) -> None:
+        """``W += M``, in place.
+
+        Args:
+            matrix: M [m, n], of the weight's dtype or wider.
+        """
+        self.param.detach().add_(self.layout.restore(matrix))
+
     @override
     def scales(self) -> list[Tensor]:
         return [self.param]

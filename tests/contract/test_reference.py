@@ -38,23 +38,25 @@ def eps_for(side, base):
     return {"eps": 1e-4} if side == "both" and base == "adamw" else {}
 
 
-def ours(make, side, base, options="", carry="keep"):
+def ours(make, side, base, options="", carry="keep", clip=None, **run):
     model = Model()
     rules = {"*": f"svd(rank={reference.RANK}, every={reference.EVERY}, side={side}{options})"}
-    optimizer = make(model, rules, base, carry=carry, **COMMON, **BASES[base], **eps_for(side, base))
+    optimizer = make(model, rules, base, carry=carry, **COMMON, **BASES[base], **eps_for(side, base), **run)
     for micro_batches in reference.data(STEPS):
         optimizer.zero_grad()
         for x, y in micro_batches:
             ((model(x) - y).square().mean() / len(micro_batches)).backward()
+        if clip is not None:
+            optimizer.clip_grad_norm_(clip)
         optimizer.step()
     optimizer.detach()
     return {name: param.detach() for name, param in model.named_parameters()}
 
 
 @cache
-def theirs(train, side, base, align=True, carry="keep"):
+def theirs(train, side, base, align=True, carry="keep", **run):
     options = {"lr": BASES[base]["lr"], "decay": COMMON["weight_decay"], "scale": COMMON["scale"]}
-    return train(reference.data(STEPS), side, base, **options, **eps_for(side, base), align=align, carry=carry)
+    return train(reference.data(STEPS), side, base, **options, **eps_for(side, base), align=align, carry=carry, **run)
 
 
 def gap(a, b):
@@ -97,3 +99,15 @@ def test_moments_at_a_refresh(carry, side, base):
         assert gap(ours(make, side, base, carry=carry), expected) <= TOLERANCE
     assert gap(theirs(reference.lora, side, base, carry=carry), expected) <= TOLERANCE
     assert gap(theirs(reference.galore, side, base), expected) > 1e-6  # it is another run than with carry="keep"
+
+
+@each_base
+@pytest.mark.thinned(3)
+@pytest.mark.parametrize("side", ["left", "right", "both"])
+@pytest.mark.parametrize("carry", ["keep", "reset", "transport"])
+@pytest.mark.parametrize("clip", [None, 0.1])
+@pytest.mark.parametrize("residual", ["scaled", "sign", "feedback"])
+def test_what_becomes_of_the_residual(residual, clip, carry, side, base):
+    expected = theirs(reference.galore, side, base, carry=carry, residual=residual, clip=clip)
+    assert gap(ours(lingrad.wrap, side, base, carry=carry, residual=residual, clip=clip), expected) <= TOLERANCE
+    assert gap(theirs(reference.galore, side, base, carry=carry, clip=clip), expected) > 1e-5  # it is another run

@@ -25,7 +25,7 @@ from tests.support.algebra import (
     draw,
     each_gradient,
 )
-from tests.support.watch import Launches, NoTensorOfShape
+from tests.support.watch import Launches, NoTensorOfShape, NoWaiting
 
 MAPS = {
     "identity": KroneckerMap(None, None),
@@ -245,3 +245,25 @@ class TestFit:
         monkeypatch.setattr(KroneckerMap, "lift", lambda self, coords: lifts.append(coords) or lift(self, coords))
         KroneckerMap(torch.linalg.qr(draw(20, 4, seed=1)).Q, None).fit(draw(20, 9, seed=2))
         assert len(lifts) <= 2  # the second one finds that nothing is left
+
+
+class TestResidual:
+    @each_map
+    def test_it_is_what_no_coordinates_can_express(self, smap):
+        matrix = draw(M, N, seed=5)
+        flat, columns = matrix.flatten(), matrix_of(smap)
+        expected = flat - columns @ torch.linalg.lstsq(columns, flat[:, None]).solution[:, 0]
+        found = smap.residual(matrix)
+        assert_close(found.flatten(), expected)
+        # a basis of normal numbers is solved through its Gram matrix, whose condition is the square of its own
+        assert smap.project(found).abs().max() <= 1e-12
+
+    @pytest.mark.parametrize("columns", [[[1.0, 1.0], [2.0, 2.0], [0.0, 0.0]], [[1.0, 0.0], [2.0, 0.0], [3.0, 0.0]]])
+    def test_columns_may_be_zero_or_depend_on_each_other(self, columns):
+        basis, matrix = torch.tensor(columns, dtype=torch.float64), draw(3, 4, seed=1)
+        expected = matrix - basis @ torch.linalg.pinv(basis) @ matrix
+        torch.testing.assert_close(KroneckerMap(basis, None).residual(matrix), expected, rtol=0, atol=1e-7)  # eps^(1/2)
+
+    def test_it_reads_nothing_on_the_host(self):
+        with NoWaiting():
+            KroneckerMap(LEFT, RIGHT).residual(draw(M, N, seed=5))

@@ -108,3 +108,10 @@ def test_slices_of_one_tensor_are_not_copied():
     for others in (bases.flip(0), bases.mT.contiguous().mT):  # in another order, with other strides
         parts = [KroneckerMap(None, basis) for basis in (others if others.is_contiguous() else reversed(list(others)))]
         assert torch.equal(stacked_map(parts).right, torch.stack([part.right for part in parts]))
+
+
+@each_kind
+def test_residuals_are_those_of_the_blocks(parts):
+    matrix = draw(COUNT * M, N, seed=9)
+    expected = torch.cat([one.residual(rows) for one, rows in zip(parts, matrix.chunk(COUNT), strict=True)])
+    assert_close(stacked_map(parts).residual(matrix), expected)

@@ -82,22 +82,61 @@ def update(memory, gradient, base, lr, eps):
     return -lr * mean / (square.sqrt() + eps)
 
 
-def galore(steps, side, base, *, lr, decay, scale, eps=1e-8, align=True, carry="keep"):
+def fed_back(memory, error, base, carry, old, new):
+    """LDAdam's error of a step, and of what a mean of gradients loses with its basis: b/(1-b) (P m Q^T - P' m' Q'^T).
+
+    The mean of SGD with momentum is a sum, and is left out.
+    """
+    if old is None or base == "sgd" or "m" not in memory:
+        return error
+    before, after = memory["m"], carried(memory, carry, old, new).get("m", 0.0 * memory["m"])
+    return error + 0.9 / 0.1 * (old[0] @ before @ old[1].T - new[0] @ after @ new[1].T)
+
+
+def along_residual(sizes, name, rest, small, projected, side, residual, rate):
+    """Fira's step along G - P P^T G Q Q^T, or FRUGAL's signs; ``small`` is the step of the coordinates."""
+    if residual == "sign":
+        return -rate * rest.sign()
+    across = {"left": 0, "right": 1, "both": (0, 1)}[side]
+    step = -rest * small.norm(dim=across, keepdim=True) / (projected.norm(dim=across, keepdim=True) + 1e-8)
+    size = step.norm() / rate
+    limit = 1.01 * sizes.get(name, torch.inf)
+    sizes[name] = min(size, limit)
+    return step * min(1.0, limit / size)
+
+
+def galore(steps, side, base, *, lr, decay, scale, eps=1e-8, align=True, carry="keep", residual=None, clip=None):
     """W <- (1 - lr decay) W + scale P opt(P^T G Q) Q^T, with P and Q from the SVD of G at steps 0, T, 2T."""
     weights, memories, chosen = start(), {name: {} for name in SHAPES}, {}
+    errors, lost, sizes = dict.fromkeys(SHAPES, 0.0), {}, {}
     for step, micro_batches in enumerate(steps):
         wanted = {name: weight.requires_grad_() for name, weight in weights.items()}
-        for name, gradient in gradients(weights, {}, micro_batches, wanted).items():
+        found = gradients(weights, {}, micro_batches, wanted)
+        if residual == "feedback":
+            found = {name: gradient + errors[name] for name, gradient in found.items()}
+        for name, gradient in found.items():
             if name != BIAS and step % EVERY == 0:
                 old, chosen[name] = chosen.get(name), bases(gradient, side, chosen.get(name) if align else None)
+                lost[name] = fed_back(memories[name], 0.0, base, carry, old, chosen[name])
                 memories[name] = carried(memories[name], carry, old, chosen[name])
+        if clip is not None:
+            small = [g if name == BIAS else chosen[name][0].T @ g @ chosen[name][1] for name, g in found.items()]
+            factor = min(1.0, clip / (torch.stack([part.norm() for part in small]).norm() + 1e-6))
+            found = {name: factor * gradient for name, gradient in found.items()}
+        for name, gradient in found.items():
             decayed = (1 - lr * decay) * weights[name].detach()
             if name == BIAS:
                 weights[name] = decayed + update(memories[name], gradient, base, lr, eps)
             else:
                 p, q = chosen[name]
-                small = update(memories[name], p.T @ gradient @ q, base, lr, eps)
-                weights[name] = decayed + scale * (p @ small @ q.T)
+                projected = p.T @ gradient @ q
+                small = scale * update(memories[name], projected, base, lr, eps)
+                weights[name] = decayed + p @ small @ q.T
+                rest = gradient - p @ projected @ q.T
+                if residual == "feedback":
+                    errors[name] = rest + lost.pop(name, 0.0)
+                elif residual is not None:
+                    weights[name] += along_residual(sizes, name, rest, small, projected, side, residual, lr * scale)
     return weights
 
 

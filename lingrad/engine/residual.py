@@ -1,0 +1,268 @@
+"""What becomes of the part of a gradient that its basis drops: R = G - S z, for the S z nearest to G. Optimizer mode only.
+
+Every step reads the gradient G [m, n] itself: of all transformed weights between the backward and the step, or, where the run
+is layerwise, of one at a time. The rules are those of `lingrad.config.residual.Residual`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lingrad.config.residual import Residual
+from lingrad.engine.moments import Moments
+from lingrad.errors import ModeError
+from lingrad.gradients import DenseGradient, Gradient
+from lingrad.gradients.averaged import averaged
+from lingrad.maps import LinearMap
+from lingrad.subspaces.merging import merge_all
+from lingrad.subspaces.products import sketch
+from lingrad.subspaces.subspace import Subspace
+from lingrad.subspaces.watched import release
+from lingrad.tensors import wide
+from lingrad.weights.dense import DenseWeight
+
+if TYPE_CHECKING:
+    from lingrad.engine.run import Run
+
+FLOOR = 1e-8  # is added to the norms that steps are divided by, as in Fira's own program
+
+
+class _Lost(NamedTuple):
+    """The part of a mean of gradients that a change of basis has lost: old.lift(before) - new.lift(after)."""
+
+    old: LinearMap
+    before: Tensor
+    new: LinearMap
+    after: Tensor
+
+
+class Residuals:
+    """What a rule keeps between steps.
+
+    Args:
+        rule: The rule.
+
+    Attributes:
+        norms: Of ``scaled``: |step along R| / learning rate of the last step, 0-d, by weight; 0 before there was one.
+        errors: Of ``feedback``: what is added to the next gradient, [m, n] in the weight's dtype, by weight.
+    """
+
+    def __init__(self, rule: Residual) -> None:
+        self.rule = rule
+        self.norms: dict[str, Tensor] = {}
+        self.errors: dict[str, Tensor] = {}
+        self._lost: dict[str, _Lost] = {}
+
+    def tensors(self) -> Iterator[Tensor]:
+        """All that is held between steps."""
+        yield from self.norms.values()
+        yield from self.errors.values()
+
+    def entries(self, sub: Subspace) -> dict[str, Tensor]:
+        """What a checkpoint holds of one weight, by name; made where there is nothing yet.
+
+        Args:
+            sub: The weight's subspace.
+
+        Returns:
+            Name -> tensor, not copied.
+        """
+        if self.rule.kind == "scaled":
+            return {"norm": self.norms.setdefault(sub.name, sub.coords.detach().new_zeros(()))}
+        return {"error": self.error(sub)} if self.rule.kind == "feedback" else {}
+
+    def load(self, sub: Subspace, entries: Mapping[str, Tensor]) -> None:
+        """Take over what a checkpoint holds of one weight.
+
+        Args:
+            sub: The weight's subspace.
+            entries: As `entries` gives them.
+        """
+        for key, kept in (("norm", self.norms), ("error", self.errors)):
+            if key in entries:
+                kept[sub.name] = entries[key].to(sub.coords.device, copy=True)
+
+    def error(self, sub: Subspace) -> Tensor:
+        """What is added to a weight's next gradient, [m, n]."""
+        if sub.name not in self.errors:
+            self.errors[sub.name] = torch.zeros(sub.weight.layout.shape, dtype=sub.weight.dtype, device=sub.coords.device)
+        return self.errors[sub.name]
+
+    def changed(self, sub: Subspace, old: LinearMap, new: LinearMap, moments: Moments, carried: dict[str, Tensor]) -> None:
+        """Note what a change of basis loses of the base's mean of gradients, b / (1 - b) (S_old m - S_new m').
+
+        So much of past gradients would still have been stepped (LDAdam, section 3.3).
+
+        Args:
+            sub: The weight's subspace.
+            old: The map in use.
+            new: The map to come.
+            moments: The base's moments, not changed yet.
+            carried: What takes their place, where they are carried over.
+        """
+        mean = moments.mean() if self.rule.kind == "feedback" else None
+        if mean is None:
+            return
+        key, rate, before = mean
+        after = torch.zeros_like(before) if moments.carry == "reset" else carried.get(key, before)
+        weight = rate / (1.0 - rate)
+        self._lost[sub.name] = _Lost(old, before * weight, new, after * weight)
+
+    def settle(self, sub: Subspace) -> None:
+        """Add what a change of basis has lost to the next gradient.
+
+        Args:
+            sub: The weight's subspace.
+        """
+        lost = self._lost.pop(sub.name, None)
+        if lost is not None:
+            self.error(sub).add_(lost.old.lift(lost.before)).sub_(lost.new.lift(lost.after))
+
+
+def take_up(run: Run, subs: Iterable[Subspace]) -> None:
+    """Add what was fed back to the gradients of this step, once, before a basis is chosen from them.
+
+    Args:
+        run: The run.
+        subs: The subspaces that are about to be stepped.
+    """
+    if run.residuals is None or run.residuals.rule.kind != "feedback":
+        return
+    live = [sub for sub in subs if not sub.pending.fed and _has_gradient(sub)]
+    for sub, factor in zip(live, _factors(live), strict=True):
+        error = run.residuals.error(sub)
+        assert sub.coords.grad is not None  # noqa: S101 - `_has_gradient`
+        sub.coords.grad.add_(sub.map().project(error.to(sub.coords.dtype)))
+        sub.pending.replace(DenseGradient(_dense(sub, factor).add_(error)), sub.coords)
+
+
+def merge(run: Run, subs: Sequence[Subspace]) -> None:
+    """``W += S z`` and the step along the residual, in one sum, then ``z = 0``; where the rule feeds it back, keep it.
+
+    Args:
+        run: The run.
+        subs: The subspaces whose coordinates were stepped.
+    """
+    residuals = run.residuals
+    assert residuals is not None  # noqa: S101 - the caller has looked
+    live = [sub for sub in subs if _has_gradient(sub)]
+    rates = {id(param): group["lr"] * group["scale"] for group in run.groups for param in group["params"] if "scale" in group}
+    for sub, factor in zip(live, _factors(live), strict=True):
+        grad = _dense(sub, factor)
+        current = sub.map()
+        rest = current.residual(grad)
+        sketched = sub.basis.due and sub.basis.transform.reads == "sketch"
+        sub.pending.total = sketch(sub, DenseGradient(grad), current.project(grad)) if sketched else None
+        del grad
+        if residuals.rule.kind == "feedback":
+            residuals.error(sub).copy_(rest)
+            residuals.settle(sub)
+            continue
+        rate = rates[id(sub.coords)]
+        step = _scaled(residuals, sub, rest, rate) if residuals.rule.kind == "scaled" else _signs(residuals, rest, rate)
+        current.add_lift_(step, sub.coords.detach())
+        assert isinstance(sub.weight, DenseWeight)  # noqa: S101 - refused otherwise
+        sub.weight.add_matrix_(step)
+        sub.ledger.merged = True
+        release([sub.coords])
+    merge_all([sub for sub in subs if not sub.released], ())
+
+
+def _scaled(residuals: Residuals, sub: Subspace, rest: Tensor, rate: Any) -> Tensor:
+    """-R |base's step| / |gradient of the coordinates|, of each row or column, limited in its growth; in R's memory."""
+    p, q = sub.basis.transform.ranks(sub.basis.shape)
+    across = None if p is not None and q is not None else 1 if p is None else 0  # a row of z is one of W without a left basis
+    stepped, grad = (
+        torch.linalg.vector_norm(part, dim=across, keepdim=across is not None)
+        for part in (sub.coords.detach(), sub.coords.grad)
+    )
+    step = rest.mul_(-(stepped / (grad + FLOOR)))
+    last = residuals.entries(sub)["norm"]
+    # without a learning rate, as in the first step of a warm-up, there is no step, and nothing to compare the next with
+    rate = torch.as_tensor(rate, dtype=last.dtype, device=last.device)
+    norm = torch.linalg.vector_norm(step).to(last.dtype) / rate.clamp_min(torch.finfo(last.dtype).tiny)
+    allowed = torch.where(last > 0, residuals.rule.limit * last, torch.inf)
+    norm = torch.where(rate > 0, norm, 0)
+    step.mul_((allowed / norm.clamp_min(torch.finfo(norm.dtype).tiny)).clamp(max=1.0))
+    last.copy_(torch.where(norm > 0, torch.minimum(norm, allowed), last))
+    return step
+
+
+def _signs(residuals: Residuals, rest: Tensor, rate: Any) -> Tensor:
+    return rest.sign_().mul_(-rate * residuals.rule.factor)
+
+
+def _has_gradient(sub: Subspace) -> bool:
+    """Whether a backward has left the gradient itself.
+
+    Returns:
+        Whether it has; False where there is none, or zero.
+
+    Raises:
+        ModeError: The gradient of the coordinates came from elsewhere.
+    """
+    grad = sub.coords.grad
+    if grad is None:
+        return False
+    if isinstance(sub.pending.total, Gradient):
+        return True
+    if sub.processes.count > 1:  # another one's did
+        return True
+    if bool(grad.any()):
+        raise ModeError(
+            f"the gradient of {sub.name} did not come from a backward since the last step, and its residual needs the gradient "
+            "of the weight itself; run forward and backward, then step"
+        )
+    return False
+
+
+def _dense(sub: Subspace, factor: float) -> Tensor:
+    """The gradient of a weight, as other programs scaled it: [m, n], at least float32, in memory of its own."""
+    return averaged(_seen(sub), sub.processes).dense().to(wide(sub.weight.dtype), copy=True).mul_(factor)
+
+
+def _seen(sub: Subspace) -> Gradient:
+    total = sub.pending.total
+    if isinstance(total, Gradient):
+        return total
+    return DenseGradient(torch.zeros(sub.weight.layout.shape, dtype=sub.coords.dtype, device=sub.coords.device))
+
+
+def _factors(subs: Sequence[Subspace]) -> list[float]:
+    """By how much other programs have scaled each gradient since its backward: clipping, the loss scale.
+
+    Args:
+        subs: The subspaces, with gradients.
+
+    Returns:
+        The factors, of zeros that of the others; all are read from the device together.
+
+    Raises:
+        ModeError: A gradient was changed in another way, which its residual cannot follow.
+    """
+    found, limits = [], []
+    for sub in subs:
+        seen, now = _seen(sub), sub.coords.grad
+        assert now is not None  # noqa: S101 - `_has_gradient`
+        projected = sub.map().project(averaged(seen, sub.processes)).to(now.dtype)
+        size = projected.square().sum()
+        factor = (now * projected).sum() / size.clamp_min(torch.finfo(now.dtype).tiny)
+        error = torch.linalg.vector_norm(now - factor * projected) / torch.linalg.vector_norm(now)
+        found.append(torch.stack([factor, error, size > 0]).double())
+        # the projection that autograd added up, and that of the sum: products and sums in other orders and dtypes
+        limits.append(min(0.25, 1024 * torch.finfo(seen.dtype).eps))
+    read = torch.stack(found).tolist() if found else []
+    common = next((factor for factor, _, known in read if known and math.isfinite(factor)), 1.0)
+    for sub, (factor, error, known), limit in zip(subs, read, limits, strict=True):
+        if known and math.isfinite(factor) and error > limit:
+            raise ModeError(
+                f"the gradient of {sub.name} was changed between backward and step in another way than by one factor, and its "
+                "residual cannot follow. Change the gradient by one factor, or use opt.clip_grad_norm_"
+            )
+    # what is not finite is the base's to meet: the step of coordinates is not finite either
+    return [factor if known and math.isfinite(factor) else common for factor, _, known in read]

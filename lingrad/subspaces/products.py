@@ -1,0 +1,73 @@
+"""The products of a weight's gradient that a refresh from a sketch reads."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from lingrad.gradients import Gradient
+from lingrad.maps import KroneckerMap, LinearMap
+from lingrad.subspaces.pending import in_whole
+from lingrad.tensors import wide
+from lingrad.transforms import Probe, Sketch
+
+if TYPE_CHECKING:
+    from lingrad.subspaces.subspace import Subspace
+
+
+def probes(sub: Subspace) -> list[Probe]:
+    """What the refresh of the step that is being prepared multiplies a weight's gradient with.
+
+    Args:
+        sub: The weight's subspace.
+
+    Returns:
+        The probes of its basis, as tall as this weight: of a shared basis they are as tall as the stacked weights.
+    """
+    learned, held_out = sub.basis.asks(sub.coords)
+    rows = sub.weight.layout.shape[0]
+    return [
+        probe if probe.left is None or len(probe.left) == rows else probe._replace(left=probe.left[sub.rows])
+        for probe in (*learned, *held_out)
+    ]
+
+
+def sketch(sub: Subspace, grad: Gradient, projected: Tensor) -> Sketch:
+    """The products of a weight's gradient with its `probes`.
+
+    Args:
+        sub: The weight's subspace.
+        grad: G [m, n].
+        projected: Its projection by the map in use, [p, q], which may be one of them.
+
+    Returns:
+        A product for each of them.
+    """
+    asked, current, seen = probes(sub), sub.map(), in_whole(grad, sub.weight)
+    known = [seen is grad and is_projection(current, probe) for probe in asked]
+    return products(seen, asked, known, projected)
+
+
+def is_projection(current: LinearMap, probe: Probe) -> bool:
+    """Whether the product of a probe is the projection by a map, which is not computed twice."""
+    return isinstance(current, KroneckerMap) and current.left is probe.left and current.right is probe.right
+
+
+def products(grad: Gradient, probes: Sequence[Probe], known: Sequence[bool], projected: Tensor) -> Sketch:
+    """The products of a gradient with some probes.
+
+    Args:
+        grad: G [m, n].
+        probes: What it is multiplied with.
+        known: For each of them whether it `is_projection`.
+        projected: The projection, [p, q].
+
+    Returns:
+        The products, in memory of their own and at least float32.
+    """
+    found = []
+    for (left, right), same in zip(probes, known, strict=True):
+        found.append((projected if same else grad.product(left, right)).to(wide(grad.dtype), copy=same))
+    return tuple(found)

@@ -24,6 +24,7 @@ def wrap(
     weight_decay: float = 0.0,
     scale: float = 1.0,
     carry: Carry = "keep",
+    residual: str | None = None,
     seed: int = 0,
     compat: Compat | None = None,
     layerwise: bool = False,
@@ -50,6 +51,10 @@ def wrap(
         scale: Multiplies the learning rate of the coordinates, not their decay (GaLore's ``scale``).
         carry: What happens to the base's moments at a refresh: ``keep``, ``reset``, ``rotate`` into the new basis, or
             ``transport``, which estimates squares better (LDAdam). Only ``reset`` sets the base's count of steps back.
+        residual: What becomes of the part R of a gradient that no coordinates can express; None drops it. ``scaled`` steps
+            along R as far as the base steps along the rest (Fira), ``sign`` along its signs (FRUGAL), ``feedback`` adds it to
+            the next gradient (LDAdam). Every step then reads the gradients themselves, and the run has no counterpart in
+            adapter mode (docs/methods.md).
         seed: Seed of everything random; each weight derives its own from it and its name.
         compat: ``galore`` follows galore_torch's arithmetic exactly.
         layerwise: Step each weight inside the backward as soon as its gradient is computed, then free the gradient: no two need
@@ -93,6 +98,7 @@ def wrap(
         weight_decay=weight_decay,
         scale=scale,
         carry=carry,
+        residual=residual,
         seed=seed,
         compat=compat,
         layerwise=layerwise,

@@ -15,7 +15,7 @@ from lingrad.config import spec
 from lingrad.config.coverage import remark
 from lingrad.config.names import held_parameters
 from lingrad.config.rules import Rules
-from lingrad.config.settings import MOVES, Mode, Settings, check_not_negative
+from lingrad.config.settings import Mode, Settings, check_not_negative
 from lingrad.config.sharing import GroupedTarget, group_targets, require_shared
 from lingrad.config.targets import Plan, resolve_model, resolve_parameters
 from lingrad.deprecated import renamed_option
@@ -23,6 +23,7 @@ from lingrad.engine import rounds
 from lingrad.engine.arithmetic import Arithmetic, arithmetic, as_published
 from lingrad.engine.checkpoint import identity
 from lingrad.engine.layerwise import Layerwise
+from lingrad.engine.moments import known_kinds
 from lingrad.engine.refresh import schedule
 from lingrad.engine.refusals import check_base, check_effective, check_equal, check_sharded
 from lingrad.engine.run import Run
@@ -31,7 +32,6 @@ from lingrad.engine.stepper import Group, Stepper
 from lingrad.errors import SpecError, did_you_mean, require, warn_caller
 from lingrad.optimizers import Base, BaseLike, checks
 from lingrad.optimizers.hooks import without_global_hooks
-from lingrad.optimizers.moments import MomentKinds, moment_kinds, require_transportable
 from lingrad.parallel import Processes
 from lingrad.subspaces import trees
 from lingrad.subspaces.basis import Basis
@@ -201,13 +201,7 @@ def build(model: Trainable, rules: Rules, base: BaseLike, mode: Mode, options: M
     found = optimizers.find(base, base_options, decay=False, others=Settings.names())
     check_base(found)
     checks.check_reads_only_gradients(found)
-    kinds = MomentKinds({}, None)
-    if settings.carry in MOVES:
-        kinds = moment_kinds(found, f"carry='{settings.carry}'", settings.carry)
-    elif settings.residual == "feedback":
-        kinds = moment_kinds(found, "residual='feedback'", "follow")
-    if settings.carry == "transport":
-        require_transportable(found, kinds)
+    kinds = known_kinds(found, settings)
     steps_as = arithmetic(settings.compat, found.name)
     if settings.layerwise:
         checks.check_no_shared_state(found)

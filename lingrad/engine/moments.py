@@ -8,11 +8,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lingrad.config.settings import MOVES, Carry
+from lingrad.config.settings import MOVES, Carry, Settings
 from lingrad.errors import DualityError
 from lingrad.maps import LinearMap
+from lingrad.optimizers import Base
 from lingrad.optimizers.eight_bit import Quantizer
-from lingrad.optimizers.moments import MomentKinds
+from lingrad.optimizers.moments import MomentKinds, moment_kinds, require_transportable
 from lingrad.tensors import whole
 
 
@@ -110,3 +111,26 @@ class Moments(NamedTuple):
         held = carried if self.quantizer is None else self.quantizer.encode(carried)
         for key, value in held.items():
             self.state[key].copy_(value)
+
+
+def known_kinds(base: Base, settings: Settings) -> MomentKinds:
+    """What a run must know of its base's state.
+
+    Args:
+        base: The base of the coordinates.
+        settings: The options of the run.
+
+    Returns:
+        The kinds; none where nothing asks for them.
+
+    Raises:
+        DualityError: An entry of the state is none that the options could carry.
+    """
+    if settings.carry in MOVES:
+        kinds = moment_kinds(base, f"carry='{settings.carry}'", settings.carry)
+        if settings.carry == "transport":
+            require_transportable(base, kinds)
+        return kinds
+    if settings.residual == "feedback":
+        return moment_kinds(base, "residual='feedback'", "follow")
+    return MomentKinds({}, None)

@@ -186,14 +186,10 @@ class SubspaceOptimizer(Optimizer):
 
         Returns:
             Parameter name -> change, of rank r for each basis that was used; on the CPU, exact to rounding. Raises `ModeError`
-            where something was merged or decayed, and the run was made without ``ledger=True``; or a plain model was loaded
-            into the run, and no state of the optimizer after it.
+            where something was merged or decayed, and the run was made without ``ledger=True``; a plain model was loaded
+            into the run, and no state of the optimizer after it; or the run has a ``residual``.
         """
-        found = {}
-        for group, name, _, attachment in self._run.named():
-            if attachment is not None:
-                found[name] = attachment.sub.change(decays=bool(group["weight_decay"]))
-        return found
+        return self._run.changes()
 
     def merge_losses(self) -> dict[str, MergeLoss]:
         """What merges into quantised weights have lost, relative to what they merged.

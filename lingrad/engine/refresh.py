@@ -21,7 +21,7 @@ from lingrad.maps import LinearMap
 from lingrad.parallel import Processes
 from lingrad.subspaces import trees
 from lingrad.subspaces.basis import Basis, Probes, Proposal
-from lingrad.subspaces.pending import in_whole
+from lingrad.subspaces.products import in_whole
 from lingrad.subspaces.subspace import Subspace
 from lingrad.tensors import cast, whole
 from lingrad.transforms import Probe, Sketch

@@ -29,6 +29,7 @@ from lingrad.weights.dense import DenseWeight
 if TYPE_CHECKING:
     from lingrad.engine.run import Run
 
+LIMITS = {torch.float64: 1e-9, torch.float32: 1e-2}  # how far a gradient may be from its own projection; in 16 bits 0.25
 FLOOR = 1e-8  # is added to the norms that steps are divided by, as in Fira's own program
 
 
@@ -135,10 +136,10 @@ def take_up(run: Run, subs: Iterable[Subspace]) -> None:
         return
     live = [sub for sub in subs if not sub.pending.fed and _has_gradient(sub)]
     for sub, factor in zip(live, _factors(live), strict=True):
-        error = run.residuals.error(sub)
+        total = DenseGradient(_dense(sub, factor).add_(run.residuals.error(sub)))
         assert sub.coords.grad is not None  # noqa: S101 - `_has_gradient`
-        sub.coords.grad.add_(sub.map().project(error.to(sub.coords.dtype)))
-        sub.pending.replace(DenseGradient(_dense(sub, factor).add_(error)), sub.coords)
+        sub.coords.grad.copy_(sub.map().project(total))
+        sub.pending.replace(total, sub.coords)
 
 
 def merge(run: Run, subs: Sequence[Subspace]) -> None:
@@ -198,7 +199,7 @@ def _signs(residuals: Residuals, rest: Tensor, rate: Any) -> Tensor:
 
 
 def _has_gradient(sub: Subspace) -> bool:
-    """Whether a backward has left the gradient itself.
+    """Whether a backward has left the gradient itself, of which the basis drops a part.
 
     Returns:
         Whether it has; False where there is none, or zero.
@@ -207,7 +208,7 @@ def _has_gradient(sub: Subspace) -> bool:
         ModeError: The gradient of the coordinates came from elsewhere.
     """
     grad = sub.coords.grad
-    if grad is None:
+    if grad is None or not sub.basis.whole:
         return False
     if isinstance(sub.pending.total, Gradient):
         return True
@@ -254,8 +255,8 @@ def _factors(subs: Sequence[Subspace]) -> list[float]:
         factor = (now * projected).sum() / size.clamp_min(torch.finfo(now.dtype).tiny)
         error = torch.linalg.vector_norm(now - factor * projected) / torch.linalg.vector_norm(now)
         found.append(torch.stack([factor, error, size > 0]).double())
-        # the projection that autograd added up, and that of the sum: products and sums in other orders and dtypes
-        limits.append(min(0.25, 1024 * torch.finfo(seen.dtype).eps))
+        # the projection that autograd added up, and that of the sum, by other products: in 16 bits, in TF32, or in full
+        limits.append(LIMITS.get(seen.dtype, 0.25))
     read = torch.stack(found).tolist() if found else []
     common = next((factor for factor, _, known in read if known and math.isfinite(factor)), 1.0)
     for sub, (factor, error, known), limit in zip(subs, read, limits, strict=True):

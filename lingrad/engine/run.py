@@ -20,6 +20,7 @@ from lingrad.engine.stepper import Group, Stepper
 from lingrad.errors import ModeError
 from lingrad.parallel import Processes, check_around, initialized
 from lingrad.subspaces.basis import Basis
+from lingrad.subspaces.ledger import Change
 from lingrad.subspaces.subspace import Subspace
 from lingrad.subspaces.watched import allocate, release
 from lingrad.tensors import own, whole
@@ -105,7 +106,7 @@ class Run:
         if self.settings.residual is not None:
             self.residuals = Residuals(parse_residual(self.settings.residual))
         for basis in self.bases:
-            basis.whole = self.residuals is not None
+            basis.whole = self.residuals is not None and basis.coords_shape != basis.shape  # full() drops nothing
         weights = ((attachment.sub.name, attachment.sub.weight) for attachment in self.attachments)
         self.tied = [(name, one) for name, one in weights if isinstance(one, DenseWeight) and len(one.owners) > 1]
 
@@ -242,7 +243,7 @@ class Run:
             return
         for attachment in self.attachments:
             attachment.require(mode)
-        if self.settings.rounds is not None:
+        if self.settings.rounds is not None or self.settings.residual is not None:
             self.settings.check_mode(mode)
         self.detach()
         try:
@@ -250,6 +251,24 @@ class Run:
         except BaseException:
             self.attach(before)
             raise
+
+    def changes(self) -> dict[str, Change]:
+        """What the run has made of every transformed weight, as thin factors.
+
+        Returns:
+            Parameter name -> change.
+
+        Raises:
+            ModeError: It is not known, or of no low rank.
+        """
+        residual = self.settings.residual
+        if residual is not None and self.step:
+            raise ModeError(
+                f"with residual='{residual}' weights change outside of the span of their bases too, and no thin factors hold "
+                "the change; save the model itself, or have lingrad convert cut the difference of two models to a rank"
+            )
+        named = (one for one in self.named() if one.attachment is not None)
+        return {one.name: one.attachment.sub.change(decays=bool(one.group["weight_decay"])) for one in named}  # type: ignore[union-attr]
 
     def forget(self) -> None:
         """Drop the gradients that were not stepped, and what was recorded for a refresh."""

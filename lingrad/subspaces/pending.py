@@ -18,11 +18,8 @@ from torch import Tensor, nn
 
 from lingrad.errors import ModeError
 from lingrad.gradients import Gradient, accumulate
-from lingrad.gradients.local import RowsGradient
 from lingrad.parallel import Processes
 from lingrad.tensors import call, is_sharded, nbytes, whole
-from lingrad.weights.base import Weight
-from lingrad.weights.sharding import LayerSharding
 
 Seen = Gradient | tuple[Tensor, ...]
 
@@ -276,24 +273,6 @@ def _factor(now: Tensor, before: Tensor, *, loose: bool) -> float | None:
     rounding = 8 * torch.finfo(now.dtype).eps
     floor = float((factor * before).abs().max()) * rounding if loose else torch.finfo(now.dtype).tiny
     return factor if torch.allclose(now, factor * before, rtol=rounding, atol=floor) else None
-
-
-def in_whole(grad: Gradient, weight: Weight) -> Gradient:
-    """The gradient of a process's part of a weight in that of the whole weight, zero elsewhere.
-
-    Args:
-        grad: The gradient; that of the whole weight unless tensor parallelism has cut it.
-        weight: The weight.
-
-    Returns:
-        [m, n] of the whole weight.
-    """
-    if not isinstance(weight.sharding, LayerSharding):
-        return grad
-    dim = weight.sharding.dim
-    size = weight.layout.shape[dim]
-    first = weight.sharding.rows(size).start
-    return RowsGradient(grad, first, size) if dim == 0 else RowsGradient(grad.T, first, size).T
 
 
 def _plus(total: Seen | None, part: Seen) -> Seen:

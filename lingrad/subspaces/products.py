@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from lingrad.gradients import Gradient
+from lingrad.gradients.local import RowsGradient
 from lingrad.maps import KroneckerMap, LinearMap
-from lingrad.subspaces.pending import in_whole
 from lingrad.tensors import wide
 from lingrad.transforms import Probe, Sketch
+from lingrad.weights.base import Weight
+from lingrad.weights.sharding import LayerSharding
 
 if TYPE_CHECKING:
     from lingrad.subspaces.subspace import Subspace
@@ -48,6 +50,24 @@ def sketch(sub: Subspace, grad: Gradient, projected: Tensor) -> Sketch:
     asked, current, seen = probes(sub), sub.map(), in_whole(grad, sub.weight)
     known = [seen is grad and is_projection(current, probe) for probe in asked]
     return products(seen, asked, known, projected)
+
+
+def in_whole(grad: Gradient, weight: Weight) -> Gradient:
+    """The gradient of a process's part of a weight in that of the whole weight, zero elsewhere.
+
+    Args:
+        grad: The gradient; that of the whole weight unless tensor parallelism has cut it.
+        weight: The weight.
+
+    Returns:
+        [m, n] of the whole weight.
+    """
+    if not isinstance(weight.sharding, LayerSharding):
+        return grad
+    dim = weight.sharding.dim
+    size = weight.layout.shape[dim]
+    first = weight.sharding.rows(size).start
+    return RowsGradient(grad, first, size) if dim == 0 else RowsGradient(grad.T, first, size).T
 
 
 def is_projection(current: LinearMap, probe: Probe) -> bool:

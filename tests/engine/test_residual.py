@@ -1,0 +1,354 @@
+"""What becomes of the part of a gradient that its basis drops; over many steps and refreshes in contract/test_reference.py.
+
+Tolerance: 1e-11 in float64. A basis of normal numbers is solved through its Gram matrix, whose condition, here up to 1e4, is
+the square of its own.
+"""
+
+import copy
+import itertools
+
+import pytest
+import torch
+from torch import nn
+
+import lingrad
+from lingrad.config.residual import Residual, parse_residual
+from lingrad.errors import CheckpointError, DualityError, ModeError, SpecError
+from tests.support.cases import SIDED, SIDES, UNSIDED
+from tests.support.models import (
+    every_kind,
+    gap,
+    llama,
+    text_batches,
+    text_loss,
+    token_batches,
+    token_loss,
+    train,
+    zoo,
+    zoo_batches,
+    zoo_loss,
+)
+from tests.support.runs import assert_equal_bits, through_a_file, weights_of
+
+TOLERANCE = 1e-11
+RULES = ("scaled", "sign", "feedback")
+SPECS = [text.format(side=side) for text in SIDED for side in SIDES[:1] + SIDES[-1:]] + list(UNSIDED)
+each_rule = pytest.mark.parametrize("rule", RULES)
+
+
+def run(
+    rule,
+    spec="svd(rank=3, every=3)",
+    steps=1,
+    build=zoo,
+    data=zoo_batches,
+    loss=zoo_loss,
+    micro=2,
+    make=lingrad.wrap,
+    **options,
+):
+    model = build()
+    optimizer = make(model, {"*": spec}, options.pop("base", "adamw"), residual=rule, **{"lr": 1e-2, "eps": 1e-4} | options)
+    train(model, optimizer, data(steps, micro=micro), loss, schedule=False)
+    return model, optimizer
+
+
+def dropped(sub, gradient):
+    """G less the nearest lift of coordinates, by least squares on S as a matrix."""
+    p, q = sub.coords.shape
+    units = torch.eye(p * q, dtype=torch.float64).view(p * q, p, q)
+    columns = torch.stack([sub.map().lift(unit).flatten() for unit in units], dim=1)
+    flat = gradient.flatten()
+    return (flat - columns @ torch.linalg.lstsq(columns, flat[:, None]).solution[:, 0]).view_as(gradient)
+
+
+def gradients():
+    """Those of the first step, by plain autograd."""
+    model = zoo()
+    for batch in zoo_batches(1, micro=2)[0]:
+        (zoo_loss(model, batch) / 2).backward()
+    return {name: param.grad for name, param in model.named_parameters()}
+
+
+@pytest.mark.thinned(3)
+@pytest.mark.parametrize("spec", SPECS)
+def test_one_step_of_every_transform_on_every_kind_of_weight(spec):
+    """The step beyond that of the coordinates, against autograd's own gradient and S as a dense matrix."""
+    first = {sub.name: sub for sub in run(None, spec, steps=0)[1].subspaces}
+    plain = weights_of(run(None, spec)[1])
+    found = gradients()
+    signs, scaled = (run(rule, spec)[1] for rule in ("sign", "scaled"))
+    for sub in signs.subspaces:
+        layout = sub.weight.layout
+        # a basis that reads the gradient is refreshed before the step, any other was there before
+        used = sub if sub.basis.transform.reads == "gradient" else first[sub.name]
+        rest = layout.restore(dropped(used, layout.matrix(found[sub.name])))
+        extra = weights_of(signs)[sub.name] - plain[sub.name]
+        sure = rest.abs() > 1e-9  # the sign of what is zero but for rounding is rounding
+        assert ((extra + 1e-2 * rest.sign())[sure]).abs().max() <= 1e-12 if sure.any() else not extra.any(), sub.name
+        along = weights_of(scaled)[sub.name] - plain[sub.name]
+        assert along.flatten() @ rest.flatten() <= 0.0
+        if sub.coords.shape == layout.shape:  # of full(), nothing is dropped
+            assert along.abs().max() <= TOLERANCE
+
+
+@each_rule
+def test_layerwise_is_the_same(rule):
+    options = {"build": llama, "data": text_batches, "loss": text_loss, "micro": 1, "steps": 8, "carry": "transport"}
+    expected = weights_of(run(rule, **options)[1])
+    assert gap(weights_of(run(rule, layerwise=True, **options)[1]), expected) <= TOLERANCE
+
+
+@each_rule
+@pytest.mark.parametrize(
+    "spec", ["power(rank=3, every=3)", "svd(rank=3, every=3)", "random(rank=3, every=3, store=false)", "pca(rank=3)"]
+)
+def test_micro_batches_are_one_batch(rule, spec):
+    """What a sketch reads comes out of the same sum as the residual."""
+
+    def trained(micro):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(9, 7), nn.Tanh(), nn.Linear(7, 8)).double()
+        optimizer = lingrad.wrap(model, {"*": spec}, "adamw", lr=1e-2, residual=rule, carry="transport")
+        data = torch.randn(9, 12, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+        for x in data:
+            optimizer.zero_grad()
+            for part in x.chunk(micro):
+                (model(part).square().mean() / micro).backward()
+            optimizer.step()
+        return weights_of(optimizer)
+
+    assert gap(trained(3), trained(1)) <= TOLERANCE
+
+
+@each_rule
+def test_a_sketch_is_that_of_the_run_without(rule):
+    """A basis that is learned from products is the same at its first refresh, where gradients still are."""
+    with_rule, without = (
+        run(each, "power(rank=3, every=2)", build=llama, data=text_batches, loss=text_loss)[1] for each in (rule, None)
+    )
+    for one, other in zip(with_rule.subspaces, without.subspaces, strict=True):
+        for a, b in zip(one.map().tensors, other.map().tensors, strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=TOLERANCE)
+        assert one.basis.energy == pytest.approx(other.basis.energy, abs=TOLERANCE)
+
+
+@each_rule
+def test_gradients_may_be_scaled_by_one_factor(rule):
+    """As GradScaler and accumulation do it; what is fed back is of the size that gradients have at the step."""
+
+    def trained(factor):
+        model = llama()
+        optimizer = lingrad.wrap(model, "svd(rank=3, every=3)", "adamw", lr=1e-2, residual=rule)
+        for (batch,) in text_batches(7, micro=1):
+            optimizer.zero_grad()
+            (text_loss(model, batch) * factor).backward()
+            for param in (param for group in optimizer.param_groups for param in group["params"]):
+                param.grad.div_(factor)
+            optimizer.step()
+        return weights_of(optimizer)
+
+    assert gap(trained(1024.0), trained(1.0)) <= TOLERANCE
+
+
+@each_rule
+def test_a_gradient_changed_in_another_way_is_refused(rule):
+    model = llama()
+    optimizer = lingrad.wrap(model, "random(rank=3, every=0)", "adamw", lr=1e-2, residual=rule)
+    text_loss(model, text_batches(1)[0][0]).backward()
+    optimizer.subspaces[2].coords.grad.clamp_(-1e-3, 1e-3)
+    with pytest.raises(ModeError, match="in another way than by one factor"):
+        optimizer.step()
+
+
+@each_rule
+def test_a_gradient_from_elsewhere_is_refused_and_zeros_are_not(rule):
+    model = llama()
+    optimizer = lingrad.wrap(model, "random(rank=3, every=0)", "adamw", lr=1e-2, residual=rule)
+    before = weights_of(optimizer)
+    for sub in optimizer.subspaces:
+        sub.coords.grad = torch.zeros_like(sub.coords)
+    optimizer.step()
+    assert_equal_bits(weights_of(optimizer), before)
+    optimizer.subspaces[0].coords.grad.fill_(1.0)
+    with pytest.raises(ModeError, match="did not come from a backward"):
+        optimizer.step()
+
+
+@each_rule
+def test_zeroed_gradients_take_what_was_fed_back_with_them(rule):
+    """A clip feeds the error in; zeroing the gradients after it starts again from the same error."""
+    expected = weights_of(run(rule, build=llama, data=text_batches, loss=text_loss, steps=6, micro=1)[1])
+    for zero in ("zero_grad", "set_to_zero"):
+        model = llama()
+        optimizer = lingrad.wrap(model, {"*": "svd(rank=3, every=3)"}, "adamw", residual=rule, lr=1e-2, eps=1e-4)
+        for (batch,) in text_batches(6, micro=1):
+            text_loss(model, batch.flip(0) * 0 + 5).backward()
+            optimizer.clip_grad_norm_(1e-3)
+            optimizer.zero_grad(set_to_none=zero == "zero_grad")
+            text_loss(model, batch).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        assert gap(weights_of(optimizer), expected) <= TOLERANCE, zero
+
+
+@pytest.mark.thinned(2)
+@pytest.mark.parametrize(
+    ("rule", "spec", "carry", "layerwise", "dtype"),
+    [
+        (rule, spec, carry, layerwise, dtype)
+        for (i, (rule, spec)), dtype in itertools.product(
+            enumerate(
+                itertools.product(
+                    RULES, ["svd(rank=3, every=3)", "power(rank=3, every=2)", "random(rank=3, every=4, kind=rows)"]
+                )
+            ),
+            [torch.float64, torch.bfloat16],
+        )
+        for carry, layerwise in [(("keep", "reset", "rotate", "transport")[i % 4], bool(i % 2))]
+    ],
+)
+def test_resumed_it_is_the_same_to_the_bit(rule, spec, carry, layerwise, dtype):
+    options = {"residual": rule, "carry": carry, "layerwise": layerwise, "lr": 1e-2, "weight_decay": 0.1}
+    batches = token_batches(9, micro=1)
+
+    def start():
+        model = every_kind(dtype)
+        return model, lingrad.wrap(model, {"*": spec}, "adamw", **options)
+
+    model, optimizer = start()
+    train(model, optimizer, batches[:4], token_loss, schedule=False)
+    saved = through_a_file([model.state_dict(), optimizer.state_dict()])
+    train(model, optimizer, batches[4:], token_loss, schedule=False)
+    again, resumed = start()
+    again.load_state_dict(saved[0])
+    resumed.load_state_dict(saved[1])
+    train(again, resumed, batches[4:], token_loss, schedule=False)
+    assert_equal_bits(weights_of(resumed), weights_of(optimizer))
+
+
+def test_a_checkpoint_of_another_rule_is_refused():
+    saved = {rule: run(rule, build=llama, data=text_batches, loss=text_loss)[1].state_dict() for rule in (*RULES, None)}
+    for (was, state), now in itertools.product(saved.items(), (*RULES, None)):
+        optimizer = run(now, build=llama, data=text_batches, loss=text_loss)[1]
+        if was == now:
+            optimizer.load_state_dict(state)
+            continue
+        with pytest.raises(CheckpointError, match=f"the checkpoint has residual {was!r}, this run has {now!r}"):
+            optimizer.load_state_dict(state)
+
+
+def test_checkpoints_from_before_there_were_rules_load():
+    optimizer = run(None, build=llama, data=text_batches, loss=text_loss)[1]
+    state = copy.deepcopy(optimizer.state_dict())
+    for group in state["param_groups"]:
+        del group["residual"]
+    optimizer.load_state_dict(state)
+
+
+def test_a_damaged_entry_is_refused():
+    optimizer = run("feedback", build=llama, data=text_batches, loss=text_loss)[1]
+    state = copy.deepcopy(optimizer.state_dict())
+    state["state"][0]["subspace.residual.error"] = state["state"][0]["subspace.residual.error"][:-1]
+    with pytest.raises(CheckpointError, match=r"subspace\.residual\.error"):
+        optimizer.load_state_dict(state)
+
+
+def test_weights_in_16_bits_are_rounded_once():
+    """S z and the step along the residual are added up first."""
+    model = nn.Sequential(nn.Linear(16, 12, bias=False)).to(torch.bfloat16)
+    start = model[0].weight.detach().clone()
+    optimizer = lingrad.wrap(model, {"*": "random(rank=4, every=0)"}, "sgd", lr=0.1, residual="sign")
+    x = torch.randn(8, 16, generator=torch.Generator().manual_seed(0)).bfloat16()
+    model(x).float().square().sum().backward()
+    sub = optimizer.subspaces[0]
+    seen, grad = sub.pending.total.dense().float(), sub.coords.grad.clone()
+    optimizer.step()
+    change = -0.1 * sub.map().lift(grad) - 0.1 * sub.map().residual(seen).sign()
+    assert torch.equal(model[0].weight, (start.float() + change).bfloat16())
+
+
+class TestScaled:
+    def test_its_growth_is_limited(self):
+        """From one step to the next by the limit, whatever the learning rate does."""
+        model = llama()
+        optimizer = lingrad.wrap(model, "svd(rank=3, every=50)", "adamw", lr=1e-2, residual="scaled(limit=1.05)")
+        sizes = []
+        for step, (batch,) in enumerate(text_batches(12, micro=1)):
+            for group in optimizer.param_groups:
+                group["lr"] = 1e-2 * (1 + step)
+            (text_loss(model, batch) * 3**step).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            sizes.append({sub.name: float(optimizer._run.residuals.norms[sub.name]) for sub in optimizer.subspaces})
+        growth = [now[name] / was[name] for was, now in itertools.pairwise(sizes) for name in now]
+        assert max(growth) <= 1.05 * (1 + 1e-12)
+        assert sum(abs(g - 1.05) < 1e-9 for g in growth) > 5  # it does limit
+
+    @pytest.mark.parametrize("tensor", [False, True])
+    def test_a_first_step_without_a_learning_rate_limits_nothing(self, tensor):
+        """As in a warm-up from zero."""
+        model = llama()
+        rate = torch.tensor(0.0) if tensor else 0.0
+        optimizer = lingrad.wrap(model, "svd(rank=3, every=50)", "adamw", lr=rate, residual="scaled")
+        before = weights_of(optimizer)
+        for step, (batch,) in enumerate(text_batches(2, micro=1)):
+            for group in optimizer.param_groups:
+                group["lr"] = (torch.tensor if tensor else float)(1e-2 * step)
+            text_loss(model, batch).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            if step == 0:
+                assert_equal_bits(weights_of(optimizer), before)
+        assert all(float(norm) > 1e-3 for norm in optimizer._run.residuals.norms.values())
+
+
+class TestRefused:
+    @pytest.mark.parametrize(
+        ("text", "match"),
+        [
+            ("fira", "residual must be one of scaled, sign, feedback, not 'fira'"),
+            ("scale", "did you mean 'scaled'"),
+            ("scaled(lim=2)", "has no option 'lim'; it takes limit"),
+            ("feedback(factor=2)", "has no option 'factor'; it takes no options"),
+            ("scaled(limit=0.5)", "limit of residual='scaled' must be a number, 1 or more, not 0.5"),
+            ("sign(factor=-1)", "factor of residual='sign' must be a number, 0 or more, not -1"),
+            ("sign(factor=high)", "must be a number, 0 or more, not 'high'"),
+            ("sign(", "this is not a config string"),
+            (3, "a config string was expected"),
+        ],
+    )
+    def test_a_rule_that_is_none(self, text, match):
+        with pytest.raises(SpecError, match=match.replace("(", r"\(")) as caught:
+            lingrad.wrap(llama(), "svd(rank=3)", lr=1e-2, residual=text)
+        assert caught.value.option == "residual"
+
+    @pytest.mark.parametrize("text", ["scaled", "scaled(limit=1.5)", "sign", "sign(factor=0.5)", "feedback"])
+    def test_strings_are_canonical(self, text):
+        assert str(parse_residual(text)) == text
+        assert parse_residual("scaled( limit = 1.01 )") == Residual("scaled")
+
+    @each_rule
+    def test_adapter_mode_switch_ledger_and_export(self, rule):
+        with pytest.raises(SpecError, match="which no adapter holds, so that adapter mode has no such run"):
+            lingrad.adapt(llama(), "svd(rank=3)", lr=1e-2, residual=rule)
+        with pytest.raises(SpecError, match="has no low rank for the ledger to record"):
+            lingrad.wrap(llama(), "svd(rank=3)", lr=1e-2, residual=rule, ledger=True)
+        optimizer = run(rule, build=llama, data=text_batches, loss=text_loss)[1]
+        before = weights_of(optimizer)
+        with pytest.raises(SpecError, match="which no adapter holds"):
+            optimizer.switch("adapter")
+        assert optimizer.mode == "optimizer"
+        with pytest.raises(ModeError, match="no thin factors hold"):
+            optimizer.changes()
+        assert_equal_bits(weights_of(optimizer), before)
+
+    def test_where_nothing_is_transformed(self):
+        with pytest.raises(SpecError, match="'residual' has no effect where nothing is transformed"):
+            lingrad.wrap(llama(), {"*": "none"}, lr=1e-2, residual="scaled")
+
+    def test_feedback_must_know_the_mean_of_gradients(self):
+        with pytest.raises(
+            DualityError, match="residual='feedback' cannot follow the state 'exp_avg_sq_row' of base 'adafactor'"
+        ):
+            lingrad.wrap(llama(), "svd(rank=3)", "adafactor", lr=1e-2, residual="feedback")

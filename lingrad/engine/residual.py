@@ -6,7 +6,6 @@ is layerwise, of one at a time. The rules are those of `lingrad.config.residual.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -222,9 +221,9 @@ def _has_gradient(sub: Subspace) -> bool:
     return False
 
 
-def _dense(sub: Subspace, factor: float) -> Tensor:
-    """The gradient of a weight, as other programs scaled it: [m, n], at least float32, in memory of its own."""
-    return averaged(_seen(sub), sub.processes).dense().to(wide(sub.weight.dtype), copy=True).mul_(factor)
+def _dense(sub: Subspace, factor: Tensor) -> Tensor:
+    """The gradient of a weight, as other programs scaled it: [m, n], at least float32; what was recorded may be its memory."""
+    return averaged(_seen(sub), sub.processes).dense().to(wide(sub.weight.dtype)).mul_(factor)
 
 
 def _seen(sub: Subspace) -> Gradient:
@@ -234,36 +233,38 @@ def _seen(sub: Subspace) -> Gradient:
     return DenseGradient(torch.zeros(sub.weight.layout.shape, dtype=sub.coords.dtype, device=sub.coords.device))
 
 
-def _factors(subs: Sequence[Subspace]) -> list[float]:
+def _factors(subs: Sequence[Subspace]) -> list[Tensor]:
     """By how much other programs have scaled each gradient since its backward: clipping, the loss scale.
 
     Args:
         subs: The subspaces, with gradients.
 
     Returns:
-        The factors, of zeros that of the others; all are read from the device together.
+        The factors, 0-d; of zeros, or of what is not finite, that of the others. One value is read from the device for all.
 
     Raises:
         ModeError: A gradient was changed in another way, which its residual cannot follow.
     """
-    found, limits = [], []
+    found, known, fine = [], [], []
     for sub in subs:
         seen, now = _seen(sub), sub.coords.grad
         assert now is not None  # noqa: S101 - `_has_gradient`
         projected = sub.map().project(averaged(seen, sub.processes)).to(now.dtype)
         size = projected.square().sum()
-        factor = (now * projected).sum() / size.clamp_min(torch.finfo(now.dtype).tiny)
-        error = torch.linalg.vector_norm(now - factor * projected) / torch.linalg.vector_norm(now)
-        found.append(torch.stack([factor, error, size > 0]).double())
+        factor = (now * projected).sum() / size
+        known.append((size > 0) & factor.isfinite())
         # the projection that autograd added up, and that of the sum, by other products: in 16 bits, in TF32, or in full
-        limits.append(LIMITS.get(seen.dtype, 0.25))
-    read = torch.stack(found).tolist() if found else []
-    common = next((factor for factor, _, known in read if known and math.isfinite(factor)), 1.0)
-    for sub, (factor, error, known), limit in zip(subs, read, limits, strict=True):
-        if known and math.isfinite(factor) and error > limit:
-            raise ModeError(
-                f"the gradient of {sub.name} was changed between backward and step in another way than by one factor, and its "
-                "residual cannot follow. Change the gradient by one factor, or use opt.clip_grad_norm_"
-            )
-    # what is not finite is the base's to meet: the step of coordinates is not finite either
-    return [factor if known and math.isfinite(factor) else common for factor, _, known in read]
+        apart = torch.linalg.vector_norm(now - factor * projected)
+        near = apart <= LIMITS.get(seen.dtype, 0.25) * torch.linalg.vector_norm(now)
+        fine.append(near | ~known[-1])  # what is not finite is the base's to meet
+        found.append(factor)
+    if fine and not bool(torch.stack([one.to(fine[0].device) for one in fine]).all()):
+        name = next(sub.name for sub, one in zip(subs, fine, strict=True) if not bool(one))
+        raise ModeError(
+            f"the gradient of {name} was changed between backward and step in another way than by one factor, and its "
+            "residual cannot follow. Change the gradient by one factor, or use opt.clip_grad_norm_"
+        )
+    common = torch.ones(())
+    for factor, one in zip(reversed(found), reversed(known), strict=True):
+        common = torch.where(one, factor, common.to(factor))
+    return [torch.where(one, factor, common.to(factor)) for factor, one in zip(found, known, strict=True)]

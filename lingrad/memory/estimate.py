@@ -14,6 +14,7 @@ from torch import nn
 
 from lingrad import optimizers
 from lingrad.config.cutting import check_cut, check_target
+from lingrad.config.residual import parse_residual
 from lingrad.config.rules import Rules
 from lingrad.config.settings import Mode, Settings, Share
 from lingrad.config.sharing import GroupedTarget, group_targets
@@ -44,7 +45,7 @@ class ParameterBytes:
         coords: Its coordinates; in optimizer mode one number, since they are zero between steps, unless they are cut.
         coords_gradient: The gradient of the coordinates [p, q].
         basis: The state of its transform.
-        moments: The state of the base optimizer.
+        moments: The state of the base optimizer, and what a ``residual`` keeps.
         activations: What its layer saves for the backward, outside refresh steps: r numbers per token with a right basis. 0 if
             no number of tokens was given, or if a hook projects the gradient.
     """
@@ -149,7 +150,8 @@ def estimate(
     """
     require_one_of(mode, get_args(Mode), "mode")
     require(type(ranks) is int and ranks >= 1, "ranks", f"ranks must be a whole number, 1 or more, not {ranks!r}")
-    _, base_options = Settings.split(options)
+    settings, base_options = Settings.split({**options, "layerwise": layerwise, "share": share})
+    settings.check_mode(mode)
     found = optimizers.find(base, base_options, decay=False, others=Settings.names())
     fallback = found.fallback or found
     if ranks > 1:
@@ -165,7 +167,7 @@ def estimate(
         if own is not None:
             moments = found.moments(cut(own.coords, ranks), wide(own.target.template.dtype))
             weight = _new(own, seen) if ranks == 1 else _cut_bytes(own.target, ranks)
-            rows.append(_transformed(own, moments, mode, weight, tokens=tokens, layerwise=layerwise, ranks=ranks))
+            rows.append(_transformed(own, moments, mode, weight, tokens=tokens, settings=settings, ranks=ranks))
             trained += prod(own.coords)
         elif id(param) in full:
             shape = cut(tuple(param.shape), ranks)
@@ -208,19 +210,24 @@ def _new(grouped: GroupedTarget, seen: set[int]) -> int:
 
 
 def _transformed(
-    grouped: GroupedTarget, moments: list[TensorSpec], mode: Mode, weight: int, *, tokens: int, layerwise: bool, ranks: int
+    grouped: GroupedTarget, moments: list[TensorSpec], mode: Mode, weight: int, *, tokens: int, settings: Settings, ranks: int
 ) -> ParameterBytes:
     target, template = grouped.target, grouped.target.template
     p, q = cut(grouped.coords, ranks)
     dtype = wide(template.dtype)
     size = p * q * dtype.itemsize
-    saved = q * tokens * template.element_size() if target.route != "weight" and grouped.is_first else 0
+    m, n = target.layout.shape
+    rule = None if settings.residual is None or (p, q) == (m, n) else parse_residual(settings.residual).kind
+    # a step that reads the gradient itself saves the layer's input as it is
+    width = q if rule is None else n
+    saved = width * tokens * template.element_size() if target.route != "weight" and (grouped.is_first or rule) else 0
+    kept = {"scaled": dtype.itemsize, "feedback": m * n * template.element_size()}.get(rule or "", 0)
     return ParameterBytes(
         target.name,
         weight=weight,
         coords=size if mode == "adapter" or ranks > 1 else dtype.itemsize,
-        coords_gradient=0 if layerwise else size,
+        coords_gradient=0 if settings.layerwise else size,
         basis=_sum(target.transform.storage(grouped.shape, template.dtype)) if grouped.is_first else 0,
-        moments=_sum(moments),
+        moments=_sum(moments) + kept,
         activations=saved,
     )

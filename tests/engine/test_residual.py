@@ -4,6 +4,7 @@ Tolerance: 1e-11 in float64. A basis of normal numbers is solved through its Gra
 the square of its own.
 """
 
+import contextlib
 import copy
 import itertools
 
@@ -28,6 +29,7 @@ from tests.support.models import (
     zoo_batches,
     zoo_loss,
 )
+from tests.support.processes import each_rank
 from tests.support.runs import assert_equal_bits, through_a_file, weights_of
 
 TOLERANCE = 1e-11
@@ -266,6 +268,55 @@ def test_weights_in_16_bits_are_rounded_once():
     optimizer.step()
     change = -0.1 * sub.map().lift(grad) - 0.1 * sub.map().residual(seen).sign()
     assert torch.equal(model[0].weight, (start.float() + change).bfloat16())
+
+
+def trained_on(rank, world, rule):
+    """Half of every batch in each of two processes, with micro-batches and a clip; None as a rank is one process."""
+    found = []
+    for spec in ("svd(rank=3, every=3)", "power(rank=3, every=2)", "random(rank=3, every=3)"):
+        inner = zoo()
+        optimizer = lingrad.wrap(
+            inner, {"*": spec}, "adamw", lr=1e-2, eps=1e-4, weight_decay=0.1, carry="transport", residual=rule
+        )
+        model = inner if rank is None else nn.parallel.DistributedDataParallel(inner)
+        for early, last in zoo_batches(6, micro=2):
+            optimizer.zero_grad()
+            for i, batch in enumerate((early, last)):
+                with contextlib.nullcontext() if rank is None or i else model.no_sync():
+                    zoo_loss(model, batch if rank is None else batch.chunk(world)[rank]).backward()
+            optimizer.clip_grad_norm_(0.5)
+            optimizer.step()
+        found.append(weights_of(optimizer))
+    return found
+
+
+@each_rule
+def test_two_processes_are_one(rule, tmp_path):
+    first, second = each_rank(trained_on, 2, tmp_path, rule)
+    for one, other, expected in zip(first, second, trained_on(None, 1, rule), strict=True):
+        assert_equal_bits(one, other)
+        assert gap(one, expected) <= TOLERANCE
+
+
+@pytest.mark.slow
+@each_rule
+def test_a_compiled_model_trains_as_it_does_eagerly(rule):
+    """Layers that read gradients are left out of the graphs."""
+
+    def trained(compiled):
+        model = llama()
+        optimizer = lingrad.wrap(model, "svd(rank=3, every=3)", "adamw", lr=1e-2, residual=rule)
+        runs = torch.compile(model, backend="aot_eager") if compiled else model
+        train(runs, optimizer, text_batches(5), text_loss, schedule=False)
+        return weights_of(optimizer)
+
+    assert gap(trained(compiled=True), trained(compiled=False)) <= TOLERANCE
+
+
+def test_a_cuda_graph_of_steps_is_refused():
+    optimizer = run("scaled", build=llama, data=text_batches, loss=text_loss)[1]
+    with pytest.raises(SpecError, match="'residual' is followed in Python at each step"):
+        optimizer.capture(lambda: None)
 
 
 class TestScaled:

@@ -3,6 +3,7 @@
 import itertools
 import json
 import time
+from typing import get_args
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 import lingrad
 from lingrad import memory, optimizers
+from lingrad.config.residual import Kind
 from lingrad.errors import SpecError
 from lingrad.models import LLAMAS, open_model
 from lingrad.testing.training import every_kind, token_loss
@@ -42,9 +44,10 @@ def ids():
     return torch.zeros(4, 5, dtype=torch.long, device="meta")
 
 
-def agree(case, dtype, *, layerwise=False):
+def agree(case, dtype, *, layerwise=False, residual=None):
     text, side, (base, options), mode = case
     spec = text.format(side=side)
+    options = options if residual is None else options | {"residual": residual}
 
     def build():
         return every_kind(dtype)
@@ -89,6 +92,14 @@ def test_in_other_dtypes(spec, mode, dtype):
 @pytest.mark.parametrize("mode", MODES)
 def test_layerwise(mode, base):
     agree(("svd(rank=4)", "short", (base, {"lr": 1e-2}), mode), torch.float32, layerwise=True)
+
+
+@pytest.mark.parametrize("residual", get_args(Kind))
+@pytest.mark.parametrize("layerwise", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("spec", ["svd(rank=4)", "power(rank=4, side=both)", "full()"])
+def test_what_residuals_keep(spec, residual, layerwise, dtype):
+    agree((spec, "short", ("adamw", {"lr": 1e-2}), "optimizer"), dtype, layerwise=layerwise, residual=residual)
 
 
 @pytest.mark.parametrize("name", optimizers.names())
@@ -137,13 +148,13 @@ def test_every_transform_says_what_it_stores(name):
     assert held == sum(stored.nbytes for stored in sub.basis.transform.storage((16, 24), torch.float32))
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(("mode", "options"), [*((mode, {}) for mode in MODES), ("optimizer", {"residual": "sign"})])
 @pytest.mark.parametrize("side", ["left", "right", "both"])
-def test_saved_activations_are_what_autograd_is_asked_to_keep(side, mode):
+def test_saved_activations_are_what_autograd_is_asked_to_keep(side, mode, options):
     model = nn.Linear(24, 16, bias=False)
     tokens, rank = 10, 4
     optimizer = {"optimizer": lingrad.wrap, "adapter": lingrad.adapt}[mode](
-        model, {"*": f"svd(rank={rank}, side={side})"}, "sgd", lr=0.1
+        model, {"*": f"svd(rank={rank}, side={side})"}, "sgd", lr=0.1, **options
     )
     x = torch.randn(tokens, 24)
     model(x).square().sum().backward()
@@ -154,10 +165,10 @@ def test_saved_activations_are_what_autograd_is_asked_to_keep(side, mode):
         model(x)
     inputs = [t for t in kept if t.shape[0] == tokens]
     (row,) = memory.estimate(
-        nn.Linear(24, 16, bias=False), {"*": f"svd(rank={rank}, side={side})"}, "sgd", mode, tokens=tokens
+        nn.Linear(24, 16, bias=False), {"*": f"svd(rank={rank}, side={side})"}, "sgd", mode, tokens=tokens, **options
     ).rows
     assert sum(t.numel() * t.element_size() for t in inputs) == row.activations
-    assert row.activations == tokens * 4 * (24 if side == "left" else rank)
+    assert row.activations == tokens * 4 * (24 if side == "left" or options else rank)
 
 
 class TestDuality:

@@ -279,6 +279,7 @@ def _attachments(
             transform, like = as_published(settings.compat, first.transform), first.template
             seed = derive_seed(settings.seed, first.name)
             basis = Basis(first.name, transform, place.shape, seed=seed, run_seed=settings.seed, like=like)
+            basis.whole = settings.residual is not None and basis.coords_shape != basis.shape  # full() drops nothing
             names = {member.name for member in place.group}
             bases[first.name] = basis, SharedInput(names) if len(names) > 1 else None, 0
         basis, shared, start = bases[first.name]

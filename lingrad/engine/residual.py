@@ -158,13 +158,16 @@ def merge(run: Run, subs: Sequence[Subspace]) -> None:
         rest = current.residual(grad)
         sketched = sub.basis.due and sub.basis.transform.reads == "sketch"
         sub.pending.total = sketch(sub, DenseGradient(grad), current.project(grad)) if sketched else None
+        rounding = _rounding(grad) if residuals.rule.kind == "sign" else None
         del grad
         if residuals.rule.kind == "feedback":
             residuals.error(sub).copy_(rest)
             residuals.settle(sub)
             continue
         rate = rates[id(sub.coords)]
-        step = _scaled(residuals, sub, rest, rate) if residuals.rule.kind == "scaled" else _signs(residuals, rest, rate)
+        step = _scaled(residuals, sub, rest, rate) if rounding is None else _signs(rest, rounding)
+        if rounding is not None:
+            step.mul_(-rate * residuals.rule.factor)
         current.add_lift_(step, sub.coords.detach())
         assert isinstance(sub.weight, DenseWeight)  # noqa: S101 - refused otherwise
         sub.weight.add_matrix_(step)
@@ -193,8 +196,15 @@ def _scaled(residuals: Residuals, sub: Subspace, rest: Tensor, rate: Any) -> Ten
     return step
 
 
-def _signs(residuals: Residuals, rest: Tensor, rate: Any) -> Tensor:
-    return rest.sign_().mul_(-rate * residuals.rule.factor)
+def _signs(rest: Tensor, rounding: Tensor) -> Tensor:
+    """The signs of R, in its memory; 0 where it is zero but for rounding, as in rows without a gradient."""
+    return rest.mul_(rest.abs() > rounding).sign_()
+
+
+def _rounding(grad: Tensor) -> Tensor:
+    """How large entries of R are where all there is of them is rounding: eps times the row's and the column's norm, [m, n]."""
+    norms = torch.linalg.vector_norm(grad, dim=1, keepdim=True) + torch.linalg.vector_norm(grad, dim=0, keepdim=True)
+    return norms.mul_(8 * torch.finfo(grad.dtype).eps)
 
 
 def _has_gradient(sub: Subspace) -> bool:

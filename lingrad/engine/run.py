@@ -105,8 +105,6 @@ class Run:
         self.count = self.processes.count
         if self.settings.residual is not None:
             self.residuals = Residuals(parse_residual(self.settings.residual))
-        for basis in self.bases:
-            basis.whole = self.residuals is not None and basis.coords_shape != basis.shape  # full() drops nothing
         weights = ((attachment.sub.name, attachment.sub.weight) for attachment in self.attachments)
         self.tied = [(name, one) for name, one in weights if isinstance(one, DenseWeight) and len(one.owners) > 1]
 

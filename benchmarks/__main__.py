@@ -26,7 +26,7 @@ from benchmarks.plan import (
 )
 from lingrad.errors import LingradError
 
-SUITES = ("steps", "refreshes", "pca", "memory", "overhead", "host", "compiled", "traffic", "curves")
+SUITES = ("steps", "refreshes", "pca", "memory", "overhead", "host", "compiled", "policies", "traffic", "curves")
 
 
 def main() -> None:
@@ -93,6 +93,8 @@ def run(plan: Plan, only: Any, device: str) -> dict[str, Any]:
         found["host, compiled"] = host.compiled(plan.host, COMPILED, 8 * plan.rounds)
     if "compiled" in only and plan.compiled is not None:
         found["compiled"] = host.compiled(plan.compiled, COMPILED, plan.rounds)
+    if "policies" in only and plan.policies is not None:
+        found["policies"] = steps.plain(steps.compare(plan.policies, device))
     if "traffic" in only:
         found["traffic"] = traffic.compare()
     for what, comparisons in plan.curves if "curves" in only else ():

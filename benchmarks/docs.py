@@ -1,9 +1,10 @@
-"""The way of results into docs/performance.md."""
+"""The way of results into docs/performance.md and docs/methods.md."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks import plots, report, roofline
@@ -23,6 +24,7 @@ class Block(NamedTuple):
         markdown: Makes the text.
         whole: Whether they are of a whole run.
         plots: Whether pictures go into the folder of the page.
+        page: The page.
     """
 
     folder: str
@@ -30,6 +32,7 @@ class Block(NamedTuple):
     markdown: Callable[[dict[str, Any]], str]
     whole: Callable[[dict[str, Any]], bool]
     plots: bool = False
+    page: Path = report.DOCS
 
 
 def _all_goals(found: dict[str, Any]) -> bool:
@@ -45,11 +48,18 @@ BLOCKS = {
         roofline.markdown,
         lambda found: len(found["rows"]) == len(roofline.WORKLOADS),
     ),
+    "policies": Block(
+        "policies",
+        "python -m benchmarks --only policies --out benchmarks/out/policies",
+        lambda found: report.policies_table(found["policies"]),
+        lambda found: found["plan"] != "quick",
+        page=report.DOCS.with_name("methods.md"),
+    ),
 }
 
 
 def into_docs() -> None:
-    """Put the last results into docs/performance.md, between their marks, and into its folder.
+    """Put the last results into their pages, between their marks, and into a folder of each page.
 
     Raises:
         LingradError: There are none, they are not of a whole run, or the page has no place for them.
@@ -64,9 +74,10 @@ def into_docs() -> None:
                 f"{paths[name]} is of a quick run or of some suites, and the docs show whole runs; "
                 f"run '{BLOCKS[name].command}' first"
             )
-    put(report.DOCS, {name: BLOCKS[name].markdown(found) for name, found in results.items()})
+    for page in {BLOCKS[name].page for name in results}:
+        put(page, {name: BLOCKS[name].markdown(found) for name, found in results.items() if BLOCKS[name].page == page})
     for name in results:
-        folder = report.DOCS.with_suffix("") / name
+        folder = BLOCKS[name].page.with_suffix("") / name
         folder.mkdir(parents=True, exist_ok=True)
         if BLOCKS[name].plots:
             plots.draw(results[name], folder)

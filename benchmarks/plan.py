@@ -99,6 +99,8 @@ ENTRIES = {
         Entry(POWER, ours("power(rank={rank}, every={every})")),
         Entry(RANDOM, ours("random(rank={rank}, every={every})")),
         Entry(EIGHT_BIT, ours("random(rank={rank}, every={every})", moments="8bit")),
+        *(Entry(f"carry, {carry}", ours(RANDOMIZED, carry=carry)) for carry in ("rotate", "transport")),
+        *(Entry(f"residual, {rule}", ours(RANDOMIZED, residual=rule)) for rule in ("scaled", "sign", "feedback")),
         Entry("optimizer, online pca", ours("pca(rank={rank})"), every=False),
         Entry(ALL_TRAINED, ours(RANDOMIZED, "adapter")),
         Entry(ADAPTER, lambda rank, every: LinearsOnly(ours(RANDOMIZED, "adapter")(rank, every), rank)),
@@ -118,6 +120,7 @@ MAIN = (FULL, FROZEN, OPTIMIZER, SHARED, EXACT, ADAPTER, LORA_ONE, LORA, GALORE)
 OTHERS = (POWER, RANDOM, "optimizer, online pca", ALL_TRAINED, "osd, autograd")
 COUNTED = (FULL, FROZEN, RANDOM, POWER, SHARED, ALL_TRAINED, ADAPTER, LORA_ONE, LORA, GALORE)  # launches, host time
 COMPILED = (FULL, FROZEN, OPTIMIZER, SHARED, ADAPTER, LORA_ONE)
+POLICIES = (FULL, OPTIMIZER, *(key for key in ENTRIES if key.partition(", ")[0] in ("carry", "residual")))
 CURVES = (FULL, OPTIMIZER, ADAPTER, LORA_ONE, GALORE)
 
 
@@ -180,6 +183,7 @@ class Plan:
         rounds: How often short pieces of work are timed.
         host: The workload, a tiny one, whose host time is measured.
         compiled: The workload that is timed under ``torch.compile``, if any.
+        policies: The comparison of what carries moments and residuals, if any.
     """
 
     name: str
@@ -191,6 +195,7 @@ class Plan:
     rounds: int = 7
     host: Workload = TINY
     compiled: Workload | None = None
+    policies: Steps | None = None
 
 
 def curves(base: Workload, keys: tuple[str, ...] = CURVES) -> tuple[tuple[str, tuple[Steps, ...]], ...]:
@@ -218,6 +223,7 @@ QUICK = Plan(
     (),
     LLAMA_512,
     LLAMA_512,
+    policies=Steps(LLAMA_512, POLICIES),
 )
 WHOLE = Plan(
     "full",
@@ -236,6 +242,7 @@ WHOLE = Plan(
     LLAMA_1024,
     LLAMA_512,
     compiled=LLAMA_1024,
+    policies=Steps(LLAMA_1024, POLICIES, blocks=3),
 )
 PLANS = {plan.name: plan for plan in (QUICK, WHOLE)}
 

@@ -19,7 +19,7 @@ from benchmarks.steps import batches
 from lingrad.config import spec
 from lingrad.gradients.local import DenseGradient, FactoredGradient
 from lingrad.models import build_llama, next_token_loss
-from lingrad.subspaces.basis import is_projection, products
+from lingrad.subspaces.products import is_projection, products
 from lingrad.transforms import Transform, When
 
 TRANSFORMS = (

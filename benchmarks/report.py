@@ -15,7 +15,7 @@ import torch
 
 from benchmarks import host, plots, traffic
 from benchmarks.measure import ratio
-from benchmarks.plan import FROZEN, FULL, GALORE, GOALS, PERIOD, Workload
+from benchmarks.plan import FROZEN, FULL, GALORE, GOALS, OPTIMIZER, PERIOD, Workload
 from lingrad.console import markdown as tabulate
 from lingrad.files.atomic import write_whole
 
@@ -99,6 +99,8 @@ def markdown(found: dict[str, Any]) -> str:
         parts.append(f"**Host time**, compiled:\n\n{host.compiled_table(found['host, compiled'])}")
     if "compiled" in found:
         parts.append(f"**Compiled** steps, CPU time of one thread:\n\n{host.compiled_table(found['compiled'])}")
+    if "policies" in found:
+        parts.append(f"**Policies**, one step:\n\n{policies_table(found['policies'])}")
     if "traffic" in found:
         parts.append(f"**Sent** by one of two processes in a step, fully_shard, in kB:\n\n{traffic.table(found['traffic'])}")
     for what, points in found["curves"].items():
@@ -148,6 +150,21 @@ def steps_table(timings: list[dict[str, Any]]) -> str:
                 f"{timing['state'] / 1e6:.1f}",
             )
         )
+    return tabulate(rows)
+
+
+def policies_table(timings: list[dict[str, Any]]) -> str:
+    """Steps with each policy, beside one without and full AdamW's."""
+    by_key = {timing["key"]: timing for timing in timings}
+    none = by_key[OPTIMIZER]
+    rows = [("", "ms", "/ none", f"/ {FULL}", "refresh ms", "GFLOP", "GFLOP beyond none", "state MB")]
+    for timing in timings:
+        key = "none" if timing is none else timing["key"]
+        ratios = [str(ratio(_spread(timing), _spread(other))) for other in (none, by_key[FULL])]
+        refresh = f"{1e3 * timing['extra']:.0f}" if timing["refreshes"] else ""
+        work = (f"{timing['flops'] / 1e9:.1f}", f"{(timing['flops'] - none['flops']) / 1e9:+.1f}")
+        state = f"{timing['state'] / 1e6:.1f}"
+        rows.append((key, f"{1e3 * median(timing['seconds']):.1f}", *ratios, refresh, *work, state))
     return tabulate(rows)
 
 

@@ -204,7 +204,8 @@ def _signs(rest: Tensor, rounding: Tensor) -> Tensor:
 def _rounding(grad: Tensor) -> Tensor:
     """How large entries of R are where all there is of them is rounding: eps times the row's and the column's norm, [m, n]."""
     norms = torch.linalg.vector_norm(grad, dim=1, keepdim=True) + torch.linalg.vector_norm(grad, dim=0, keepdim=True)
-    return norms.mul_(8 * torch.finfo(grad.dtype).eps)
+    rounding: Tensor = norms.mul_(8 * torch.finfo(grad.dtype).eps)
+    return rounding
 
 
 def _has_gradient(sub: Subspace) -> bool:

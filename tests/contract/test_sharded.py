@@ -100,6 +100,20 @@ def work(rank, world, cases, steps):
     return [train(*case, rank=rank, world=world, steps=steps) for case in cases]
 
 
+def amplified(case, steps, expected):
+    """How far a run goes where its first weights are changed by an ulp: what rounding in another order may do to it."""
+
+    def from_others(seed):
+        model, generator = llama(), torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for param in model.parameters():
+                ulps = torch.randint(-1, 2, param.shape, generator=generator, dtype=param.dtype)
+                param.mul_(1 + torch.finfo(param.dtype).eps * ulps)
+        return train(*case, model=model, steps=steps)[0]
+
+    return max(gap(from_others(seed), expected) for seed in range(3))
+
+
 def assert_one(folder, world, cases, steps=STEPS):
     first, *others = each_rank(work, world, folder, cases, steps)
     for i, case in enumerate(cases):
@@ -107,7 +121,9 @@ def assert_one(folder, world, cases, steps=STEPS):
         for other in others:
             assert all(torch.equal(weight, other[i][0][name]) for name, weight in weights.items()), case
         expected, expected_norms = train(*case, steps=steps)
-        assert gap(weights, expected) <= TOLERANCE, case
+        apart = gap(weights, expected)
+        # moments that start again make Adam step by the signs of gradients, which over many refreshes are decided by rounding
+        assert apart <= (TOLERANCE if steps == STEPS else max(TOLERANCE, 4 * amplified(case, steps, expected))), case
         assert [float(norm) for norm in norms] == pytest.approx([float(norm) for norm in expected_norms], rel=TOLERANCE)
 
 

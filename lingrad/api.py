@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from torch import Tensor
+
 from lingrad.config.rounds import Rounds
 from lingrad.config.rules import Rules
 from lingrad.config.settings import Carry, Compat, Merge, Share
@@ -21,6 +23,7 @@ def wrap(
     rules: Rules,
     base: BaseLike = "adamw",
     *,
+    rest_lr: float | Tensor | None = None,
     weight_decay: float = 0.0,
     scale: float = 1.0,
     carry: Carry = "keep",
@@ -42,11 +45,15 @@ def wrap(
             ``params``, optional ``rules`` and any hyper-parameter. Linear layers of a model get a projected backward;
             where only parameters are given, hooks project their gradients.
         rules: A config string such as ``svd(rank=128, every=200)``, for every Linear weight but the output head's;
-            or rules, ``{"*.attn.*": "svd(rank=64)", "*": "none"}``: globs over module names, the first match wins. What no
-            rule matches trains in full with the same base.
+            or rules, ``{"*.attn.*": "svd(rank=64)", "*norm*": "frozen", "*": "none"}``: globs over module names, the first
+            match wins. ``none``, as of what no rule matches, trains in full with the same base. ``frozen`` does not train:
+            ``requires_grad`` is False until ``opt.detach()``.
         base: The optimizer of the coordinates: a name (see ``lingrad.optimizers.names()``), a ``torch.optim.Optimizer`` class,
             or a factory ``f(params, **base_kwargs)``.
-        weight_decay: Decoupled decay of every parameter, W <- (1 - lr * weight_decay) W, whatever the base.
+        rest_lr: The learning rate of what trains in full, such as norms, biases, embeddings and the head; None is ``lr``, whose
+            best value for the coordinates is several times larger. Schedulers scale both alike.
+        weight_decay: Decoupled decay of every parameter, W <- (1 - lr * weight_decay) W, whatever the base; each with its own
+            learning rate.
         scale: Multiplies the learning rate of the coordinates, not their decay (GaLore's ``scale``).
         carry: What happens to the base's moments at a refresh: ``keep``, ``reset``, or ``rotate`` into the new basis.
         seed: Seed of everything random; each weight derives its own from it and its name.
@@ -89,6 +96,7 @@ def wrap(
         rules,
         base,
         mode="optimizer",
+        rest_lr=rest_lr,
         weight_decay=weight_decay,
         scale=scale,
         carry=carry,
@@ -111,6 +119,7 @@ def adapt(
     rules: Rules,
     base: BaseLike = "adamw",
     *,
+    rest_lr: float | Tensor | None = None,
     weight_decay: float = 0.0,
     scale: float = 1.0,
     carry: Carry = "keep",
@@ -136,6 +145,7 @@ def adapt(
         model: The model; see `wrap`. Parameters alone cannot be adapted, because the forward changes.
         rules: See `wrap`.
         base: See `wrap`.
+        rest_lr: See `wrap`.
         weight_decay: See `wrap`.
         scale: See `wrap`.
         carry: See `wrap`.
@@ -164,6 +174,7 @@ def adapt(
         rules,
         base,
         mode="adapter",
+        rest_lr=rest_lr,
         weight_decay=weight_decay,
         scale=scale,
         carry=carry,

@@ -18,8 +18,8 @@ from typing_extensions import override
 from lingrad.adapters import Attachment
 from lingrad.config.rules import Rules
 from lingrad.config.settings import Mode, Settings
-from lingrad.engine import checkpoint
-from lingrad.engine.build import Trainable, build, split_groups, start
+from lingrad.engine import checkpoint, grouping
+from lingrad.engine.build import Trainable, build, start
 from lingrad.engine.capture import CapturedStep
 from lingrad.engine.rounds import exchange
 from lingrad.engine.run import Run
@@ -232,7 +232,7 @@ class SubspaceOptimizer(Optimizer):
             decaying: Whether a parameter decays, by its name. What decays stays in its group; the rest goes to one of the same
                 hyper-parameters without decay, called ``<name>.no_decay`` where the group is split.
         """
-        self.param_groups = split_groups(self.param_groups, decaying)
+        self.param_groups = grouping.split_groups(self.param_groups, decaying)
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lingrad.adapters import Attachment, Gathering
+from lingrad.config.names import parameter_at
 from lingrad.config.settings import Mode, Settings
 from lingrad.engine.layerwise import Layerwise
 from lingrad.engine.stepper import Group, Stepper
@@ -54,6 +55,7 @@ class Run:
         groups: The param groups; the optimizer's own list.
         model: The model; None where only parameters were given.
         frozen: (name, parameter) of those that were frozen when the run was made, and not reported since.
+        ruled_out: (name, parameter) of those that a rule freezes, until the run is detached.
         layerwise: What steps each weight inside the backward, where the run does so.
         mode: ``optimizer`` or ``adapter``; None while detached.
         step: Steps finished.
@@ -78,6 +80,7 @@ class Run:
     groups: list[Group] = field(default_factory=list)
     model: nn.Module | None = None
     frozen: list[tuple[str, weakref.ref[Tensor]]] = field(default_factory=list)
+    ruled_out: list[tuple[str, weakref.ref[Tensor]]] = field(default_factory=list)
     layerwise: Layerwise | None = None
     mode: Mode | None = None
     step: int = 0
@@ -194,9 +197,28 @@ class Run:
             check = partial(check_around, self.processes, refreshes, sends)
             self._check = self.model.register_forward_pre_hook(check)
 
-    @torch.no_grad()
+    def freeze(self) -> None:
+        """Have the parameters that a rule freezes require no gradient, until the run is detached."""
+        for _, ref in self.ruled_out:
+            param = ref()
+            if param is not None:
+                param.requires_grad_(False)
+        self.frozen += self.ruled_out
+
     def detach(self) -> None:
-        """Merge all coordinates into the weights and disconnect; detaching twice does nothing."""
+        """Merge all coordinates, disconnect, and unfreeze what a rule has frozen; detaching twice does nothing."""
+        if self.mode is None:
+            return
+        self._disconnect()
+        for name, ref in self.ruled_out:
+            # load_state_dict with assign=True puts another parameter in its place, as frozen as the one it replaces
+            current = None if self.model is None else parameter_at(self.model, name)
+            for param in (ref(), current):
+                if param is not None and param.is_floating_point():
+                    param.requires_grad_(True)
+
+    @torch.no_grad()
+    def _disconnect(self) -> None:
         mode = self.mode
         if mode is None:
             return
@@ -235,7 +257,7 @@ class Run:
             attachment.require(mode)
         if self.settings.rounds is not None:
             self.settings.check_mode(mode)
-        self.detach()
+        self._disconnect()
         try:
             self.attach(mode)
         except BaseException:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -138,12 +138,12 @@ class Stepper:
             self.base = self.base.compiled(options)
             self.rebuild()
             return
-        plain = [group["name"] for group in groups if not isinstance(group["lr"], Tensor)]
-        if plain:
+        plain, option = unfit_rate(groups, lambda group: isinstance(group["lr"], Tensor))
+        if plain is not None:
             raise SpecError(
-                f"the learning rate of group '{plain[0]}' is a number, and a compiled step would be compiled again whenever a "
-                "schedule changes it; make the optimizer with a tensor: lr=torch.tensor(1e-3)",
-                option="lr",
+                f"the learning rate of group '{plain['name']}' is a number, and a compiled step would be compiled again "
+                f"whenever a schedule changes it; make the optimizer with a tensor: {option}=torch.tensor(1e-3)",
+                option=option,
             )
         self._compiled, self.base = options, self.base.compiled(options)
         self.rebuild()
@@ -240,6 +240,23 @@ class Stepper:
                 self.state[param] = initial
         optimizer.state = self.state
         return Built(optimizer, list(zip(groups, optimizer.param_groups, strict=True)))
+
+
+def unfit_rate(groups: list[Group], fits: Callable[[Group], bool]) -> tuple[Group | None, str]:
+    """Find a param group whose learning rate a compiled or captured step could not follow.
+
+    Args:
+        groups: The run's param groups.
+        fits: Whether that of a group is such that it can.
+
+    Returns:
+        The first such group, None where there is none, and the option that gives its learning rate: ``rest_lr`` where it trains
+        in full and the learning rate of coordinates fits.
+    """
+    unfit = [group for group in groups if not fits(group)]
+    coords = [group for group in groups if group["kind"] == "coords"]
+    rest = bool(coords) and all(map(fits, coords))
+    return (unfit[0] if unfit else None), ("rest_lr" if rest else "lr")
 
 
 def placed(entries: Mapping[str, Any], template: Mapping[str, Any], device: torch.device) -> dict[str, Any]:

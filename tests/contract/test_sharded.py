@@ -139,6 +139,43 @@ def test_two_processes_are_one_over_forty_steps(tmp_path):
     assert_one(tmp_path, 2, [(spec, mode, {"carry": carry}, False) for spec, mode, carry in cases], steps=40)
 
 
+FROZEN = {"*embed*": "frozen", "*norm*": "frozen", "lm_head": "none", "*": "svd(rank=4, every=3)"}
+
+
+def frozen(rank, world):
+    """Of runs in both modes with a switch: the weights, whether what is frozen had a gradient, and whether it trains again."""
+    found = []
+    for mode in MODES:
+        model = llama() if world == 1 else shard(llama())
+        batches = text_batches(7, micro=1, rows=6)
+        text_loss(model, batches[0][0].chunk(world)[rank]).backward()  # fully_shard has made its gathered parameters by now
+        model.zero_grad()
+        optimizer = MODES[mode](model, FROZEN, lr=1e-2, rest_lr=1e-3, weight_decay=0.1, eps=1e-4)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
+        off = [param for name, param in model.named_parameters() if "embed" in name or "norm" in name]
+        held = [param.requires_grad or param.grad is not None for param in off]
+        for step, (batch,) in enumerate(batches):
+            if step == 4:
+                optimizer.switch("adapter" if mode == "optimizer" else "optimizer")
+            optimizer.zero_grad()
+            text_loss(model, batch.chunk(world)[rank]).backward()
+            held += [param.requires_grad or param.grad is not None for param in off]
+            optimizer.step()
+            schedule.step()
+        weights = weights_of(optimizer)
+        optimizer.detach()
+        found.append((weights, any(held), all(param.requires_grad for param in off)))
+    return found
+
+
+def test_what_a_rule_freezes(tmp_path):
+    for sharded, (expected, *_) in zip(each_rank(frozen, 2, tmp_path)[0], frozen(0, 1), strict=True):
+        weights, held, given_back = sharded
+        assert not held
+        assert given_back
+        assert gap(weights, expected) <= TOLERANCE
+
+
 @pytest.mark.slow
 def test_other_bases(tmp_path):
     """Those that step DTensors; Muon orthogonalises in bfloat16, 2^-8, and sums in another order there."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from torch import Tensor
+
 from lingrad.config.rounds import Rounds
 from lingrad.config.rules import Rules
 from lingrad.config.settings import Carry, Compat, Merge, Share
@@ -21,6 +23,7 @@ def wrap(
     rules: Rules,
     base: BaseLike = "adamw",
     *,
+    rest_lr: float | Tensor | None = None,
     weight_decay: float = 0.0,
     scale: float = 1.0,
     carry: Carry = "keep",
@@ -43,11 +46,15 @@ def wrap(
             ``params``, optional ``rules`` and any hyper-parameter. Linear layers of a model get a projected backward;
             where only parameters are given, hooks project their gradients.
         rules: A config string such as ``svd(rank=128, every=200)``, for every Linear weight but the output head's;
-            or rules, ``{"*.attn.*": "svd(rank=64)", "*": "none"}``: globs over module names, the first match wins. What no
-            rule matches trains in full with the same base.
+            or rules, ``{"*.attn.*": "svd(rank=64)", "*norm*": "frozen", "*": "none"}``: globs over module names, the first
+            match wins. ``none``, as of what no rule matches, trains in full with the same base. ``frozen`` does not train:
+            ``requires_grad`` is False until ``opt.detach()``.
         base: The optimizer of the coordinates: a name (see ``lingrad.optimizers.names()``), a ``torch.optim.Optimizer`` class,
             or a factory ``f(params, **base_kwargs)``.
-        weight_decay: Decoupled decay of every parameter, W <- (1 - lr * weight_decay) W, whatever the base.
+        rest_lr: The learning rate of what trains in full, such as norms, biases, embeddings and the head; None is ``lr``, whose
+            best value for the coordinates is several times larger. Schedulers scale both alike.
+        weight_decay: Decoupled decay of every parameter, W <- (1 - lr * weight_decay) W, whatever the base; each with its own
+            learning rate.
         scale: Multiplies the learning rate of the coordinates, not their decay (GaLore's ``scale``).
         carry: What happens to the base's moments at a refresh: ``keep``, ``reset``, ``rotate`` into the new basis, or
             ``transport``, which estimates squares better (LDAdam). Only ``reset`` sets the base's count of steps back.
@@ -95,6 +102,7 @@ def wrap(
         rules,
         base,
         mode="optimizer",
+        rest_lr=rest_lr,
         weight_decay=weight_decay,
         scale=scale,
         carry=carry,
@@ -118,6 +126,7 @@ def adapt(
     rules: Rules,
     base: BaseLike = "adamw",
     *,
+    rest_lr: float | Tensor | None = None,
     weight_decay: float = 0.0,
     scale: float = 1.0,
     carry: Carry = "keep",
@@ -143,6 +152,7 @@ def adapt(
         model: The model; see `wrap`. Parameters alone cannot be adapted, because the forward changes.
         rules: See `wrap`.
         base: See `wrap`.
+        rest_lr: See `wrap`.
         weight_decay: See `wrap`.
         scale: See `wrap`.
         carry: See `wrap`.
@@ -171,6 +181,7 @@ def adapt(
         rules,
         base,
         mode="adapter",
+        rest_lr=rest_lr,
         weight_decay=weight_decay,
         scale=scale,
         carry=carry,

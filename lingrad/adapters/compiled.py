@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lingrad.gradients import DenseGradient
-from lingrad.subspaces.products import is_projection, probes
+from lingrad.subspaces.products import is_projection
 from lingrad.subspaces.subspace import Subspace
 from lingrad.tensors import call, wide
 
@@ -75,7 +75,7 @@ class Sinks:
         self._sub = weakref.ref(sub)
         m, n = sub.weight.layout.shape
         like, dtype = sub.coords.detach(), wide(sub.weight.dtype)
-        self.probes = probes(sub) if sub.basis.transform.reads == "sketch" else []
+        self.probes = sub.probes() if sub.basis.transform.reads == "sketch" else []
         self.known = tuple(is_projection(sub.map(), probe) for probe in self.probes)
         shapes = [(m if left is None else left.shape[1], n if right is None else right.shape[1]) for left, right in self.probes]
         if sub.basis.transform.reads == "gradient":  # stored as it is formed, and of float16 in a dtype that holds its sums

@@ -27,10 +27,11 @@ class Line:
         count: How many parameters the line stands for.
         weight: Its shape as a matrix, such as ``1024 x 4096``; of fused experts as so many matrices, ``8 x 1024 x 4096``, and
             so their coordinates and bases.
-        transform: Its config string, or ``in full``.
+        transform: Its config string, ``in full``, or ``frozen`` by a rule.
         coords: The shape of its coordinates.
         basis: The shapes of its bases in memory.
-        gradient: Where its gradient is computed: ``projected`` in the layer's backward, by a ``hook``, or in ``full``.
+        gradient: Where its gradient is computed: ``projected`` in the layer's backward, by a ``hook``, or in ``full``; ``-`` of
+            a frozen one.
         trained: Elements that the base optimizer steps, over all ``count``.
     """
 
@@ -50,7 +51,7 @@ class Explanation:
 
     Args:
         lines: One for each parameter, or for all that differ in layer numbers only.
-        parameters: Elements of the trainable parameters.
+        parameters: Elements of the parameters that train.
         trained: Elements that the base optimizer steps.
         remark: What `lingrad.wrap` warns of: that most of the matrices are stepped in full unasked; else empty.
     """
@@ -89,7 +90,8 @@ def explain(model: nn.Module, rules: Rules, *, share: Share | None = None, every
     require(known, "model", f"model must be a torch.nn.Module, not {'one' if known else repr(model)}; {instead}")
     plan = resolve_model(model, rules)
     targets = {grouped.target.name: _line(grouped) for grouped in group_targets(plan.targets, share)}
-    untouched = {name: _untouched(name, param) for name, param in plan.full}
+    untouched = {name: _untouched(name, param, "in full", "full", param.numel()) for name, param in plan.full}
+    untouched |= {name: _untouched(name, param, "frozen", "-", 0) for name, param in plan.frozen}
     order = [name for name, _ in model.named_parameters() if name in targets or name in untouched]
     lines = [targets.get(name) or untouched[name] for name in order]
     sizes = {t.name: prod(t.layout.shape) for t in plan.targets} | {name: p.numel() for name, p in plan.full}
@@ -107,8 +109,8 @@ def _line(grouped: GroupedTarget) -> Line:
     return Line(target.name, 1, *shapes, gradient, coords[0] * coords[1])
 
 
-def _untouched(name: str, param: nn.Parameter) -> Line:
-    return Line(name, 1, _by(param.shape), "in full", "-", "-", "full", param.numel())
+def _untouched(name: str, param: nn.Parameter, how: str, gradient: str, trained: int) -> Line:
+    return Line(name, 1, _by(param.shape), how, "-", "-", gradient, trained)
 
 
 def _by(shape: tuple[int, ...], blocks: int = 1) -> str:

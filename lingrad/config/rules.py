@@ -1,9 +1,11 @@
-"""Rules: a config string for all linear layers, or one for each glob over module names."""
+"""Rules: a config string for all linear layers, or one for each glob over module names; ``none`` and ``frozen`` are words."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
+from enum import Enum
+from typing import Final, Literal
 
 from lingrad.config import spec
 from lingrad.errors import SpecError, shown
@@ -12,18 +14,31 @@ from lingrad.transforms.base import Transform
 _LONGEST = 2**20  # characters of rules in one string: some for each layer of the largest models
 SpecLike = str | Transform
 
-Rules = SpecLike | Mapping[str, SpecLike | None]
+
+class Untrained(Enum):
+    """What a rule says of parameters that are not trained; its one member is `FROZEN`."""
+
+    FROZEN = "frozen"
 
 
-def parse_rules(rules: Rules) -> Transform | dict[str, Transform | None]:
+FROZEN: Final = Untrained.FROZEN
+
+# What a rule says of a parameter: it is transformed, not trained, or (None) trained in full.
+Rule = Transform | Literal[Untrained.FROZEN] | None
+
+Rules = SpecLike | Mapping[str, str | Rule]
+
+
+def parse_rules(rules: Rules) -> Transform | dict[str, Rule]:
     """Read a config string, or rules.
 
     Args:
         rules: A transform, a config string, a mapping of globs to either, or the same as one string:
-            ``"*.attn.*: svd(rank=64); *: none"``.
+            ``"*.attn.*: svd(rank=64); *norm*: frozen; *: none"``.
 
     Returns:
-        The transform, or globs with their transforms, None meaning to train in full.
+        The transform, or globs with what they say: a transform, None (``none``: train in full), or `FROZEN` (``frozen``: do not
+        train).
 
     Raises:
         SpecError: A config string is malformed or there are no rules.
@@ -69,11 +84,18 @@ def _outside_brackets(text: str, separators: str) -> list[str]:
     return [*parts, text[begin:]]
 
 
-def _rule_value(glob: str, value: SpecLike | None) -> Transform | None:
-    if value is None or isinstance(value, Transform):
+def format_rule(rule: Rule) -> str:
+    """A rule as text that `parse_rules` reads."""
+    return "none" if rule is None else rule.value if rule is FROZEN else spec.format(rule)
+
+
+def _rule_value(glob: str, value: str | Rule) -> Rule:
+    if value is None or isinstance(value, Transform | Untrained):
         return value
-    if isinstance(value, str) and value.strip().lower() == "none":
-        return None
+    if isinstance(value, str):
+        word = value.strip().lower()
+        if word in ("none", FROZEN.value):
+            return None if word == "none" else FROZEN
     try:
         return spec.parse(value)
     except SpecError as error:

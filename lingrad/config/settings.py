@@ -23,7 +23,7 @@ MOVES = ("rotate", "transport")  # of Carry, what takes moments to another basis
 _LARGEST = torch.finfo(torch.float64).max  # of a number
 
 # A checkpoint may be loaded with other values of these; any other option changes what it means.
-_FREE = ("weight_decay", "scale", "layerwise", "merge", "merge_every", "process_group", "rounds")
+_FREE = ("rest_lr", "weight_decay", "scale", "layerwise", "merge", "merge_every", "process_group", "rounds")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +34,7 @@ class Settings:
         SpecError: An option is wrong, or two of them exclude each other.
     """
 
+    rest_lr: float | Tensor | None = None
     weight_decay: float = 0.0
     scale: float = 1.0
     carry: Carry = "keep"
@@ -65,6 +66,8 @@ class Settings:
             )
         for option in ("weight_decay", "scale"):
             check_not_negative(option, getattr(self, option))
+        if self.rest_lr is not None:
+            check_not_negative("rest_lr", self.rest_lr)
         for option in ("layerwise", "stagger", "ledger", "self_contained", "keep_remainder"):
             value = getattr(self, option)
             require(type(value) is bool, option, f"{option} must be True or False, not {value!r}")

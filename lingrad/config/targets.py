@@ -5,23 +5,22 @@ No tensor is created, so that the model may be on the meta device.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from difflib import get_close_matches
-from fnmatch import fnmatchcase
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from lingrad.config import spec
+from lingrad.config.matching import Candidate, match
 from lingrad.config.names import held_parameters, require_elements
-from lingrad.config.rules import Rules, parse_rules
+from lingrad.config.rules import FROZEN, Rule, Rules, parse_rules
 from lingrad.errors import ShapeError, SpecError
 from lingrad.transforms.base import Transform
 from lingrad.transforms.experts import Experts
 from lingrad.weights.bitsandbytes import packed_of
-from lingrad.weights.layout import Layout, fused_experts, is_conv1d, is_packed, layout_of
+from lingrad.weights.layout import Layout, is_conv1d, is_packed, layout_of
 
 Route = Literal["projected", "packed", "weight"]
 
@@ -66,43 +65,21 @@ class Target:
 
 @dataclass
 class Plan:
-    """What happens to each trainable parameter: transformed, or trained in full.
+    """What happens to each trainable parameter: transformed, trained in full, or frozen.
 
     Args:
         targets: The transformed ones.
-        full: (name, parameter) of the others.
+        full: (name, parameter) of those that train in full.
         none: Name of a matrix among these, no embedding or output head, that a rule says ``none`` of -> experts it fuses.
         unasked: The same of those that nobody asked to train in full.
+        frozen: (name, parameter) of those that a rule says ``frozen`` of; they still require a gradient.
     """
 
     targets: list[Target] = field(default_factory=list)
     full: list[tuple[str, nn.Parameter]] = field(default_factory=list)
     none: dict[str, int] = field(default_factory=dict)
     unasked: dict[str, int] = field(default_factory=dict)
-
-
-@dataclass
-class _Candidate:
-    """A trainable parameter, all its names, the modules that own it, and whether a rule has it in full or transformed."""
-
-    names: list[str]
-    param: nn.Parameter
-    owners: list[tuple[nn.Module, str]] = field(default_factory=list)
-    ruled: bool = False
-
-    @property
-    def is_packed(self) -> bool:
-        """Whether it contains codes of 4 or 8 bits."""
-        return any(is_packed(module) and attribute == "weight" for module, attribute in self.owners)
-
-    @property
-    def experts(self) -> int:
-        """How many experts it fuses; 0 if none."""
-        return fused_experts(self.param, self.owners[0][0], self.names[0]) if self.owners else 0
-
-    def known_as(self) -> set[str]:
-        """Names a rule may match: of the parameter and of the modules that own it."""
-        return {*self.names, *(name.rpartition(".")[0] for name in self.names)}
+    frozen: list[tuple[str, nn.Parameter]] = field(default_factory=list)
 
 
 def resolve_model(model: nn.Module, rules: Rules) -> Plan:
@@ -111,31 +88,36 @@ def resolve_model(model: nn.Module, rules: Rules) -> Plan:
     Args:
         model: The model; not changed.
         rules: A config string for every Linear (and Conv1D) weight but the output head's, and for every expert's matrix of
-            fused experts; or a mapping of globs over module or parameter names to specs, where ``none`` means to train in full;
-            the first match wins.
+            fused experts; or a mapping of globs over module or parameter names to specs, where ``none`` means to train in full
+            and ``frozen`` not to train; the first match wins.
 
     Returns:
         The plan.
 
     Raises:
-        SpecError: A config string is malformed; a rule matches nothing, or nothing that can be transformed.
+        SpecError: A config string is malformed; a rule matches nothing, or nothing that can be transformed; nothing trains.
         ShapeError: A rank does not fit; the message names the parameter.
     """
     candidates = _candidates(model)
     parsed, head = parse_rules(rules), _output_head(model)
     ends = [_owned_by(c, head) for c in candidates]
+    chosen: list[Rule]
     if isinstance(parsed, Transform):
         chosen = [None if end else _bare(parsed, c) for c, end in zip(candidates, ends, strict=True)]
-        if not any(chosen):
-            if not candidates:
-                raise SpecError(f"nothing to train: every parameter of {type(model).__name__} is frozen")
+        if candidates and not any(chosen):
             raise SpecError(
                 f"no trainable Linear layer was found in {type(model).__name__} apart from its output head; "
                 f"name the weights to transform by rules, such as {{'*.proj': '{spec.format(parsed)}'}}"
             )
     else:
-        chosen = _match(candidates, parsed, [name for name, param in model.named_parameters() if not param.requires_grad])
-    return _plan(candidates, chosen, ends)
+        chosen = match(candidates, parsed, [name for name, param in model.named_parameters() if not param.requires_grad])
+    plan = _plan(candidates, chosen, ends)
+    if not plan.targets and not plan.full:
+        raise SpecError(
+            f"nothing to train: every parameter of {type(model).__name__} is frozen, by requires_grad=False or by a rule; "
+            "unfreeze what is to train, or give it another rule"
+        )
+    return plan
 
 
 def resolve_parameters(named: Iterable[tuple[str, nn.Parameter]], rules: Rules) -> Plan:
@@ -155,27 +137,28 @@ def resolve_parameters(named: Iterable[tuple[str, nn.Parameter]], rules: Rules) 
     named = list(named)
     for name, param in named:
         require_elements(name, param)
-    candidates = [_Candidate([name], param) for name, param in named if param.requires_grad]
+    candidates = [Candidate([name], param) for name, param in named if param.requires_grad]
     parsed = parse_rules(rules)
+    chosen: list[Rule]
     if isinstance(parsed, Transform):
         chosen = [parsed if c.param.dim() >= 2 else None for c in candidates]
     else:
-        chosen = _match(candidates, parsed, [name for name, param in named if not param.requires_grad])
+        chosen = match(candidates, parsed, [name for name, param in named if not param.requires_grad])
     return _plan(candidates, chosen, [_named_as_end(c.names[0]) for c in candidates])
 
 
-def _candidates(model: nn.Module) -> list[_Candidate]:
-    found: dict[int, _Candidate] = {}
+def _candidates(model: nn.Module) -> list[Candidate]:
+    found: dict[int, Candidate] = {}
     for name, param, module, attribute in held_parameters(model):
         require_elements(name, param)
         if param.requires_grad or (attribute == "weight" and is_packed(module)):
-            candidate = found.setdefault(id(param), _Candidate([], param))
+            candidate = found.setdefault(id(param), Candidate([], param))
             candidate.names.append(name)
             candidate.owners.append((module, attribute))
     return list(found.values())
 
 
-def _bare(transform: Transform, candidate: _Candidate) -> Transform | None:
+def _bare(transform: Transform, candidate: Candidate) -> Transform | None:
     """What a config string alone means for a parameter."""
     if any(name == "weight" and (isinstance(module, nn.Linear) or is_conv1d(module)) for module, name in candidate.owners):
         return transform
@@ -196,7 +179,7 @@ def _output_head(model: nn.Module) -> set[nn.Module]:
     return found
 
 
-def _owned_by(candidate: _Candidate, heads: set[nn.Module]) -> bool:
+def _owned_by(candidate: Candidate, heads: set[nn.Module]) -> bool:
     tied_to_embedding = any(isinstance(module, nn.Embedding | nn.EmbeddingBag) for module, _ in candidate.owners)
     return tied_to_embedding or any(module in heads for module, _ in candidate.owners)
 
@@ -207,59 +190,15 @@ def _named_as_end(name: str) -> bool:
     return owner in _HEADS or "emb" in owner.lower() or owner in ("wte", "wpe")
 
 
-def _match(candidates: list[_Candidate], rules: Mapping[str, Transform | None], frozen: list[str]) -> list[Transform | None]:
-    chosen: list[Transform | None] = [None] * len(candidates)
-    taken: set[int] = set()
-    for glob, transform in rules.items():
-        matched = [i for i, c in enumerate(candidates) if any(fnmatchcase(name, glob) for name in c.known_as())]
-        usable = [i for i in matched if transform is None or candidates[i].param.dim() >= 2]
-        if not matched:
-            name = next((n for n in frozen if fnmatchcase(n, glob) or fnmatchcase(n.rpartition(".")[0], glob)), None)
-            if name is not None:
-                raise SpecError(
-                    f"rule '{glob}' matches frozen parameters only, such as '{name}' (requires_grad is False); "
-                    "unfreeze what it should train, or leave the rule out"
-                )
-            raise SpecError(f"rule '{glob}' matches no trainable parameter{_near(glob, candidates)}")
-        if not usable:
-            raise SpecError(
-                f"rule '{glob}' matches nothing that can be transformed: '{candidates[matched[0]].names[0]}' has shape "
-                f"{tuple(candidates[matched[0]].param.shape)}, and a transform needs two dimensions or more"
-            )
-        fresh = [i for i in usable if i not in taken]
-        if not fresh:
-            raise SpecError(f"rule '{glob}' is never reached: the rules before it take every parameter it matches")
-        for i in fresh:
-            chosen[i] = transform
-            candidates[i].ruled = True
-        taken.update(matched)
-    return chosen
-
-
-def _near(glob: str, candidates: list[_Candidate]) -> str:
-    """End a sentence about a glob that matches nothing: the same glob with its misspelt part corrected, and an example."""
-    words = {word.lower(): word for c in candidates for name in c.known_as() for word in name.split(".")}
-    corrected = []
-    for part in glob.split("."):
-        bare = part.strip("*?")
-        known = any(fnmatchcase(word, part) for word in words.values())
-        near = [] if known else get_close_matches(bare.lower(), words, n=1, cutoff=0.5)
-        corrected.append(part.replace(bare, words[near[0]]) if near and bare else part)
-    guess = ".".join(corrected)
-    names = {name for c in candidates if c.param.dim() >= 2 for name in c.known_as()}
-    tried = (guess, f"*.{guess}", f"*.{guess}.*", f"*{guess}*")
-    hit = next((f"; did you mean '{g}'?" for g in tried if any(fnmatchcase(name, g) for name in names)), ".")
-    owners = [name.rpartition(".")[0] for c in candidates if c.param.dim() >= 2 for name in c.names]
-    return f"{hit} Rules are globs over module names, such as '{max(owners, key=len, default='')}'."
-
-
-def _plan(candidates: list[_Candidate], chosen: list[Transform | None], ends: list[bool]) -> Plan:
+def _plan(candidates: list[Candidate], chosen: list[Rule], ends: list[bool]) -> Plan:
     """The plan; ``ends`` says which candidates are embeddings or the output head."""
     plan = Plan()
     for candidate, transform, end in zip(candidates, chosen, ends, strict=True):
         name = candidate.names[0]
-        if transform is None and candidate.is_packed:
-            continue  # codes are not trained in full
+        if transform is FROZEN and candidate.param.requires_grad:
+            plan.frozen.append((name, candidate.param))
+        if transform is FROZEN or (transform is None and candidate.is_packed):
+            continue  # codes train through coordinates only: where not transformed they are frozen as they are
         if transform is None:
             plan.full.append((name, candidate.param))
             if candidate.param.dim() >= 2 and not end:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, cast
 
@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from lingrad import optimizers, parallel
 from lingrad.adapters import Attachment, Gathering, Projection, SharedInput, make_attachment, make_weight, refuse_attached
-from lingrad.config import spec
 from lingrad.config.coverage import remark
 from lingrad.config.names import held_parameters
 from lingrad.config.rules import Rules
@@ -20,8 +19,9 @@ from lingrad.config.sharing import GroupedTarget, group_targets, require_shared
 from lingrad.config.targets import Plan, resolve_model, resolve_parameters
 from lingrad.deprecated import renamed_option
 from lingrad.engine import rounds
-from lingrad.engine.arithmetic import Arithmetic, arithmetic, as_published
+from lingrad.engine.arithmetic import arithmetic, as_published
 from lingrad.engine.checkpoint import identity
+from lingrad.engine.grouping import make_groups
 from lingrad.engine.layerwise import Layerwise
 from lingrad.engine.moments import known_kinds
 from lingrad.engine.refresh import schedule
@@ -29,11 +29,10 @@ from lingrad.engine.refusals import check_base, check_effective, check_equal, ch
 from lingrad.engine.run import Run
 from lingrad.engine.step import step_one
 from lingrad.engine.stepper import Group, Stepper
-from lingrad.errors import SpecError, did_you_mean, require, warn_caller
-from lingrad.optimizers import Base, BaseLike, checks
+from lingrad.errors import SpecError, warn_caller
+from lingrad.optimizers import BaseLike, checks
 from lingrad.optimizers.hooks import without_global_hooks
 from lingrad.parallel import Processes
-from lingrad.subspaces import trees
 from lingrad.subspaces.basis import Basis
 from lingrad.subspaces.ledger import Ledger
 from lingrad.subspaces.subspace import Subspace
@@ -43,8 +42,6 @@ from lingrad.weights.sharding import LayerSharding, reshard
 
 Named = tuple[str, nn.Parameter]
 Trainable = nn.Module | Iterable[Named] | Iterable[dict[str, Any]]
-
-KINDS = ("coords", "matrices", "vectors")
 
 
 def resolve_groups(model: Trainable, rules: Rules) -> list[tuple[Plan, dict[str, Any]]]:
@@ -87,96 +84,9 @@ def resolve_groups(model: Trainable, rules: Rules) -> list[tuple[Plan, dict[str,
                 seen.add(key)
         resolved.append((resolve_parameters(named, cast("Rules", own_rules)), options))
     if not any(plan.targets or plan.full for plan, _ in resolved):
-        raise SpecError("nothing to train: no parameter was given that requires a gradient")
+        unruled = " and that no rule freezes" if any(plan.frozen for plan, _ in resolved) else ""
+        raise SpecError(f"nothing to train: no parameter was given that requires a gradient{unruled}")
     return resolved
-
-
-def make_groups(
-    plan: Plan,
-    subs: list[Subspace],
-    options: Mapping[str, Any],
-    *,
-    base: Base,
-    arithmetic: Arithmetic,
-    defaults: Mapping[str, Any],
-    prefix: str,
-) -> list[dict[str, Any]]:
-    """The param groups of one group of the user's: coords, matrices and vectors, those that are not empty.
-
-    Args:
-        plan: What happens to its parameters.
-        subs: The subspaces of its targets.
-        options: Hyper-parameters the user gave for it.
-        base: The base of the coordinates; its own hyper-parameters are in every group it steps.
-        arithmetic: Details of the step.
-        defaults: ``weight_decay`` and ``scale`` where the user's group has none.
-        prefix: Goes before the groups' names.
-
-    Returns:
-        Dicts as ``torch.optim.Optimizer`` takes them.
-
-    Raises:
-        SpecError: An option is none of the base's, or would have no effect.
-    """
-    named: dict[str, list[Named]] = {
-        "coords": [(sub.name, sub.coords) for sub in subs],
-        "matrices": [(name, param) for name, param in plan.full if param.dim() >= 2],
-        "vectors": [(name, param) for name, param in plan.full if param.dim() < 2],
-    }
-    if "scale" in options and not subs:
-        raise SpecError("'scale' has no effect in a param group of which nothing is transformed; leave it out", option="scale")
-    for option in ("fused", "foreach"):
-        require(option not in options, option, f"'{option}' is one choice for the whole run; pass it to lingrad.wrap")
-    for option in ("lr", "weight_decay", "scale"):
-        check_not_negative(option, options.get(option, 0.0))
-    known: dict[str, dict[str, Any]] = {}
-    for kind in KINDS:
-        if named[kind]:
-            known[kind] = {**checks.hyper_parameters(base if kind == "coords" else base.fallback or base), **defaults}
-            if arithmetic.default_eps is not None and "eps" not in base.options:
-                known[kind]["eps"] = arithmetic.default_eps
-            if kind != "coords":
-                del known[kind]["scale"]
-    for option in options:
-        if not any(option in group for group in known.values()):
-            all_known = sorted({"params", "rules"}.union(*known.values()))
-            raise SpecError(f"unknown option '{option}' in a param group{did_you_mean(option, all_known)}", option=option)
-    groups = []
-    for kind, hyper in known.items():
-        # a learning rate that is a tensor is each group's own: schedulers and users change it in place, group by group
-        hyper = {key: trees.copied(options.get(key, value)) for key, value in hyper.items()}
-        group = {"params": named[kind], "name": prefix + kind, "kind": kind, **hyper}
-        groups.append(group | {"specs": [spec.format(sub.basis.transform) for sub in subs]} if kind == "coords" else group)
-    return groups
-
-
-def split_groups(groups: list[Group], decaying: Callable[[str], bool]) -> list[Group]:
-    """Split param groups so that some parameters do not decay.
-
-    Args:
-        groups: The groups.
-        decaying: Whether a parameter decays, by its name.
-
-    Returns:
-        The groups: what decays stays in its own; the rest goes to one of the same hyper-parameters without decay, called
-        ``<name>.no_decay`` where the group is split.
-    """
-    found: list[Group] = []
-    for group in groups:
-        kept = [i for i, name in enumerate(group["param_names"]) if decaying(name)]
-        others = [i for i in range(len(group["params"])) if i not in set(kept)]
-        if kept:
-            found.append({**group, **_part(group, kept)})
-        if others:
-            name = f"{group['name']}.no_decay" if kept else group["name"]
-            own = {key: trees.copied(value) for key, value in group.items()}
-            found.append({**own, **_part(group, others), "name": name, "weight_decay": 0.0})
-    return found
-
-
-def _part(group: Group, indices: list[int]) -> Group:
-    by_parameter = [key for key in ("params", "param_names", "specs") if key in group]
-    return {key: [group[key][i] for i in indices] for key in by_parameter}
 
 
 @without_global_hooks()
@@ -228,10 +138,10 @@ def build(model: Trainable, rules: Rules, base: BaseLike, mode: Mode, options: M
             given,
             base=found,
             arithmetic=steps_as,
-            defaults={"weight_decay": settings.weight_decay, "scale": settings.scale},
+            defaults={option: getattr(settings, option) for option in ("weight_decay", "scale", "rest_lr")},
             prefix=f"{i}." if len(plans) > 1 else "",
         )
-    check_effective(settings, mode, attachments)
+    check_effective(settings, mode, attachments, plans)
     check_sharded(settings, found, attachments)
     for group in groups:
         stepped = found if group["kind"] == "coords" else found.fallback or found
@@ -247,6 +157,7 @@ def build(model: Trainable, rules: Rules, base: BaseLike, mode: Mode, options: M
     if isinstance(model, nn.Module):
         run.model = model
         run.frozen = [(name, weakref.ref(param)) for name, param in model.named_parameters() if not param.requires_grad]
+    run.ruled_out = [(name, weakref.ref(param)) for plan, _ in plans for name, param in plan.frozen]
     if settings.layerwise:
         run.layerwise = Layerwise(step_one)
         run.layerwise.belong_to(run)
@@ -264,6 +175,7 @@ def start(run: Run, mode: Mode) -> None:
     run.processes.broadcast(sub.weight.param.data for sub in run.subspaces if isinstance(sub.weight, DenseWeight))
     run.attach(mode)
     schedule(run)
+    run.freeze()  # last, since nothing can fail after it
 
 
 def _attachments(

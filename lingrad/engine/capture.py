@@ -15,6 +15,7 @@ from torch import Tensor
 from lingrad import parallel
 from lingrad.engine.refresh import schedule
 from lingrad.engine.run import Run
+from lingrad.engine.stepper import unfit_rate
 from lingrad.errors import ModeError, SpecError
 
 
@@ -133,15 +134,15 @@ def _check(run: Run) -> None:
         raise ModeError("capture is for one process: the averages of torch.distributed were not tried in a graph")
     if run.settings.rounds is not None:
         raise ModeError("a graph cannot wait for other workers; leave capture out of a run with rounds")
-    for group in run.groups:
-        rate, device = group["lr"], group["params"][0].device
-        if not isinstance(rate, Tensor) or rate.device != device:
-            kind = "tensor on another device" if isinstance(rate, Tensor) else "number"
-            raise SpecError(
-                f"the learning rate of group '{group['name']}' is a {kind}, "
-                f"which a graph would freeze; make the optimizer with a tensor: lr=torch.tensor(1e-3, device='{device}')",
-                option="lr",
-            )
+    group, option = unfit_rate(run.groups, lambda group: getattr(group["lr"], "device", None) == group["params"][0].device)
+    if group is not None:
+        device = group["params"][0].device
+        kind = "tensor on another device" if isinstance(group["lr"], Tensor) else "number"
+        raise SpecError(
+            f"the learning rate of group '{group['name']}' is a {kind}, "
+            f"which a graph would freeze; make the optimizer with a tensor: {option}=torch.tensor(1e-3, device='{device}')",
+            option=option,
+        )
 
 
 def _frozen(run: Run) -> tuple[Any, ...]:

@@ -16,7 +16,6 @@ from lingrad.adapters import Attachment
 from lingrad.engine.refresh import look_ahead
 from lingrad.engine.run import Run
 from lingrad.engine.saved import ENERGY, FORMAT, NOT_MEASURED, PREFIX, Saved, check_groups, check_values, read_ledger
-from lingrad.engine.stepper import placed
 from lingrad.errors import CheckpointError
 from lingrad.optimizers import Base
 from lingrad.optimizers.hooks import without_global_hooks
@@ -204,7 +203,7 @@ def _unpack(
     single = isinstance(count, int | float) or (isinstance(count, Tensor) and count.numel() == 1)
     if single and not 0 <= float(count) < torch.inf:
         raise CheckpointError(f"'step' of {name} is {float(count)} in the checkpoint; expected 0 or more")
-    found = Entries(placed(moments, fresh, param.device))
+    found = Entries(trees.placed(moments, fresh, param.device))
     if attachment is None:
         return found
     sub, basis = attachment.sub, attachment.sub.basis

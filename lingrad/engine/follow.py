@@ -124,6 +124,7 @@ def _warn_of_unfrozen(run: Run) -> None:
     more = f" and {len(unfrozen) - 1} more" if unfrozen[1:] else ""
     warnings.warn(
         f"{unfrozen[0]}{more} was frozen when lingrad was called, has a gradient now, and is not in this optimizer: it is not "
-        "trained, unless by another one. Call lingrad while it is trainable, and freeze it then until it is to train",
+        "trained, unless by another one. Call lingrad while it is trainable, without a rule that freezes it, and freeze it "
+        "then until it is to train",
         stacklevel=2,
     )

@@ -12,7 +12,6 @@ from lingrad.config.rounds import Rounds
 from lingrad.engine.run import Run
 from lingrad.errors import ExchangeError
 from lingrad.optimizers.codes import code_book, dequantize, quantize
-from lingrad.subspaces.products import probes
 from lingrad.subspaces.subspace import Subspace
 from lingrad.transforms.linalg import derive_seed
 
@@ -63,7 +62,7 @@ def packed(run: Run, rounds: Rounds) -> list[Tensor]:
         sent += _encoded(sub.coords.detach(), rounds)
     for sub in learning(run):
         m, n = sub.weight.layout.shape
-        shapes = [(m if a is None else a.shape[1], n if b is None else b.shape[1]) for a, b in probes(sub)]
+        shapes = [(m if a is None else a.shape[1], n if b is None else b.shape[1]) for a, b in sub.probes()]
         total = sub.pending.total
         sent += total if isinstance(total, tuple) else [sub.coords.new_zeros(shape) for shape in shapes]
     return [*sent, *trained_in_full(run).values()]
@@ -83,7 +82,7 @@ def unpacked(run: Run, rounds: Rounds, sent: Sequence[Tensor]) -> Message:
     parts = iter(sent)
     terms = [next(parts), next(parts)]
     coords = [_decoded(parts, sub.coords, rounds) for sub in run.subspaces]
-    sketches = [[next(parts) for _ in probes(sub)] for sub in learning(run)]
+    sketches = [[next(parts) for _ in sub.probes()] for sub in learning(run)]
     return Message(terms, coords, sketches, list(parts))
 
 

@@ -18,9 +18,10 @@ from typing_extensions import override
 from lingrad.adapters import Attachment
 from lingrad.config.rules import Rules
 from lingrad.config.settings import Mode, Settings
-from lingrad.engine import checkpoint
-from lingrad.engine.build import Trainable, build, split_groups, start
+from lingrad.engine import checkpoint, grouping
+from lingrad.engine.build import Trainable, build, start
 from lingrad.engine.capture import CapturedStep
+from lingrad.engine.changes import changes
 from lingrad.engine.rounds import exchange
 from lingrad.engine.run import Run
 from lingrad.engine.step import clip, step
@@ -189,7 +190,7 @@ class SubspaceOptimizer(Optimizer):
             where something was merged or decayed, and the run was made without ``ledger=True``; a plain model was loaded
             into the run, and no state of the optimizer after it; or the run has a ``residual``.
         """
-        return self._run.changes()
+        return changes(self._run)
 
     def merge_losses(self) -> dict[str, MergeLoss]:
         """What merges into quantised weights have lost, relative to what they merged.
@@ -228,7 +229,7 @@ class SubspaceOptimizer(Optimizer):
             decaying: Whether a parameter decays, by its name. What decays stays in its group; the rest goes to one of the same
                 hyper-parameters without decay, called ``<name>.no_decay`` where the group is split.
         """
-        self.param_groups = split_groups(self.param_groups, decaying)
+        self.param_groups = grouping.split_groups(self.param_groups, decaying)
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,6 +13,7 @@ from lingrad.adapters import Attachment
 from lingrad.config import spec
 from lingrad.config.cutting import check_cut
 from lingrad.config.settings import Mode, Settings
+from lingrad.config.targets import Plan
 from lingrad.engine.checkpoint import identity
 from lingrad.engine.run import Run
 from lingrad.errors import ModeError, SpecError, require
@@ -23,18 +24,31 @@ from lingrad.weights.dense import DenseWeight
 from lingrad.weights.sharding import LayerSharding
 
 
-def check_effective(settings: Settings, mode: Mode, attachments: Sequence[Attachment]) -> None:
+def check_effective(
+    settings: Settings,
+    mode: Mode,
+    attachments: Sequence[Attachment],
+    plans: Sequence[tuple[Plan, Mapping[str, Any]]],
+) -> None:
     """Refuse options that would have no effect, and weights that do not support the mode.
 
     Args:
         settings: The options.
         mode: The mode that the run is to start in.
         attachments: The connections to the model.
+        plans: What happens to the parameters, and the hyper-parameters that were given for them, by param group.
     """
     defaults = Settings()
     for option in ("scale", "carry", "residual", "compat"):
         idle = getattr(settings, option) != getattr(defaults, option) and not attachments
         require(not idle, option, f"'{option}' has no effect where nothing is transformed; leave it out")
+    taken = any(plan.full and given.keys().isdisjoint(("lr", "rest_lr")) for plan, given in plans)
+    require(
+        settings.rest_lr is None or taken,
+        "rest_lr",
+        "'rest_lr' has no effect where nothing trains in full, or only param groups do that have a learning rate of their own; "
+        "leave it out",
+    )
     for attachment in attachments:
         attachment.require(mode)
         sub = attachment.sub

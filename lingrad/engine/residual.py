@@ -6,18 +6,17 @@ is layerwise, of one at a time. The rules are those of `lingrad.config.residual.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from lingrad.config.residual import Residual
-from lingrad.engine.moments import Moments
+from lingrad.engine.residual_state import ResidualState
+from lingrad.engine.run import Run
 from lingrad.errors import ModeError
 from lingrad.gradients import DenseGradient, Gradient
 from lingrad.gradients.averaged import averaged
-from lingrad.maps import LinearMap
 from lingrad.subspaces.merging import merge_all
 from lingrad.subspaces.products import sketch
 from lingrad.subspaces.subspace import Subspace
@@ -25,103 +24,8 @@ from lingrad.subspaces.watched import release
 from lingrad.tensors import wide
 from lingrad.weights.dense import DenseWeight
 
-if TYPE_CHECKING:
-    from lingrad.engine.run import Run
-
 LIMITS = {torch.float64: 1e-9, torch.float32: 1e-2}  # how far a gradient may be from its own projection; in 16 bits 0.25
 FLOOR = 1e-8  # is added to the norms that steps are divided by, as in Fira's own program
-
-
-class _Lost(NamedTuple):
-    """The part of a mean of gradients that a change of basis has lost: old.lift(before) - new.lift(after)."""
-
-    old: LinearMap
-    before: Tensor
-    new: LinearMap
-    after: Tensor
-
-
-class Residuals:
-    """What a rule keeps between steps.
-
-    Args:
-        rule: The rule.
-
-    Attributes:
-        norms: Of ``scaled``: |step along R| / learning rate of the last step, 0-d, by weight; 0 before there was one.
-        errors: Of ``feedback``: what is added to the next gradient, [m, n] in the weight's dtype, by weight.
-    """
-
-    def __init__(self, rule: Residual) -> None:
-        self.rule = rule
-        self.norms: dict[str, Tensor] = {}
-        self.errors: dict[str, Tensor] = {}
-        self._lost: dict[str, _Lost] = {}
-
-    def tensors(self) -> Iterator[Tensor]:
-        """All that is held between steps."""
-        yield from self.norms.values()
-        yield from self.errors.values()
-
-    def entries(self, sub: Subspace) -> dict[str, Tensor]:
-        """What a checkpoint holds of one weight, by name; made where there is nothing yet.
-
-        Args:
-            sub: The weight's subspace.
-
-        Returns:
-            Name -> tensor, not copied.
-        """
-        if self.rule.kind == "scaled":
-            return {"norm": self.norms.setdefault(sub.name, sub.coords.detach().new_zeros(()))}
-        return {"error": self.error(sub)} if self.rule.kind == "feedback" else {}
-
-    def load(self, sub: Subspace, entries: Mapping[str, Tensor]) -> None:
-        """Take over what a checkpoint holds of one weight.
-
-        Args:
-            sub: The weight's subspace.
-            entries: As `entries` gives them.
-        """
-        for key, kept in (("norm", self.norms), ("error", self.errors)):
-            if key in entries:
-                kept[sub.name] = entries[key].to(sub.coords.device, copy=True)
-
-    def error(self, sub: Subspace) -> Tensor:
-        """What is added to a weight's next gradient, [m, n]."""
-        if sub.name not in self.errors:
-            self.errors[sub.name] = torch.zeros(sub.weight.layout.shape, dtype=sub.weight.dtype, device=sub.coords.device)
-        return self.errors[sub.name]
-
-    def changed(self, sub: Subspace, old: LinearMap, new: LinearMap, moments: Moments, carried: dict[str, Tensor]) -> None:
-        """Note what a change of basis loses of the base's mean of gradients, b / (1 - b) (S_old m - S_new m').
-
-        So much of past gradients would still have been stepped (LDAdam, section 3.3).
-
-        Args:
-            sub: The weight's subspace.
-            old: The map in use.
-            new: The map to come.
-            moments: The base's moments, not changed yet.
-            carried: What takes their place, where they are carried over.
-        """
-        mean = moments.mean() if self.rule.kind == "feedback" else None
-        if mean is None:
-            return
-        key, rate, before = mean
-        after = torch.zeros_like(before) if moments.carry == "reset" else carried.get(key, before)
-        weight = rate / (1.0 - rate)
-        self._lost[sub.name] = _Lost(old, before * weight, new, after * weight)
-
-    def settle(self, sub: Subspace) -> None:
-        """Add what a change of basis has lost to the next gradient.
-
-        Args:
-            sub: The weight's subspace.
-        """
-        lost = self._lost.pop(sub.name, None)
-        if lost is not None:
-            self.error(sub).add_(lost.old.lift(lost.before)).sub_(lost.new.lift(lost.after))
 
 
 def take_up(run: Run, subs: Iterable[Subspace]) -> None:
@@ -157,7 +61,9 @@ def merge(run: Run, subs: Sequence[Subspace]) -> None:
         current = sub.map()
         rest = current.residual(grad)
         sketched = sub.basis.due and sub.basis.transform.reads == "sketch"
-        sub.pending.total = sketch(sub, DenseGradient(grad), current.project(grad)) if sketched else None
+        sub.pending.total = (
+            sketch(sub.probes(), current, sub.weight, DenseGradient(grad), current.project(grad)) if sketched else None
+        )
         rounding = _rounding(grad) if residuals.rule.kind == "sign" else None
         del grad
         if residuals.rule.kind == "feedback":
@@ -176,7 +82,7 @@ def merge(run: Run, subs: Sequence[Subspace]) -> None:
     merge_all([sub for sub in subs if not sub.released], ())
 
 
-def _scaled(residuals: Residuals, sub: Subspace, rest: Tensor, rate: Any) -> Tensor:
+def _scaled(residuals: ResidualState, sub: Subspace, rest: Tensor, rate: Any) -> Tensor:
     """-R |base's step| / |gradient of the coordinates|, of each row or column, limited in its growth; in R's memory."""
     p, q = sub.basis.transform.ranks(sub.basis.shape)
     across = None if p is not None and q is not None else 1 if p is None else 0  # a row of z is one of W without a left basis

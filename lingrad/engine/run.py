@@ -12,15 +12,15 @@ import torch
 from torch import Tensor, nn
 
 from lingrad.adapters import Attachment, Gathering
+from lingrad.config.names import parameter_at
 from lingrad.config.residual import parse_residual
 from lingrad.config.settings import Mode, Settings
 from lingrad.engine.layerwise import Layerwise
-from lingrad.engine.residual import Residuals
+from lingrad.engine.residual_state import ResidualState
 from lingrad.engine.stepper import Group, Stepper
 from lingrad.errors import ModeError
 from lingrad.parallel import Processes, check_around, initialized
 from lingrad.subspaces.basis import Basis
-from lingrad.subspaces.ledger import Change
 from lingrad.subspaces.subspace import Subspace
 from lingrad.subspaces.watched import allocate, release
 from lingrad.tensors import own, whole
@@ -57,6 +57,7 @@ class Run:
         groups: The param groups; the optimizer's own list.
         model: The model; None where only parameters were given.
         frozen: (name, parameter) of those that were frozen when the run was made, and not reported since.
+        ruled_out: (name, parameter) of those that a rule freezes, until the run is detached.
         layerwise: What steps each weight inside the backward, where the run does so.
         mode: ``optimizer`` or ``adapter``; None while detached.
         step: Steps finished.
@@ -82,6 +83,7 @@ class Run:
     groups: list[Group] = field(default_factory=list)
     model: nn.Module | None = None
     frozen: list[tuple[str, weakref.ref[Tensor]]] = field(default_factory=list)
+    ruled_out: list[tuple[str, weakref.ref[Tensor]]] = field(default_factory=list)
     layerwise: Layerwise | None = None
     mode: Mode | None = None
     step: int = 0
@@ -90,7 +92,7 @@ class Run:
     outer: dict[str, Tensor] = field(default_factory=dict, init=False)
     ended: int = field(default=0, init=False)
     failed: str | None = field(default=None, init=False)
-    residuals: Residuals | None = field(default=None, init=False)
+    residuals: ResidualState | None = field(default=None, init=False)
     tied: list[tuple[str, DenseWeight]] = field(init=False)
     count: int = field(init=False)
     _check: Any = None
@@ -104,7 +106,7 @@ class Run:
             self._of_coords[id(attachment.sub.coords)] = attachment
         self.count = self.processes.count
         if self.settings.residual is not None:
-            self.residuals = Residuals(parse_residual(self.settings.residual))
+            self.residuals = ResidualState(parse_residual(self.settings.residual))
         weights = ((attachment.sub.name, attachment.sub.weight) for attachment in self.attachments)
         self.tied = [(name, one) for name, one in weights if isinstance(one, DenseWeight) and len(one.owners) > 1]
 
@@ -202,9 +204,28 @@ class Run:
             check = partial(check_around, self.processes, refreshes, sends)
             self._check = self.model.register_forward_pre_hook(check)
 
-    @torch.no_grad()
+    def freeze(self) -> None:
+        """Have the parameters that a rule freezes require no gradient, until the run is detached."""
+        for _, ref in self.ruled_out:
+            param = ref()
+            if param is not None:
+                param.requires_grad_(False)
+        self.frozen += self.ruled_out
+
     def detach(self) -> None:
-        """Merge all coordinates into the weights and disconnect; detaching twice does nothing."""
+        """Merge all coordinates, disconnect, and unfreeze what a rule has frozen; detaching twice does nothing."""
+        if self.mode is None:
+            return
+        self._disconnect()
+        for name, ref in self.ruled_out:
+            # load_state_dict with assign=True puts another parameter in its place, as frozen as the one it replaces
+            current = None if self.model is None else parameter_at(self.model, name)
+            for param in (ref(), current):
+                if param is not None and param.is_floating_point():
+                    param.requires_grad_(True)
+
+    @torch.no_grad()
+    def _disconnect(self) -> None:
         mode = self.mode
         if mode is None:
             return
@@ -243,30 +264,12 @@ class Run:
             attachment.require(mode)
         if self.settings.rounds is not None or self.settings.residual is not None:
             self.settings.check_mode(mode)
-        self.detach()
+        self._disconnect()
         try:
             self.attach(mode)
         except BaseException:
             self.attach(before)
             raise
-
-    def changes(self) -> dict[str, Change]:
-        """What the run has made of every transformed weight, as thin factors.
-
-        Returns:
-            Parameter name -> change.
-
-        Raises:
-            ModeError: It is not known, or of no low rank.
-        """
-        residual = self.settings.residual
-        if residual is not None and self.step:
-            raise ModeError(
-                f"with residual='{residual}' weights change outside of the span of their bases too, and no thin factors hold "
-                "the change; save the model itself, or have lingrad convert cut the difference of two models to a rank"
-            )
-        named = (one for one in self.named() if one.attachment is not None)
-        return {one.name: one.attachment.sub.change(decays=bool(one.group["weight_decay"])) for one in named}  # type: ignore[union-attr]
 
     def forget(self) -> None:
         """Drop the gradients that were not stepped, and what was recorded for a refresh."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -140,12 +140,12 @@ class Stepper:
             self.base = self.base.compiled(options)
             self.rebuild()
             return
-        plain = [group["name"] for group in groups if not isinstance(group["lr"], Tensor)]
-        if plain:
+        plain, option = unfit_rate(groups, lambda group: isinstance(group["lr"], Tensor))
+        if plain is not None:
             raise SpecError(
-                f"the learning rate of group '{plain[0]}' is a number, and a compiled step would be compiled again whenever a "
-                "schedule changes it; make the optimizer with a tensor: lr=torch.tensor(1e-3)",
-                option="lr",
+                f"the learning rate of group '{plain['name']}' is a number, and a compiled step would be compiled again "
+                f"whenever a schedule changes it; make the optimizer with a tensor: {option}=torch.tensor(1e-3)",
+                option=option,
             )
         self._compiled, self.base = options, self.base.compiled(options)
         self.rebuild()
@@ -188,7 +188,7 @@ class Stepper:
         entries = self.state.get(param, {})
         fresh = self.base_of(group["kind"]).state_of(param) if entries else {}
         if device != param.device:
-            entries.update(placed(entries, fresh, param.device))
+            entries.update(trees.placed(entries, fresh, param.device))
             self._built.clear()
             self._single.pop(id(param), None)
         for key, value in entries.items():
@@ -256,23 +256,21 @@ class Stepper:
         return Built(optimizer, list(zip(groups, optimizer.param_groups, strict=True)))
 
 
-def placed(entries: Mapping[str, Any], template: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
-    """A base's entries for one parameter on the devices where it keeps them.
+def unfit_rate(groups: list[Group], fits: Callable[[Group], bool]) -> tuple[Group | None, str]:
+    """Find a param group whose learning rate a compiled or captured step could not follow.
 
     Args:
-        entries: The entries, on any device.
-        template: What the base keeps of such a parameter.
-        device: The parameter's, for entries that ``template`` does not have.
+        groups: The run's param groups.
+        fits: Whether that of a group is such that it can.
 
     Returns:
-        Copies.
+        The first such group, None where there is none, and the option that gives its learning rate: ``rest_lr`` where it trains
+        in full and the learning rate of coordinates fits.
     """
-    found = {}
-    for key, value in entries.items():
-        like = template.get(key)
-        both = isinstance(value, Tensor) and isinstance(like, Tensor)
-        found[key] = trees.laid_out(value, like) if both else trees.copied(value, device)  # type: ignore[arg-type]
-    return found
+    unfit = [group for group in groups if not fits(group)]
+    coords = [group for group in groups if group["kind"] == "coords"]
+    rest = bool(coords) and all(map(fits, coords))
+    return (unfit[0] if unfit else None), ("rest_lr" if rest else "lr")
 
 
 def _sync_to(own: Mapping[str, Any], group: Group, arithmetic: Arithmetic, step: int) -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
 from lingrad.config import spec
-from lingrad.config.rules import parse_rules
+from lingrad.config.rules import format_rule, parse_rules
 from lingrad.models import LlamaShape
 from lingrad.transforms import Transform
 
@@ -136,8 +136,8 @@ def refreshing(rules: str, every: int) -> str:
     parsed = parse_rules(rules)
     if isinstance(parsed, Transform):
         return spec.format(_refreshing(parsed, every))
-    changed = {glob: "none" if t is None else spec.format(_refreshing(t, every)) for glob, t in parsed.items()}
-    return "; ".join(f"{glob}: {value}" for glob, value in changed.items())
+    changed = {glob: _refreshing(rule, every) if isinstance(rule, Transform) else rule for glob, rule in parsed.items()}
+    return "; ".join(f"{glob}: {format_rule(rule)}" for glob, rule in changed.items())
 
 
 def _refreshing(transform: Transform, every: int) -> Transform:

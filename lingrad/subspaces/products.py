@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 
@@ -15,39 +14,21 @@ from lingrad.transforms import Probe, Sketch
 from lingrad.weights.base import Weight
 from lingrad.weights.sharding import LayerSharding
 
-if TYPE_CHECKING:
-    from lingrad.subspaces.subspace import Subspace
 
-
-def probes(sub: Subspace) -> list[Probe]:
-    """What the refresh of the step that is being prepared multiplies a weight's gradient with.
+def sketch(asked: Sequence[Probe], current: LinearMap, weight: Weight, grad: Gradient, projected: Tensor) -> Sketch:
+    """The products of a weight's gradient that a refresh asks for.
 
     Args:
-        sub: The weight's subspace.
-
-    Returns:
-        The probes of its basis, as tall as this weight: of a shared basis they are as tall as the stacked weights.
-    """
-    learned, held_out = sub.basis.asks(sub.coords)
-    rows = sub.weight.layout.shape[0]
-    return [
-        probe if probe.left is None or len(probe.left) == rows else probe._replace(left=probe.left[sub.rows])
-        for probe in (*learned, *held_out)
-    ]
-
-
-def sketch(sub: Subspace, grad: Gradient, projected: Tensor) -> Sketch:
-    """The products of a weight's gradient with its `probes`.
-
-    Args:
-        sub: The weight's subspace.
+        asked: What it is multiplied with, as `Subspace.probes` gives it.
+        current: The map in use.
+        weight: The weight.
         grad: G [m, n].
-        projected: Its projection by the map in use, [p, q], which may be one of them.
+        projected: Its projection by that map, [p, q], which may be one of them.
 
     Returns:
-        A product for each of them.
+        A product for each probe.
     """
-    asked, current, seen = probes(sub), sub.map(), in_whole(grad, sub.weight)
+    seen = in_whole(grad, weight)
     known = [seen is grad and is_projection(current, probe) for probe in asked]
     return products(seen, asked, known, projected)
 

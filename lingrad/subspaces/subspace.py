@@ -22,6 +22,7 @@ from lingrad.subspaces.pending import PendingGradient
 from lingrad.subspaces.products import sketch
 from lingrad.subspaces.watched import is_released, was_written
 from lingrad.tensors import dense, own, whole, wide
+from lingrad.transforms import Probe
 from lingrad.weights.base import Remainder, Weight
 from lingrad.weights.sharding import refuse_reader
 
@@ -197,7 +198,16 @@ class Subspace:
         if self.basis.whole or self.basis.transform.reads == "gradient":
             self.pending.record(grad if owned is None else owned())
             return
-        self.pending.record(sketch(self, grad, projected))
+        self.pending.record(sketch(self.probes(), self.map(), self.weight, grad, projected))
+
+    def probes(self) -> list[Probe]:
+        """What the refresh of the step that is being prepared multiplies this weight's gradient with."""
+        learned, held_out = self.basis.asks(self.coords)
+        rows = self.weight.layout.shape[0]  # of a shared basis the probes are as tall as the stacked weights
+        return [
+            probe if probe.left is None or len(probe.left) == rows else probe._replace(left=probe.left[self.rows])
+            for probe in (*learned, *held_out)
+        ]
 
     def merge(self, *, keep: bool = False) -> Remainder | None:
         """``W += S z``, then ``z = 0``: the effective weight stays what it was.

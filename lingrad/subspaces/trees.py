@@ -60,6 +60,25 @@ def restore(like: Any, flat: Mapping[str, Any], key: str, owner: str) -> Any:
     return laid_out(found, like) if isinstance(like, Tensor) else found
 
 
+def placed(entries: Mapping[str, Any], template: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+    """A base's entries for one parameter on the devices where it keeps them.
+
+    Args:
+        entries: The entries, on any device.
+        template: What the base keeps of such a parameter.
+        device: The parameter's, for entries that ``template`` does not have.
+
+    Returns:
+        Copies.
+    """
+    found = {}
+    for key, value in entries.items():
+        like = template.get(key)
+        both = isinstance(value, Tensor) and isinstance(like, Tensor)
+        found[key] = laid_out(value, like) if both else copied(value, device)  # type: ignore[arg-type]
+    return found
+
+
 def checked(like: Any, flat: Mapping[str, Any], key: str, owner: str) -> Any:
     """One leaf by name.
 

@@ -35,7 +35,7 @@ def register(name: str) -> Callable[[T], T]:
         SpecError: The name is not an identifier or is taken by another class; or the class is not a subclass of `Transform`,
             lacks a method, or has an option with the name of a method.
     """
-    if not (isinstance(name, str) and name.isidentifier()) or name in ("true", "false", "none"):
+    if not (isinstance(name, str) and name.isidentifier()) or name in ("true", "false", "none", "frozen"):
         raise SpecError(f"a transform is registered under a word, as in @register('mine'), not {name!r}")
 
     def add(cls: T) -> T:

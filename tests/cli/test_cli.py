@@ -51,6 +51,13 @@ def test_explain_with_rules_and_every_parameter():
     assert "hook" in result.stdout.splitlines()[2]
 
 
+def test_explain_shows_what_a_rule_freezes():
+    result = CliRunner().invoke(app, ["explain", "*norm*: frozen; *: svd(rank=8)"])
+    assert result.exit_code == 0
+    row = next(line for line in result.stdout.splitlines() if "input_layernorm" in line)
+    assert re.split("  +", row.strip())[2:] == ["frozen", "-", "-", "-", "0"]
+
+
 def test_explain_reads_a_config_from_disk_and_makes_no_weights(tmp_path):
     config = {
         "architectures": ["LlamaForCausalLM"],

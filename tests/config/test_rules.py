@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import lingrad
-from lingrad.config.rules import parse_rules
+from lingrad.config.rules import FROZEN, format_rule, parse_rules
 from lingrad.config.targets import resolve_model, resolve_parameters
 from lingrad.errors import ModeError, ShapeError, SpecError
 from lingrad.transforms import SVD, Random
@@ -111,6 +111,67 @@ def test_rules_as_one_string():
     assert parse_rules(text) == {"*.self_attn.*": SVD(rank=4), "*.mlp.*": Random(rank=3), "*": None}
 
 
+class TestFrozen:
+    def test_it_is_neither_transformed_nor_trained_in_full(self):
+        rules = {"*norm*": "frozen", "*.layers.0.*": "frozen", "*.self_attn.*": "svd(rank=4)"}
+        plan = resolve_model(llama(), rules)
+        names = {name for name, _ in llama().named_parameters()}
+        frozen = {name for name, _ in plan.frozen}
+        assert frozen == {name for name in names if "norm" in name or ".layers.0." in name}
+        assert {t.name for t in plan.targets} == {name for name in LLAMA_LINEARS if ".1.self_attn." in name}
+        assert {name for name, _ in plan.full} == names - frozen - {t.name for t in plan.targets}
+        assert all(param.requires_grad for _, param in plan.frozen)  # a plan changes nothing
+
+    def test_the_first_match_wins(self):
+        first = resolve_model(llama(), {"*.q_proj": "svd(rank=2)", "*.self_attn.*": "frozen", "*": "none"})
+        assert {t.name for t in first.targets} == {name for name in LLAMA_LINEARS if "q_proj" in name}
+        assert {name for name, _ in first.frozen} == {name for name in LLAMA_LINEARS if "attn" in name and "q_proj" not in name}
+
+    def test_the_word(self):
+        text = "*norm*:  Frozen ; *.mlp.*: svd(rank=4); *: none"
+        parsed = parse_rules(text)
+        assert parsed == {"*norm*": FROZEN, "*.mlp.*": SVD(rank=4), "*": None}
+        assert parse_rules(parsed) == parsed
+        written = "; ".join(f"{glob}: {format_rule(rule)}" for glob, rule in parsed.items())
+        assert written == "*norm*: frozen; *.mlp.*: svd(rank=4); *: none"
+        assert parse_rules(written) == parsed
+        with pytest.raises(SpecError, match="'frozen'"):
+            lingrad.register("frozen")
+
+    def test_what_is_frozen_already_may_be_named(self):
+        """What the rule asks for holds; one set of rules then serves a model with frozen parts and one without."""
+        for rules in (
+            {"*embed*": "frozen", "*.mlp.*": "svd(rank=4)"},
+            {"*.mlp.*": "svd(rank=4)", "lm_head": "none", "*norm*": "none", "*attn*": "none", "*": "frozen"},
+        ):
+            model = llama()
+            model.model.embed_tokens.requires_grad_(False)
+            plan = resolve_model(model, rules)
+            assert plan.frozen == []
+            assert len(plan.targets) == 6
+
+    @pytest.mark.parametrize("rules", [{"*": "frozen"}, {"model.*": "frozen", "lm_head": "frozen"}])
+    def test_nothing_is_left_to_train(self, rules):
+        for call in (lingrad.wrap, lingrad.adapt, lingrad.explain):
+            with pytest.raises(SpecError, match="nothing to train: every parameter of LlamaForCausalLM is frozen, by"):
+                call(llama(), rules)
+
+    def test_explain_shows_it(self):
+        explanation = lingrad.explain(llama(), {"*norm*": "frozen", "*": "svd(rank=4)"})
+        frozen = [line for line in explanation.lines if line.transform == "frozen"]
+        assert [(line.name, line.count, line.coords, line.gradient, line.trained) for line in frozen] == [
+            ("model.layers.*.input_layernorm.weight", 2, "-", "-", 0),
+            ("model.layers.*.post_attention_layernorm.weight", 2, "-", "-", 0),
+            ("model.norm.weight", 1, "-", "-", 0),
+        ]
+        by_hand = llama()
+        for name, param in by_hand.named_parameters():
+            param.requires_grad_("norm" not in name)
+        other = lingrad.explain(by_hand, {"*": "svd(rank=4)"})
+        assert (explanation.parameters, explanation.trained) == (other.parameters, other.trained)
+        assert [line for line in explanation.lines if line not in frozen] == list(other.lines)
+
+
 def test_frozen_parameters_are_no_targets():
     model = llama()
     model.model.layers[0].requires_grad_(False)
@@ -167,6 +228,15 @@ REFUSED = [
     ),
     (
         {"*.mlp.*": "svd(rank=4)", "*": "random(rank=4)", "*norm*": "none"},
+        "rule '*norm*' is never reached: the rules before it take every parameter it matches",
+    ),
+    (
+        {"*.self_atn.*": "frozen", "*": "svd(rank=4)"},
+        "rule '*.self_atn.*' matches no trainable parameter; did you mean '*.self_attn.*'? "
+        "Rules are globs over module names, such as 'model.layers.0.self_attn.q_proj'.",
+    ),
+    (
+        {"*": "svd(rank=4)", "*norm*": "frozen"},
         "rule '*norm*' is never reached: the rules before it take every parameter it matches",
     ),
     (

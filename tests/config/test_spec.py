@@ -107,7 +107,7 @@ the learning rate of the basis is the option lr of pca itself; leave it out of t
   pca(rank=4, optimizer=adam(lr=1.0))
                         ^^^^^^^^^^^^""",
     "pca(rank=4, optimizer=3)": """\
-expected an optimizer, such as adam or sgd(momentum=0.9)
+expected a word, or one with options, such as sgd(momentum=0.9)
   pca(rank=4, optimizer=3)
                         ^""",
     "kron(left=svd(rank=4), right=svd(rank=4, side=left))": """\

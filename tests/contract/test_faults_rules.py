@@ -5,10 +5,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lingrad.config import spec
-from lingrad.config.rules import parse_rules
+from lingrad.config.rules import format_rule, parse_rules
 from lingrad.config.targets import resolve_model
 from lingrad.errors import ShapeError, SpecError
 from lingrad.testing.training import every_kind
+from lingrad.transforms import Transform
 from tests.support.cases import ALL_SPECS
 
 NUMBERS = [
@@ -55,7 +56,7 @@ options = st.lists(st.tuples(st.sampled_from(OPTIONS), st.sampled_from(WORDS)), 
 invalid = st.builds(lambda name, given: f"{name}({', '.join(f'{k}={v}' for k, v in given)})", names, options)
 
 valid = st.sampled_from(
-    [*ALL_SPECS, "none", "None", "pca(rank=2, lam=1, optimizer=sgd(momentum=0.5))", "svd(rank=99, clip=true)"]
+    [*ALL_SPECS, "none", "None", "frozen", "pca(rank=2, lam=1, optimizer=sgd(momentum=0.5))", "svd(rank=99, clip=true)"]
 )
 
 specs = valid | invalid | st.text(max_size=12)
@@ -89,24 +90,30 @@ class TestRules:
         except (SpecError, ShapeError):
             return
         known = {name for name, _ in self.MODEL.named_parameters()}
-        assert {target.name for target in plan.targets} | {name for name, _ in plan.full} == known
-        assert len(plan.targets) + len(plan.full) == len(known)
+        untransformed = [name for name, _ in (*plan.full, *plan.frozen)]
+        assert {target.name for target in plan.targets} | {*untransformed} == known
+        assert len(plan.targets) + len(untransformed) == len(known)
         parsed = parse_rules(rules)
         for transform in parsed.values() if isinstance(parsed, dict) else [parsed]:
-            if transform is not None:
+            if isinstance(transform, Transform):
                 text = spec.format(transform)
                 assert spec.parse(text) == transform
                 assert spec.format(spec.parse(text)) == text
 
-    @given(st.dictionaries(st.sampled_from(["embed", "conv", "experts", "middle", "biased", "head"]), valid, min_size=1))
+    @given(
+        st.dictionaries(st.sampled_from(["embed", "conv", "experts", "middle", "biased", "head"]), valid, min_size=1).filter(
+            lambda rules: {*rules.values()} != {"frozen"}
+        )
+    )
     @settings(deadline=None, max_examples=50)
     def test_valid_rules_mean_the_same_written_out(self, rules):
         parsed = parse_rules(rules)
-        written = {glob: "none" if transform is None else spec.format(transform) for glob, transform in parsed.items()}
+        written = {glob: format_rule(rule) for glob, rule in parsed.items()}
         assert parse_rules(written) == parsed
         assert parse_rules("; ".join(f"{glob}: {text}" for glob, text in written.items())) == parsed
         plans = [resolve_model(self.MODEL, given) for given in (rules, written)]
         assert [(t.name, t.transform) for t in plans[0].targets] == [(t.name, t.transform) for t in plans[1].targets]
+        assert [name for name, _ in plans[0].frozen] == [name for name, _ in plans[1].frozen]
 
     @pytest.mark.parametrize(
         "text",

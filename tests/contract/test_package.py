@@ -252,12 +252,16 @@ class TestDocs:
 
         from tests.support.models import zoo
 
-        names = {"lingrad": lingrad, "model": zoo()}
         blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs/config.md").read_text(), flags=re.DOTALL)
-        assert len(blocks) == 3
+        assert len(blocks) == 4
+        runs = []
         for block in blocks:
-            exec(compile(block, "docs/config.md", "exec"), names)  # noqa: S102 - our own text
-        assert [g["name"] for g in names["opt"].param_groups] == ["0.coords", "1.matrices"]
+            names = {"lingrad": lingrad, "model": zoo()}
+            exec(compile(block.replace('rank=64)", lr', 'rank=4)", lr'), "docs/config.md", "exec"), names)  # noqa: S102 - our own text
+            runs += [names["opt"]] if "opt" in names else []
+        groups, two_rates = ({g["name"]: g["lr"] for g in opt.param_groups} for opt in runs)
+        assert groups == {"0.coords": 1e-2, "1.matrices": 1e-3}
+        assert two_rates == {"coords": 1e-2, "matrices": 1e-3, "vectors": 1e-3}
 
     def test_python_on_the_index_page_runs(self, tmp_path, monkeypatch):
         import re

@@ -9,8 +9,11 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 
 import lingrad
 from lingrad.errors import LingradError, ModeError
+from tests.support import sharded
+from tests.support.models import gap, llama, text_batches, text_loss
 from tests.support.processes import each_rank
 from tests.support.runs import MODES, each_mode
+from tests.support.sharded import full, weights_of
 
 FULL = StateDictOptions(full_state_dict=True)
 SPEC = "power(rank=2, every=3)"
@@ -25,14 +28,6 @@ def shard(model):
     for layer in (model[0], model[3]):  # each alone too
         fully_shard(layer)
     return fully_shard(model)
-
-
-def full(tensor):
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-
-
-def weights_of(optimizer):
-    return {name: full(weight.detach()).clone() for name, weight in optimizer.weights().items()}
 
 
 def go_on(model, optimizer, rank, world, steps):
@@ -231,3 +226,40 @@ class TestDeepSpeed:
             "this model is in DeepSpeed's engine, which trains it with an optimizer of its own; leave DeepSpeed out, and shard "
             "the model by torch.distributed.fsdp.fully_shard (FSDP2), then call lingrad"
         )
+
+
+FROZEN = {"*embed*": "frozen", "*norm*": "frozen", "lm_head": "none", "*": "svd(rank=4, every=3)"}
+
+
+def frozen(rank, world):
+    """Of runs in both modes with a switch: the weights, whether what is frozen had a gradient, and whether it trains again."""
+    found = []
+    for mode in MODES:
+        model = llama() if world == 1 else sharded.shard(llama())
+        batches = text_batches(7, micro=1, rows=6)
+        text_loss(model, batches[0][0].chunk(world)[rank]).backward()  # fully_shard has made its gathered parameters by now
+        model.zero_grad()
+        optimizer = MODES[mode](model, FROZEN, lr=1e-2, rest_lr=1e-3, weight_decay=0.1, eps=1e-4)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
+        off = [param for name, param in model.named_parameters() if "embed" in name or "norm" in name]
+        held = [param.requires_grad or param.grad is not None for param in off]
+        for step, (batch,) in enumerate(batches):
+            if step == 4:
+                optimizer.switch("adapter" if mode == "optimizer" else "optimizer")
+            optimizer.zero_grad()
+            text_loss(model, batch.chunk(world)[rank]).backward()
+            held += [param.requires_grad or param.grad is not None for param in off]
+            optimizer.step()
+            schedule.step()
+        weights = weights_of(optimizer)
+        optimizer.detach()
+        found.append((weights, any(held), all(param.requires_grad for param in off)))
+    return found
+
+
+def test_what_a_rule_freezes(tmp_path):
+    for found, (expected, *_) in zip(each_rank(frozen, 2, tmp_path)[0], frozen(0, 1), strict=True):
+        weights, held, given_back = found
+        assert not held
+        assert given_back
+        assert gap(weights, expected) <= 1e-12

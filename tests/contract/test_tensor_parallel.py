@@ -13,11 +13,11 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 
 import lingrad
 from benchmarks.traffic import Wire
-from tests.contract.test_sharded import full, train, weights_of
 from tests.support.cases import variants
 from tests.support.models import gap, llama, text_batches, text_loss
 from tests.support.processes import Attempts, each_rank
 from tests.support.runs import MODES
+from tests.support.sharded import full, train, weights_of
 
 TOLERANCE = 1e-12
 BY_ROWS, BY_COLUMNS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"), ("o_proj", "down_proj")

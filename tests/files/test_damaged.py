@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from lingrad.config import spec
-from lingrad.config.rules import parse_rules
+from lingrad.config.rules import format_rule, parse_rules
 from lingrad.files.model_folder import ModelFolder
 from lingrad.files.optimizer_file import load_state
 from lingrad.files.tensorfile import in_memory, write_tensors
@@ -354,13 +354,13 @@ def _(folder, seeds):
     count = 0
     for seed in seeds:
         rng = rng_of(seed)
-        text = "; ".join(f"*.{glob}.*: {rng.choice([*SPECS, 'none'])}" for glob in rng.sample("abcdef", 3))
-        found = read(parse_rules, damaged_text(text, rng, [*WORDS, "*:", ";", ": none"]))
+        text = "; ".join(f"*.{glob}.*: {rng.choice([*SPECS, 'none', 'frozen'])}" for glob in rng.sample("abcdef", 3))
+        found = read(parse_rules, damaged_text(text, rng, [*WORDS, "*:", ";", ": none", ": frozen"]))
         if isinstance(found, Transform):
             check_stable(found)
         elif found is not None:
             count += 1
-            again = "\n".join(f"{glob}: {'none' if value is None else spec.format(value)}" for glob, value in found.items())
+            again = "\n".join(f"{glob}: {format_rule(rule)}" for glob, rule in found.items())
             assert read(parse_rules, found) == found
             if not any(char in glob for glob in found for char in ":;()\n") and all(
                 glob.strip() == glob != "" for glob in found

@@ -86,6 +86,34 @@ class TestArguments:
         found = [entry["grad_norm"] for entry in trainer.state.log_history if "grad_norm" in entry]
         assert found == pytest.approx(norms, rel=1e-3)
 
+    @pytest.mark.parametrize("mode", MODES)
+    def test_a_rate_of_its_own_for_what_trains_in_full(self, tmp_path, mode):
+        """``rest_lr`` beside ``learning_rate``; the Trainer's warm-up and cosine act on both alike."""
+        rules = {"*embed*": "frozen", "lm_head": "none", "*norm*": "none", "*": SPEC}
+        args = arguments(tmp_path, **self.options)
+        expected, _ = by_hand(mode, args, spec=rules, rest_lr=1e-3)
+        trainer = make(tmp_path, rules, args=self.options, mode=mode, rest_lr=1e-3)
+        trainer.create_optimizer()
+        assert {group["kind"]: group["lr"] for group in trainer.optimizer.param_groups} == {
+            "coords": 2e-2,
+            "matrices": 1e-3,
+            "vectors": 1e-3,
+        }
+        seen = []
+
+        def note(optimizer, *given):
+            seen.append({group["kind"]: float(group["lr"]) for group in optimizer.param_groups})
+
+        trainer.optimizer.register_step_pre_hook(note)
+        trainer.train()
+        assert gap(weights(trainer), expected) < 1e-4  # as above
+        assert len({rates["coords"] for rates in seen}) > 4
+        for rates in seen:
+            assert rates["matrices"] == rates["vectors"] == pytest.approx(rates["coords"] / 20, rel=1e-12)
+        embedding = trainer.model.model.embed_tokens.weight
+        assert torch.equal(embedding, llama(torch.float32).model.embed_tokens.weight)
+        assert not embedding.requires_grad
+
     @pytest.mark.parametrize("option", sorted(options.keys() - {"train_sampling_strategy"}))
     def test_every_one_matters(self, tmp_path, option):
         """So that the test above can fail."""

@@ -102,6 +102,28 @@ def test_what_residuals_keep(spec, residual, layerwise, dtype):
     agree((spec, "short", ("adamw", {"lr": 1e-2}), "optimizer"), dtype, layerwise=layerwise, residual=residual)
 
 
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("layerwise", [False, True])
+def test_what_a_rule_freezes_has_neither_gradient_nor_state(mode, layerwise):
+    rules = {"embed": "frozen", "*bias": "frozen", "conv": "frozen", "head": "none", "*": "svd(rank=4)"}
+
+    def build():
+        return every_kind(torch.float32)
+
+    simulated = memory.simulate(
+        build, rules, "adamw", mode, loss=lambda m: token_loss(m, ids()), layerwise=layerwise, lr=1e-2, rest_lr=1e-3
+    )
+    with torch.device("meta"):
+        model = build()
+    estimate = memory.estimate(model, rules, "adamw", mode, layerwise=layerwise, lr=1e-2, rest_lr=1e-3)
+    frozen = [p for n, p in model.named_parameters() if n.startswith(("embed", "conv")) or n.endswith("bias")]
+    assert estimate.totals == simulated.steady_breakdown
+    assert estimate.totals["frozen"] == sum(p.numel() * p.element_size() for p in frozen)
+    for row in estimate.rows:
+        assert not (row.frozen and (row.weight or row.gradient or row.moments or row.coords)), row.name
+    assert all(param.requires_grad for param in model.parameters())  # an estimate changes nothing
+
+
 @pytest.mark.parametrize("name", optimizers.names())
 def test_every_base_has_a_row(name):
     assert optimizers.find(name, {"lr": 1e-2}).row is not None

@@ -81,11 +81,15 @@ class TestWhatPeftMakesOfIt:
             bridge.export(opt, tmp_path / "b", quiet=True)
         assert left_in(tmp_path) == sorted(left_in(tmp_path / "a") and [*("a/" + f for f in left_in(tmp_path / "a")), "a"])
 
-    def test_only_what_was_trained_is_in_it(self, tmp_path):
-        model = llama()
-        model.requires_grad_(False)
-        model.model.layers[1].mlp.requires_grad_(True)
-        opt = lingrad.adapt(model, "svd(rank=4, every=0)", "adamw", lr=1e-2)
+    @pytest.mark.parametrize("by_rule", [False, True])
+    def test_only_what_was_trained_is_in_it(self, tmp_path, by_rule):
+        model, rules = llama(), "svd(rank=4, every=0)"
+        if by_rule:
+            rules = {"*.layers.1.mlp.*": rules, "*": "frozen"}
+        else:
+            model.requires_grad_(False)
+            model.model.layers[1].mlp.requires_grad_(True)
+        opt = lingrad.adapt(model, rules, "adamw", lr=1e-2)
         train(model, opt, text_batches(3))
         report = bridge.export(opt, tmp_path / "a", quiet=True)
         config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())

@@ -233,5 +233,5 @@ def test_plans():
         "kron(left=svd(rank=4, every=6), right=svd(rank=4, every=6))"
     )
     assert plans.refreshing("full()", 6) == "full()"
-    rules = "*.mlp.*: svd(rank=4); *: none"
-    assert plans.refreshing(rules, 6) == "*.mlp.*: svd(rank=4, every=6); *: none"
+    rules = "*.mlp.*: svd(rank=4); *norm*: frozen; *: none"
+    assert plans.refreshing(rules, 6) == "*.mlp.*: svd(rank=4, every=6); *norm*: frozen; *: none"

@@ -79,7 +79,36 @@ def table(results: Results) -> str:
         parts.append(tabulate([head, *rows]))
     rows = [(e.name, one.loss, f"{one.factor:g}", f"{one.sent:.2f}") for e, one in found.items() if e in ablated]
     parts.append(tabulate([("4 workers, H = 50", "loss", "factor", "MB sent"), *rows]))
+    parts.append(differences(results, [entry for entry in found if entry.every and entry not in ablated]))
     return "\n\n".join(parts)
+
+
+def differences(results: Results, compared: list[Entry]) -> str:
+    """Losses less that of the mean of identical slices of the same rank, workers and rounds, seed by seed.
+
+    Args:
+        results: The runs.
+        compared: The entries.
+
+    Returns:
+        Markdown: means and standard errors, in thousandths.
+    """
+    by_seed = {
+        entry: {run["seed"]: run["loss"] for run in results.found.values() if Entry(**run["entry"]) == entry}
+        for entry in compared
+    }
+    cells: dict[str, dict[tuple[int, int], str]] = {}
+    for entry, losses in by_seed.items():
+        rank = ", r 1" if entry.name.endswith(", r 1") else ""
+        base = next((e for e in by_seed if (e.name, *e[3:5]) == (f"slices, identical, mean{rank}", *entry[3:5])), None)
+        if base is None or base == entry:
+            continue
+        apart = [losses[seed] - by_seed[base][seed] for seed in SEEDS]
+        error = statistics.stdev(apart) / len(apart) ** 0.5
+        cells.setdefault(entry.name, {})[entry[3:5]] = f"{1000 * statistics.mean(apart):+.0f} ± {1000 * error:.0f}"
+    columns = sorted({column for of in cells.values() for column in of})
+    head = ("less the mean of identical slices, in thousandths", *(f"N {workers}, H {every}" for workers, every in columns))
+    return tabulate([head, *((name, *(of.get(column, "") for column in columns)) for name, of in cells.items())])
 
 
 def main() -> None:

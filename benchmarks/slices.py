@@ -3,18 +3,14 @@
     python -m benchmarks.slices [--out FILE] [--only WORD] [--cell N H] [--minutes M]   go on where FILE ends
     python -m benchmarks.slices_table [--into PAGE]                    print the tables, or put them into a page
 
-A run is one line of the file; processes that run different cells may share it. Every entry is tuned by the same rule: the
-learning rate of the transformed weights, as a factor of that of the rest, is tried at three powers of two, and then on beyond
-the best of them until it is not at the edge, with one seed; the best is run with three others. All workers are simulated in one
-process; the numbers are those of as many processes.
+The rule of tuning is that of `benchmarks.study`; what is tuned is the learning rate of the transformed weights, as a factor of
+that of the rest. All workers are simulated in one process; the numbers are those of as many processes.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import math
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,15 +18,16 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 import lingrad
+from benchmarks.study import Study
 from lingrad.models import LlamaShape, build_llama, next_token_loss
 from lingrad.research.corpus import Corpus, moby_dick, tokenize, training_batches, validation_batches
 
 RESULTS = Path("docs/studies/slices.jsonl")
 SHAPE = LlamaShape(hidden=64, intermediate=172, layers=2, heads=4, length=32)
 ROWS, STEPS, RANK, LR = 16, 400, 8, 1e-2
-TUNE, SEEDS, MOST = 0, (1, 2, 3), 8  # the seed of tuning, those of the results, trials at most
 LINEAR = {"*self_attn*": "{}", "*mlp*": "{}", "*": "none"}
 
 
@@ -205,57 +202,27 @@ def _sent(entry: Entry, opt: Any, model: nn.Module) -> float:
     return (entry.workers - 1) * (rounds * of_one * coords + sketches)
 
 
-class Results:
-    """What was run, in a file with a line for each run.
+class Results(Study[Entry]):
+    """The runs of this study.
 
     Args:
-        path: The file.
+        path: Their file.
     """
 
     def __init__(self, path: Path) -> None:
-        self.path = path
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lines = path.read_text().splitlines() if path.exists() else []
-        self.found: dict[tuple[Any, ...], dict[str, Any]] = {}
-        for line in lines:
-            run = json.loads(line)
-            self.found[self.key(Entry(**run["entry"]), run["factor"], run["seed"])] = run
+        super().__init__(path, Entry)
+        self._text: tuple[Corpus, list[Tensor]] | None = None
 
-    @staticmethod
-    def key(entry: Entry, factor: float, seed: int) -> tuple[Any, ...]:
-        """What a run is."""
-        return (*entry, factor, seed)
+    @override
+    def train(self, entry: Entry, factor: float, seed: int) -> dict[str, Any]:
+        if self._text is None:
+            corpus = tokenize("Moby-Dick", moby_dick())
+            self._text = corpus, validation_batches(corpus, rows=16, length=SHAPE.length, batches=16)
+        return train(entry, factor, seed, *self._text)
 
-    def get(self, entry: Entry, factor: float, seed: int, corpus: Corpus, held: list[Tensor]) -> float:
-        """The loss of a run, which is made if there is none; infinite where it diverged."""
-        key = self.key(entry, factor, seed)
-        if key not in self.found:
-            start = time.perf_counter()
-            try:
-                found = train(entry, factor, seed, corpus, held)
-            except lingrad.LingradError as error:  # what is not finite is not merged
-                found = {"loss": float("nan"), "sent": float("nan"), "error": str(error)}
-            seconds = round(time.perf_counter() - start, 1)
-            run = {"entry": entry._asdict(), "factor": factor, "seed": seed, **found, "seconds": seconds}
-            what = f"{entry.name}, N {entry.workers}, H {entry.every}, x{factor}, seed {seed}"
-            sys.stdout.write(f"{what}: {found['loss']:.4f}, {seconds} s\n")
-            sys.stdout.flush()
-            with self.path.open("a") as file:
-                file.write(json.dumps(run) + "\n")
-            self.found[key] = run
-        loss = self.found[key]["loss"]
-        return loss if math.isfinite(loss) else float("inf")
-
-    def tune(self, entry: Entry, corpus: Corpus, held: list[Tensor]) -> float:
-        """The best factor, by the rule of the module."""
-        tried = {power: self.get(entry, 2.0**power, TUNE, corpus, held) for power in range(entry.start - 1, entry.start + 2)}
-        while len(tried) < MOST:
-            best = min(tried, key=lambda power: tried[power])
-            if min(tried) < best < max(tried):
-                break
-            beyond = best - 1 if best == min(tried) else best + 1
-            tried[beyond] = self.get(entry, 2.0**beyond, TUNE, corpus, held)
-        return 2.0 ** min(tried, key=lambda power: tried[power])
+    @override
+    def label(self, entry: Entry) -> str:
+        return f"{entry.name}, N {entry.workers}, H {entry.every}"
 
 
 def main() -> None:
@@ -269,17 +236,13 @@ def main() -> None:
     asked = parser.parse_args()
     results = Results(asked.out)
     torch.set_num_threads(1)
-    corpus = tokenize("Moby-Dick", moby_dick())
-    held = validation_batches(corpus, rows=16, length=SHAPE.length, batches=16)
     until = time.monotonic() + 60 * asked.minutes
     for entry in entries():
         if asked.only not in entry.name or (asked.cell and [entry.workers, entry.every] not in asked.cell):
             continue
         if time.monotonic() > until:
             return
-        factor = results.tune(entry, corpus, held)
-        for seed in SEEDS:
-            results.get(entry, factor, seed, corpus, held)
+        results.run(entry)
 
 
 if __name__ == "__main__":

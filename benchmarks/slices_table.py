@@ -9,7 +9,8 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-from benchmarks.slices import RESULTS, SEEDS, TUNE, Entry, Results, ablations, entries
+from benchmarks.slices import RESULTS, Entry, Results, ablations, entries
+from benchmarks.study import SEEDS, TUNE
 from lingrad.console import markdown as tabulate
 from tools.marks import put
 

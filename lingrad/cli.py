@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json as json_
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,9 +12,9 @@ import typer
 from lingrad import __version__
 from lingrad.config.explain import explain as explain_
 from lingrad.convert import commands as convert_commands
-from lingrad.errors import DataError
-from lingrad.files.atomic import write_whole
+from lingrad.files.results import check_folders, finish, written
 from lingrad.memory import commands as memory_commands
+from lingrad.memory import named
 from lingrad.memory.commands import Question
 from lingrad.models import open_model
 from lingrad.research import commands as research_commands
@@ -74,9 +73,9 @@ def demo(
     json: Json = None,
 ) -> None:
     """Train a small Llama on Moby-Dick with seven methods. Full AdamW, GaLore in both modes, a random map, online PCA."""
-    _check(json)
+    check_folders(json)
     result = research_commands.demo(out, steps=steps)
-    _finish(json, lambda: research_report.to_json(result), lambda: research_commands.show(result, out))
+    finish(json, lambda: research_report.to_json(result), lambda: research_commands.show(result, out))
 
 
 @app.command(epilog=_example('lingrad train --text book.txt --rules "random(rank=64, every=50)" --steps 100'))
@@ -93,10 +92,10 @@ def train(
     json: Json = None,
 ) -> None:
     """Train the demo's model on your own text. One method in both modes is compared with full-rank training."""
-    _check(json)
+    check_folders(json)
     options: dict[str, Any] = {"base": base, "lr": lr, "scale": scale, "carry": carry, "steps": steps, "length": length}
     result = research_commands.train(text, rules, out, **options)
-    _finish(json, lambda: research_report.to_json(result), lambda: research_commands.show(result, out))
+    finish(json, lambda: research_report.to_json(result), lambda: research_commands.show(result, out))
 
 
 @app.command(epilog=_example('lingrad explain "*.mlp.*: svd(rank=64); *: none" --model llama-7b'))
@@ -108,9 +107,9 @@ def explain(
     json: Json = None,
 ) -> None:
     """Show which parameters rules transform, and to what sizes."""
-    _check(json)
+    check_folders(json)
     found = explain_(open_model(model), rules, share="input" if share else None, every_parameter=every_parameter)
-    _finish(json, lambda: json_.dumps(asdict(found), indent=1), lambda: typer.echo(found))
+    finish(json, lambda: json_.dumps(asdict(found), indent=1), lambda: typer.echo(found))
 
 
 @memory.command(epilog=_example('lingrad memory simulate --model llama-7b --rules "svd(rank=1024)" --layerwise'))
@@ -134,12 +133,12 @@ def simulate(
     snapshot: Annotated[Path | None, typer.Option(help="Write a snapshot for pytorch.org/memory_viz to this file.")] = None,
 ) -> None:
     """Report the memory of a run, simulated on meta tensors. These have shapes and no values, and take no memory."""
-    _check(json, plot, snapshot)
+    check_folders(json, plot, snapshot)
     question = _question(locals())
     report = memory_commands.simulate(question)
-    _write(plot, report.plot)
-    _write(snapshot, report.to_snapshot)
-    _finish(json, report.to_json, lambda: typer.echo(report))
+    written(plot, report.plot)
+    written(snapshot, report.to_snapshot)
+    finish(json, report.to_json, lambda: typer.echo(report))
 
 
 @memory.command(epilog=_example('lingrad memory fit --model llama-7b --rules "svd(rank=1024)" --layerwise --capacity 24GiB'))
@@ -160,9 +159,9 @@ def fit(
     json: Json = None,
 ) -> None:
     """Find the largest batch that fits in the memory of a device."""
-    _check(json)
+    check_folders(json)
     found = memory_commands.fit(_question(locals()))
-    _finish(json, found.to_json, lambda: typer.echo(found))
+    finish(json, found.to_json, lambda: typer.echo(found))
 
 
 @memory.command(epilog=_example('lingrad memory compare --model llama-1b --rules "svd(rank=512)" --plot bars.png'))
@@ -183,10 +182,10 @@ def compare(
     plot: Plot = None,
 ) -> None:
     """Compare the memory of AdamW, galore_torch, lingrad and LoRA. All are simulated under the same conditions."""
-    _check(json, plot)
+    check_folders(json, plot)
     found = memory_commands.compare(_question(locals()))
-    _write(plot, found.plot)
-    _finish(json, found.to_json, lambda: typer.echo(found))
+    written(plot, found.plot)
+    finish(json, found.to_json, lambda: typer.echo(found))
 
 
 @memory.command(epilog=_example('lingrad memory estimate --model llama-70b --rules "svd(rank=1024)" --base adamw8bit'))
@@ -204,9 +203,9 @@ def estimate(
     json: Json = None,
 ) -> None:
     """Compute the memory between steps in closed form. It is counted from shapes and dtypes; nothing is run."""
-    _check(json)
+    check_folders(json)
     found = memory_commands.estimate(_question(locals()))
-    _finish(json, found.to_json, lambda: typer.echo(found))
+    finish(json, found.to_json, lambda: typer.echo(found))
 
 
 @app.command(epilog=_example("lingrad convert START TUNED --out LORA --max-error 0.01"))
@@ -225,11 +224,11 @@ def convert(
     json: Json = None,
 ) -> None:
     """Turn the difference of two models into an adapter for PEFT. For a lingrad run with a ledger use lingrad export."""
-    _check(json)
+    check_folders(json)
     options: dict[str, Any] = {"rank": rank, "energy": energy, "max_error": max_error, "dtype": dtype, "logits": logits}
     options |= {"uniform_rank": uniform_rank, "full_svd": full_svd, "decayed_start": decayed_start}
     report = convert_commands.convert(start, tuned, out, **options)
-    _finish(json, report.json, lambda: typer.echo(f"{report.table()}\nWritten: {out}"))
+    finish(json, report.json, lambda: typer.echo(f"{report.table()}\nWritten: {out}"))
 
 
 @app.command(epilog=_example("lingrad export RUN --out LORA --start START"))
@@ -245,10 +244,10 @@ def export(
     json: Json = None,
 ) -> None:
     """Turn a checkpoint of lingrad into an adapter for PEFT. The run needs ledger=True; nothing is searched for."""
-    _check(json)
+    check_folders(json)
     options: dict[str, Any] = {"rank": rank, "dtype": dtype, "uniform_rank": uniform_rank, "logits": logits}
     report = convert_commands.export(run, out, start=start, decayed_start=decayed_start, **options)
-    _finish(json, report.json, lambda: typer.echo(f"{report.table()}\nWritten: {out}"))
+    finish(json, report.json, lambda: typer.echo(f"{report.table()}\nWritten: {out}"))
 
 
 @app.command(epilog=_example("lingrad merge START LORA --out MERGED"))
@@ -261,6 +260,12 @@ def merge(
     typer.echo(f"Written: {convert_commands.merge(start, adapter, out)}")
 
 
+@app.command(epilog=_example("lingrad methods"))
+def methods() -> None:
+    """List published methods by name, each a combination of parts. A name may be given as rules."""
+    typer.echo(named.table())
+
+
 @app.command(epilog=_example("lingrad version"))
 def version() -> None:
     """Print the version."""
@@ -269,29 +274,3 @@ def version() -> None:
 
 def _question(options: dict[str, Any]) -> Question:
     return Question(**{name: value for name, value in options.items() if name in Question.__dataclass_fields__})
-
-
-def _check(*paths: Path | None) -> None:
-    """Raise `DataError`, before anything is computed, if the folder of a file to write does not exist."""
-    for path in paths:
-        if path is not None and not path.absolute().parent.is_dir():
-            raise DataError(f"cannot write {path}: there is no folder {path.absolute().parent}")
-
-
-def _write(path: Path | None, write: Callable[[Path], object]) -> None:
-    try:
-        if path is not None:
-            write(path)
-    except OSError as error:
-        raise DataError(f"cannot write {path}: {error.strerror}") from error
-    except ValueError as error:  # matplotlib does not know the suffix
-        raise DataError(f"cannot write {path}: {error}") from error
-
-
-def _finish(json: Path | None, to_json: Callable[[], str], show: Callable[[], object]) -> None:
-    """Print the result, and write its JSON if asked to; with ``--json -`` the JSON is all that is printed."""
-    if json == Path("-"):
-        typer.echo(to_json().rstrip())
-        return
-    _write(json, lambda path: write_whole(path, to_json().encode()))
-    show()

@@ -8,6 +8,7 @@ from math import prod
 from torch import nn
 
 from lingrad.config import coverage, spec
+from lingrad.config.methods import long_rules
 from lingrad.config.rules import Rules
 from lingrad.config.settings import Share
 from lingrad.config.sharing import GroupedTarget, group_targets
@@ -88,7 +89,7 @@ def explain(model: nn.Module, rules: Rules, *, share: Share | None = None, every
     instead = "lingrad.models.open_model makes one from a name or a config"
     known = isinstance(model, nn.Module)  # the text of a model is long, and some can be written only where they have values
     require(known, "model", f"model must be a torch.nn.Module, not {'one' if known else repr(model)}; {instead}")
-    plan = resolve_model(model, rules)
+    plan = resolve_model(model, long_rules(rules))
     targets = {grouped.target.name: _line(grouped) for grouped in group_targets(plan.targets, share)}
     untouched = {name: _untouched(name, param, "in full", "full", param.numel()) for name, param in plan.full}
     untouched |= {name: _untouched(name, param, "frozen", "-", 0) for name, param in plan.frozen}

@@ -8,6 +8,7 @@ from enum import Enum
 from typing import Final, Literal
 
 from lingrad.config import spec
+from lingrad.config.methods import refuse_method
 from lingrad.errors import SpecError, shown
 from lingrad.transforms.base import Transform
 
@@ -50,6 +51,7 @@ def parse_rules(rules: Rules) -> Transform | dict[str, Rule]:
     if isinstance(rules, str) and rules.strip():
         parts = [_outside_brackets(line, ":") for line in _outside_brackets(rules, ";\n") if line.strip()]
         if len(parts) == 1 and len(parts[0]) == 1:
+            refuse_method(rules)
             return spec.parse(rules)
         for part in parts:
             if len(part) != 2:
@@ -97,6 +99,8 @@ def _rule_value(glob: str, value: str | Rule) -> Rule:
         if word in ("none", FROZEN.value):
             return None if word == "none" else FROZEN
     try:
+        if isinstance(value, str):
+            refuse_method(value)
         return spec.parse(value)
     except SpecError as error:
         raise SpecError(f"rule '{glob}': {error}") from None

@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 
 from lingrad import optimizers
 from lingrad.api import adapt, wrap
+from lingrad.config.methods import applied
 from lingrad.config.names import plain
 from lingrad.config.rules import Rules, parse_rules
 from lingrad.config.settings import Carry, Mode, Settings
@@ -83,17 +84,17 @@ def trainer_kwargs(
     require_one_of(mode, get_args(Mode), "mode")
     require_one_of(carry, get_args(Carry), "carry")
     require(ledger in (None, True, False), "ledger", f"ledger must be True, False or None, not {ledger!r}")
+    rules, base, given = applied(rules, base, {"scale": scale, "carry": carry, **options})
     if not callable(rules):
         parse_rules(rules)
     for name in ("self_contained", "model"):
         require(name not in options, name, f"'{name}' is set by lingrad.hf; leave it out")
     _check_args(args, base, translated=isinstance(rules, GaloreTargets))
-    _check_layerwise(args, layerwise=bool(options.get("layerwise")))
+    _check_layerwise(args, layerwise=bool(given.get("layerwise")))
     check_parallel(args)
-    given = {"scale": scale, "carry": carry, "seed": seed, **options}
-    _, of_base = Settings.split(options)
+    _, of_base = Settings.split(given)
     optimizers.find(base, {**_of_the_base(args, base), **of_base}, decay=False, others=Settings.names())
-    settings = {"args": args, "rules": rules, "mode": mode, "base": base, "ledger": ledger, "options": given}
+    settings = {"args": args, "rules": rules, "mode": mode, "base": base, "ledger": ledger, "options": given | {"seed": seed}}
     return {"optimizer_cls_and_kwargs": (Factory, settings)}
 
 

@@ -11,6 +11,7 @@ from typing import Literal, cast, get_args
 
 import torch
 
+from lingrad.config.methods import long_rules
 from lingrad.config.rules import parse_rules
 from lingrad.config.settings import Mode
 from lingrad.console import columns
@@ -239,12 +240,10 @@ def methods(question: Question) -> list[Method]:
     Raises:
         SpecError: The rules are not one config string with a rank, which the other methods could use.
     """
-    transform = parse_rules(question.rules)
-    rank, every = getattr(transform, "rank", None), getattr(transform, "every", 200)
+    named = parse_rules(long_rules(question.rules))
+    rank, every = getattr(named, "rank", None), getattr(named, "every", 200)
     if rank is None:
-        raise SpecError(
-            f"a comparison needs one rank for all methods; give a config string like svd(rank=128), not '{question.rules}'"
-        )
+        raise SpecError(f"a comparison needs one rank for all methods; give svd(rank=128) or the like, not '{question.rules}'")
     galore = cast("Literal['adamw', 'adamw8bit']", question.base if question.base in ("adamw", "adamw8bit") else "adamw")
     modes = [replace(question, mode=mode).method for mode in get_args(Mode)]
     return [FullRank("adamw"), GaloreTorch(rank, every, galore), *modes, Lora(rank, question.base)]

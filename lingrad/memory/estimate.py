@@ -14,6 +14,7 @@ from torch import nn
 
 from lingrad import optimizers
 from lingrad.config.cutting import check_cut, check_target
+from lingrad.config.methods import applied
 from lingrad.config.residual import parse_residual
 from lingrad.config.rules import Rules
 from lingrad.config.settings import Mode, Settings, Share
@@ -150,14 +151,15 @@ def estimate(
     """
     require_one_of(mode, get_args(Mode), "mode")
     require(type(ranks) is int and ranks >= 1, "ranks", f"ranks must be a whole number, 1 or more, not {ranks!r}")
-    settings, base_options = Settings.split({**options, "layerwise": layerwise, "share": share})
+    rules, base, options = applied(rules, base, {**options, "layerwise": layerwise, "share": share})
+    settings, base_options = Settings.split(options)
     settings.check_mode(mode)
     found = optimizers.find(base, base_options, decay=False, others=Settings.names())
     fallback = found.fallback or found
     if ranks > 1:
-        check_cut(found.name, coded=found.quantizer is not None, layerwise=layerwise)
+        check_cut(found.name, coded=found.quantizer is not None, layerwise=settings.layerwise)
     plan = resolve_model(model, rules)
-    grouped = {id(each.target.param): each for each in group_targets(plan.targets, share)}
+    grouped = {id(each.target.param): each for each in group_targets(plan.targets, settings.share)}
     full = {id(param) for _, param in plan.full}
     rows = []
     trained = quantised = 0
@@ -172,7 +174,7 @@ def estimate(
         elif id(param) in full:
             shape = cut(tuple(param.shape), ranks)
             size, moments = prod(shape) * param.element_size(), fallback.moments(shape, param.dtype)
-            rows.append(ParameterBytes(name, weight=size, gradient=0 if layerwise else size, moments=_sum(moments)))
+            rows.append(ParameterBytes(name, weight=size, gradient=0 if settings.layerwise else size, moments=_sum(moments)))
             trained += param.numel()
         else:
             rows.append(ParameterBytes(name, frozen=prod(cut(tuple(param.shape), ranks)) * param.element_size()))
@@ -181,7 +183,7 @@ def estimate(
     buffers = {storage(buffer): (name, buffer) for name, buffer in model.named_buffers()}
     rows += [ParameterBytes(name, buffer=buffer.untyped_storage().nbytes()) for name, buffer in buffers.values()]
     if found.name in CODE_BOOKS and quantised:
-        rows.append(ParameterBytes(SHARED, moments=CODE_BOOKS[found.name] * (quantised if layerwise else 1)))
+        rows.append(ParameterBytes(SHARED, moments=CODE_BOOKS[found.name] * (quantised if settings.layerwise else 1)))
     elements = sum(
         prod(grouped[id(param)].target.layout.shape) if id(param) in grouped else param.numel() for param in model.parameters()
     )

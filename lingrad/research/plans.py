@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
 from lingrad.config import spec
+from lingrad.config.methods import long_rules
 from lingrad.config.rules import format_rule, parse_rules
 from lingrad.models import LlamaShape
 from lingrad.transforms import Transform
@@ -133,7 +134,7 @@ def refreshing(rules: str, every: int) -> str:
     Returns:
         The rules with each ``every`` replaced, those inside a ``kron`` too.
     """
-    parsed = parse_rules(rules)
+    parsed = parse_rules(long_rules(rules))
     if isinstance(parsed, Transform):
         return spec.format(_refreshing(parsed, every))
     changed = {glob: _refreshing(rule, every) if isinstance(rule, Transform) else rule for glob, rule in parsed.items()}

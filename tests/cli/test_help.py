@@ -42,6 +42,7 @@ def test_the_commands():
         "convert",
         "export",
         "merge",
+        "methods",
         "version",
     }
 

@@ -1,0 +1,209 @@
+"""Published methods by name: each is a combination of a transform, a base optimizer and options of a run.
+
+A name is written like a config string, ``galore(rank=128)``, wherever rules for a whole model are taken. In the brackets are
+options of its transform, and ``base`` and options of `lingrad.wrap` in place of the method's own.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from lingrad.config import spec
+from lingrad.config.settings import Settings
+from lingrad.errors import SpecError, did_you_mean, require
+
+BASE = "adamw"  # of `lingrad.wrap`
+_NAME = re.compile(r"\s*([A-Za-z_][\w-]*)\s*(\(|$)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class NamedMethod:
+    """A method and where it was published.
+
+    Args:
+        spec: Its config string, with its options in braces.
+        options: The options with their defaults; None must be given.
+        base: Its base optimizer.
+        base_options: Options of that base.
+        settings: Options of the run.
+        paper: Authors, year, arXiv number, and where in it.
+        differs: What lingrad does otherwise; empty if nothing is known.
+    """
+
+    spec: str
+    options: Mapping[str, Any] = field(default_factory=lambda: {"rank": None, "every": 200, "side": "short"})
+    base: str = BASE
+    base_options: Mapping[str, Any] = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    paper: str
+    differs: str = ""
+
+
+_SVD = "svd(rank={rank}, every={every}, side={side})"
+
+METHODS: dict[str, NamedMethod] = {
+    "galore": NamedMethod(
+        spec=_SVD,
+        settings={"scale": 0.25},
+        paper="Zhao et al., ICML 2024, arXiv 2403.03507, algorithm 2",
+        differs='eps, decay and signs are those of compat="galore" only with that option',
+    ),
+    "galore_8bit": NamedMethod(
+        spec=_SVD,
+        base_options={"moments": "8bit"},
+        settings={"scale": 0.25},
+        paper="Zhao et al., ICML 2024, arXiv 2403.03507, section 4.3",
+        differs="moments are coded by lingrad's own blocks, for any base",
+    ),
+    "online_subspace_descent": NamedMethod(
+        spec="pca(rank={rank}, side={side})",
+        options={"rank": None, "side": "short"},
+        paper="Liang et al., NeurIPS 2024, arXiv 2408.12857, algorithm 1",
+        differs="the gradient of the basis is computed in closed form",
+    ),
+    "lora_fa": NamedMethod(
+        spec="random(rank={rank}, every=0, kind=gaussian, side=right)",
+        options={"rank": None},
+        paper="Zhang et al., 2023, arXiv 2308.03303, section 3",
+    ),
+    "flora": NamedMethod(
+        spec="random(rank={rank}, every={every}, kind=gaussian, side={side})",
+        base="sgd",
+        base_options={"momentum": 0.9},
+        settings={"carry": "rotate"},
+        paper="Hao et al., ICML 2024, arXiv 2402.03293, algorithm 2",
+        differs="its momentum alone; the paper puts it into Adafactor",
+    ),
+    "fira": NamedMethod(spec=_SVD, settings={"residual": "scaled"}, paper="Chen et al., 2024, arXiv 2410.01623, section 4"),
+    "frugal": NamedMethod(
+        spec="random(rank={rank}, every={every}, kind=rows, side={side})",
+        settings={"residual": "sign", "carry": "rotate"},
+        paper="Zmushko et al., ICML 2025, arXiv 2411.07837, algorithm 1",
+        differs="rows or columns of every weight are chosen at random, where the paper also has whole layers",
+    ),
+    "ldadam": NamedMethod(
+        spec="power(rank={rank}, every=1, side={side})",
+        options={"rank": None, "side": "short"},
+        base_options={"betas": (0.908, 0.99)},
+        settings={"carry": "transport", "residual": "feedback"},
+        paper="Robert et al., ICLR 2025, arXiv 2410.16103, algorithm 1",
+        differs="a basis is learned from the gradient of a step and used from the next one on, the paper's from the mean too",
+    ),
+    "sumo": NamedMethod(
+        spec=_SVD,
+        base="muon",
+        settings={"carry": "rotate"},
+        paper="Refael et al., 2025, arXiv 2505.24749, algorithm 1",
+        differs="moments are orthogonalised by Newton and Schulz' iteration, where the paper takes an SVD",
+    ),
+    "loqt": NamedMethod(
+        spec=_SVD,
+        settings={"keep_remainder": True},
+        paper="Loeschcke et al., NeurIPS 2024, arXiv 2405.16528, algorithm 1",
+        differs="for adapter mode on weights in 4 or 8 bits; intervals do not grow",
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """A method with its options filled in.
+
+    Args:
+        rules: The config string.
+        base: The base.
+        base_options: Options of the base.
+        settings: Options of the run.
+    """
+
+    rules: str
+    base: str
+    base_options: Mapping[str, Any]
+    settings: Mapping[str, Any]
+
+    def __str__(self) -> str:
+        options = {**self.settings, **self.base_options}
+        return ", ".join([f'"{self.rules}"', f'"{self.base}"', *(f"{key}={value!r}" for key, value in options.items())])
+
+
+def method_of(rules: object) -> Chosen | None:
+    """The method that rules name.
+
+    Args:
+        rules: Rules of any form.
+
+    Returns:
+        The method; None where they are no name of one.
+
+    Raises:
+        SpecError: An option is unknown, or one is missing.
+    """
+    found = _NAME.match(rules) if isinstance(rules, str) else None
+    name = "" if found is None else found[1].lower().replace("-", "_")
+    if name not in METHODS or not isinstance(rules, str) or found is None:
+        return None
+    method = METHODS[name]
+    choice = spec.parse_choice(name + rules[found.end(1) :])
+    takes = [*method.options, "base", "moments", *Settings.names()]
+    given = dict(choice.options)
+    for option in given:
+        near = did_you_mean(option, takes)
+        require(option in takes, option, f"method '{name}' has no option '{option}'{near} It takes: {', '.join(takes)}.")
+    values = {**method.options, **{key: value for key, value in given.items() if key in method.options}}
+    for key, value in values.items():
+        require(value is not None, key, f"method '{name}' needs {key}, as in {name}({key}=...)")
+    text = spec.format(spec.parse(method.spec.format(**values)))
+    own = {key: value for key, value in given.items() if key in Settings.names()}
+    chosen = Chosen(text, method.base, method.base_options, {**method.settings, **own})
+    if "base" in given and given["base"] != method.base:
+        chosen = replace(chosen, base=given["base"], base_options={})
+    if "moments" in given:
+        chosen = replace(chosen, base_options={**chosen.base_options, "moments": given["moments"]})
+    return chosen
+
+
+def applied(rules: Any, base: Any, options: Mapping[str, Any]) -> tuple[Any, Any, dict[str, Any]]:
+    """Rules, base and options of a run with those of the method that the rules name, if they name one.
+
+    Args:
+        rules: Rules of any form.
+        base: The base.
+        options: Options of the run and of the base; what differs from its default is kept, as is a base other than adamw.
+
+    Returns:
+        The three, as without a name.
+    """
+    chosen = method_of(rules)
+    if chosen is None:
+        return rules, base, dict(options)
+    plain = Settings()
+    given = {key: value for key, value in options.items() if key not in Settings.names() or value != getattr(plain, key)}
+    kept = isinstance(base, str) and base == BASE
+    of_base = chosen.base_options if kept or base == chosen.base else {}
+    return chosen.rules, chosen.base if kept else base, {**options, **chosen.settings, **of_base, **given}
+
+
+def long_rules(rules: Any) -> Any:
+    """The config string of the method that rules name, or the rules themselves."""
+    chosen = method_of(rules)
+    return rules if chosen is None else chosen.rules
+
+
+def refuse_method(text: str) -> None:
+    """Refuse the name of a method where a config string of one transform is expected.
+
+    Args:
+        text: The string.
+
+    Raises:
+        SpecError: It names a method.
+    """
+    chosen = method_of(text)
+    if chosen is not None:
+        raise SpecError(
+            f"'{text.strip()}' is a method, which sets options of the whole run, and no transform. Give it alone, in place of "
+            f"rules, or its parts: {chosen}"
+        )

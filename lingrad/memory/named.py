@@ -1,0 +1,48 @@
+"""Published methods by name, with what each keeps."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from lingrad.config import spec
+from lingrad.config.methods import METHODS, Chosen, method_of
+from lingrad.console import markdown
+from lingrad.memory.estimate import estimate
+
+SHAPE, RANK = (4096, 4096), 128  # of the weight whose state the table gives
+
+
+def table() -> str:
+    """The methods as a table in Markdown.
+
+    Returns:
+        For each its name and defaults, what it is a combination of, whether adapter mode has the same run, when it reads the
+        gradient itself, bytes of bases and state for one weight in bfloat16, and where it was published.
+    """
+    rows = [("method", "is", "adapter mode", "reads G", f"state, MB, {SHAPE[0]} x {SHAPE[1]}, r {RANK}", "from", "differs")]
+    for name, method in METHODS.items():
+        options = ", ".join(key if value is None else f"{key}={value}" for key, value in method.options.items())
+        chosen = method_of(f"{name}(rank={RANK})")
+        assert chosen is not None  # noqa: S101 - it is in the table
+        residual = chosen.settings.get("residual")
+        shown = str(chosen).replace(f"rank={RANK}", "rank=...")
+        dual = "only" if "keep_remainder" in chosen.settings else "refused" if residual else "the same run"
+        state = f"{_state(chosen):.2f}"
+        rows.append((f"`{name}({options})`", f"`{shown}`", dual, _reads(chosen), state, method.paper, method.differs))
+    return markdown(rows).rstrip()
+
+
+def _reads(chosen: Chosen) -> str:
+    if "residual" in chosen.settings:
+        return "at every step"
+    return "at refreshes" if spec.parse(chosen.rules).reads == "gradient" else "never"
+
+
+def _state(chosen: Chosen) -> float:
+    """Megabytes of bases and optimizer state."""
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(*SHAPE, bias=False, dtype=torch.bfloat16))
+    options = {key: value for key, value in {**chosen.settings, **chosen.base_options}.items() if key != "keep_remainder"}
+    totals = estimate(model, {"0": chosen.rules}, chosen.base, lr=1e-3, **options).totals
+    return (totals.get("basis", 0) + totals.get("moments", 0)) / 1e6

@@ -39,10 +39,11 @@ def take_up(run: Run, subs: Iterable[Subspace]) -> None:
         return
     live = [sub for sub in subs if not sub.pending.fed and _has_gradient(sub)]
     for sub, factor in zip(live, _factors(live), strict=True):
-        total = DenseGradient(_dense(sub, factor).add_(run.residuals.error(sub)))
+        dtype = _seen(sub).dtype
+        matrix = _dense(sub, factor).add_(run.residuals.error(sub))
         assert sub.coords.grad is not None  # noqa: S101 - `_has_gradient`
-        sub.coords.grad.copy_(sub.map().project(total))
-        sub.pending.replace(total, sub.coords)
+        sub.coords.grad.copy_(sub.map().project(matrix))
+        sub.pending.replace(DenseGradient(matrix.to(dtype)), sub.coords)  # those of all weights are in memory together
 
 
 def merge(run: Run, subs: Sequence[Subspace]) -> None:
@@ -145,8 +146,8 @@ def _dense(sub: Subspace, factor: Tensor) -> Tensor:
 
 def _seen(sub: Subspace) -> Gradient:
     total = sub.pending.total
-    if isinstance(total, Gradient):
-        return total
+    if isinstance(total, Gradient):  # in float16 products of factors may overflow where their projections do not
+        return total.to(torch.float32) if total.dtype == torch.float16 else total
     return DenseGradient(torch.zeros(sub.weight.layout.shape, dtype=sub.coords.dtype, device=sub.coords.device))
 
 

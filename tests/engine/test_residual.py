@@ -154,6 +154,32 @@ def test_gradients_may_be_scaled_by_one_factor(rule):
 
 
 @each_rule
+def test_mixed_precision_in_16_bits_with_a_loss_scale(rule):
+    """G is computed in float32: in float16 its entries overflow where those of the projection do not."""
+
+    def trained(dtype, scale):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(24, 16), nn.Tanh(), nn.Linear(16, 20))
+        optimizer = lingrad.wrap(model, {"*": "svd(rank=3, every=3)"}, "sgd", lr=1e-2, momentum=0.9, residual=rule)
+        scaler = torch.amp.GradScaler("cpu", init_scale=scale, enabled=scale > 1)
+        for x in torch.randn(8, 32, 24, generator=torch.Generator().manual_seed(1)):
+            with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+                loss = (30 * model(x)).float().square().sum() / 1000
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+        return weights_of(optimizer)
+
+    exact = trained(torch.float32, 1.0)
+    assert gap(trained(torch.float32, 2.0**8), exact) <= 1e-5  # float32
+    for dtype, scale in ((torch.bfloat16, 1.0), (torch.float16, 2.0**8)):
+        found = trained(dtype, scale)
+        assert all(weight.isfinite().all() for weight in found.values())
+        assert gap(found, exact) <= 0.1 if rule != "sign" else gap(found, exact) <= 0.3  # signs of entries near zero flip
+
+
+@each_rule
 def test_a_gradient_changed_in_another_way_is_refused(rule):
     model = llama()
     optimizer = lingrad.wrap(model, "random(rank=3, every=0)", "adamw", lr=1e-2, residual=rule)

@@ -85,6 +85,8 @@ def trainer_kwargs(
     require_one_of(carry, get_args(Carry), "carry")
     require(ledger in (None, True, False), "ledger", f"ledger must be True, False or None, not {ledger!r}")
     rules, base, given = applied(rules, base, {"scale": scale, "carry": carry, **options})
+    if "betas" not in options and (_changed(args, "adam_beta1") or _changed(args, "adam_beta2")):
+        given.pop("betas", None)  # of a method that the rules name
     if not callable(rules):
         parse_rules(rules)
     for name in ("self_contained", "model"):

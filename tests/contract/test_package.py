@@ -282,6 +282,14 @@ class TestDocs:
                 lines = [line for line in lines if "wrap" not in line]
             exec(compile("\n".join(lines), "docs/index.md", "exec"), names)  # noqa: S102 - our own text
 
+    def test_python_on_the_page_of_methods_runs(self):
+        import re
+
+        (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/methods.md").read_text(), flags=re.DOTALL)
+        names = {}
+        exec(compile(block, "docs/methods.md", "exec"), names)  # noqa: S102 - our own text
+        assert (names["opt"].settings.carry, names["opt"].settings.residual) == ("transport", "scaled")
+
     def test_python_on_the_duality_page_runs(self):
         import re
 

@@ -321,3 +321,26 @@ def test_logs_of_two_runs_agree(tmp_path):
         trainer.train()
         found.append(logs(trainer))
     assert found[0] == found[1]
+
+
+class TestNamedMethods:
+    def test_a_name_brings_base_and_options(self, tmp_path):
+        args = arguments(tmp_path)
+        found = lingrad.hf.trainer_kwargs("ldadam(rank=4)", args)["optimizer_cls_and_kwargs"]
+        opt = found[0]()(llama(torch.float32), **found[1])
+        by_parts = lingrad.wrap(llama(torch.float32), "power(rank=4, every=1)", carry="transport", residual="feedback")
+        assert opt.settings.identity() | {"seed": 0} == by_parts.settings.identity()
+        assert {group["betas"] for group in opt.param_groups} == {(0.908, 0.99)}
+
+    def test_what_the_arguments_change_goes_first(self, tmp_path):
+        args = arguments(tmp_path, adam_beta1=0.7)
+        found = lingrad.hf.trainer_kwargs("ldadam(rank=4)", args, carry="rotate")["optimizer_cls_and_kwargs"]
+        opt = found[0]()(llama(torch.float32), **found[1])
+        assert {group["betas"] for group in opt.param_groups} == {(0.7, args.adam_beta2)}
+        assert opt.settings.carry == "rotate"
+
+    def test_another_base(self, tmp_path):
+        found = lingrad.hf.trainer_kwargs("flora(rank=4)", arguments(tmp_path))["optimizer_cls_and_kwargs"]
+        opt = found[0]()(llama(torch.float32), **found[1])
+        assert type(opt.base) is torch.optim.SGD
+        assert {group["momentum"] for group in opt.param_groups} == {0.9}

@@ -86,12 +86,16 @@ def merge(run: Run, subs: Sequence[Subspace]) -> None:
 def _scaled(residuals: ResidualState, sub: Subspace, rest: Tensor, rate: Any) -> Tensor:
     """-R |base's step| / |gradient of the coordinates|, of each row or column, limited in its growth; in R's memory."""
     p, q = sub.basis.transform.ranks(sub.basis.shape)
-    across = None if p is not None and q is not None else 1 if p is None else 0  # a row of z is one of W without a left basis
+    # a row of z is one of W where there is no left basis; experts are blocks of rows, each with a basis of its own
+    across = 2 if p is None else 1 if q is None else (1, 2)
+    blocks = (sub.basis.transform.blocks, -1)
+    assert sub.coords.grad is not None  # noqa: S101 - `_has_gradient`
     stepped, grad = (
-        torch.linalg.vector_norm(part, dim=across, keepdim=across is not None)
+        torch.linalg.vector_norm(part.unflatten(0, blocks), dim=across, keepdim=True)
         for part in (sub.coords.detach(), sub.coords.grad)
     )
-    step = rest.mul_(-(stepped / (grad + FLOOR)))
+    step = rest
+    step.unflatten(0, blocks).mul_(-(stepped / (grad + FLOOR)))
     last = residuals.entries(sub)["norm"]
     # without a learning rate, as in the first step of a warm-up, there is no step, and nothing to compare the next with
     rate = torch.as_tensor(rate, dtype=last.dtype, device=last.device)

@@ -55,7 +55,9 @@ class ResidualState:
             Name -> tensor, not copied.
         """
         if self.rule.kind == "scaled":
-            return {"norm": self.norms.setdefault(sub.name, sub.coords.detach().new_zeros(()))}
+            zero = sub.coords.detach().new_zeros(())
+            self.norms[sub.name] = self.norms.get(sub.name, zero).to(zero)
+            return {"norm": self.norms[sub.name]}
         return {"error": self.error(sub)} if self.rule.kind == "feedback" else {}
 
     def load(self, sub: Subspace, entries: Mapping[str, Tensor]) -> None:
@@ -71,8 +73,10 @@ class ResidualState:
 
     def error(self, sub: Subspace) -> Tensor:
         """What is added to a weight's next gradient, [m, n]."""
+        dtype, device = sub.weight.dtype, sub.coords.device
         if sub.name not in self.errors:
-            self.errors[sub.name] = torch.zeros(sub.weight.layout.shape, dtype=sub.weight.dtype, device=sub.coords.device)
+            self.errors[sub.name] = torch.zeros(sub.weight.layout.shape, dtype=dtype, device=device)
+        self.errors[sub.name] = self.errors[sub.name].to(device, dtype)  # where model.to has moved or cast the weight
         return self.errors[sub.name]
 
     def changed(self, sub: Subspace, old: LinearMap, new: LinearMap, moments: Moments, carried: dict[str, Tensor]) -> None:

@@ -55,13 +55,25 @@ def run(
     return model, optimizer
 
 
-def dropped(sub, gradient):
-    """G less the nearest lift of coordinates, by least squares on S as a matrix."""
+def nearest(sub, matrix):
+    """The coordinates whose lift is nearest to a matrix, by least squares on S as a matrix."""
     p, q = sub.coords.shape
     units = torch.eye(p * q, dtype=torch.float64).view(p * q, p, q)
     columns = torch.stack([sub.map().lift(unit).flatten() for unit in units], dim=1)
-    flat = gradient.flatten()
-    return (flat - columns @ torch.linalg.lstsq(columns, flat[:, None]).solution[:, 0]).view_as(gradient)
+    return torch.linalg.lstsq(columns, matrix.flatten()[:, None]).solution.view(p, q)
+
+
+def along(sub, gradient, change):
+    """Fira's first step beyond the one of the coordinates, block by block of experts."""
+    stepped, projected = nearest(sub, change), sub.map().project(gradient)
+    rest = gradient - sub.map().lift(nearest(sub, gradient))
+    p, q = sub.basis.transform.ranks(sub.basis.shape)
+    found = []
+    blocks = sub.basis.transform.blocks
+    for z, g, r in zip(stepped.chunk(blocks), projected.chunk(blocks), rest.chunk(blocks), strict=True):
+        across = (0, 1) if None not in (p, q) else 1 if p is None else 0
+        found.append(-r * z.norm(dim=across, keepdim=True) / (g.norm(dim=across, keepdim=True) + 1e-8))
+    return torch.cat(found)
 
 
 def gradients():
@@ -77,21 +89,21 @@ def gradients():
 def test_one_step_of_every_transform_on_every_kind_of_weight(spec):
     """The step beyond that of the coordinates, against autograd's own gradient and S as a dense matrix."""
     first = {sub.name: sub for sub in run(None, spec, steps=0)[1].subspaces}
+    start = weights_of(run(None, spec, steps=0)[1])
     plain = weights_of(run(None, spec)[1])
     found = gradients()
     signs, scaled = (run(rule, spec)[1] for rule in ("sign", "scaled"))
     for sub in signs.subspaces:
-        layout = sub.weight.layout
+        name, matrix = sub.name, sub.weight.layout.matrix
         # a basis that reads the gradient is refreshed before the step, any other was there before
-        used = sub if sub.basis.transform.reads == "gradient" else first[sub.name]
-        rest = layout.restore(dropped(used, layout.matrix(found[sub.name])))
-        extra = weights_of(signs)[sub.name] - plain[sub.name]
+        used = sub if sub.basis.transform.reads == "gradient" else first[name]
+        rest = matrix(found[name]) - used.map().lift(nearest(used, matrix(found[name])))
+        extra = matrix(weights_of(signs)[name] - plain[name])
         sure = rest.abs() > 1e-9  # the sign of what is zero but for rounding is rounding
-        assert ((extra + 1e-2 * rest.sign())[sure]).abs().max() <= 1e-12 if sure.any() else not extra.any(), sub.name
-        along = weights_of(scaled)[sub.name] - plain[sub.name]
-        assert along.flatten() @ rest.flatten() <= 0.0
-        if sub.coords.shape == layout.shape:  # of full(), nothing is dropped
-            assert along.abs().max() <= TOLERANCE
+        assert ((extra + 1e-2 * rest.sign())[sure]).abs().max() <= 1e-12 if sure.any() else not extra.any(), name
+        extra = matrix(weights_of(scaled)[name] - plain[name])
+        expected = along(used, matrix(found[name]), matrix(plain[name] - start[name]))
+        assert (extra - expected).abs().max() <= TOLERANCE, name
 
 
 @each_rule
@@ -253,6 +265,20 @@ def test_resumed_it_is_the_same_to_the_bit(rule, spec, carry, layerwise, dtype):
     resumed.load_state_dict(saved[1])
     train(again, resumed, batches[4:], token_loss, schedule=False)
     assert_equal_bits(weights_of(resumed), weights_of(optimizer))
+
+
+@each_rule
+def test_model_to_is_followed(rule):
+    """What is kept goes where the weights go, in their dtype."""
+    model, optimizer = run(rule, build=llama, data=text_batches, loss=text_loss, steps=2)
+    model.to(torch.float32)
+    for (batch,) in text_batches(3, micro=1):
+        optimizer.zero_grad()
+        text_loss(model, batch).backward()
+        optimizer.step()
+    kept = list(optimizer._run.residuals.tensors())
+    assert {tensor.dtype for tensor in kept} <= {torch.float32}
+    assert all(weight.isfinite().all() for weight in weights_of(optimizer).values())
 
 
 def test_a_checkpoint_of_another_rule_is_refused():

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from lingrad.config.methods import takes_methods
 from lingrad.config.rounds import Rounds
 from lingrad.config.rules import Rules
 from lingrad.config.settings import Carry, Compat, Merge, Share
@@ -18,6 +19,7 @@ from lingrad.optimizers.base import BaseLike
 
 
 @renamed_keywords("lingrad.wrap", spec_or_rules="rules")
+@takes_methods
 def wrap(
     model: Trainable,
     rules: Rules,
@@ -52,7 +54,7 @@ def wrap(
         base: The optimizer of the coordinates: a name (see ``lingrad.optimizers.names()``), a ``torch.optim.Optimizer`` class,
             or a factory ``f(params, **base_kwargs)``.
         rest_lr: The learning rate of what trains in full, such as norms, biases, embeddings and the head; None is ``lr``, whose
-            best value for the coordinates is several times larger. Schedulers scale both alike.
+            best value for the coordinates is several times larger. Schedulers that multiply rates scale both alike.
         weight_decay: Decoupled decay of every parameter, W <- (1 - lr * weight_decay) W, whatever the base; each with its own
             learning rate.
         scale: Multiplies the learning rate of the coordinates, not their decay (GaLore's ``scale``).
@@ -121,6 +123,7 @@ def wrap(
 
 
 @renamed_keywords("lingrad.adapt", spec_or_rules="rules")
+@takes_methods
 def adapt(
     model: Trainable,
     rules: Rules,

@@ -105,7 +105,10 @@ class Lingrad(Method):
     @override
     def prepare(self, model: nn.Module, *, layerwise: bool = False) -> Training:
         make = wrap if self.mode == "optimizer" else adapt
-        optimizer = make(model, self.rules, self.base, layerwise=layerwise, **self.options)
+        given: dict[str, Any] = {"layerwise": True} if layerwise else {}
+        if self.base != "adamw":  # the default leaves the base of a method that the rules name
+            given["base"] = self.base
+        optimizer = make(model, self.rules, **given, **self.options)
         return Training(model, [optimizer], layerwise)
 
 

@@ -8,7 +8,7 @@ from math import prod
 from torch import nn
 
 from lingrad.config import coverage, spec
-from lingrad.config.methods import long_rules
+from lingrad.config.methods import method_of
 from lingrad.config.rules import Rules
 from lingrad.config.settings import Share
 from lingrad.config.sharing import GroupedTarget, group_targets
@@ -89,8 +89,10 @@ def explain(model: nn.Module, rules: Rules, *, share: Share | None = None, every
     instead = "lingrad.models.open_model makes one from a name or a config"
     known = isinstance(model, nn.Module)  # the text of a model is long, and some can be written only where they have values
     require(known, "model", f"model must be a torch.nn.Module, not {'one' if known else repr(model)}; {instead}")
-    plan = resolve_model(model, long_rules(rules))
-    targets = {grouped.target.name: _line(grouped) for grouped in group_targets(plan.targets, share)}
+    chosen = method_of(rules)
+    plan = resolve_model(model, rules if chosen is None else chosen.rules)
+    whole = chosen is not None and "residual" in chosen.settings
+    targets = {grouped.target.name: _line(grouped, whole) for grouped in group_targets(plan.targets, share)}
     untouched = {name: _untouched(name, param, "in full", "full", param.numel()) for name, param in plan.full}
     untouched |= {name: _untouched(name, param, "frozen", "-", 0) for name, param in plan.frozen}
     order = [name for name, _ in model.named_parameters() if name in targets or name in untouched]
@@ -100,12 +102,12 @@ def explain(model: nn.Module, rules: Rules, *, share: Share | None = None, every
     return Explanation(tuple(lines if every_parameter else _alike(lines)), parameters, trained, coverage.remark([plan]))
 
 
-def _line(grouped: GroupedTarget) -> Line:
+def _line(grouped: GroupedTarget, whole: bool) -> Line:
     target, coords, blocks = grouped.target, grouped.coords, grouped.target.transform.blocks
     bases = [_by(s, blocks) for s in target.transform.basis_shapes(grouped.shape) if s is not None]
     if not grouped.is_first:
         bases = [f"that of {grouped.group[0].name.removesuffix('.weight').rpartition('.')[2]}"]
-    gradient = "hook" if target.route == "weight" else "projected"
+    gradient = "hook" if target.route == "weight" else "full" if whole else "projected"
     shapes = _by(target.layout.shape, blocks), spec.format(target.transform), _by(coords, blocks), ", ".join(bases) or "-"
     return Line(target.name, 1, *shapes, gradient, coords[0] * coords[1])
 

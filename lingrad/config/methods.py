@@ -6,14 +6,20 @@ options of its transform, and ``base`` and options of `lingrad.wrap` in place of
 
 from __future__ import annotations
 
+import functools
+import inspect
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from typing import Any
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeVar, cast
 
+from lingrad import optimizers
 from lingrad.config import spec
 from lingrad.config.settings import Settings
-from lingrad.errors import SpecError, did_you_mean, require
+from lingrad.errors import LingradError, SpecError, did_you_mean, require
+from lingrad.transforms import registry
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 BASE = "adamw"  # of `lingrad.wrap`
 _NAME = re.compile(r"\s*([A-Za-z_][\w-]*)\s*(\(|$)")
@@ -120,13 +126,31 @@ class Chosen:
     """
 
     rules: str
-    base: str
+    base: Any
     base_options: Mapping[str, Any]
     settings: Mapping[str, Any]
 
+    def given(self, options: Mapping[str, Any]) -> Chosen:
+        """With other options in place of the method's own.
+
+        Args:
+            options: ``base``, as a name, a name with options, a class or a factory; ``moments``; options of a run.
+
+        Returns:
+            The method; of its base's options those that another base takes.
+        """
+        base, of_base = options.get("base", self.base), dict(self.base_options)
+        if base != self.base:
+            base, more = _named_base(base)
+            of_base = {key: value for key, value in of_base.items() if _accepts(base, key, value)} | more
+        of_base |= {key: value for key, value in options.items() if key == "moments"}
+        own = {key: value for key, value in options.items() if key not in ("base", "moments")}
+        return Chosen(self.rules, base, of_base, {**self.settings, **own})
+
     def __str__(self) -> str:
         options = {**self.settings, **self.base_options}
-        return ", ".join([f'"{self.rules}"', f'"{self.base}"', *(f"{key}={value!r}" for key, value in options.items())])
+        base = optimizers.base.name_of(self.base)
+        return ", ".join([f'"{self.rules}"', f'"{base}"', *(f"{key}={value!r}" for key, value in options.items())])
 
 
 def method_of(rules: object) -> Chosen | None:
@@ -139,51 +163,69 @@ def method_of(rules: object) -> Chosen | None:
         The method; None where they are no name of one.
 
     Raises:
-        SpecError: An option is unknown, or one is missing.
+        SpecError: An option is unknown, or one is missing; or a name is nearly that of a method.
     """
     found = _NAME.match(rules) if isinstance(rules, str) else None
     name = "" if found is None else found[1].lower().replace("-", "_")
     if name not in METHODS or not isinstance(rules, str) or found is None:
+        known = registry.transform_names()
+        near = did_you_mean(name, [*METHODS, *known])
+        if name and name not in known and any(f"'{method}'" in near for method in METHODS):
+            raise SpecError(f"unknown transform or method '{name}'{near}")
         return None
     method = METHODS[name]
-    choice = spec.parse_choice(name + rules[found.end(1) :])
+    given = dict(spec.parse_choice(name + rules[found.end(1) :]).options)
     takes = [*method.options, "base", "moments", *Settings.names()]
-    given = dict(choice.options)
     for option in given:
         near = did_you_mean(option, takes)
         require(option in takes, option, f"method '{name}' has no option '{option}'{near} It takes: {', '.join(takes)}.")
     values = {**method.options, **{key: value for key, value in given.items() if key in method.options}}
     for key, value in values.items():
         require(value is not None, key, f"method '{name}' needs {key}, as in {name}({key}=...)")
-    text = spec.format(spec.parse(method.spec.format(**values)))
-    own = {key: value for key, value in given.items() if key in Settings.names()}
-    chosen = Chosen(text, method.base, method.base_options, {**method.settings, **own})
-    if "base" in given and given["base"] != method.base:
-        chosen = replace(chosen, base=given["base"], base_options={})
-    if "moments" in given:
-        chosen = replace(chosen, base_options={**chosen.base_options, "moments": given["moments"]})
-    return chosen
+    chosen = Chosen(spec.format(spec.parse(method.spec.format(**values))), method.base, method.base_options, method.settings)
+    return chosen.given({key: value for key, value in given.items() if key not in method.options})
 
 
-def applied(rules: Any, base: Any, options: Mapping[str, Any]) -> tuple[Any, Any, dict[str, Any]]:
-    """Rules, base and options of a run with those of the method that the rules name, if they name one.
+def takes_methods(function: F) -> F:
+    """Have a function whose arguments are ``rules``, ``base`` and options of a run take the name of a method as rules.
 
     Args:
-        rules: Rules of any form.
-        base: The base.
-        options: Options of the run and of the base; what differs from its default is kept, as is a base other than adamw.
+        function: The function. What its caller gives replaces what the method has of its own.
 
     Returns:
-        The three, as without a name.
+        The function, of the same signature.
     """
-    chosen = method_of(rules)
-    if chosen is None:
-        return rules, base, dict(options)
-    plain = Settings()
-    given = {key: value for key, value in options.items() if key not in Settings.names() or value != getattr(plain, key)}
-    kept = isinstance(base, str) and base == BASE
-    of_base = chosen.base_options if kept or base == chosen.base else {}
-    return chosen.rules, chosen.base if kept else base, {**options, **chosen.settings, **of_base, **given}
+    signature = inspect.signature(function)
+    rest = next((p.name for p in signature.parameters.values() if p.kind is p.VAR_KEYWORD), "")
+
+    @functools.wraps(function)
+    def taking(*args: Any, **kwargs: Any) -> Any:
+        bound = signature.bind_partial(*args, **kwargs).arguments
+        chosen = method_of(bound.get("rules"))
+        if chosen is None:
+            return function(*args, **kwargs)
+        given = {**{key: value for key, value in bound.items() if key != rest}, **bound.get(rest, {}), "rules": chosen.rules}
+        chosen = chosen.given({"base": given["base"]} if "base" in given else {})
+        own = {"base": chosen.base, **chosen.base_options, **chosen.settings}
+        return function(**{**own, **given})
+
+    return cast("F", taking)
+
+
+def _named_base(base: Any) -> tuple[Any, dict[str, Any]]:
+    """A base and its options, of a string such as ``sgd(momentum=0.9)``."""
+    if not isinstance(base, str) or "(" not in base:
+        return base, {}
+    choice = spec.parse_choice(base)
+    return choice.name, dict(choice.options)
+
+
+def _accepts(base: Any, option: str, value: Any) -> bool:
+    try:
+        optimizers.find(base, {option: value}, decay=False)
+    except LingradError:
+        return False
+    return True
 
 
 def long_rules(rules: Any) -> Any:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from lingrad.config.spec import parse_choice
-from lingrad.errors import SpecError, require, require_one_of
+from lingrad.errors import SpecError, require, require_one_of, shown
 
 Kind = Literal["scaled", "sign", "feedback"]
 OPTIONS: dict[str, str | None] = {"scaled": "limit", "sign": "factor", "feedback": None}
@@ -59,6 +59,8 @@ def parse_residual(text: str) -> Residual:
     Raises:
         SpecError: The string is malformed, or names an unknown rule or option.
     """
+    expected = "expected scaled, sign or feedback, or one with its option, such as scaled(limit=1.1)"
+    require(isinstance(text, str), "residual", f"residual must be a word, not {shown(text)}: {expected}")
     try:
         choice = parse_choice(text)
         require_one_of(choice.name, get_args(Kind), "residual")
@@ -68,4 +70,5 @@ def parse_residual(text: str) -> Residual:
             require(option == known, "residual", f"residual='{choice.name}' has no option '{option}'; it takes {takes}")
         return Residual(choice.name, **dict(choice.options))  # type: ignore[arg-type]
     except SpecError as error:
-        raise SpecError(str(error), option="residual") from None
+        named = "residual" in str(error)
+        raise SpecError(str(error) if named else f"residual={text!r}: {expected}\n{error}", option="residual") from None

@@ -9,7 +9,7 @@ from typing import Final, Literal
 
 from lingrad.config import spec
 from lingrad.config.methods import refuse_method
-from lingrad.errors import SpecError, shown
+from lingrad.errors import SpecError, did_you_mean, shown
 from lingrad.transforms.base import Transform
 
 _LONGEST = 2**20  # characters of rules in one string: some for each layer of the largest models
@@ -96,8 +96,12 @@ def _rule_value(glob: str, value: str | Rule) -> Rule:
         return value
     if isinstance(value, str):
         word = value.strip().lower()
-        if word in ("none", FROZEN.value):
+        words = ("none", FROZEN.value)
+        if word in words:
             return None if word == "none" else FROZEN
+        near = did_you_mean(word, words)
+        if near.startswith(";"):
+            raise SpecError(f"rule '{glob}' says '{value}', which is no word{near}")
     try:
         if isinstance(value, str):
             refuse_method(value)

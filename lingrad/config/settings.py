@@ -59,6 +59,11 @@ class Settings:
         if self.residual is not None:
             object.__setattr__(self, "residual", str(parse_residual(self.residual)))
             require(
+                self.compat is None,
+                "residual",
+                f"compat='{self.compat}' follows a program that drops the residual; leave compat or residual out",
+            )
+            require(
                 not self.ledger,
                 "residual",
                 f"residual='{self.residual}' steps outside of the span of the basis, so that the change of a weight has no low "

@@ -177,7 +177,9 @@ class _Reader:
                 self._fail_at(keyword.value, "options are written option=value")
             if keyword.arg in dict(options):
                 self._fail(f"option '{keyword.arg}' is given twice", self._column(keyword), len(keyword.arg))
-            options.append((keyword.arg, self._literal(keyword.value)))
+            value = keyword.value
+            # a word with options of its own is left to whoever reads it
+            options.append((keyword.arg, ast.unparse(value) if isinstance(value, ast.Call) else self._literal(value)))
         return optimizers.Choice(node.func.id, tuple(options))
 
     def _literal(self, node: ast.expr) -> Any:

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from lingrad import optimizers, parallel
 from lingrad.adapters import Attachment, Gathering, Projection, SharedInput, make_attachment, make_weight, refuse_attached
 from lingrad.config.coverage import remark
-from lingrad.config.methods import applied
 from lingrad.config.names import held_parameters
 from lingrad.config.rules import Rules
 from lingrad.config.settings import Mode, Settings, check_not_negative
@@ -105,7 +104,6 @@ def build(model: Trainable, rules: Rules, base: BaseLike, mode: Mode, options: M
         The run and its param groups, for ``torch.optim.Optimizer`` to take.
     """
     model = getattr(model, "_orig_mod", model)  # of torch.compile: names, and so seeds, are the model's own
-    rules, base, options = applied(rules, base, options)
     settings, base_options = Settings.split(options)
     settings.check_mode(mode)
     if base_options.get("lr") is not None:  # some bases choose their own

@@ -226,6 +226,12 @@ def _unpack(
         ledger = read_ledger(basis.transform, entries, basis.state, param, name)
     ledger.merged = merged
     residual = {} if run.residuals is None else run.residuals.entries(sub)
+    residual = {key: trees.checked(like, entries, f"{PREFIX}residual.{key}", name) for key, like in residual.items()}
+    for key, kept in residual.items():
+        if not bool(kept.isfinite().all()) or (key == "norm" and bool(kept < 0)):
+            raise CheckpointError(
+                f"'{PREFIX}residual.{key}' of {name} has values that no run leaves; give an earlier checkpoint"
+            )
     first = run.of(basis)[0] is attachment
     restored = trees.restore(basis.state, entries, f"{PREFIX}state", name) if first else None
     if not all(bool(leaf.isfinite().all()) for leaf in trees.tensors(restored) if leaf.is_floating_point()):
@@ -244,7 +250,7 @@ def _unpack(
         stored={key: trees.checked(template, entries, f"{PREFIX}stored.{key}", name) for key, template in stored.items()},
         outer=outer,
         ended=ended,
-        residual={key: trees.checked(like, entries, f"{PREFIX}residual.{key}", name) for key, like in residual.items()},
+        residual=residual,
     )
 
 

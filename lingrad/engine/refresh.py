@@ -131,8 +131,7 @@ def look_ahead(run: Run) -> list[Basis]:
     gathering.due = any(basis.due and not basis.idle for basis in run.bases)
     for attachment in run.attachments:
         attachment.prepare()
-    gathers = any(basis.gathers for basis in run.bases)
-    if gathers or redrawn or any(attachment.sub.pending.stale for attachment in run.attachments):
+    if redrawn or any(b.gathers for b in run.bases) or any(a.sub.pending.stale for a in run.attachments):
         run.quiet_until = run.step  # not before the next look
     else:
         run.quiet_until = min((basis.quiet_until(run.step) for basis in run.bases), default=run.step + 1000)
@@ -236,7 +235,9 @@ def _choose(run: Run, basis: Basis, factor: float) -> None:
         held_out = basis.held_out(subs[0].coords)
         basis.energy = _number(captured(chosen, sketched(grad, held_out), held_out))
     for sub in subs:
-        if not basis.whole:  # else the step itself reads it
+        if basis.whole and isinstance(sub.pending.total, Gradient):  # the step itself reads it
+            sub.pending.replace(sub.pending.total, sub.coords, factor=factor * sub.pending.factor)
+        else:
             sub.pending.forget()
         sub.pending.proposed = True
 

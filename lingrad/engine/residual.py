@@ -24,7 +24,6 @@ from lingrad.subspaces.watched import release
 from lingrad.tensors import wide
 from lingrad.weights.dense import DenseWeight
 
-LIMITS = {torch.float64: 1e-9, torch.float32: 1e-2}  # how far a gradient may be from its own projection; in 16 bits 0.25
 FLOOR = 1e-8  # is added to the norms that steps are divided by, as in Fira's own program
 
 
@@ -44,6 +43,22 @@ def take_up(run: Run, subs: Iterable[Subspace]) -> None:
         assert sub.coords.grad is not None  # noqa: S101 - `_has_gradient`
         sub.coords.grad.copy_(sub.map().project(matrix))
         sub.pending.replace(DenseGradient(matrix.to(dtype)), sub.coords)  # those of all weights are in memory together
+        sub.pending.fed = True
+
+
+def prepare(run: Run, subs: Iterable[Subspace]) -> None:
+    """Find by how much gradients were scaled since their backward, before anything is stepped: a step is refused as a whole.
+
+    Args:
+        run: The run.
+        subs: The subspaces that are about to be stepped, in their bases of this step.
+
+    Raises:
+        ModeError: A gradient came from elsewhere, or was changed by more than one factor.
+    """
+    if run.residuals is not None:
+        live = [sub for sub in subs if _has_gradient(sub)]
+        run.residuals.factors = {sub.name: factor for sub, factor in zip(live, _factors(live), strict=True)}
 
 
 def merge(run: Run, subs: Sequence[Subspace]) -> None:
@@ -55,10 +70,10 @@ def merge(run: Run, subs: Sequence[Subspace]) -> None:
     """
     residuals = run.residuals
     assert residuals is not None  # noqa: S101 - the caller has looked
-    live = [sub for sub in subs if _has_gradient(sub)]
-    rates = {id(param): group["lr"] * group["scale"] for group in run.groups for param in group["params"] if "scale" in group}
-    for sub, factor in zip(live, _factors(live), strict=True):
-        grad = _dense(sub, factor)
+    factors, residuals.factors = residuals.factors, {}
+    groups = {id(param): group for group in run.groups if group["kind"] == "coords" for param in group["params"]}
+    for sub in (sub for sub in subs if sub.name in factors):
+        grad = _dense(sub, factors[sub.name])
         current = sub.map()
         rest = current.residual(grad)
         sketched = sub.basis.due and sub.basis.transform.reads == "sketch"
@@ -71,10 +86,15 @@ def merge(run: Run, subs: Sequence[Subspace]) -> None:
             residuals.error(sub).copy_(rest)
             residuals.settle(sub)
             continue
-        rate = rates[id(sub.coords)]
-        step = _scaled(residuals, sub, rest, rate) if rounding is None else _signs(rest, rounding)
-        if rounding is not None:
-            step.mul_(-rate * residuals.rule.factor)
+        group = groups[id(sub.coords)]
+        rate = group["lr"] * group["scale"]
+        step = (
+            _scaled(residuals, sub, rest, rate)
+            if rounding is None
+            else _signs(rest, rounding).mul_(rate * residuals.rule.factor)
+        )
+        if not group.get("maximize", False):
+            step.neg_()
         current.add_lift_(step, sub.coords.detach())
         assert isinstance(sub.weight, DenseWeight)  # noqa: S101 - refused otherwise
         sub.weight.add_matrix_(step)
@@ -84,7 +104,7 @@ def merge(run: Run, subs: Sequence[Subspace]) -> None:
 
 
 def _scaled(residuals: ResidualState, sub: Subspace, rest: Tensor, rate: Any) -> Tensor:
-    """-R |base's step| / |gradient of the coordinates|, of each row or column, limited in its growth; in R's memory."""
+    """R |base's step| / |gradient of the coordinates|, of each row or column, limited in its growth; in R's memory."""
     p, q = sub.basis.transform.ranks(sub.basis.shape)
     # a row of z is one of W where there is no left basis; experts are blocks of rows, each with a basis of its own
     across = 2 if p is None else 1 if q is None else (1, 2)
@@ -95,10 +115,10 @@ def _scaled(residuals: ResidualState, sub: Subspace, rest: Tensor, rate: Any) ->
         for part in (sub.coords.detach(), sub.coords.grad)
     )
     step = rest
-    step.unflatten(0, blocks).mul_(-(stepped / (grad + FLOOR)))
+    step.unflatten(0, blocks).mul_(stepped / (grad + FLOOR))
     last = residuals.entries(sub)["norm"]
     # without a learning rate, as in the first step of a warm-up, there is no step, and nothing to compare the next with
-    rate = torch.as_tensor(rate, dtype=last.dtype, device=last.device)
+    rate = torch.as_tensor(rate, dtype=last.dtype, device=last.device).reshape(())
     norm = torch.linalg.vector_norm(step).to(last.dtype) / rate.clamp_min(torch.finfo(last.dtype).tiny)
     allowed = torch.where(last > 0, residuals.rule.limit * last, torch.inf)
     norm = torch.where(rate > 0, norm, 0)
@@ -143,9 +163,10 @@ def _has_gradient(sub: Subspace) -> bool:
     return False
 
 
-def _dense(sub: Subspace, factor: Tensor) -> Tensor:
+def _dense(sub: Subspace, factor: float) -> Tensor:
     """The gradient of a weight, as other programs scaled it: [m, n], at least float32; what was recorded may be its memory."""
-    return averaged(_seen(sub), sub.processes).dense().to(wide(sub.weight.dtype)).mul_(factor)
+    dense = averaged(_seen(sub), sub.processes).dense().to(wide(sub.weight.dtype))
+    return dense if factor == 1.0 else dense.mul_(factor)
 
 
 def _seen(sub: Subspace) -> Gradient:
@@ -155,38 +176,18 @@ def _seen(sub: Subspace) -> Gradient:
     return DenseGradient(torch.zeros(sub.weight.layout.shape, dtype=sub.coords.dtype, device=sub.coords.device))
 
 
-def _factors(subs: Sequence[Subspace]) -> list[Tensor]:
+def _factors(subs: Sequence[Subspace]) -> list[float]:
     """By how much other programs have scaled each gradient since its backward: clipping, the loss scale.
 
     Args:
         subs: The subspaces, with gradients.
 
     Returns:
-        The factors, 0-d; of zeros, or of what is not finite, that of the others. One value is read from the device for all.
+        The factors; of gradients that are zero that of the others.
 
     Raises:
-        ModeError: A gradient was changed in another way, which its residual cannot follow.
+        ModeError: A gradient was changed in another way.
     """
-    found, known, fine = [], [], []
-    for sub in subs:
-        seen, now = _seen(sub), sub.coords.grad
-        assert now is not None  # noqa: S101 - `_has_gradient`
-        projected = sub.map().project(averaged(seen, sub.processes)).to(now.dtype)
-        size = projected.square().sum()
-        factor = (now * projected).sum() / size
-        known.append((size > 0) & factor.isfinite())
-        # the projection that autograd added up, and that of the sum, by other products: in 16 bits, in TF32, or in full
-        apart = torch.linalg.vector_norm(now - factor * projected)
-        near = apart <= LIMITS.get(seen.dtype, 0.25) * torch.linalg.vector_norm(now)
-        fine.append(near | ~known[-1])  # what is not finite is the base's to meet
-        found.append(factor)
-    if fine and not bool(torch.stack([one.to(fine[0].device) for one in fine]).all()):
-        name = next(sub.name for sub, one in zip(subs, fine, strict=True) if not bool(one))
-        raise ModeError(
-            f"the gradient of {name} was changed between backward and step in another way than by one factor, and its "
-            "residual cannot follow. Change the gradient by one factor, or use opt.clip_grad_norm_"
-        )
-    common = torch.ones(())
-    for factor, one in zip(reversed(found), reversed(known), strict=True):
-        common = torch.where(one, factor, common.to(factor))
-    return [torch.where(one, factor, common.to(factor)) for factor, one in zip(found, known, strict=True)]
+    found = [sub.pending.scaled_by(sub.coords) for sub in subs]
+    common = next((factor for factor in found if factor is not None), 1.0)
+    return [common if factor is None else factor for factor in found]

@@ -31,6 +31,7 @@ class ResidualState:
 
     Attributes:
         norms: Of ``scaled``: |step along R| / learning rate of the last step, 0-d, by weight; 0 before there was one.
+        factors: Of the step that is being made, by weight: by how much its gradient was scaled since the backward.
         errors: Of ``feedback``: what is added to the next gradient, [m, n] in the weight's dtype, by weight.
     """
 
@@ -38,6 +39,7 @@ class ResidualState:
         self.rule = rule
         self.norms: dict[str, Tensor] = {}
         self.errors: dict[str, Tensor] = {}
+        self.factors: dict[str, float] = {}
         self._lost: dict[str, _Lost] = {}
 
     def tensors(self) -> Iterator[Tensor]:
@@ -54,6 +56,8 @@ class ResidualState:
         Returns:
             Name -> tensor, not copied.
         """
+        if not sub.basis.whole:  # nothing is dropped
+            return {}
         if self.rule.kind == "scaled":
             zero = sub.coords.detach().new_zeros(())
             self.norms[sub.name] = self.norms.get(sub.name, zero).to(zero)

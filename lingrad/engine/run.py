@@ -210,6 +210,7 @@ class Run:
             param = ref()
             if param is not None:
                 param.requires_grad_(False)
+                param.grad = None  # of a backward before the run
         self.frozen += self.ruled_out
 
     def detach(self) -> None:

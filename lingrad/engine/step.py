@@ -167,6 +167,7 @@ def _change(run: Run, attachments: Sequence[Attachment]) -> None:
             )
     residual.take_up(run, (attachment.sub for attachment in attachments))
     choose(run, due)
+    residual.prepare(run, [attachment.sub for attachment in attachments])
     for basis in dict.fromkeys(sub.basis for sub in due):
         commit(run, basis)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, fields
+from functools import wraps
 from inspect import signature
 from typing import Any, get_args
 
@@ -16,7 +17,7 @@ from torch.optim import Optimizer
 
 from lingrad import optimizers
 from lingrad.api import adapt, wrap
-from lingrad.config.methods import applied
+from lingrad.config.methods import method_of, takes_methods
 from lingrad.config.names import plain
 from lingrad.config.rules import Rules, parse_rules
 from lingrad.config.settings import Carry, Mode, Settings
@@ -41,7 +42,24 @@ _SAME = {
 }
 
 
+def _betas_of_arguments(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Have betas that were changed in the arguments replace those of a method that the rules name."""
+
+    @wraps(function)
+    def taking(*given: Any, **options: Any) -> Any:
+        known = signature(function).bind_partial(*given, **options).arguments
+        chosen, args = method_of(known.get("rules")), known.get("args")
+        own = chosen is not None and "betas" in chosen.base_options.keys() - options.keys()
+        if own and args is not None and (_changed(args, "adam_beta1") or _changed(args, "adam_beta2")):
+            options["betas"] = (args.adam_beta1, args.adam_beta2)
+        return function(*given, **options)
+
+    return taking
+
+
 @renamed_keywords("lingrad.hf.trainer_kwargs", spec_or_rules="rules")
+@_betas_of_arguments
+@takes_methods
 def trainer_kwargs(
     rules: AnyRules,
     args: Any,
@@ -84,9 +102,7 @@ def trainer_kwargs(
     require_one_of(mode, get_args(Mode), "mode")
     require_one_of(carry, get_args(Carry), "carry")
     require(ledger in (None, True, False), "ledger", f"ledger must be True, False or None, not {ledger!r}")
-    rules, base, given = applied(rules, base, {"scale": scale, "carry": carry, **options})
-    if "betas" not in options and (_changed(args, "adam_beta1") or _changed(args, "adam_beta2")):
-        given.pop("betas", None)  # of a method that the rules name
+    given = {"scale": scale, "carry": carry, **options}
     if not callable(rules):
         parse_rules(rules)
     for name in ("self_contained", "model"):

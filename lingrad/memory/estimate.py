@@ -14,7 +14,7 @@ from torch import nn
 
 from lingrad import optimizers
 from lingrad.config.cutting import check_cut, check_target
-from lingrad.config.methods import applied
+from lingrad.config.methods import takes_methods
 from lingrad.config.residual import parse_residual
 from lingrad.config.rules import Rules
 from lingrad.config.settings import Mode, Settings, Share
@@ -120,6 +120,7 @@ class Estimate:
         return text
 
 
+@takes_methods
 def estimate(
     model: nn.Module,
     rules: Rules,
@@ -151,8 +152,7 @@ def estimate(
     """
     require_one_of(mode, get_args(Mode), "mode")
     require(type(ranks) is int and ranks >= 1, "ranks", f"ranks must be a whole number, 1 or more, not {ranks!r}")
-    rules, base, options = applied(rules, base, {**options, "layerwise": layerwise, "share": share})
-    settings, base_options = Settings.split(options)
+    settings, base_options = Settings.split({**options, "layerwise": layerwise, "share": share})
     settings.check_mode(mode)
     found = optimizers.find(base, base_options, decay=False, others=Settings.names())
     fallback = found.fallback or found

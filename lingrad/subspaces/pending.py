@@ -35,6 +35,7 @@ class PendingGradient:
         total: In a step that refreshes, the sum over the micro-batches that are in ``coords.grad``: a gradient, or the
             products of a sketch; or None.
         stale: Whether ``coords.grad`` may be left from before a refresh.
+        factor: By how much ``coords.grad`` was scaled, compared with ``total``, when it was last compared with its copy.
         fed: Whether what earlier steps have left is in ``coords.grad`` and in ``total``.
         proposed: Whether ``coords.grad`` is the projection by a basis that is chosen and not committed yet.
     """
@@ -77,7 +78,7 @@ class PendingGradient:
 
     def _clear(self) -> None:
         self.total: Seen | None = None
-        self.fed = False
+        self.fed, self.factor = False, 1.0
         self._staged: Seen | None = None  # of the backward that is running, not yet in coords.grad
         self._backward = -1
         self._accepted = -1  # the backward that was added to coords.grad last
@@ -139,7 +140,7 @@ class PendingGradient:
         """
         self._asked = 0 if self._first else self._asked - 1
         if self._first:
-            self.total, self.fed = None, False
+            self.total, self.fed, self.factor = None, False, 1.0
         if self._staged is not None:
             self.total = _plus(self.total, self._staged)
             self._staged = None
@@ -155,17 +156,23 @@ class PendingGradient:
     def _copy_reduced(self, coords: nn.Parameter) -> None:
         self._reduced = None if coords.grad is None else coords.grad.clone()
 
-    def replace(self, total: Gradient, coords: nn.Parameter) -> None:
-        """Take another gradient for what the backwards have left, since something was added to it and to ``coords.grad``.
+    def replace(self, total: Gradient, coords: nn.Parameter, *, factor: float = 1.0) -> None:
+        """Take another gradient, or another projection of it, for what the backwards have left.
 
         Args:
-            total: The gradient, scaled as other programs have scaled ``coords.grad``.
-            coords: The coordinates.
+            total: The gradient.
+            coords: The coordinates, whose gradient is the projection times ``factor``.
+            factor: The factor.
         """
         grad = coords.grad
-        self.total, self.fed, self._reduced = total, True, None
+        self.total, self.factor, self._reduced = total, factor, None
         self._left = None if grad is None else grad.clone()
         self._written = None if grad is None else (weakref.ref(grad), grad._version)
+
+    def scaled_by(self, coords: nn.Parameter) -> float | None:
+        """By how much other programs have scaled ``coords.grad``, compared with ``total``; see `outside_factor`."""
+        outside = self.outside_factor(coords)
+        return None if outside is None else self.factor * outside
 
     def refuse_stale(self, coords: nn.Parameter) -> None:
         """Make sure that ``coords.grad`` is not left from before a refresh.
@@ -258,8 +265,8 @@ class PendingGradient:
         if factor is None:
             raise ModeError(
                 f"the gradient of {self.name} was changed between backward and step in another way than by one factor. "
-                "This step refreshes its basis, so the change cannot be carried over. Change the gradient by one factor, "
-                "or use opt.clip_grad_norm_, which refreshes first."
+                "This step reads the gradient itself, for a refresh or a residual, and the change cannot be carried over. "
+                "Change the gradient by one factor, or use opt.clip_grad_norm_, which refreshes first."
             )
         return factor
 

@@ -294,6 +294,6 @@ class Subspace:
 
     def _after_accumulate(self) -> None:
         if self.basis.gathers:
-            self.pending.after_accumulate(self.coords, compare=self.basis.due and self.basis.transform.reads == "gradient")
+            self.pending.after_accumulate(self.coords, compare=self.basis.whole or self.basis.transform.reads == "gradient")
         if self.on_gradient is not None:
             self.on_gradient()

@@ -8,9 +8,8 @@ from torch import nn
 
 import lingrad
 from lingrad import memory
-from lingrad.config.methods import METHODS, applied, method_of
+from lingrad.config.methods import METHODS, method_of, takes_methods
 from lingrad.config.rules import parse_rules
-from lingrad.config.settings import Settings
 from lingrad.errors import DualityError, SpecError
 from tests.support.models import llama, text_batches, train
 from tests.support.runs import assert_equal_bits, weights_of
@@ -24,9 +23,9 @@ def written(name):
     return f"{name}({options})"
 
 
-def trained(rules, base="adamw", make=lingrad.wrap, **options):
+def trained(rules, *base, make=lingrad.wrap, **options):
     model = llama(torch.float32)
-    optimizer = make(model, rules, base, lr=1e-2, **options)
+    optimizer = make(model, rules, *base, lr=1e-2, **options)
     train(model, optimizer, text_batches(6, micro=1), schedule=False)
     return optimizer
 
@@ -61,39 +60,47 @@ def test_loqt_is_for_quantised_weights():
         trained(written("loqt"), make=lingrad.adapt)
 
 
+@takes_methods
+def taken(model, rules, base="adamw", *, scale=1.0, carry="keep", residual=None, **options):
+    """What a function that takes methods is given."""
+    return rules, base, {"scale": scale, "carry": carry, "residual": residual, **options}
+
+
 @pytest.mark.parametrize(
     ("text", "given", "expected"),
     [
-        ("fira(rank=3)", {}, ("svd(rank=3)", "adamw", {"residual": "scaled"})),
+        ("fira(rank=3)", {}, ("svd(rank=3)", "adamw", {"residual": "scaled", "scale": 1.0})),
         ("Fira( rank = 3 )", {}, ("svd(rank=3)", "adamw", {"residual": "scaled"})),
         ("galore-8bit(rank=3)", {}, ("svd(rank=3)", "adamw", {"scale": 0.25, "moments": "8bit"})),
         ("galore(rank=3, scale=1)", {}, ("svd(rank=3)", "adamw", {"scale": 1})),
         ("galore(rank=3)", {"scale": 0.5}, ("svd(rank=3)", "adamw", {"scale": 0.5})),
+        ("galore(rank=3)", {"scale": 1.0}, ("svd(rank=3)", "adamw", {"scale": 1.0})),
+        ("galore(rank=3, scale=2)", {"scale": 1.0}, ("svd(rank=3)", "adamw", {"scale": 1.0})),
         ("galore(rank=3, moments='8bit')", {}, ("svd(rank=3)", "adamw", {"scale": 0.25, "moments": "8bit"})),
         ("ldadam(rank=3, carry=rotate)", {}, ("power(rank=3, every=1)", "adamw", {"carry": "rotate", "betas": (0.908, 0.99)})),
+        ("ldadam(rank=3)", {"carry": "keep"}, ("power(rank=3, every=1)", "adamw", {"carry": "keep", "residual": "feedback"})),
         ("ldadam(rank=3)", {"betas": (0.5, 0.6)}, ("power(rank=3, every=1)", "adamw", {"betas": (0.5, 0.6)})),
-        ("ldadam(rank=3, base=adam)", {}, ("power(rank=3, every=1)", "adam", {"betas": None, "residual": "feedback"})),
+        ("ldadam(rank=3, base=adam)", {}, ("power(rank=3, every=1)", "adam", {"betas": (0.908, 0.99)})),
+        ("ldadam(rank=3)", {"base": torch.optim.Adam}, ("power(rank=3, every=1)", torch.optim.Adam, {"betas": (0.908, 0.99)})),
+        ("ldadam(rank=3, base=sgd(momentum=0.5))", {}, ("power(rank=3, every=1)", "sgd", {"betas": None, "momentum": 0.5})),
         ("flora(rank=3)", {}, ("random(rank=3)", "sgd", {"momentum": 0.9, "carry": "rotate"})),
-        ("flora(rank=3, base=lion)", {}, ("random(rank=3)", "lion", {"momentum": None, "carry": "rotate"})),
+        ("flora(rank=3)", {"base": "adamw"}, ("random(rank=3)", "adamw", {"momentum": None, "carry": "rotate"})),
+        ("flora(rank=3, base=lion)", {"base": "adamw"}, ("random(rank=3)", "adamw", {"momentum": None})),
         ("fira(rank=3, side=both, every=7)", {}, ("svd(rank=3, every=7, side=both)", "adamw", {"residual": "scaled"})),
-        ("fira(rank=3, residual='scaled(limit=1.1)')", {}, ("svd(rank=3)", "adamw", {"residual": "scaled(limit=1.1)"})),
+        ("fira(rank=3, residual=scaled(limit=1.1))", {}, ("svd(rank=3)", "adamw", {"residual": "scaled(limit=1.1)"})),
+        ("fira(rank=3)", {"residual": None}, ("svd(rank=3)", "adamw", {"residual": None})),
+        ("svd(rank=3)", {"lr": 1.0}, ("svd(rank=3)", "adamw", {"lr": 1.0})),
     ],
 )
 def test_what_is_given_replaces_the_methods_own(text, given, expected):
-    defaults = {name: getattr(Settings(), name) for name in Settings.names()}  # as lingrad.wrap passes them
-    rules, base, options = applied(text, "adamw", {**defaults, **given})
-    assert (rules, base) == expected[:2]
-    assert {key: options.get(key) for key in expected[2]} == expected[2]
+    for rules, base, options in (taken(None, text, **given), taken(None, rules=text, **given)):
+        assert (rules, base) == expected[:2]
+        assert {key: options.get(key) for key in expected[2]} == expected[2]
 
 
-def test_another_base_is_kept():
-    assert applied("flora(rank=3)", "lion", {})[1:] == ("lion", {"carry": "rotate"})
-    assert applied("flora(rank=3)", torch.optim.Adam, {})[1:] == (torch.optim.Adam, {"carry": "rotate"})
-
-
-@pytest.mark.parametrize("rules", ["svd(rank=3)", {"*": "svd(rank=3)"}, "*: svd(rank=3)", lambda model: None, None])
+@pytest.mark.parametrize("rules", [{"*": "svd(rank=3)"}, "*: svd(rank=3)", lambda model: None, None])
 def test_rules_that_name_no_method_stay(rules):
-    assert applied(rules, "sgd", {"lr": 1.0}) == (rules, "sgd", {"lr": 1.0})
+    assert taken(None, rules, "sgd")[:2] == (rules, "sgd")
 
 
 @pytest.mark.parametrize(
@@ -105,7 +112,9 @@ def test_rules_that_name_no_method_stay(rules):
         ("galore(rank=3, every=-1)", "every must be"),
         ("galore(3)", "expected a word, or one with options"),
         ("fira(rank=3, residual=scale)", "did you mean 'scaled'"),
-        ("glore(rank=3)", "unknown transform 'glore'"),
+        ("glore(rank=3)", "unknown transform or method 'glore'; did you mean 'galore'"),
+        ("fria(rank=3)", "unknown transform or method 'fria'; did you mean 'fira'"),
+        ("svdd(rank=3)", "unknown transform 'svdd'; did you mean 'svd'"),
     ],
 )
 def test_a_name_that_is_wrong(text, message):
@@ -142,7 +151,11 @@ def test_memory_and_explain_take_names(name):
         model = llama(torch.float32)
     long = memory.estimate(model, chosen.rules, chosen.base, lr=1e-3, **chosen.base_options, **chosen.settings)
     assert memory.estimate(model, written(name), lr=1e-3) == long
-    assert str(lingrad.explain(model, written(name))) == str(lingrad.explain(model, chosen.rules))
+    lines = [lingrad.explain(model, rules).lines for rules in (written(name), chosen.rules)]
+    if "residual" in chosen.settings:  # which reads the gradient itself at every step
+        assert {line.gradient for line in lines[0]} == {"full"}
+    else:
+        assert lines[0] == lines[1]
     assert parse_rules(chosen.rules) == parse_rules(lingrad.config.methods.long_rules(written(name)))
 
 

@@ -7,6 +7,7 @@ the square of its own.
 import contextlib
 import copy
 import itertools
+import re
 
 import pytest
 import torch
@@ -202,6 +203,59 @@ def test_a_gradient_changed_in_another_way_is_refused(rule):
 
 
 @each_rule
+def test_a_refused_step_changes_nothing(rule):
+    """It is refused before anything is stepped, and the next step is as if it had not been."""
+
+    def trained(bad):
+        model = zoo()
+        optimizer = lingrad.wrap(model, {"*": "svd(rank=3, every=3)"}, "adamw", lr=1e-2, residual=rule, weight_decay=0.1)
+        for i, batches in enumerate(zoo_batches(5, micro=1)):
+            optimizer.zero_grad()
+            zoo_loss(model, batches[0]).backward()
+            if i == 2:
+                if bad:
+                    nn.utils.clip_grad_value_([optimizer.subspaces[3].coords], 1e-4)
+                    with pytest.raises(ModeError, match="in another way than by one factor"):
+                        optimizer.step()
+                continue
+            optimizer.step()
+        return weights_of(optimizer)
+
+    assert_equal_bits(trained(bad=True), trained(bad=False))
+
+
+@each_rule
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_a_small_change_of_a_gradient_is_refused_too(rule, dtype):
+    model = nn.Sequential(nn.Linear(32, 32)).to(dtype)
+    optimizer = lingrad.wrap(model, {"0": "random(rank=4, every=0)"}, "sgd", lr=1.0, residual=rule)
+    model(torch.randn(9, 32, generator=torch.Generator().manual_seed(0)).to(dtype)).float().square().mean().backward()
+    grad = optimizer.subspaces[0].coords.grad
+    grad[0, 0] *= 1.01
+    with pytest.raises(ModeError, match="in another way than by one factor"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("rule", ["scaled", "sign"])
+def test_maximize_climbs_along_the_residual_too(rule):
+    climbed, fell = (run(rule, base="adamw", maximize=up)[1] for up in (True, False))
+    start = weights_of(run(rule, steps=0)[1])
+    for name, weight in weights_of(climbed).items():
+        torch.testing.assert_close(weight - start[name], start[name] - weights_of(fell)[name], rtol=0, atol=1e-12)
+
+
+@each_rule
+def test_a_learning_rate_may_be_a_tensor_of_one_element(rule):
+    models = [nn.Sequential(nn.Linear(8, 8)).double() for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    for model, lr in zip(models, (1e-2, torch.tensor([1e-2], dtype=torch.float64)), strict=True):
+        optimizer = lingrad.wrap(model, {"0": "svd(rank=2)"}, "sgd", lr=lr, residual=rule)
+        model(torch.ones(2, 8, dtype=torch.float64)).square().sum().backward()
+        optimizer.step()
+    torch.testing.assert_close(models[0][0].weight, models[1][0].weight, rtol=0, atol=1e-12)
+
+
+@each_rule
 def test_a_gradient_from_elsewhere_is_refused_and_zeros_are_not(rule):
     model = llama()
     optimizer = lingrad.wrap(model, "random(rank=3, every=0)", "adamw", lr=1e-2, residual=rule)
@@ -305,6 +359,17 @@ def test_a_damaged_entry_is_refused():
     state = copy.deepcopy(optimizer.state_dict())
     state["state"][0]["subspace.residual.error"] = state["state"][0]["subspace.residual.error"][:-1]
     with pytest.raises(CheckpointError, match=r"subspace\.residual\.error"):
+        optimizer.load_state_dict(state)
+
+
+@pytest.mark.parametrize(
+    ("rule", "key", "value"), [("feedback", "error", torch.nan), ("scaled", "norm", torch.nan), ("scaled", "norm", -3.0)]
+)
+def test_values_that_no_run_leaves_are_refused(rule, key, value):
+    optimizer = run(rule, build=llama, data=text_batches, loss=text_loss)[1]
+    state = copy.deepcopy(optimizer.state_dict())
+    state["state"][0][f"subspace.residual.{key}"].fill_(value)
+    with pytest.raises(CheckpointError, match=rf"subspace\.residual\.{key}.*has values that no run leaves"):
         optimizer.load_state_dict(state)
 
 
@@ -419,11 +484,13 @@ class TestRefused:
             ("sign(factor=-1)", "factor of residual='sign' must be a number, 0 or more, not -1"),
             ("sign(factor=high)", "must be a number, 0 or more, not 'high'"),
             ("sign(", "this is not a config string"),
-            (3, "a config string was expected"),
+            (3, "residual must be a word, not 3: expected scaled, sign or feedback"),
+            ("scaled(1.1)", "residual='scaled(1.1)': expected scaled, sign or feedback"),
+            ("", "residual='': expected scaled, sign or feedback"),
         ],
     )
     def test_a_rule_that_is_none(self, text, match):
-        with pytest.raises(SpecError, match=match.replace("(", r"\(")) as caught:
+        with pytest.raises(SpecError, match=re.escape(match)) as caught:
             lingrad.wrap(llama(), "svd(rank=3)", lr=1e-2, residual=text)
         assert caught.value.option == "residual"
 
@@ -446,6 +513,10 @@ class TestRefused:
         with pytest.raises(ModeError, match="no thin factors hold"):
             optimizer.changes()
         assert_equal_bits(weights_of(optimizer), before)
+
+    def test_with_another_programs_arithmetic(self):
+        with pytest.raises(SpecError, match="compat='galore' follows a program that drops the residual"):
+            lingrad.wrap(llama(), "svd(rank=3)", lr=1e-2, residual="sign", compat="galore")
 
     def test_where_nothing_is_transformed(self):
         with pytest.raises(SpecError, match="'residual' has no effect where nothing is transformed"):

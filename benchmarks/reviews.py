@@ -191,7 +191,9 @@ def taken(entry: Entry, model: nn.Module, optimizer: torch.optim.Optimizer) -> i
         state = sum(t.numel() * t.element_size() for s in optimizer.state.values() for t in s.values() if t.dim())
         added = sum(p.numel() * p.element_size() for name, p in model.named_parameters() if "lora_" in name)
         return gradients + state + added
-    held = sum(t.untyped_storage().nbytes() for t, kind in optimizer.held() if kind in ("moments", "basis", "coords"))
+    held = sum(
+        t.untyped_storage().nbytes() for t, kind in optimizer.held() if kind in ("moments", "basis", "coords") and t.dim()
+    )
     whole = sum(math.prod(sub.weight.layout.shape) * 4 for sub in optimizer.subspaces) if entry.residual else 0
     return gradients + held + whole
 

@@ -38,10 +38,16 @@ def test_moments_that_cannot_rotate_are_refused_with_cause_and_remedy(base):
         lingrad.adapt(zoo(), breakers.RULES, base, carry="rotate")
 
 
-@pytest.mark.parametrize("spec", ["fira(rank=4)", "apollo(rank=4)", "frugal(rank=4)"])
-def test_methods_without_a_linear_dual_are_not_offered(spec):
+@pytest.mark.parametrize("method", ["fira(rank=1)", "frugal(rank=1)", "ldadam(rank=1)"])
+def test_methods_without_a_linear_dual_are_refused_in_adapter_mode(method):
+    with pytest.raises(LingradError, match="steps outside of the span of the basis, which no adapter holds"):
+        lingrad.adapt(zoo(), method, lr=1e-2)
+    assert lingrad.wrap(zoo(), method, lr=1e-2).mode == "optimizer"
+
+
+def test_a_method_that_is_not_offered():
     with pytest.raises(LingradError, match="unknown transform"):
-        lingrad.wrap(zoo(), {"*": spec})
+        lingrad.wrap(zoo(), {"*": "apollo(rank=4)"})
 
 
 def test_a_dropout_of_adapters_is_not_offered():

@@ -123,7 +123,7 @@ class TestClipping:
             optimizer.step()
         assert str(caught.value) == (
             "the gradient of 0.weight was changed between backward and step in another way than by one factor. "
-            "This step refreshes its basis, so the change cannot be carried over. "
+            "This step reads the gradient itself, for a refresh or a residual, and the change cannot be carried over. "
             "Change the gradient by one factor, or use opt.clip_grad_norm_, which refreshes first."
         )
         assert torch.equal(weight, optimizer.weights()["0.weight"])

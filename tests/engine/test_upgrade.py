@@ -16,6 +16,8 @@ from tests.data.write_checkpoints import BEFORE, CASES, batches, make, train
 FOLDER = Path(__file__).parents[1] / "data" / "format3"
 # some thousand roundings of 1e-16, amplified by refreshes whose singular values are 1e-2 apart and by Adam's division
 TOLERANCE = 1e-9
+# galore_torch's SVD is in float32, 2^-24, which other processors round in another way; amplified as above, with gaps of 1e-2
+ROUNDED = {"galore": 1e-5}
 
 
 def saved(name):
@@ -36,7 +38,8 @@ def test_a_run_of_the_format_before_continues(name):
     model, opt = resumed(name, state)
     train(model, opt, list(state["inputs"]))
     for key, weight in opt.weights().items():
-        torch.testing.assert_close(weight.detach(), state["weights"][key], rtol=TOLERANCE, atol=TOLERANCE)
+        allowed = ROUNDED.get(name, TOLERANCE)
+        torch.testing.assert_close(weight.detach(), state["weights"][key], rtol=allowed, atol=allowed)
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks import plots, report, roofline
@@ -24,7 +23,7 @@ class Block(NamedTuple):
         markdown: Makes the text.
         whole: Whether they are of a whole run.
         plots: Whether pictures go into the folder of the page.
-        page: The page.
+        page: The name of the page, in the folder of docs/performance.md.
     """
 
     folder: str
@@ -32,7 +31,7 @@ class Block(NamedTuple):
     markdown: Callable[[dict[str, Any]], str]
     whole: Callable[[dict[str, Any]], bool]
     plots: bool = False
-    page: Path = report.DOCS
+    page: str = report.DOCS.name
 
 
 def _all_goals(found: dict[str, Any]) -> bool:
@@ -53,7 +52,7 @@ BLOCKS = {
         "python -m benchmarks --only policies --out benchmarks/out/policies",
         lambda found: report.policies_table(found["policies"]),
         lambda found: found["plan"] != "quick",
-        page=report.DOCS.with_name("methods.md"),
+        page="methods.md",
     ),
 }
 
@@ -75,9 +74,10 @@ def into_docs() -> None:
                 f"run '{BLOCKS[name].command}' first"
             )
     for page in {BLOCKS[name].page for name in results}:
-        put(page, {name: BLOCKS[name].markdown(found) for name, found in results.items() if BLOCKS[name].page == page})
+        blocks = {name: BLOCKS[name].markdown(found) for name, found in results.items() if BLOCKS[name].page == page}
+        put(report.DOCS.with_name(page), blocks)
     for name in results:
-        folder = BLOCKS[name].page.with_suffix("") / name
+        folder = report.DOCS.with_name(BLOCKS[name].page).with_suffix("") / name
         folder.mkdir(parents=True, exist_ok=True)
         if BLOCKS[name].plots:
             plots.draw(results[name], folder)

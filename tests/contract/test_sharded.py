@@ -214,6 +214,7 @@ def ledgers(rank, world, folder):
     return found
 
 
+@pytest.mark.slow
 def test_a_ledger_is_loaded_into_a_run_with_another_number_of_merges(tmp_path):
     for saved, *loaded in each_rank(ledgers, 2, tmp_path, str(tmp_path))[0]:
         assert all(bool(change.any()) for change in saved.values())

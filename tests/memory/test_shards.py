@@ -141,6 +141,7 @@ def test_what_cannot_be_simulated_is_refused(tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_the_command(lingrad):
     code, out, _ = lingrad("memory", "simulate", "--model", "llama-60m", "--rules", "power(rank=64)", "--ranks", "4")
     assert code == 0

@@ -76,11 +76,16 @@ def figures(report):
 
 
 def assert_real(folder, spec, mode, world):
-    simulated = memory.simulate(build, spec, mode=mode, ranks=world, device="cpu", **SIZES)
-    real, simulated = each_rank(tracked, world, folder, spec, mode)[0], figures(simulated)
-    workspaces = real["by phase"].pop("step") - simulated["by phase"].pop("step")
-    assert 0 <= workspaces <= 3 * 4 * 88 * 32  # of a factorization on the CPU, of the largest weight; not simulated
-    assert real == simulated
+    expected = figures(memory.simulate(build, spec, mode=mode, ranks=world, device="cpu", **SIZES))
+    step = expected["by phase"].pop("step")
+    for _ in range(3):  # on a busy machine a collective may be waited for, and its buffer freed, after the next one's is there
+        real = each_rank(tracked, world, folder, spec, mode)[0]
+        workspaces = real["by phase"].pop("step") - step
+        assert 0 <= workspaces <= 3 * 4 * 88 * 32  # of a factorization on the CPU, of the largest weight; not simulated
+        assert real["peak"] >= expected["peak"]
+        if real["peak"] == expected["peak"]:
+            break
+    assert real == expected
 
 
 @each_mode

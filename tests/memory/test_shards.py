@@ -78,14 +78,15 @@ def figures(report):
 def assert_real(folder, spec, mode, world):
     expected = figures(memory.simulate(build, spec, mode=mode, ranks=world, device="cpu", **SIZES))
     step = expected["by phase"].pop("step")
-    for _ in range(3):  # on a busy machine a collective may be waited for, and its buffer freed, after the next one's is there
+    for _ in range(3):
         real = each_rank(tracked, world, folder, spec, mode)[0]
         workspaces = real["by phase"].pop("step") - step
         assert 0 <= workspaces <= 3 * 4 * 88 * 32  # of a factorization on the CPU, of the largest weight; not simulated
-        assert real["peak"] >= expected["peak"]
-        if real["peak"] == expected["peak"]:
-            break
-    assert real == expected
+        assert real["between steps"] == expected["between steps"]
+        if real == expected:
+            return
+        # on a busy machine a buffer may be freed when that of the next layer is there already
+        assert 0 < real["peak"] - expected["peak"] <= expected["at the peak"]["gathered"]
 
 
 @each_mode

@@ -25,7 +25,6 @@ from typing_extensions import override
 import lingrad
 from benchmarks.study import SEEDS, TUNE, Study
 from lingrad.console import markdown as tabulate
-from lingrad.optimizers.base import Choice
 from tools.marks import put
 
 RESULTS = Path("docs/studies/reviews.jsonl")
@@ -46,7 +45,6 @@ class Entry(NamedTuple):
         rest: What norms and biases do: ``frozen``, ``same`` (they train at the same rate), ``own`` (at one of their own).
         carry: See `lingrad.wrap`.
         residual: The same.
-        base: The same, as a word with options.
         mode: ``optimizer`` or ``adapter``.
     """
 
@@ -57,7 +55,6 @@ class Entry(NamedTuple):
     rest: str = "frozen"
     carry: str = "keep"
     residual: str | None = None
-    base: str = "adamw"
     mode: str = "optimizer"
 
 
@@ -179,8 +176,7 @@ def prepare(entry: Entry, model: nn.Module, lr: float, seed: int) -> tuple[nn.Mo
     if entry.residual is not None:
         options["residual"] = entry.residual
     make = {"optimizer": lingrad.wrap, "adapter": lingrad.adapt}[entry.mode]
-    choice = Choice(entry.base)
-    return model, make(model, rules, choice.name, lr=lr, carry=entry.carry, seed=seed, **options)  # type: ignore[arg-type]
+    return model, make(model, rules, lr=lr, carry=entry.carry, seed=seed, **options)  # type: ignore[arg-type]
 
 
 def taken(entry: Entry, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:

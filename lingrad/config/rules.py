@@ -10,6 +10,7 @@ from typing import Final, Literal
 from lingrad.config import spec
 from lingrad.config.methods import refuse_method
 from lingrad.errors import SpecError, did_you_mean, shown
+from lingrad.transforms import registry
 from lingrad.transforms.base import Transform
 
 _LONGEST = 2**20  # characters of rules in one string: some for each layer of the largest models
@@ -99,12 +100,11 @@ def _rule_value(glob: str, value: str | Rule) -> Rule:
         words = ("none", FROZEN.value)
         if word in words:
             return None if word == "none" else FROZEN
-        near = did_you_mean(word, words)
-        if near.startswith(";"):
+        near = did_you_mean(word, [*words, *registry.transform_names()])
+        if any(f"'{one}'" in near for one in words) and word not in registry.transform_names():
             raise SpecError(f"rule '{glob}' says '{value}', which is no word{near}")
     try:
-        if isinstance(value, str):
-            refuse_method(value)
+        refuse_method(value)
         return spec.parse(value)
     except SpecError as error:
         raise SpecError(f"rule '{glob}': {error}") from None

@@ -423,3 +423,16 @@ def test_conv1d_is_transposed():
 def test_what_is_no_matrix(weight):
     with pytest.raises(ShapeError, match="a transform needs a weight with two or more dimensions, none empty"):
         layout_of(weight, None, "w")
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ("frosen", r"rule '\*' says 'frosen', which is no word; did you mean 'frozen'"),
+        ("kron", r"kron needs left and right"),  # a transform, though it is near to frozen
+        (3, "a config string was expected"),
+    ],
+)
+def test_words_and_transforms_are_told_apart(value, message):
+    with pytest.raises(SpecError, match=message):
+        parse_rules({"*": value})

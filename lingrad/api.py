@@ -10,7 +10,7 @@ from torch import Tensor
 from lingrad.config.methods import takes_methods
 from lingrad.config.rounds import Rounds
 from lingrad.config.rules import Rules
-from lingrad.config.settings import Carry, Compat, Merge, Share
+from lingrad.config.settings import Carry, Compat, Merge, RoundingKind, Share
 from lingrad.deprecated import renamed_keywords
 from lingrad.engine.build import Trainable
 from lingrad.engine.optimizer import SubspaceOptimizer
@@ -38,6 +38,7 @@ def wrap(
     ledger: bool = False,
     self_contained: bool = True,
     merge: Merge = "auto",
+    rounding: RoundingKind = "nearest",
     process_group: Any = None,
     **base_kwargs: Any,
 ) -> SubspaceOptimizer:
@@ -83,6 +84,10 @@ def wrap(
             ``fast`` rounds z to the weight's dtype and multiplies in that, many times faster on a GPU; the added error is far
             below the weight's own rounding (docs/performance.md). ``auto`` is ``fast`` for bfloat16 on CUDA and ``exact``
             elsewhere: in float16 a coordinate above 65,504 would become infinite. Other dtypes have one way only.
+        rounding: How a merge rounds a weight in 16 or 8 bits. ``nearest`` loses every change below half a step of the weight's
+            grid; ``stochastic`` rounds up or down by chance, exact in the mean; ``compensated`` keeps what was rounded away, in
+            as many bits again. Both need S z in float32, [m, n], for one weight at a time. With either, optimizer mode trains
+            weights of bitsandbytes in 8 bits too (docs/lowbit.md).
         process_group: The processes that train this model together, each on its part of a batch, where these are not all that
             torch.distributed has: a ``ProcessGroup`` with this process in it. Checkpoints are free of it (docs/sharded.md).
         **base_kwargs: Options of the base, such as ``lr``, ``betas``, ``momentum``. Any base also takes ``moments="8bit"``,
@@ -117,6 +122,7 @@ def wrap(
         ledger=ledger,
         self_contained=self_contained,
         merge=merge,
+        rounding=rounding,
         process_group=process_group,
         **base_kwargs,
     )
@@ -141,6 +147,7 @@ def adapt(
     ledger: bool = False,
     self_contained: bool = True,
     merge: Merge = "auto",
+    rounding: RoundingKind = "nearest",
     process_group: Any = None,
     merge_every: int | None = None,
     keep_remainder: bool = False,
@@ -167,6 +174,7 @@ def adapt(
         ledger: See `wrap`.
         self_contained: See `wrap`.
         merge: See `wrap`.
+        rounding: See `wrap`.
         process_group: See `wrap`.
         merge_every: Merge coordinates into the weights every so many steps, in addition to each refresh; None merges at
             refreshes only. 1 is optimizer mode's schedule with adapter mode's forward. The trajectory is the same.
@@ -196,6 +204,7 @@ def adapt(
         ledger=ledger,
         self_contained=self_contained,
         merge=merge,
+        rounding=rounding,
         process_group=process_group,
         merge_every=merge_every,
         keep_remainder=keep_remainder,

@@ -33,11 +33,12 @@ class PackedAttachment(LayerAttachment):
 
     @override
     def require(self, mode: Mode) -> None:
-        if mode == "optimizer":
+        if mode == "optimizer" and self.packed.rounding is None:
+            other = " Or round in another way: rounding='stochastic' or 'compensated'." if self.packed.kind == "int8" else ""
             raise ModeError(
                 f"{self.sub.name} is stored as {self.packed.kind}, and optimizer mode merges at every step: each would "
                 "quantise the weight again and lose every update smaller than half a step of its grid. Use lingrad.adapt, "
-                "which merges at refreshes, or leave the weight out by a rule: 'none'"
+                f"which merges at refreshes, or leave the weight out by a rule: 'none'.{other}"
             )
 
     @override

@@ -13,6 +13,7 @@ from lingrad.config.residual import parse_residual
 from lingrad.config.rounds import Rounds
 from lingrad.errors import did_you_mean, require, require_one_of, shown
 from lingrad.weights.dense import Merge as Merge
+from lingrad.weights.rounding import RoundingKind as RoundingKind
 
 Mode = Literal["optimizer", "adapter"]  # when coordinates are merged: at every step, or at each refresh
 Carry = Literal["keep", "reset", "rotate", "transport"]  # what a refresh does to moments
@@ -47,6 +48,7 @@ class Settings:
     ledger: bool = False
     self_contained: bool = True
     merge: Merge = "auto"
+    rounding: RoundingKind = "nearest"
     process_group: Any = None
     merge_every: int | None = None
     keep_remainder: bool = False
@@ -56,6 +58,18 @@ class Settings:
         """Check every option, and the pairs that exclude each other."""
         require_one_of(self.carry, get_args(Carry), "carry")
         require_one_of(self.merge, get_args(Merge), "merge")
+        require_one_of(self.rounding, get_args(RoundingKind), "rounding")
+        require(
+            self.rounding == "nearest" or self.merge != "fast",
+            "merge",
+            f"merge='fast' rounds S z to the weight's dtype before rounding='{self.rounding}' could see it; leave one of them "
+            "out",
+        )
+        require(
+            self.rounding == "nearest" or not self.keep_remainder,
+            "keep_remainder",
+            f"rounding='{self.rounding}' leaves no remainder to keep; leave keep_remainder or rounding out",
+        )
         if self.residual is not None:
             object.__setattr__(self, "residual", str(parse_residual(self.residual)))
             require(

@@ -36,8 +36,12 @@ from lingrad.parallel import Processes
 from lingrad.subspaces.basis import Basis
 from lingrad.subspaces.ledger import Ledger
 from lingrad.subspaces.subspace import Subspace
+from lingrad.tensors import wide
 from lingrad.transforms.linalg import derive_seed
+from lingrad.weights.base import Weight
 from lingrad.weights.dense import DenseWeight
+from lingrad.weights.packed import PackedWeight
+from lingrad.weights.rounding import Rounding
 from lingrad.weights.sharding import LayerSharding, reshard
 
 Named = tuple[str, nn.Parameter]
@@ -194,12 +198,28 @@ def _attachments(
             basis.whole = settings.residual is not None and basis.coords_shape != basis.shape  # full() drops nothing
             names = {member.name for member in place.group}
             bases[first.name] = basis, SharedInput(names) if len(names) > 1 else None, 0
+        weight.rounding = _rounding(settings, weight, target.name)
         basis, shared, start = bases[first.name]
         bases[first.name] = basis, shared, start + rows
         ledger = Ledger(basis.transform, records=settings.ledger)
         adds = isinstance(weight.sharding, LayerSharding)
         sub = Subspace(target.name, weight, basis, slice(start, start + rows), ledger, replace(processes, adds=adds))
         found.append(make_attachment(target, Projection(sub, shared, gathering), plain=settings.self_contained))
+    return found
+
+
+def _rounding(settings: Settings, weight: Weight, name: str) -> Rounding | None:
+    """How merges round a weight; None where it is to the nearest, as a weight of 32 bits or more always is."""
+    if settings.rounding == "nearest":
+        return None
+    if isinstance(weight, PackedWeight):
+        weight.require_rounding()
+    elif weight.dtype == wide(weight.dtype):
+        return None
+    found = Rounding(settings.rounding, derive_seed(settings.seed, name, "rounding"))
+    if weight.sharding is not None:
+        start = weight.sharding.rows(weight.layout.shape[weight.sharding.dim]).start
+        found.first = (0, start) if weight.sharding.dim else (start, 0)
     return found
 
 

@@ -125,7 +125,7 @@ def _check(run: Run) -> None:
     """Refuse what a graph would leave out or freeze."""
     settings = run.settings
     followed = {"layerwise": settings.layerwise, "ledger": settings.ledger, "compat": settings.compat is not None}
-    followed["residual"] = settings.residual is not None
+    followed |= {"residual": settings.residual is not None, "rounding": settings.rounding != "nearest"}
     for option in (option for option, given in followed.items() if given):
         raise SpecError(f"'{option}' is followed in Python at each step, which a graph leaves out; leave it out", option=option)
     if not all(basis.transform.stores_map for basis in run.bases):

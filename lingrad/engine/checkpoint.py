@@ -23,7 +23,7 @@ from lingrad.subspaces import trees
 from lingrad.subspaces.ledger import Ledger, sealed
 from lingrad.subspaces.watched import was_written
 from lingrad.tensors import is_sharded, same_memory
-from lingrad.weights.base import MergeLoss
+from lingrad.weights.base import MergeLoss, Weight
 
 
 class Entries(NamedTuple):
@@ -41,6 +41,7 @@ class Entries(NamedTuple):
         outer: The momentum of the outer step of a decentralised run.
         ended: Steps finished at the end of its last round.
         residual: What is kept of the part of the gradient that its basis drops.
+        rounding: How often the weight was rounded, and what is kept of it.
     """
 
     moments: dict[str, Any]
@@ -54,6 +55,7 @@ class Entries(NamedTuple):
     outer: Tensor | None = None
     ended: int = 0
     residual: Mapping[str, Tensor] = MappingProxyType({})
+    rounding: Mapping[str, Any] = MappingProxyType({})
 
 
 def identity(run: Run) -> dict[str, Any]:
@@ -145,6 +147,8 @@ def load(run: Run, state_dict: dict[str, Any]) -> None:
             run.outer[sub.name] = entries.outer
         if run.residuals is not None:
             run.residuals.load(sub, entries.residual)
+        if sub.weight.rounding is not None:
+            sub.weight.rounding.load(entries.rounding, sub.weight.param.device)
         run.step = entries.step
     for group, was in zip(run.groups, saved.groups, strict=True):
         group.update({key: trees.copied(value) for key, value in was.items() if key != "params" and key not in fixed})
@@ -174,6 +178,8 @@ def _pack(run: Run, attachment: Attachment) -> dict[str, Any]:
     tree = {**numbers, **of_basis, "stored": stored, "loss": sub.weight.loss, "outer": run.outer.get(sub.name)}
     if run.residuals is not None:
         tree["residual"] = run.residuals.entries(sub)
+    if sub.weight.rounding is not None:
+        tree["rounding"] = sub.weight.rounding.entries()
     if run.settings.rounds is not None:
         tree |= {"ended": run.ended, "worker": run.settings.rounds.workers.number}
     ledger = sub.ledger.pack()
@@ -251,7 +257,21 @@ def _unpack(
         outer=outer,
         ended=ended,
         residual=residual,
+        rounding=_read_rounding(sub.weight, entries, name),
     )
+
+
+def _read_rounding(weight: Weight, entries: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """The entries that `Rounding.load` takes."""
+    if weight.rounding is None:
+        return {}
+    count, error = f"{PREFIX}rounding.count", f"{PREFIX}rounding.error"
+    found = {"count": trees.checked(0, entries, count, name)}
+    if found["count"] < 0:
+        raise CheckpointError(f"'{count}' of {name} is {found['count']} in the checkpoint; expected 0 or more")
+    if weight.rounding.kind == "compensated" and found["count"]:
+        found["error"] = trees.checked(weight.rounding.like(weight.matrix), entries, error, name)
+    return found
 
 
 def with_hooks(optimizer: Optimizer, give: Callable[[], dict[str, Any]]) -> dict[str, Any]:

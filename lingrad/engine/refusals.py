@@ -58,6 +58,11 @@ def check_effective(
             f"residual='{settings.residual}' adds a matrix as large as {sub.name} to it at every step, and that is stored "
             "in 4 or 8 bits, or cut over processes; leave residual out",
         )
+    require(
+        settings.rounding == "nearest" or any(attachment.sub.weight.rounding for attachment in attachments),
+        "rounding",
+        f"rounding='{settings.rounding}' is for weights in 16 or 8 bits, and none that is transformed is; leave it out",
+    )
     quantised = any(attachment.sub.weight.loss is not None for attachment in attachments)
     require(
         quantised or not settings.keep_remainder,

@@ -145,6 +145,7 @@ class Run:
         """
         for sub in self.subspaces:
             yield from ((tensor, "weight") for tensor in sub.weight.tensors())
+            yield from ((tensor, "moments") for tensor in (sub.weight.rounding.tensors() if sub.weight.rounding else ()))
             yield own(sub.coords), "coords"
             yield from ((own(tensor), "coords") for tensor in sub.ledger.tensors())
         for basis in self.bases:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lingrad.config.settings import check_not_negative
+from lingrad.config.settings import Settings, check_not_negative
 from lingrad.config.sharing import GroupedTarget
 from lingrad.errors import CheckpointError, SpecError, shown
 from lingrad.maps.factors import Factors
@@ -213,6 +213,8 @@ def check_groups(saved: list[dict[str, Any]], own: list[dict[str, Any]], identit
     Raises:
         CheckpointError: They differ; the first difference is named.
     """
+    # a checkpoint from before an option was added had what is its default now
+    saved = [{**Settings().identity(), **was} if {"format", "mode", "base"} <= was.keys() else was for was in saved]
     older = [was["format"] for was in saved if was.get("format", identity["format"]) != identity["format"]]
     if older:
         raise CheckpointError(f"the checkpoint has format {shown(older[0])}, this run has {identity['format']!r}")

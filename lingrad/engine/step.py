@@ -190,6 +190,7 @@ def _advance(run: Run, optimizers: Sequence[Built], attachments: Sequence[Attach
             raise
     if decay_last:
         _decay(run, stepped)
+    _decay_rounded(run, stepped)
     every = run.settings.merge_every
     if run.residuals is not None:
         residual.merge(run, live)
@@ -214,6 +215,8 @@ def _decay(run: Run, stepped: Sequence[tuple[Group, Tensor]], *, undo: bool = Fa
             tensors.extend(map(own, attachment.sub.ledger.tensors()))
             ledgers.append(attachment.sub.ledger)
     for group, tensors, ledgers in by_group.values():
+        if not tensors:
+            continue
         factor = 1.0 - group["lr"] * group["weight_decay"]
         if undo:
             factor = 1.0 / factor if factor else 1.0
@@ -221,3 +224,14 @@ def _decay(run: Run, stepped: Sequence[tuple[Group, Tensor]], *, undo: bool = Fa
         number = float(factor) if ledgers else 1.0  # of a learning rate that is a tensor, once
         for ledger in ledgers:
             ledger.decayed(number)
+
+
+def _decay_rounded(run: Run, stepped: Sequence[tuple[Group, Tensor]]) -> None:
+    """Decay the weights that round in their own way: after the base, which reads none, so that nothing has to be undone."""
+    for group, param in stepped:
+        attachment = run.attachment_of(param)
+        weight = None if attachment is None else attachment.sub.weight
+        if weight is None or weight.rounding is None or weight.scales():
+            continue
+        if group["weight_decay"] != 0 and (param.grad is not None or run.settings.rounds is not None):
+            weight.decay_(1.0 - group["lr"] * group["weight_decay"])

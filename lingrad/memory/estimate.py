@@ -200,6 +200,11 @@ def _cut_bytes(target: Target, ranks: int) -> int:
     return prod(cut(tuple(target.param.shape), ranks)) * target.param.element_size()
 
 
+def _cut_elements(target: Target, ranks: int) -> int:
+    m, n = target.layout.shape
+    return prod(cut((m, n), ranks))
+
+
 def _sum(tensors: list[TensorSpec]) -> int:
     return sum(tensor.nbytes for tensor in tensors)
 
@@ -223,6 +228,8 @@ def _transformed(
     # a step that reads the gradient itself saves the layer's input as it is
     width = q if rule is None else n
     saved = width * tokens * template.element_size() if target.route != "weight" and (grouped.is_first or rule) else 0
+    rounds = settings.rounding == "compensated" and template.dtype != dtype
+    error = rounds * _cut_elements(target, ranks) * target.param.element_size()
     kept = {"scaled": dtype.itemsize, "feedback": m * n * template.element_size()}.get(rule or "", 0)
     return ParameterBytes(
         target.name,
@@ -230,6 +237,6 @@ def _transformed(
         coords=size if mode == "adapter" or ranks > 1 else dtype.itemsize,
         coords_gradient=0 if settings.layerwise else size,
         basis=_sum(target.transform.storage(grouped.shape, template.dtype)) if grouped.is_first else 0,
-        moments=_sum(moments) + kept,
+        moments=_sum(moments) + kept + error,
         activations=saved,
     )

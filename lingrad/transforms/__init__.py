@@ -7,6 +7,7 @@ from lingrad.transforms.base import Probe as Probe
 from lingrad.transforms.base import Sketch as Sketch
 from lingrad.transforms.base import Transform as Transform
 from lingrad.transforms.base import When as When
+from lingrad.transforms.coded import Coded as Coded
 from lingrad.transforms.experts import Experts as Experts
 from lingrad.transforms.full import Full as Full
 from lingrad.transforms.kron import Kron as Kron

@@ -71,6 +71,7 @@ class Transform(ABC):
     """
 
     name: ClassVar[str]  # the name in config strings; set by `register`
+    uncoded: ClassVar[str] = ""  # why `coded` cannot keep its state in codes
 
     def __post_init__(self) -> None:
         """Check every option against its annotation; a subclass that checks more calls this first."""

@@ -59,6 +59,8 @@ class Experts(Transform):
         SpecError: An option is out of range, or ``each`` is ``experts`` again.
     """
 
+    uncoded = "write experts(each=coded(each=...)), for codes of each expert's"
+
     each: Transform
     count: int = 0
 

@@ -20,6 +20,7 @@ class Full(Transform):
     """Coordinates are the weight's own entries; nothing is chosen and nothing is refreshed."""
 
     reads = "nothing"
+    uncoded = "it has none"
     period = 0
 
     @override

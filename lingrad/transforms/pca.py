@@ -59,6 +59,7 @@ class PCA(SideTransform):
     """
 
     reads = "sketch"
+    uncoded = "it is learned in steps that codes would round away"
 
     every: int = 1
     lam: float = 0.1

@@ -58,6 +58,7 @@ class Random(BasisTransform):
     """
 
     reads = "nothing"
+    uncoded = "it is drawn from a seed; store=false keeps none"
 
     kind: Distribution = "gaussian"
     store: bool = True

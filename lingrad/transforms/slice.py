@@ -71,6 +71,8 @@ class Slice(BasisTransform):
         SpecError: An option is out of range.
     """
 
+    uncoded = "workers compare theirs with each other's"
+
     choice: Choice = "orthogonal"
     workers: int = 1
 

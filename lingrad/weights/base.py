@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from lingrad.maps import LinearMap
+from lingrad.tensors import own
 from lingrad.weights.layout import Layout
+from lingrad.weights.rounding import Rounding
 from lingrad.weights.sharding import Sharding
 
 
@@ -56,12 +58,14 @@ class Weight(ABC):
 
     Attributes:
         loss: What merges have lost; None where a merge loses nothing but the rounding of its dtype.
+        rounding: How it is rounded; None where it is to the nearest.
         sharding: How it is spread over processes; None where each has all of it.
     """
 
     def __init__(self, layout: Layout) -> None:
         self.layout = layout
         self.loss: MergeLoss | None = None
+        self.rounding: Rounding | None = None
         self.sharding: Sharding | None = None
 
     @property
@@ -78,6 +82,11 @@ class Weight(ABC):
     def shape(self) -> tuple[int, ...]:
         """The shape of the weight now: other programs may change it, as where a vocabulary is resized."""
         return self.layout.weight_shape
+
+    @property
+    def matrix(self) -> Tensor:
+        """The weight as it is stored, or this process's part of it, read as a matrix; a view where the strides allow one."""
+        return self.layout.matrix(own(self.param.detach()))
 
     @abstractmethod
     def dense(self) -> Tensor:
@@ -110,7 +119,16 @@ class Weight(ABC):
 
     @abstractmethod
     def scales(self) -> list[Tensor]:
-        """The tensors whose product with a factor multiplies the weight by it, for decoupled decay."""
+        """The tensors whose product with a factor multiplies the weight by it, for decoupled decay; see `decay_`."""
+
+    def decay_(self, factor: float | Tensor) -> None:
+        """``W *= factor``, in place; a weight without `scales` rounds the product in its own way.
+
+        Args:
+            factor: A number, or a 0-d tensor.
+        """
+        for tensor in self.scales():
+            tensor.mul_(factor)
 
     @abstractmethod
     def tensors(self) -> list[Tensor]:

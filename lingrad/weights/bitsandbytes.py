@@ -12,8 +12,7 @@ from typing_extensions import override
 from lingrad.errors import ModeError, optional
 from lingrad.weights.layout import packed_kind
 from lingrad.weights.packed import PackedWeight
-
-FULL = 127.0  # the largest code of an 8-bit weight
+from lingrad.weights.rounding import FULL, Rounding
 
 
 @final
@@ -149,6 +148,19 @@ class EightBit(PackedWeight):
         self._follow()
 
     @override
+    def require_rounding(self) -> None:
+        pass
+
+    @override
+    def write_rounded(self, matrix: Tensor, rounding: Rounding) -> None:
+        before = self._row_scales.float()[:, None]
+        matrix.add_(rounding.kept(before))
+        scales = _row_scales(matrix)
+        rounding.encode_(self._weight.data, matrix, torch.where(scales > 0, scales, torch.ones_like(scales))[:, None])
+        self._row_scales.copy_(scales)
+        self._follow()
+
+    @override
     def scales(self) -> list[Tensor]:
         return [self._row_scales]
 
@@ -178,9 +190,14 @@ class EightBit(PackedWeight):
                 owner.CB = self._weight.data
 
     def _quantized(self, matrix: Tensor) -> tuple[Tensor, Tensor]:
-        scales = matrix.abs().amax(dim=1)
+        scales = _row_scales(matrix)
         divisors = torch.where(scales > 0, scales, torch.ones_like(scales))
         return (matrix * (FULL / divisors)[:, None]).round_().clamp_(-FULL, FULL).to(torch.int8), scales
+
+
+def _row_scales(matrix: Tensor) -> Tensor:
+    """The largest magnitude of each row, without a copy of the matrix."""
+    return torch.maximum(matrix.amax(dim=1), -matrix.amin(dim=1))
 
 
 def _not_yet(name: str) -> Any:

@@ -67,7 +67,12 @@ class DenseWeight(Weight):
     def merges_in(self) -> torch.dtype | None:
         """The dtype that z is rounded to for a merge, so that products run in it; None where z is not rounded."""
         param = self.param
-        if param.dtype == torch.float32 or self.merge == "exact" or param.dtype not in (torch.bfloat16, torch.float16):
+        if (
+            self.rounding is not None
+            or param.dtype == torch.float32
+            or self.merge == "exact"
+            or param.dtype not in (torch.bfloat16, torch.float16)
+        ):
             return None
         # a coordinate may be too large for float16, and to find that out would wait for the device
         fast = self.merge == "fast" or (param.dtype == torch.bfloat16 and on_tensor_cores(param))
@@ -92,6 +97,9 @@ class DenseWeight(Weight):
                 "into a computed tensor), and its updates would be lost; make it an nn.Parameter again first"
             )
         weight = weight.detach()  # a parameter that is watched asks for a merge where others write into it
+        if self.rounding is not None:
+            self._round_(current.lift(coords.detach().float()))
+            return
         matrix = self.layout.matrix(weight)
         view = matrix is weight or storage(matrix) == storage(weight)
         if self.merges_in is not None:
@@ -109,11 +117,27 @@ class DenseWeight(Weight):
         Args:
             matrix: M [m, n], of the weight's dtype or wider.
         """
-        self.param.detach().add_(self.layout.restore(matrix))
+        if self.rounding is None:
+            self.param.detach().add_(self.layout.restore(matrix))
+        else:
+            self._round_(matrix)
 
     @override
     def scales(self) -> list[Tensor]:
-        return [self.param]
+        return [self.param] if self.rounding is None else []
+
+    @override
+    def decay_(self, factor: float | Tensor) -> None:
+        self._round_(None, factor)
+
+    def _round_(self, change: Tensor | None, factor: float | Tensor = 1.0) -> None:
+        """``W = round(factor * W + change)``, in place."""
+        assert self.rounding is not None  # noqa: S101 - the callers have looked
+        weight = self.param.detach()
+        matrix = self.layout.matrix(weight)
+        self.rounding.add_(matrix, change, factor)
+        if matrix is not weight and storage(matrix) != storage(weight):
+            weight.copy_(self.layout.restore(matrix))
 
     @override
     def tensors(self) -> list[Tensor]:

@@ -14,9 +14,11 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
+from lingrad.errors import ModeError
 from lingrad.maps import LinearMap
 from lingrad.weights.base import MergeLoss, Remainder, Weight
 from lingrad.weights.layout import layout_of
+from lingrad.weights.rounding import Rounding
 
 
 class PackedWeight(Weight):
@@ -52,6 +54,23 @@ class PackedWeight(Weight):
     def write(self, matrix: Tensor) -> None:
         """Quantise a matrix [m, n], float32, into the memory of the weight."""
 
+    def require_rounding(self) -> None:
+        """Make sure that it can be rounded in another way than to the nearest.
+
+        Raises:
+            ModeError: The grid of its codes is not even.
+        """
+        raise ModeError(f"{self.name} is stored as {self.kind}, which is rounded to the nearest code only; leave rounding out")
+
+    def write_rounded(self, matrix: Tensor, rounding: Rounding) -> None:
+        """Quantise a matrix with a rounding that is not to the nearest.
+
+        Args:
+            matrix: [m, n], float32, without what the rounding keeps of it; overwritten.
+            rounding: The rounding.
+        """
+        raise NotImplementedError(f"{self.kind} has no other rounding")
+
     @abstractmethod
     def entries(self, matrix: Tensor) -> dict[str, Tensor]:
         """What the layer's ``state_dict`` would hold if the weight were a matrix [m, n], float32: key -> tensor."""
@@ -72,8 +91,11 @@ class PackedWeight(Weight):
         """The tensors that make the weight: codes, scales."""
 
     @override
-    def add_(self, current: LinearMap, coords: Tensor) -> Remainder:
+    def add_(self, current: LinearMap, coords: Tensor) -> Remainder | None:
         lift = current.lift(coords.detach().float())
+        if self.rounding is not None:  # what is not in the weight is not lost, by chance or because it is kept
+            self.write_rounded(lift.add_(self.dense()), self.rounding)
+            return None
         wanted = self.dense().add_(lift)
         changed = float(torch.linalg.vector_norm(lift))
         self.write(wanted)

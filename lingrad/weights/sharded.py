@@ -67,7 +67,10 @@ class ShardedWeight(Weight):
     @override
     def add_(self, current: LinearMap, coords: Tensor) -> None:
         part, taken = self._part(current, coords)
-        part.add_lift_(own(self.param.detach()), taken)
+        if self.rounding is None:
+            part.add_lift_(own(self.param.detach()), taken)
+        else:
+            self.rounding.add_(own(self.param.detach()), part.lift(taken.detach().float()))
 
     def _part(self, current: LinearMap, coords: Tensor) -> tuple[LinearMap, Tensor]:
         """The map to this process's part, and the coordinates that it takes."""
@@ -78,7 +81,12 @@ class ShardedWeight(Weight):
 
     @override
     def scales(self) -> list[Tensor]:
-        return [own(self.param.detach())]
+        return [own(self.param.detach())] if self.rounding is None else []
+
+    @override
+    def decay_(self, factor: float | Tensor) -> None:
+        assert self.rounding is not None  # noqa: S101 - it has scales otherwise
+        self.rounding.add_(own(self.param.detach()), None, factor)
 
     @override
     def tensors(self) -> list[Tensor]:

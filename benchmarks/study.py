@@ -8,12 +8,17 @@ from __future__ import annotations
 
 import json
 import math
+import statistics
 import sys
 import time
 from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
 
+import torch
+from torch import nn
+
+import lingrad
 from lingrad.errors import LingradError
 
 TUNE, SEEDS, MOST = 0, (1, 2, 3), 8  # the seed of tuning, those of the results, trials at most
@@ -30,7 +35,7 @@ class Study(ABC, Generic[E]):
     """
 
     def __init__(self, path: Path, kind: type[E]) -> None:
-        self.path = path
+        self.path, self.kind = path, kind
         path.parent.mkdir(parents=True, exist_ok=True)
         lines = path.read_text().splitlines() if path.exists() else []
         self.found: dict[tuple[Any, ...], dict[str, Any]] = {}
@@ -98,3 +103,45 @@ class Study(ABC, Generic[E]):
         factor = self.tune(entry)
         for seed in SEEDS:
             self.get(entry, factor, seed)
+
+    def results(self, entry: E) -> tuple[dict[int, dict[str, Any]], list[float]] | None:
+        """The runs of an entry with each seed, and the factors that were tried; None where some were not made."""
+        runs = [run for run in self.found.values() if self.kind(**run["entry"]) == entry]
+        found = {run["seed"]: run for run in runs if run["seed"] in SEEDS}
+        tried = [run["factor"] for run in runs if run["seed"] == TUNE and math.isfinite(run["loss"])]
+        return (found, tried) if len(found) == len(SEEDS) else None
+
+
+def linear(step: int, steps: int) -> float:
+    """A factor of the learning rate: a tenth of the steps up, then a line down to nothing."""
+    rise = steps // 10
+    return (step + 1) / rise if step < rise else (steps - step) / (steps - rise)
+
+
+def error(values: list[float]) -> float:
+    """The standard error of a mean."""
+    return statistics.stdev(values) / len(values) ** 0.5
+
+
+def taken(model: nn.Module, optimizer: torch.optim.Optimizer, *, whole: bool) -> int:
+    """Bytes of training beyond the model itself: added weights, bases, the optimizer's state, gradients.
+
+    Args:
+        model: The model.
+        optimizer: Its optimizer.
+        whole: Whether each step reads the gradients of transformed weights themselves.
+
+    Returns:
+        The sum.
+    """
+    trained = [p for group in optimizer.param_groups for p in group["params"]]
+    gradients = sum(p.numel() * p.element_size() for p in trained)
+    if not isinstance(optimizer, lingrad.SubspaceOptimizer):
+        state = sum(t.numel() * t.element_size() for s in optimizer.state.values() for t in s.values() if t.dim())
+        added = sum(p.numel() * p.element_size() for name, p in model.named_parameters() if "lora_" in name)
+        return gradients + state + added
+    held = sum(
+        t.untyped_storage().nbytes() for t, kind in optimizer.held() if kind in ("moments", "basis", "coords") and t.dim()
+    )
+    dense = sum(math.prod(sub.weight.layout.shape) * 4 for sub in optimizer.subspaces) if whole else 0
+    return gradients + held + dense

@@ -10,7 +10,7 @@ from torch import Tensor
 from lingrad.config.methods import takes_methods
 from lingrad.config.rounds import Rounds
 from lingrad.config.rules import Rules
-from lingrad.config.settings import Carry, Compat, Merge, RoundingKind, Share
+from lingrad.config.settings import Carry, Compat, InBackward, Merge, RoundingKind, Share
 from lingrad.deprecated import renamed_keywords
 from lingrad.engine.build import Trainable
 from lingrad.engine.optimizer import SubspaceOptimizer
@@ -32,7 +32,7 @@ def wrap(
     residual: str | None = None,
     seed: int = 0,
     compat: Compat | None = None,
-    layerwise: bool = False,
+    layerwise: InBackward = False,
     stagger: bool = False,
     share: Share | None = None,
     ledger: bool = False,
@@ -70,6 +70,9 @@ def wrap(
         layerwise: Step each weight inside the backward as soon as its gradient is computed, then free the gradient: no two need
             exist at once. Every backward is then a step, which ``step()`` completes; accumulation over micro-batches, clipping
             by a norm and loss scaling are not supported.
+            ``coordinates`` instead keeps accumulation, clipping and loss scaling: ``step()`` steps, and inside the backward
+            each basis that is due is chosen from the gradient of the step's first backward, which is then freed, so that only
+            gradients of coordinates wait. What trains in full keeps its gradient.
         stagger: Refresh the weights in turn, spread over the steps of a period, so that no step pays for all of them. Until its
             first refresh a weight is trained in a random basis.
         share: ``input`` gives linear layers that read the same input (q, k, v; gate, up; `lingrad.config.sharing`) one right
@@ -141,7 +144,7 @@ def adapt(
     carry: Carry = "keep",
     seed: int = 0,
     compat: Compat | None = None,
-    layerwise: bool = False,
+    layerwise: InBackward = False,
     stagger: bool = False,
     share: Share | None = None,
     ledger: bool = False,

@@ -46,7 +46,7 @@ Base = Annotated[str, typer.Option(help="Base optimizer, such as adamw, adamw8bi
 Batch = Annotated[int, typer.Option(help="Rows of a batch.")]
 Capacity = Annotated[str | None, typer.Option(help="Memory of the device, such as 24GiB: say whether the run fits.")]
 Checkpointing = Annotated[bool, typer.Option("--checkpointing", help="Recompute layers in the backward.")]
-Dtype = Annotated[str, typer.Option(help="Dtype of the model: bfloat16, float16 or float32.")]
+Dtype = Annotated[str, typer.Option(help="Dtype of the model: bfloat16, float16, float32; int8: linear layers in 8 bits.")]
 Expandable = Annotated[bool, typer.Option("--expandable", help="Model CUDA's expandable segments.")]
 Factors = Annotated[str | None, typer.Option(help="Dtype of the factors: fp32, bf16, fp16 or fp64.")]
 Json = Annotated[Path | None, typer.Option(help="Write the report as JSON to this file; - prints the JSON and nothing else.")]

@@ -15,7 +15,7 @@ from lingrad import optimizers
 from lingrad.api import adapt, wrap
 from lingrad.config import spec
 from lingrad.config.rules import Rules
-from lingrad.config.settings import Mode
+from lingrad.config.settings import InBackward, Mode
 from lingrad.config.targets import resolve_model
 from lingrad.errors import SpecError, optional, require_one_of
 from lingrad.transforms.base import Transform
@@ -63,7 +63,7 @@ class Method(ABC):
         """Its name in tables."""
 
     @abstractmethod
-    def prepare(self, model: nn.Module, *, layerwise: bool = False) -> Training:
+    def prepare(self, model: nn.Module, *, layerwise: InBackward = False) -> Training:
         """Prepare a model for training.
 
         Args:
@@ -103,13 +103,13 @@ class Lingrad(Method):
         return f"{self.mode} mode, {text}, {optimizers.name_of(self.base)}"
 
     @override
-    def prepare(self, model: nn.Module, *, layerwise: bool = False) -> Training:
+    def prepare(self, model: nn.Module, *, layerwise: InBackward = False) -> Training:
         make = wrap if self.mode == "optimizer" else adapt
-        given: dict[str, Any] = {"layerwise": True} if layerwise else {}
+        given: dict[str, Any] = {"layerwise": layerwise} if layerwise else {}
         if self.base != "adamw":  # the default leaves the base of a method that the rules name
             given["base"] = self.base
         optimizer = make(model, self.rules, **given, **self.options)
-        return Training(model, [optimizer], layerwise)
+        return Training(model, [optimizer], layerwise is True)
 
 
 @final
@@ -131,7 +131,7 @@ class FullRank(Method):
         return f"full {optimizers.name_of(self.base)}"
 
     @override
-    def prepare(self, model: nn.Module, *, layerwise: bool = False) -> Training:
+    def prepare(self, model: nn.Module, *, layerwise: InBackward = False) -> Training:
         found = optimizers.find(self.base, {"lr": 1e-4, **self.options})
         return _with(model, lambda params: found.build(params), [[p] for p in _trainable(model)], layerwise)
 
@@ -159,7 +159,7 @@ class Lora(Method):
         return f"LoRA (rank {self.rank}{', A frozen' if self.one_sided else ''}), {optimizers.name_of(self.base)}"
 
     @override
-    def prepare(self, model: nn.Module, *, layerwise: bool = False) -> Training:
+    def prepare(self, model: nn.Module, *, layerwise: InBackward = False) -> Training:
         peft = optional("peft", "LoRA", "hf")
         dtype = next(model.parameters()).dtype
         config = peft.LoraConfig(r=self.rank, lora_alpha=self.rank, target_modules="all-linear", lora_dropout=0.0)
@@ -195,7 +195,7 @@ class GaloreTorch(Method):
         return f"galore_torch (rank {self.rank}), {self.base}"
 
     @override
-    def prepare(self, model: nn.Module, *, layerwise: bool = False) -> Training:
+    def prepare(self, model: nn.Module, *, layerwise: InBackward = False) -> Training:
         names = {"adamw": "GaLoreAdamW", "adamw8bit": "GaLoreAdamW8bit"}
         if self.base not in names:
             raise SpecError(f"galore_torch has no base '{self.base}' here; expected one of {', '.join(names)}")
@@ -220,10 +220,10 @@ def _trainable(model: nn.Module) -> list[Tensor]:
 
 
 def _with(
-    model: nn.Module, build: Callable[[list[Tensor]], Optimizer], groups: list[list[Tensor]], layerwise: bool
+    model: nn.Module, build: Callable[[list[Tensor]], Optimizer], groups: list[list[Tensor]], layerwise: InBackward
 ) -> Training:
     """One optimizer for all parameters; layerwise one per group that steps in a hook, as in GaLore's README."""
-    if not layerwise:
+    if layerwise is not True:
         return Training(model, [build([param for group in groups for param in group])])
     training = Training(model, [build(group) for group in groups], layerwise=True)
     for optimizer, (param,) in zip(training.optimizers, groups, strict=True):

@@ -15,9 +15,9 @@ import torch
 
 from lingrad import memory
 from lingrad.memory import commands
-from lingrad.memory.commands import DTYPES, Question
+from lingrad.memory.commands import Question
 from lingrad.memory.units import readable
-from lingrad.models import LLAMAS, LlamaShape, build_llama, open_model
+from lingrad.models import DTYPES, LLAMAS, LlamaShape, build_llama, open_model
 
 ROOT = Path(__file__).parents[1]
 PAGE, MEASURED = ROOT / "docs" / "memory.md", ROOT / "docs" / "memory_gpu.json"

@@ -24,7 +24,7 @@ def check_target(target: Target) -> None:
         )
 
 
-def check_cut(base: str, *, coded: bool, layerwise: bool) -> None:
+def check_cut(base: str, *, coded: bool, layerwise: bool | str) -> None:
     """Refuse options that a run of cut weights does not support.
 
     Args:

@@ -18,6 +18,7 @@ from lingrad.weights.rounding import RoundingKind as RoundingKind
 Mode = Literal["optimizer", "adapter"]  # when coordinates are merged: at every step, or at each refresh
 Carry = Literal["keep", "reset", "rotate", "transport"]  # what a refresh does to moments
 Share = Literal["input"]  # which weights share a basis: linear layers that read one input
+InBackward = bool | Literal["coordinates"]  # what happens to a weight inside the backward: a step, or a refresh
 Compat = Literal["galore"]  # another program's arithmetic
 
 MOVES = ("rotate", "transport")  # of Carry, what takes moments to another basis
@@ -42,7 +43,7 @@ class Settings:
     residual: str | None = None
     seed: int = 0
     compat: Compat | None = None
-    layerwise: bool = False
+    layerwise: InBackward = False
     stagger: bool = False
     share: Share | None = None
     ledger: bool = False
@@ -87,7 +88,18 @@ class Settings:
             check_not_negative(option, getattr(self, option))
         if self.rest_lr is not None:
             check_not_negative("rest_lr", self.rest_lr)
-        for option in ("layerwise", "stagger", "ledger", "self_contained", "keep_remainder"):
+        require(
+            type(self.layerwise) is bool or self.layerwise == "coordinates",
+            "layerwise",
+            f"layerwise must be True, False or 'coordinates', not {self.layerwise!r}",
+        )
+        require(
+            self.residual is None or self.layerwise != "coordinates",
+            "residual",
+            f"residual='{self.residual}' reads whole gradients in the step, and layerwise='coordinates' keeps none until then; "
+            "leave one of them out",
+        )
+        for option in ("stagger", "ledger", "self_contained", "keep_remainder"):
             value = getattr(self, option)
             require(type(value) is bool, option, f"{option} must be True or False, not {value!r}")
         require(type(self.seed) is int, "seed", f"seed must be a whole number, not {self.seed!r}")
@@ -99,8 +111,8 @@ class Settings:
         require(
             self.share is None or not self.layerwise,
             "share",
-            "share='input' refreshes several weights together, and layerwise=True steps one after the other; leave one of them "
-            "out",
+            f"share='input' refreshes several weights together, and layerwise={self.layerwise!r} takes one after the other; "
+            "leave one of them out",
         )
         steps = self.merge_every
         require(

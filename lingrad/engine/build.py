@@ -27,7 +27,7 @@ from lingrad.engine.moments import known_kinds
 from lingrad.engine.refresh import schedule
 from lingrad.engine.refusals import check_base, check_effective, check_equal, check_sharded
 from lingrad.engine.run import Run
-from lingrad.engine.step import step_one
+from lingrad.engine.step import choose_one, step_one
 from lingrad.engine.stepper import Group, Stepper
 from lingrad.errors import SpecError, warn_caller
 from lingrad.optimizers import BaseLike, checks
@@ -117,7 +117,7 @@ def build(model: Trainable, rules: Rules, base: BaseLike, mode: Mode, options: M
     checks.check_reads_only_gradients(found)
     kinds = known_kinds(found, settings)
     steps_as = arithmetic(settings.compat, found.name)
-    if settings.layerwise:
+    if settings.layerwise is True:
         checks.check_no_shared_state(found)
     if found.quantizer is not None:
         checks.check_no_shared_state(found, f"moments='{found.quantizer.kind}'")
@@ -132,7 +132,7 @@ def build(model: Trainable, rules: Rules, base: BaseLike, mode: Mode, options: M
         require_shared([place for every in placed for place in every])
     attachments: list[Attachment] = []
     groups: list[Group] = []
-    gathering = Gathering(layerwise=settings.layerwise)
+    gathering = Gathering(layerwise=bool(settings.layerwise))
     for i, ((plan, given), every) in enumerate(zip(plans, placed, strict=True)):
         made = _attachments(every, model, settings, gathering, processes)
         attachments += made
@@ -163,7 +163,8 @@ def build(model: Trainable, rules: Rules, base: BaseLike, mode: Mode, options: M
         run.frozen = [(name, weakref.ref(param)) for name, param in model.named_parameters() if not param.requires_grad]
     run.ruled_out = [(name, weakref.ref(param)) for plan, _ in plans for name, param in plan.frozen]
     if settings.layerwise:
-        run.layerwise = Layerwise(step_one)
+        steps = settings.layerwise is True
+        run.layerwise = Layerwise(step_one if steps else choose_one, steps=steps)
         run.layerwise.belong_to(run)
     return run, [group | identity(run) for group in groups]
 

@@ -53,7 +53,7 @@ def refuse_lost(run: Run) -> None:
     if all(param.grad is not None or not param.requires_grad for param in params):
         return
     idle = [named for named in run.named() if named.param.grad is None and named.param.requires_grad]
-    if run.layerwise is not None:
+    if run.layerwise is not None and run.settings.layerwise is True:
         idle = [named for named in idle if not run.layerwise.was_stepped(named.param)]
     own = {id(named.param) for named in run.named()}
     for named in idle:

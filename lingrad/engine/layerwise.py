@@ -3,6 +3,9 @@
 The idea is that of fused or per-layer weight updates (Lv et al., "Full Parameter Fine-tuning for Large Language Models with
 Limited Resources", 2023, arXiv 2306.09782, section 3.1). Schedules, decay, refreshes and the step counter are those of any
 other run; what needs all gradients at once (accumulation over micro-batches, clipping by a norm, loss scaling) is refused.
+
+With ``layerwise="coordinates"`` only the refreshes that read a gradient are inside the backward, and the step is where it
+always is: what waits for it are gradients of coordinates.
 """
 
 from __future__ import annotations
@@ -24,11 +27,13 @@ class Layerwise:
     """Waits for gradients and has each stepped once a step.
 
     Args:
-        update: ``update(run, param)`` steps one parameter and frees its gradient.
+        update: ``update(run, param)`` steps one parameter and frees its gradient, or refreshes its basis.
+        steps: Whether it steps.
     """
 
-    def __init__(self, update: Callable[[Any, Tensor], None] | None) -> None:
+    def __init__(self, update: Callable[[Any, Tensor], None] | None, *, steps: bool = True) -> None:
         self._update = update
+        self._steps = steps
         self._run: weakref.ref[Any] | None = None  # hooks keep this object alive, and must not keep the run alive
         self._handles: list[Any] = []
         self._waiting: list[Tensor] = []
@@ -54,6 +59,8 @@ class Layerwise:
             params: Each parameter with its name and, of coordinates, their subspace.
         """
         for param, name, sub in params:
+            if not self._steps and (sub is None or sub.basis.transform.reads != "gradient"):
+                continue
             if sub is not None:
                 sub.on_gradient = partial(self.arrived, param, name, wait=True)
                 sub.listen()
@@ -78,7 +85,7 @@ class Layerwise:
         Args:
             param: The parameter.
             name: Its name, for messages.
-            wait: Step it when the next gradient is complete, or at the end of the backward: the layer itself may need its
+            wait: Take it when the next gradient is complete, or at the end of the backward: the layer itself may need its
                 weight once more, for the gradient of its input.
 
         Raises:
@@ -87,10 +94,13 @@ class Layerwise:
         if self._run is None:
             return
         if initialized():
+            does = "layerwise=True steps a weight" if self._steps else "layerwise='coordinates' refreshes a basis"
             raise ModeError(
-                "layerwise=True steps a weight before torch.distributed could average its gradient; leave layerwise out where "
-                "there is a process group"
+                f"{does} before torch.distributed could average its gradient; leave layerwise out where there is a process "
+                "group"
             )
+        if not self._steps and id(param) in self._stepped:
+            return
         if id(param) in self._stepped:
             raise ModeError(
                 f"a second backward reached {name} before step(); with layerwise=True each backward is a step of its own. "

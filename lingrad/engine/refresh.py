@@ -58,7 +58,7 @@ def renew(run: Run) -> None:
     """
     due = (sub for sub in run.subspaces if sub.basis.due and sub.basis.transform.reads == "sketch")
     # dropping a gradient means its sketch too; where layerwise, the run has dropped it; of workers it is the mean of all
-    dropped = run.layerwise is None and run.settings.rounds is None
+    dropped = run.settings.layerwise is not True and run.settings.rounds is None
     stepped = (sub for sub in due if sub.coords.grad is not None or not dropped)
     several = run.processes.count > 1
     bases = dict.fromkeys(sub.basis for sub in stepped if sub.pending.total is not None or several)

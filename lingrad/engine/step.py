@@ -63,7 +63,7 @@ def _end(run: Run) -> None:
     if not run.is_quiet:
         for basis in run.bases:
             unused = all(attachment.sub.coords.grad is None for attachment in run.of(basis))
-            basis.idle = basis.due and unused and run.layerwise is None
+            basis.idle = basis.due and unused and run.settings.layerwise is not True
         renew(run)
     run.step += 1
     if not run.is_quiet:
@@ -108,6 +108,25 @@ def step_one(run: Run, param: Tensor) -> None:
     param.grad = None
 
 
+@without_global_hooks()
+def choose_one(run: Run, param: Tensor) -> None:
+    """Refresh the basis of one weight inside the backward, if it is due, from the gradient that has arrived, and free that.
+
+    Args:
+        run: The run.
+        param: Its coordinates.
+    """
+    attachment = run.attachment_of(param)
+    if attachment is None or not attachment.sub.basis.due:
+        return
+    sub = attachment.sub
+    sub.require_intact()
+    attachment.require_read()
+    sub.pending.require_read(sub.coords)
+    choose(run, [sub])
+    commit(run, sub.basis)
+
+
 def clip(run: Run, max_norm: float, norm_type: float) -> Tensor:
     """Clip the gradient of all that trains by its norm; where a refresh is due its basis is chosen first.
 
@@ -120,12 +139,12 @@ def clip(run: Run, max_norm: float, norm_type: float) -> Tensor:
         The norm before clipping, 0-d.
 
     Raises:
-        ModeError: The run is layerwise, so that gradients never exist together.
+        ModeError: The run steps inside the backward, so that gradients never exist together.
     """
-    if run.layerwise is not None:
+    if run.settings.layerwise is True:
         raise ModeError(
             "with layerwise=True each gradient is stepped and freed inside the backward, and there is no norm to clip by; "
-            "leave layerwise out to clip"
+            "leave layerwise out to clip, or use layerwise='coordinates'"
         )
     with torch.no_grad():
         take_assigned(run)
@@ -159,7 +178,9 @@ def _change(run: Run, attachments: Sequence[Attachment]) -> None:
         else:
             sub.pending.refuse_stale(sub.coords)
         missing = sub.coords.grad is None and sub.coords.requires_grad
-        if missing and run.layerwise is None and attachment.overridden:  # where layerwise, gradients are stepped by now
+        if (
+            missing and run.settings.layerwise is not True and attachment.overridden
+        ):  # where layerwise, gradients are stepped by now
             sub.basis.warn_once(
                 "it has no gradient. The forward of its layer was replaced after lingrad had wrapped it; if the new one "
                 "does not call the one it found, the weight is not trained: replace forwards first, then call lingrad",

@@ -20,7 +20,7 @@ from lingrad.api import adapt, wrap
 from lingrad.config.methods import method_of, takes_methods
 from lingrad.config.names import plain
 from lingrad.config.rules import Rules, parse_rules
-from lingrad.config.settings import Carry, Mode, Settings
+from lingrad.config.settings import Carry, InBackward, Mode, Settings
 from lingrad.deprecated import renamed_keywords
 from lingrad.engine.optimizer import SubspaceOptimizer
 from lingrad.errors import ModeError, SpecError, optional, require, require_one_of
@@ -108,7 +108,7 @@ def trainer_kwargs(
     for name in ("self_contained", "model"):
         require(name not in options, name, f"'{name}' is set by lingrad.hf; leave it out")
     _check_args(args, base, translated=isinstance(rules, GaloreTargets))
-    _check_layerwise(args, layerwise=bool(given.get("layerwise")))
+    _check_layerwise(args, given.get("layerwise", False))
     check_parallel(args)
     _, of_base = Settings.split(given)
     optimizers.find(base, {**_of_the_base(args, base), **of_base}, decay=False, others=Settings.names())
@@ -209,8 +209,8 @@ def _check_args(args: Any, base: optimizers.BaseLike, *, translated: bool) -> No
             raise SpecError(f"{name}={getattr(args, name)!r} would have no effect; {instead}", option=name)
 
 
-def _check_layerwise(args: Any, *, layerwise: bool) -> None:
-    if not layerwise:
+def _check_layerwise(args: Any, layerwise: InBackward) -> None:
+    if layerwise is not True:
         return
     for wrong, why in (
         (

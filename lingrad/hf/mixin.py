@@ -144,7 +144,7 @@ class TrainerMixin(_Trainer):  # type: ignore[misc]
 
     def _norm(self, optimizer: SubspaceOptimizer, max_norm: float) -> Tensor | None:
         """The norm before clipping; None if layerwise, where gradients never exist together and none is logged."""
-        if optimizer.settings.layerwise:
+        if optimizer.settings.layerwise is True:
             return None
         self.accelerator.unscale_gradients()
         return whole(optimizer.clip_grad_norm_(max_norm))

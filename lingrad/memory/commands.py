@@ -9,8 +9,6 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Literal, cast, get_args
 
-import torch
-
 from lingrad.config.methods import long_rules
 from lingrad.config.rules import parse_rules
 from lingrad.config.settings import Mode
@@ -23,9 +21,8 @@ from lingrad.memory.plots import draw_comparison
 from lingrad.memory.report import MemoryReport
 from lingrad.memory.units import parse_bytes, readable
 from lingrad.methods import FullRank, GaloreTorch, Lingrad, Lora, Method
-from lingrad.models import open_model
+from lingrad.models import DTYPES, open_in
 
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 INSTEAD = (
     "lingrad memory estimate gives the memory between steps in closed form and runs nothing; in Python lingrad.memory.simulate "
     "takes a function that computes the loss"
@@ -38,13 +35,13 @@ class Question:
     """A run whose memory is to be known.
 
     Args:
-        model: A name, a config, or a folder with one; see `lingrad.models.open_model`.
+        model: A name, a config, or a folder with one; see `lingrad.models.open_in`.
         rules: A config string or rules.
         base: The base optimizer.
         mode: ``optimizer`` or ``adapter``.
         batch: Rows of a batch.
         length: Tokens of a row.
-        dtype: The dtype of the model: bfloat16, float16 or float32.
+        dtype: The dtype of the model: bfloat16, float16, float32, or int8 for linear layers in 8 bits.
         checkpointing: Recompute layers in the backward.
         layerwise: Step inside the backward.
         capacity: The device's memory, such as ``24GiB``; None if it does not matter.
@@ -168,12 +165,11 @@ def simulate(question: Question, method: Method | None = None) -> MemoryReport:
     """
     try:
         return runs.simulate(
-            lambda: open_model(question.model),
+            lambda: open_in(question.model, question.dtype),
             question.method if method is None else method,
             batch=question.batch,
             length=question.length,
             loss=runs.OwnLoss(question.batch, question.length, INSTEAD),
-            dtype=DTYPES[question.dtype],
             checkpointing=question.checkpointing,
             layerwise=question.layerwise,
             capacity=None if question.capacity is None else parse_bytes(question.capacity),
@@ -196,7 +192,7 @@ def estimate(question: Question) -> Estimate:
         The estimate.
     """
     return estimate_(
-        open_model(question.model).to(DTYPES[question.dtype]),
+        open_in(question.model, question.dtype),
         question.rules,
         question.base,
         cast("Mode", question.mode),

@@ -17,7 +17,7 @@ from lingrad.config.cutting import check_cut, check_target
 from lingrad.config.methods import takes_methods
 from lingrad.config.residual import parse_residual
 from lingrad.config.rules import Rules
-from lingrad.config.settings import Mode, Settings, Share
+from lingrad.config.settings import InBackward, Mode, Settings, Share
 from lingrad.config.sharing import GroupedTarget, group_targets
 from lingrad.config.targets import Target, resolve_model
 from lingrad.console import columns
@@ -128,7 +128,7 @@ def estimate(
     mode: Mode = "optimizer",
     *,
     tokens: int = 0,
-    layerwise: bool = False,
+    layerwise: InBackward = False,
     share: Share | None = None,
     ranks: int = 1,
     **options: Any,
@@ -174,7 +174,9 @@ def estimate(
         elif id(param) in full:
             shape = cut(tuple(param.shape), ranks)
             size, moments = prod(shape) * param.element_size(), fallback.moments(shape, param.dtype)
-            rows.append(ParameterBytes(name, weight=size, gradient=0 if settings.layerwise else size, moments=_sum(moments)))
+            rows.append(
+                ParameterBytes(name, weight=size, gradient=0 if settings.layerwise is True else size, moments=_sum(moments))
+            )
             trained += param.numel()
         else:
             rows.append(ParameterBytes(name, frozen=prod(cut(tuple(param.shape), ranks)) * param.element_size()))
@@ -183,7 +185,7 @@ def estimate(
     buffers = {storage(buffer): (name, buffer) for name, buffer in model.named_buffers()}
     rows += [ParameterBytes(name, buffer=buffer.untyped_storage().nbytes()) for name, buffer in buffers.values()]
     if found.name in CODE_BOOKS and quantised:
-        rows.append(ParameterBytes(SHARED, moments=CODE_BOOKS[found.name] * (quantised if settings.layerwise else 1)))
+        rows.append(ParameterBytes(SHARED, moments=CODE_BOOKS[found.name] * (quantised if settings.layerwise is True else 1)))
     elements = sum(
         prod(grouped[id(param)].target.layout.shape) if id(param) in grouped else param.numel() for param in model.parameters()
     )
@@ -235,7 +237,7 @@ def _transformed(
         target.name,
         weight=weight,
         coords=size if mode == "adapter" or ranks > 1 else dtype.itemsize,
-        coords_gradient=0 if settings.layerwise else size,
+        coords_gradient=0 if settings.layerwise is True else size,
         basis=_sum(target.transform.storage(grouped.shape, template.dtype)) if grouped.is_first else 0,
         moments=_sum(moments) + kept + error,
         activations=saved,

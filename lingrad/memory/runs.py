@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lingrad.config.rules import Rules
-from lingrad.config.settings import Mode
+from lingrad.config.settings import InBackward, Mode
 from lingrad.deprecated import renamed_keywords
 from lingrad.errors import DataError, LingradError, MemoryModelError, ModeError, in_short, require, require_one_of
 from lingrad.memory import kernels
@@ -42,7 +42,7 @@ def simulate(
     loss: Loss | None = None,
     dtype: torch.dtype | None = None,
     checkpointing: bool = False,
-    layerwise: bool = False,
+    layerwise: InBackward = False,
     steps: int = 2,
     device: Device = "cuda",
     attention: kernels.Attention = "flash",
@@ -67,7 +67,7 @@ def simulate(
             of what it reads (token ids [batch, length], images, sound), or, if it computes none, the mean of its first output.
         dtype: The dtype to cast the model to; None leaves it as it is.
         checkpointing: Recompute each layer in the backward (transformers' ``gradient_checkpointing_enable``).
-        layerwise: Step each parameter inside the backward and free its gradient.
+        layerwise: Step each parameter inside the backward and free its gradient; or see `lingrad.wrap`.
         steps: Steps to run; the first refreshes every basis, the second is an ordinary step.
         device: The device to simulate, ``cuda`` or ``cpu``.
         attention: The attention kernel on CUDA: ``flash``, ``efficient`` or ``math``.
@@ -144,7 +144,7 @@ def measure(
     loss: Loss | None = None,
     dtype: torch.dtype | None = None,
     checkpointing: bool = False,
-    layerwise: bool = False,
+    layerwise: InBackward = False,
     steps: int = 2,
     device: Device | None = None,
     **options: Any,

@@ -12,3 +12,6 @@ from lingrad.models.inputs import TOKENS as TOKENS
 from lingrad.models.inputs import loss_of as loss_of
 from lingrad.models.inputs import make_inputs as make_inputs
 from lingrad.models.inputs import reads_tokens as reads_tokens
+from lingrad.models.low_bit import DTYPES as DTYPES
+from lingrad.models.low_bit import in_int8 as in_int8
+from lingrad.models.low_bit import open_in as open_in

@@ -163,7 +163,9 @@ def encode(matrix: Tensor, bits: int) -> Codes:
     if bits == 4:
         low, upper = nn.functional.pad(codes, (0, len(codes) % 2)).view(-1, 2).unbind(1)
         codes = low | (upper << 4)
-    return Codes(codes.contiguous(), scales, *matrix.shape)
+    elif len(flat) % BLOCK:
+        codes = codes.clone()  # in memory of its own size
+    return Codes(codes, scales, *matrix.shape)
 
 
 def decode(coded: Codes, bits: int) -> Tensor:

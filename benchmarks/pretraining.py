@@ -1,0 +1,218 @@
+"""The study of docs/methods.md: a small Llama trained from nothing on presidents' addresses, by many methods with the same trials.
+
+    python -m benchmarks.pretraining [--out FILE] [--only WORD ...] [--into PAGE]   go on where FILE ends; print or put the table
+
+``make addresses`` fetches the text. It is read byte by byte, up to 1999 to train on and after it to judge by. The rule of
+tuning is that of `benchmarks.study`: the learning rate is tuned on one half of the later text, and results are of the other.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import re
+import statistics
+import sys
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import override
+
+import lingrad
+from benchmarks.study import SEEDS, TUNE, Study, error, linear, taken
+from lingrad.console import markdown as tabulate
+from lingrad.models import LlamaShape, build_llama, next_token_loss
+from lingrad.research.corpus import Corpus, training_batches
+from tools.marks import put
+
+RESULTS = Path("docs/studies/pretraining.jsonl")
+ADDRESSES = Path("runs/data/datasets-sotu-0.2.3.tgz")
+SHA256 = "ab03f909e80b99afe2aa74474f7ca53e976982efa9f8c77f2bf3c34f179c85c9"
+SHAPE = LlamaShape(hidden=128, intermediate=344, layers=4, heads=4, length=128)
+STEPS, ROWS, LR, REST = 400, 8, 1e-3, 2.0**-8
+HELD = 128  # windows of each half of the later text
+
+
+class Entry(NamedTuple):
+    """One way to train.
+
+    Args:
+        name: Its name in the table.
+        start: The first power of two that is tried as the factor of the learning rate, 0.001.
+        spec: The config string of the linear weights but the head; ``full`` for AdamW on all weights.
+        rest: What trains in full: at the ``same`` rate, or at one of its ``own``, which is AdamW's best.
+        scale: See `lingrad.wrap`.
+        carry: The same.
+        residual: The same.
+        mode: ``optimizer`` or ``adapter``.
+    """
+
+    name: str
+    start: int
+    spec: str
+    rest: str = "own"
+    scale: float = 1.0
+    carry: str = "keep"
+    residual: str | None = None
+    mode: str = "optimizer"
+
+
+def entries() -> Iterator[Entry]:
+    """Every entry.
+
+    Yields:
+        The entries; ranks are a quarter of the width, as the GaLore paper's are.
+    """
+    yield Entry("AdamW, all weights", 2, "full", rest="same")
+    yield Entry("svd, one rate for all, scale 0.25 (GaLore)", 3, "svd(rank=32, every=50)", rest="same", scale=0.25)
+    yield Entry("svd", 2, "svd(rank=32, every=50)")
+    yield Entry("svd, transport", 2, "svd(rank=32, every=50)", carry="transport")
+    yield Entry("power at every step, transport", 2, "power(rank=32, every=1)", carry="transport")
+    yield Entry("random, redrawn", 2, "random(rank=32, every=50, kind=orthonormal)", carry="transport")
+    yield Entry("random, long side, fixed", 2, "random(rank=32, every=0, kind=orthonormal, side=long)")
+    yield Entry("svd, scaled", 2, "svd(rank=32, every=50)", residual="scaled")
+    yield Entry("svd, sign", 2, "svd(rank=32, every=50)", residual="sign(factor=0.1)")
+    yield Entry("power at every step, transport, scaled", 2, "power(rank=32, every=1)", carry="transport", residual="scaled")
+    yield Entry(
+        "power at every step, transport, feedback", 2, "power(rank=32, every=1)", carry="transport", residual="feedback"
+    )
+    yield Entry(
+        "random rows, rotate, sign", 2, "random(rank=32, every=50, kind=rows)", carry="rotate", residual="sign(factor=0.1)"
+    )
+    yield Entry("svd, adapter mode", 2, "svd(rank=32, every=50)", mode="adapter")
+
+
+def read_addresses(path: Path) -> Corpus:
+    """The addresses as bytes.
+
+    Args:
+        path: The package of npm that holds them.
+
+    Returns:
+        Those up to 1999, and the later ones. Exits with what to do where the file is missing or another one.
+    """
+    if not path.exists() or hashlib.sha256(path.read_bytes()).hexdigest() != SHA256:
+        sys.exit(f"{path} is not there, or another file: run `make addresses`, which fetches it")
+    texts: list[tuple[int, str]] = []
+    with tarfile.open(path) as archive:
+        for member in archive.getmembers():
+            year = re.fullmatch(r"package/data/(\d{4})_.*\.json", member.name)
+            file = archive.extractfile(member) if year else None
+            if year and file is not None:
+                texts.append((int(year[1]), json.loads(file.read())["text"]))
+    joined = ["\n".join(text for year, text in sorted(texts) if (year > 1999) == later) for later in (False, True)]
+    train, valid = (torch.tensor(list(text.encode()), dtype=torch.int64) for text in joined)
+    return Corpus("addresses", train, valid, 256)
+
+
+class Pretraining(Study[Entry]):
+    """The runs of this study.
+
+    Args:
+        path: Their file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, Entry)
+        self._read: Corpus | None = None
+
+    def _corpus(self) -> Corpus:
+        if self._read is None:
+            self._read = read_addresses(ADDRESSES)
+        return self._read
+
+    @override
+    def train(self, entry: Entry, factor: float, seed: int) -> dict[str, Any]:
+        corpus = self._corpus()
+        model = build_llama(SHAPE, seed=seed)
+        optimizer = prepare(entry, model, LR * factor, seed)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: linear(step, STEPS))
+        for ids in training_batches(corpus, steps=STEPS, rows=ROWS, length=SHAPE.length, seed=seed):
+            optimizer.zero_grad()
+            next_token_loss(model, ids).backward()
+            optimizer.step()
+            schedule.step()
+        half = len(corpus.valid) // 2
+        judged = corpus.valid[:half] if seed == TUNE else corpus.valid[half:]
+        return {"loss": judge(model, judged), "bytes": taken(model, optimizer, whole=entry.residual is not None)}
+
+
+def judge(model: nn.Module, text: Tensor) -> float:
+    """The loss on windows spread over a text, nats a byte."""
+    count = min(HELD, len(text) // SHAPE.length)
+    windows = text[: len(text) // count * count].view(count, -1)[:, : SHAPE.length]
+    with torch.no_grad():
+        return statistics.mean(float(next_token_loss(model, part)) for part in windows.split(16))
+
+
+def prepare(entry: Entry, model: nn.Module, lr: float, seed: int) -> torch.optim.Optimizer:
+    """The optimizer of an entry."""
+    if entry.spec == "full":
+        return torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0)
+    options: dict[str, Any] = {"rest_lr": REST} if entry.rest == "own" else {}
+    if entry.residual is not None:
+        options["residual"] = entry.residual
+    make: Any = {"optimizer": lingrad.wrap, "adapter": lingrad.adapt}[entry.mode]
+    optimizer: torch.optim.Optimizer = make(
+        model, entry.spec, lr=lr, scale=entry.scale, carry=entry.carry, seed=seed, **options
+    )
+    return optimizer
+
+
+def table(study: Pretraining) -> str:
+    """The table of docs/methods.md.
+
+    Args:
+        study: The runs.
+
+    Returns:
+        Markdown.
+    """
+    made = {entry: study.results(entry) for entry in entries()}
+    found = {entry: results for entry, results in made.items() if results is not None}
+    losses = {entry.name: [results[seed]["loss"] for seed in SEEDS] for entry, (results, _) in found.items()}
+    full = next((losses[entry.name] for entry in found if entry.spec == "full"), None)
+    galore = next((losses[entry.name] for entry in found if "GaLore" in entry.name), None)
+    rows = [("method", "loss, nats a byte", "less AdamW's", "of the gap", "learning rate", "MB")]
+    for entry, (results, tried) in found.items():
+        own = losses[entry.name]
+        apart = [a - b for a, b in zip(own, full, strict=True)] if full else []
+        less = f"{statistics.mean(apart):+.3f} ± {error(apart):.3f}" if apart and entry.spec != "full" else ""
+        gap = ""
+        if full and galore and own not in (full, galore):
+            closed = (statistics.mean(galore) - statistics.mean(own)) / (statistics.mean(galore) - statistics.mean(full))
+            gap = f"{closed:.0%}"
+        factor = results[SEEDS[0]]["factor"]
+        star = "*" if factor in (min(tried), max(tried)) else ""
+        loss = f"{statistics.mean(own):.3f} ± {error(own):.3f}"
+        rows.append((entry.name, loss, less, gap, f"{LR * factor:.2g}{star}", f"{results[SEEDS[0]]['bytes'] / 1e6:.1f}"))
+    return tabulate(rows)
+
+
+def main() -> None:
+    """Run what is missing, and print the table or put it into a page."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    words = "entries that have one of these words in their names; without any, only the table"
+    parser.add_argument("--only", nargs="*", default=[""], help=words)
+    parser.add_argument("--into", type=Path, help="a page with marks for the table")
+    asked = parser.parse_args()
+    study = Pretraining(asked.out)
+    torch.set_num_threads(1)
+    for entry in entries():
+        if any(word in entry.name for word in asked.only):
+            study.run(entry)
+    text = table(study) + "\n"
+    if asked.into is None:
+        sys.stdout.write(text)
+    else:
+        put(asked.into, {"pretraining": text})
+
+
+if __name__ == "__main__":
+    main()

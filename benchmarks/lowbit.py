@@ -1,6 +1,6 @@
-"""What 8 bits of moments, and 4 or 8 bits of base weights, cost in loss: ``python -m benchmarks.lowbit`` (ten minutes).
+"""What fewer bits of moments, bases and weights cost in loss: ``python -m benchmarks.lowbit [TABLE ...]`` (twenty minutes).
 
-A small Llama is trained on the first part of Moby-Dick, quantised, and trained on.
+A small Llama is trained on the first part of Moby-Dick, quantised, and trained on. Tables: moments, weights, bases, roundings.
 """
 
 from __future__ import annotations
@@ -10,13 +10,14 @@ import sys
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import lingrad
 from lingrad.console import align
 from lingrad.memory import moments as lowbit
 from lingrad.models import LlamaShape, build_llama, next_token_loss
 from lingrad.research.corpus import moby_dick, tokenize, training_batches, validation_batches
+from lingrad.subspaces.subspace import Subspace
 
 SHAPE = LlamaShape(hidden=128, intermediate=384, layers=2, heads=4, length=64)
 ROWS, BEFORE, STEPS = 8, 400, 300
@@ -128,12 +129,81 @@ def weights(started: nn.Module) -> str:
     return table(rows)
 
 
+def bases(started: nn.Module) -> str:
+    """Losses after training on with bases in other numbers of bits."""
+    rows: list[tuple[str, ...]] = [("bases", "validation loss", "bytes of bases")]
+    for label, spec in (
+        ("32 bits", SPEC),
+        ("`coded`, 8 bits", f"coded(each={SPEC}, bits=8)"),
+        ("`coded`, 4 bits", f"coded(each={SPEC}, bits=4)"),
+    ):
+        losses, nbytes = [], 0
+        for seed in SEEDS:
+            model = copy.deepcopy(started)
+            optimizer = lingrad.wrap(model, spec, lr=LR)
+            train(model, optimizer, STEPS, seed + 1)
+            losses.append(validate(model))
+            held = {id(t): t for t, what in optimizer.held() if what == "basis"}
+            nbytes = sum(t.numel() * t.element_size() for t in held.values())
+        rows.append((label, shown(losses), f"{nbytes:,}"))
+    return table(rows)
+
+
+class Taken:
+    """Which share of each S z a weight takes, <W_new - W_old, S z> / |S z|^2 over all merges of all weights."""
+
+    def __init__(self) -> None:
+        self.along = self.whole = 0.0
+        self._add = Subspace.add
+
+    def __enter__(self) -> Taken:
+        def add(sub: Subspace, coords: Tensor) -> Any:
+            before, lift = sub.weight.dense().double(), sub.map().lift(sub.coords.detach().double())
+            before = before.clone()
+            found = self._add(sub, coords)
+            self.along += float(((sub.weight.dense().double() - before) * lift).sum())
+            self.whole += float(lift.square().sum())
+            return found
+
+        Subspace.add = add  # type: ignore[method-assign]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        Subspace.add = self._add  # type: ignore[method-assign]
+
+
+def roundings(started: nn.Module) -> str:
+    """Losses after training on with merges that round in other ways, at two rates, and what arrives of a step."""
+    rows: list[tuple[str, ...]] = [("weights", "`rounding`", "learning rate", "validation loss", "of a step taken")]
+    plain = copy.deepcopy(started).to(torch.bfloat16)
+    eight = quantized(started, "int8")
+    kinds = (("bfloat16", plain, ("nearest", "stochastic", "compensated")), ("int8", eight, ("stochastic", "compensated")))
+    for rate in (LR, LR / 10):
+        for name, base, ways in (("float32", started, ("",)), *kinds):
+            for way in ways:
+                losses = []
+                with Taken() as taken:
+                    for seed in SEEDS:
+                        model = copy.deepcopy(base)
+                        options: dict[str, Any] = {"rounding": way} if way else {}
+                        train(model, lingrad.wrap(model, SPEC, lr=rate, **options), STEPS, seed + 1)
+                        losses.append(validate(model))
+                rows.append((name, f"`{way}`" if way else "", f"{rate:g}", shown(losses), f"{taken.along / taken.whole:.0%}"))
+    return table(rows)
+
+
+TABLES = {"moments": moments, "weights": weights, "bases": bases, "roundings": roundings}
+
+
 def main() -> None:
-    """Print both tables."""
+    """Print the tables."""
     torch.set_num_threads(1)
     started = build_llama(SHAPE, seed=0)
     train(started, torch.optim.AdamW(started.parameters(), lr=3e-3), BEFORE, 0)
-    sys.stdout.write(f"start: {validate(started):.4f}\n\n{moments(started)}\n\n{weights(started)}\n")
+    sys.stdout.write(f"start: {validate(started):.4f}\n")
+    for name in sys.argv[1:] or TABLES:
+        sys.stdout.write(f"\n{TABLES[name](started)}\n")
+        sys.stdout.flush()
 
 
 if __name__ == "__main__":

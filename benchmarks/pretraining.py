@@ -1,6 +1,6 @@
-"""The study of docs/methods.md: a small Llama trained from nothing on presidents' addresses, by many methods with the same trials.
+"""A study of docs/methods.md: a small Llama pretrained on presidents' addresses, by many methods with the same trials each.
 
-    python -m benchmarks.pretraining [--out FILE] [--only WORD ...] [--into PAGE]   go on where FILE ends; print or put the table
+    python -m benchmarks.pretraining [--out FILE] [--only WORD ...] [--into PAGE]   go on where FILE ends; print, or put the table
 
 ``make addresses`` fetches the text. It is read byte by byte, up to 1999 to train on and after it to judge by. The rule of
 tuning is that of `benchmarks.study`: the learning rate is tuned on one half of the later text, and results are of the other.
@@ -77,13 +77,11 @@ def entries() -> Iterator[Entry]:
     yield Entry("random, long side, fixed", 2, "random(rank=32, every=0, kind=orthonormal, side=long)")
     yield Entry("svd, scaled", 2, "svd(rank=32, every=50)", residual="scaled")
     yield Entry("svd, sign", 2, "svd(rank=32, every=50)", residual="sign(factor=0.1)")
-    yield Entry("power at every step, transport, scaled", 2, "power(rank=32, every=1)", carry="transport", residual="scaled")
-    yield Entry(
-        "power at every step, transport, feedback", 2, "power(rank=32, every=1)", carry="transport", residual="feedback"
-    )
-    yield Entry(
-        "random rows, rotate, sign", 2, "random(rank=32, every=50, kind=rows)", carry="rotate", residual="sign(factor=0.1)"
-    )
+    for rule in ("scaled", "feedback"):
+        spec = "power(rank=32, every=1)"
+        yield Entry(f"power at every step, transport, {rule}", 2, spec, carry="transport", residual=rule)
+    rows = "random(rank=32, every=50, kind=rows)"
+    yield Entry("random rows, rotate, sign", 2, rows, carry="rotate", residual="sign(factor=0.1)")
     yield Entry("svd, adapter mode", 2, "svd(rank=32, every=50)", mode="adapter")
 
 

@@ -14,7 +14,8 @@ from lingrad.errors import DualityError, SpecError
 from tests.support.models import llama, text_batches, train
 from tests.support.runs import assert_equal_bits, weights_of
 
-ON_DENSE = [name for name in METHODS if name != "loqt"]  # which is for weights in 4 or 8 bits
+FEW_BITS = ("loqt", "q_galore")  # for weights in 4, 8 or 16 bits
+ON_DENSE = [name for name in METHODS if name not in FEW_BITS]
 SAMPLE = {"rank": 3, "every": 4}
 
 
@@ -53,6 +54,19 @@ def test_adapter_mode_has_the_same_run_or_refuses(name):
     adapted, wrapped = (weights_of(trained(written(name), make=make)) for make in (lingrad.adapt, lingrad.wrap))
     for key, weight in wrapped.items():
         torch.testing.assert_close(adapted[key], weight, rtol=0, atol=2e-3)  # float32, six steps of 1e-2
+
+
+def test_q_galore_is_for_weights_that_are_rounded():
+    with pytest.raises(SpecError, match="rounding='stochastic' is for weights in 16 or 8 bits"):
+        trained(written("q_galore"))
+    chosen = method_of("q_galore(rank=3, every=4)")
+    found = []
+    for rules, options in (("q_galore(rank=3, every=4)", {}), (chosen.rules, {**chosen.base_options, **chosen.settings})):
+        model = llama(torch.bfloat16)
+        optimizer = lingrad.wrap(model, rules, lr=1e-2, **options)
+        train(model, optimizer, text_batches(6, micro=1), schedule=False)
+        found.append(weights_of(optimizer))
+    assert_equal_bits(*found)
 
 
 def test_loqt_is_for_quantised_weights():

@@ -9,7 +9,7 @@ HAS_CUDA = $(PYTHON) -c 'import einops, torch, transformers; torch.cuda.init()' 
 SOURCES := pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo finetune smollm2 examples readme duality structure memory architectures bench gpu mutants mutants-operators test coverage slow exhaustive check lint types layers clean
+.PHONY: help demo addresses finetune smollm2 examples readme duality structure memory architectures bench gpu mutants mutants-operators test coverage slow exhaustive check lint types layers clean
 
 help:  ## list the targets
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 19

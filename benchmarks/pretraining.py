@@ -1,6 +1,6 @@
 """A study of docs/methods.md: a small Llama pretrained on presidents' addresses, by many methods with the same trials each.
 
-    python -m benchmarks.pretraining [--out FILE] [--only WORD ...] [--into PAGE]   go on where FILE ends; print, or put the table
+    python -m benchmarks.pretraining [--out FILE] [--only WORD ...] [--into PAGE]   go on where FILE ends; print or put it
 
 ``make addresses`` fetches the text. It is read byte by byte, up to 1999 to train on and after it to judge by. The rule of
 tuning is that of `benchmarks.study`: the learning rate is tuned on one half of the later text, and results are of the other.
@@ -34,7 +34,7 @@ RESULTS = Path("docs/studies/pretraining.jsonl")
 ADDRESSES = Path("runs/data/datasets-sotu-0.2.3.tgz")
 SHA256 = "ab03f909e80b99afe2aa74474f7ca53e976982efa9f8c77f2bf3c34f179c85c9"
 SHAPE = LlamaShape(hidden=128, intermediate=344, layers=4, heads=4, length=128)
-STEPS, ROWS, LR, REST = 400, 8, 1e-3, 2.0**-8
+STEPS, ROWS, LR, REST = 400, 8, 1e-3, 0.002
 HELD = 128  # windows of each half of the later text
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from lingrad.config.methods import takes_methods
 from lingrad.config.rounds import Rounds
 from lingrad.config.rules import Rules
-from lingrad.config.settings import Carry, Compat, InBackward, Merge, RoundingKind, Share
+from lingrad.config.settings import Carry, Compat, InBackward, Merge, RoundingKind, Scale, Share
 from lingrad.deprecated import renamed_keywords
 from lingrad.engine.build import Trainable
 from lingrad.engine.optimizer import SubspaceOptimizer
@@ -27,7 +27,7 @@ def wrap(
     *,
     rest_lr: float | Tensor | None = None,
     weight_decay: float = 0.0,
-    scale: float = 1.0,
+    scale: Scale = 1.0,
     carry: Carry = "keep",
     residual: str | None = None,
     seed: int = 0,
@@ -58,7 +58,10 @@ def wrap(
             best value for the coordinates is several times larger. Schedulers that multiply rates scale both alike.
         weight_decay: Decoupled decay of every parameter, W <- (1 - lr * weight_decay) W, whatever the base; each with its own
             learning rate.
-        scale: Multiplies the learning rate of the coordinates, not their decay (GaLore's ``scale``).
+        scale: Multiplies the learning rate of the coordinates, not their decay (GaLore's ``scale``). ``norm`` makes the step of
+            each weight as long as a full one of the base: by (m n / p q)^(1/2) where steps do not grow with the gradient, as
+            Adam's, so that the learning rate of full training is nearer to the best for every rank and side
+            (docs/which-method.md); each factor is a param group.
         carry: What happens to the base's moments at a refresh: ``keep``, ``reset``, ``rotate`` into the new basis, or
             ``transport``, which estimates squares better (LDAdam). Only ``reset`` sets the base's count of steps back.
         residual: What becomes of the part R of a gradient that no coordinates can express; None drops it. ``scaled`` steps
@@ -140,7 +143,7 @@ def adapt(
     *,
     rest_lr: float | Tensor | None = None,
     weight_decay: float = 0.0,
-    scale: float = 1.0,
+    scale: Scale = 1.0,
     carry: Carry = "keep",
     seed: int = 0,
     compat: Compat | None = None,

@@ -19,6 +19,7 @@ Mode = Literal["optimizer", "adapter"]  # when coordinates are merged: at every 
 Carry = Literal["keep", "reset", "rotate", "transport"]  # what a refresh does to moments
 Share = Literal["input"]  # which weights share a basis: linear layers that read one input
 InBackward = bool | Literal["coordinates"]  # what happens to a weight inside the backward: a step, or a refresh
+Scale = float | Literal["norm"]  # what multiplies the learning rate of coordinates
 Compat = Literal["galore"]  # another program's arithmetic
 
 MOVES = ("rotate", "transport")  # of Carry, what takes moments to another basis
@@ -38,7 +39,7 @@ class Settings:
 
     rest_lr: float | Tensor | None = None
     weight_decay: float = 0.0
-    scale: float = 1.0
+    scale: Scale = 1.0
     carry: Carry = "keep"
     residual: str | None = None
     seed: int = 0
@@ -84,8 +85,8 @@ class Settings:
                 f"residual='{self.residual}' steps outside of the span of the basis, so that the change of a weight has no low "
                 "rank for the ledger to record; leave ledger or residual out",
             )
-        for option in ("weight_decay", "scale"):
-            check_not_negative(option, getattr(self, option))
+        check_not_negative("weight_decay", self.weight_decay)
+        check_scale(self.scale)
         if self.rest_lr is not None:
             check_not_negative("rest_lr", self.rest_lr)
         require(
@@ -169,6 +170,19 @@ class Settings:
         """
         own = {name: value for name, value in options.items() if name in cls.names()}
         return cls(**own), {name: value for name, value in options.items() if name not in own}
+
+
+def check_scale(value: Any) -> None:
+    """Make sure that a scale is a number, 0 or more, or ``norm``.
+
+    Args:
+        value: Its value.
+    """
+    if not isinstance(value, str):
+        check_not_negative("scale", value)
+    require(
+        not isinstance(value, str) or value == "norm", "scale", f"scale must be a number, 0 or more, or 'norm', not {value!r}"
+    )
 
 
 def check_not_negative(option: str, value: Any) -> None:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor
 
 from lingrad.config import spec
-from lingrad.config.settings import check_not_negative
+from lingrad.config.settings import check_not_negative, check_scale
 from lingrad.config.targets import Plan
 from lingrad.engine.arithmetic import Arithmetic
 from lingrad.engine.stepper import Group
 from lingrad.errors import SpecError, did_you_mean, require
 from lingrad.optimizers import Base, checks
+from lingrad.optimizers.moments import steps_grow
 from lingrad.subspaces import trees
 from lingrad.subspaces.subspace import Subspace
 
@@ -61,7 +63,9 @@ def make_groups(
         require(option not in options, option, why)
     for option in ("fused", "foreach"):
         require(option not in options, option, f"'{option}' is one choice for the whole run; pass it to lingrad.wrap")
-    for option in ("lr", "weight_decay", "scale", "rest_lr"):
+    if "scale" in options:
+        check_scale(options["scale"])
+    for option in ("lr", "weight_decay", "rest_lr"):
         if option in options and not (option == "rest_lr" and options[option] is None):
             check_not_negative(option, options[option])
     if "lr" in options:
@@ -77,7 +81,7 @@ def make_groups(
         if not any(option in group for group in known.values()):
             all_known = sorted({"params", "rules"}.union(*known.values()))
             raise SpecError(f"unknown option '{option}' in a param group{did_you_mean(option, all_known)}", option=option)
-    groups = []
+    groups: list[Group] = []
     for kind, hyper in known.items():
         # a learning rate that is a tensor is each group's own: schedulers and users change it in place, group by group
         hyper = {key: trees.copied(options.get(key, value)) for key, value in hyper.items()}
@@ -85,8 +89,37 @@ def make_groups(
         if rest_lr is not None:
             hyper["lr"] = rest_lr
         group = {"params": named[kind], "name": prefix + kind, "kind": kind, **hyper}
-        groups.append(group | {"specs": [spec.format(sub.basis.transform) for sub in subs]} if kind == "coords" else group)
+        if kind == "coords":
+            groups += _scaled(group | {"specs": [spec.format(sub.basis.transform) for sub in subs]}, subs, base)
+        else:
+            groups.append(group)
     return groups
+
+
+def _scaled(group: Group, subs: list[Subspace], base: Base) -> Iterator[Group]:
+    """A group of coordinates as it is, or, where ``scale="norm"``, one for each factor that its weights take.
+
+    A base whose steps do not grow with the gradient moves each of p q coordinates as far as it would move each of m n weights:
+    times (m n / p q)^(1/2) the step of W is as long as a full one. Of a base whose steps grow with it, that of the coordinates
+    is the full one's projection already.
+
+    Yields:
+        The groups, with a number as their ``scale``.
+    """
+    if group["scale"] != "norm":
+        yield group
+        return
+    grows = steps_grow(base)
+    members: dict[float, list[int]] = {}
+    for i, sub in enumerate(subs):
+        ratio = math.prod(sub.weight.layout.shape) / math.prod(sub.coords.shape)
+        members.setdefault(1.0 if grows else ratio**0.5, []).append(i)
+    for factor, indices in members.items():
+        name = group["name"] if len(members) == 1 else f"{group['name']}.{factor:.4g}"
+        own = {
+            key: [group[key][i] for i in indices] if key in ("params", "specs") else trees.copied(group[key]) for key in group
+        }
+        yield {**own, "name": name, "scale": factor}
 
 
 def split_groups(groups: list[Group], decaying: Callable[[str], bool]) -> list[Group]:

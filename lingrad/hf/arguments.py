@@ -20,7 +20,7 @@ from lingrad.api import adapt, wrap
 from lingrad.config.methods import method_of, takes_methods
 from lingrad.config.names import plain
 from lingrad.config.rules import Rules, parse_rules
-from lingrad.config.settings import Carry, InBackward, Mode, Settings
+from lingrad.config.settings import Carry, InBackward, Mode, Scale, Settings
 from lingrad.deprecated import renamed_keywords
 from lingrad.engine.optimizer import SubspaceOptimizer
 from lingrad.errors import ModeError, SpecError, optional, require, require_one_of
@@ -66,7 +66,7 @@ def trainer_kwargs(
     *,
     mode: Mode = "optimizer",
     base: optimizers.BaseLike = "adamw",
-    scale: float = 1.0,
+    scale: Scale = 1.0,
     carry: Carry = "keep",
     seed: int | None = None,
     ledger: bool | None = None,

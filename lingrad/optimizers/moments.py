@@ -114,5 +114,20 @@ def decay_rates(base: Base, kinds: MomentKinds, group: Mapping[str, Any]) -> dic
     return rates
 
 
+def steps_grow(base: Base) -> bool:
+    """Whether a base's steps grow with the gradient, as SGD's do, and those of Adam, Lion and Muon do not.
+
+    Args:
+        base: The base to test.
+
+    Returns:
+        Whether a gradient four times as large makes a step more than twice as long.
+    """
+    base = base.unquantised
+    shapes, dtype, _ = first_run(base)
+    sizes = [dry_run(base, shapes, dtype, steps=STEPS, factor=factor).updates[0][-1].norm() for factor in (1.0, 4.0)]
+    return float(sizes[1]) > 2.0 * float(sizes[0])
+
+
 def _grew(once: Tensor, other: Tensor, factor: float) -> bool:
     return once.is_floating_point() and torch.allclose(other, factor * once, rtol=1e-3, atol=0.0)

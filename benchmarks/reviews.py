@@ -45,6 +45,8 @@ class Entry(NamedTuple):
         carry: See `lingrad.wrap`.
         residual: The same.
         mode: ``optimizer`` or ``adapter``.
+        cut: The rank that the change of each linear weight but the classifier's is cut to after the training, as
+            `lingrad.convert` does; 0 leaves it.
     """
 
     name: str
@@ -55,6 +57,7 @@ class Entry(NamedTuple):
     carry: str = "keep"
     residual: str | None = None
     mode: str = "optimizer"
+    cut: int = 0
 
 
 def entries() -> Iterator[Entry]:
@@ -64,6 +67,7 @@ def entries() -> Iterator[Entry]:
         The entries. Ranks of 27, and of 38 with the longer side, take the bytes of LoRA's 16.
     """
     yield Entry("AdamW, all weights", -2, "full", rest="same")
+    yield Entry("AdamW, all weights, cut to rank 16 afterwards", -2, "full", rest="same", cut=16)
     yield Entry("svd r 16, one rate for all (GaLore)", 0, "svd(rank=16, every=20)", rest="same")
     yield Entry("LoRA, r 16", 1, "lora", rank=16)
     yield Entry("svd r 27", 1, "svd(rank=27, every=20)")
@@ -141,6 +145,8 @@ class Reviews(Study[Entry]):
             optimizer.step()
             schedule.step()
             optimizer.zero_grad()
+        if entry.cut:
+            cut(model, example.build(folder, seed), entry.cut)
         model.eval()
         judged = rows[:HELD] if seed == TUNE else rows[HELD : HELD + TEST]
         wrong = 0
@@ -148,6 +154,17 @@ class Reviews(Study[Entry]):
             for batch in self._batches(judged, order=True):
                 wrong += int((model(**batch).logits.argmax(-1) != batch["labels"]).sum())
         return {"loss": wrong / len(judged), "bytes": taken(model, optimizer, whole=entry.residual is not None)}
+
+
+@torch.no_grad()
+def cut(model: nn.Module, start: nn.Module, rank: int) -> None:
+    """Cut the change of each linear weight but the classifier's to a rank, the nearest of it."""
+    before = dict(start.named_parameters())
+    for name, param in model.named_parameters():
+        if param.dim() == 2 and param.requires_grad and "classifier" not in name:
+            change = (param - before[name]).double()
+            u, values, vh = torch.linalg.svd(change, full_matrices=False)
+            param.copy_(before[name] + ((u[:, :rank] * values[:rank]) @ vh[:rank]).to(param.dtype))
 
 
 def prepare(entry: Entry, model: nn.Module, lr: float, seed: int) -> tuple[nn.Module, torch.optim.Optimizer]:

@@ -121,6 +121,7 @@ def far(a, b):
 
 
 @pytest.mark.thinned(8)
+@pytest.mark.rare(2)
 @each_mode
 @pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
 def test_one_graph_with_the_numbers_of_eager(mode, spec):

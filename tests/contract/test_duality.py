@@ -24,7 +24,7 @@ RUN = {"weight_decay": 0.1, "scale": 0.25}
 
 CASES = cases.all_cases()
 PAIRS = cases.covering_cases(2)
-RARE = (pytest.mark.slow, pytest.mark.rare(14))
+RARE = (pytest.mark.slow, pytest.mark.rare(24))
 TRIPLES = [case for case in cases.covering_cases(3) if case not in PAIRS]
 
 
@@ -39,7 +39,7 @@ def test_every_combination(case):
 
 
 @pytest.mark.thinned(4)
-@pytest.mark.rare(3)
+@pytest.mark.rare(6)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     "case", [pytest.param(c, id=c.label, marks=() if i % 8 == 0 else pytest.mark.slow) for i, c in enumerate(PAIRS)]
@@ -73,7 +73,7 @@ DEFAULT = {
 
 
 @pytest.mark.thinned(16)
-@pytest.mark.rare(6)
+@pytest.mark.rare(12)
 @pytest.mark.parametrize(
     ("spec", "base"),
     [pytest.param(spec, base, marks=() if (spec, base) in DEFAULT else pytest.mark.slow) for spec in SPECS for base in BASES],

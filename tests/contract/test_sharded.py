@@ -54,7 +54,7 @@ SHARED = [
     for mode in MODES
 ]
 DEFAULT = [*matrix(lambda number: number % 17 == 0), *SHARED[:2]]
-SLOW = [*matrix(lambda number: number % 17 and number % 3 == 0), *SHARED[2:]]
+SLOW = [*matrix(lambda number: number % 17 and number % 7 == 0), *SHARED[2:]]
 
 
 def work(rank, world, cases, steps):

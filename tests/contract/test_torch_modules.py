@@ -189,7 +189,7 @@ def compared(layer, given, training, mode):
     yield plain, wrapped, transformed
 
 
-@pytest.mark.rare(2)
+@pytest.mark.rare(4)
 @pytest.mark.parametrize(("layer", "given", "training"), list(cases()))
 @each_mode
 @pytest.mark.filterwarnings("ignore")  # of torch, about its inputs

@@ -22,7 +22,7 @@ from tests.support.models import gap
 from tests.support.runs import MODES, assert_equal_bits, each_mode, through_a_file
 from tests.support.torch_inputs import OPTIMIZERS
 
-pytestmark = [pytest.mark.thinned(6), pytest.mark.rare(4)]
+pytestmark = [pytest.mark.thinned(6), pytest.mark.rare(9)]
 
 # In float64 two runs of the same mathematics part by rounding, 1e-16 a step; RMS-normed steps divide by a root of squares.
 TOLERANCE = 1e-12

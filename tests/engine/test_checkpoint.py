@@ -34,6 +34,7 @@ def assert_resumes(build, make, batches, loss, at):
 
 
 @pytest.mark.thinned(8)
+@pytest.mark.rare(3)
 @each_mode
 @pytest.mark.parametrize("at", [3, 4, 5])  # before, at and after the refresh of step 4
 @pytest.mark.parametrize("spec", [s.format(side="short").replace("every=7", "every=4") for s in SIDED] + list(UNSIDED))

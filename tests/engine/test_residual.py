@@ -84,6 +84,7 @@ def gradients():
 
 
 @pytest.mark.thinned(3)
+@pytest.mark.rare(3)
 @pytest.mark.parametrize("spec", SPECS)
 def test_one_step_of_every_transform_on_every_kind_of_weight(spec):
     """The step beyond that of the coordinates, against autograd's own gradient and S as a dense matrix."""

@@ -45,6 +45,7 @@ class Entry(NamedTuple):
         carry: See `lingrad.wrap`.
         residual: The same.
         mode: ``optimizer`` or ``adapter``.
+        scale: See `lingrad.wrap`.
         cut: The rank that the change of each linear weight but the classifier's is cut to after the training, as
             `lingrad.convert` does; 0 leaves it.
     """
@@ -57,6 +58,7 @@ class Entry(NamedTuple):
     carry: str = "keep"
     residual: str | None = None
     mode: str = "optimizer"
+    scale: Any = 1.0
     cut: int = 0
 
 
@@ -80,6 +82,9 @@ def entries() -> Iterator[Entry]:
     for rule in ("scaled", "feedback"):
         name = f"power r 27 at every step, transport, {rule}"
         yield Entry(name, 1, "power(rank=27, every=1)", carry="transport", residual=rule)
+    for spec, name in (("random(rank=38, every=0, kind=orthonormal, side=long)", "random r 38, long side, fixed"),
+                       ("svd(rank=27, every=20)", "svd r 27")):  # fmt: skip
+        yield Entry(f"{name}, one rate for all, scale by norms", -2, spec, rest="same", carry="rotate", scale="norm")
     yield Entry("power r 38, long side, at every step, transport", 1, "power(rank=38, every=1, side=long)", carry="transport")
     yield Entry("svd r 16, norms and biases at 0.0005", 1, "svd(rank=16, every=20)", rest="own")
     yield Entry("svd r 38, long side, adapter mode", 1, "svd(rank=38, every=20, side=long)", mode="adapter")
@@ -186,7 +191,7 @@ def prepare(entry: Entry, model: nn.Module, lr: float, seed: int) -> tuple[nn.Mo
     if entry.residual is not None:
         options["residual"] = entry.residual
     make = {"optimizer": lingrad.wrap, "adapter": lingrad.adapt}[entry.mode]
-    return model, make(model, rules, lr=lr, carry=entry.carry, seed=seed, **options)  # type: ignore[arg-type]
+    return model, make(model, rules, lr=lr, carry=entry.carry, scale=entry.scale, seed=seed, **options)  # type: ignore[arg-type]
 
 
 def table(study: Reviews) -> str:

@@ -41,6 +41,7 @@ class Entries(NamedTuple):
         outer: The momentum of the outer step of a decentralised run.
         ended: Steps finished at the end of its last round.
         residual: What is kept of the part of the gradient that its basis drops.
+        schedule: What the schedule of its basis remembers.
     """
 
     moments: dict[str, Any]
@@ -54,6 +55,7 @@ class Entries(NamedTuple):
     outer: Tensor | None = None
     ended: int = 0
     residual: Mapping[str, Tensor] = MappingProxyType({})
+    schedule: Mapping[str, Any] = MappingProxyType({})
 
 
 def identity(run: Run) -> dict[str, Any]:
@@ -133,6 +135,8 @@ def load(run: Run, state_dict: dict[str, Any]) -> None:
         if run.of(sub.basis)[0] is named.attachment:
             sub.basis.replace(entries.state, entries.refreshes)
             sub.basis.energy = entries.energy
+        if sub.basis.cadence is not None:
+            sub.basis.cadence.load(entries.schedule, sub.name, sub.coords)
         sub.ledger, sub.weight.loss = entries.ledger, entries.loss
         for key, tensor in entries.stored.items():
             if not same_memory(tensor, stored[key]):  # as in accelerate's load_state_dict(state_dict())
@@ -171,6 +175,8 @@ def _pack(run: Run, attachment: Attachment) -> dict[str, Any]:
     of_basis = {"state": basis.state, "energy": energy} if first else {}
     # what loads the model's state writes into the shards, which cannot be put elsewhere: this one must not share their memory
     stored = {key: one.clone() if is_sharded(one) else one for key, one in _stored(run, attachment).items()}
+    if basis.cadence is not None:
+        of_basis["schedule"] = basis.cadence.entries(sub.name, sub.coords, first=first)
     tree = {**numbers, **of_basis, "stored": stored, "loss": sub.weight.loss, "outer": run.outer.get(sub.name)}
     if run.residuals is not None:
         tree["residual"] = run.residuals.entries(sub)
@@ -233,6 +239,11 @@ def _unpack(
                 f"'{PREFIX}residual.{key}' of {name} has values that no run leaves; give an earlier checkpoint"
             )
     first = run.of(basis)[0] is attachment
+    schedule = {}
+    if basis.cadence is not None:
+        kept = basis.cadence.entries(sub.name, sub.coords, first=first)
+        schedule = trees.restore(kept, entries, f"{PREFIX}schedule", name)
+        basis.cadence.check(schedule, name)
     restored = trees.restore(basis.state, entries, f"{PREFIX}state", name) if first else None
     if not all(bool(leaf.isfinite().all()) for leaf in trees.tensors(restored) if leaf.is_floating_point()):
         raise CheckpointError(f"the basis of {name} has values that are not finite in the checkpoint; give an earlier one")
@@ -251,6 +262,7 @@ def _unpack(
         outer=outer,
         ended=ended,
         residual=residual,
+        schedule=schedule,
     )
 
 

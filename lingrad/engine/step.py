@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lingrad.adapters import Attachment
-from lingrad.engine import residual, rounds
+from lingrad.engine import adaptive, residual, rounds
 from lingrad.engine.follow import refuse_apart, refuse_lost, take_assigned
 from lingrad.engine.refresh import choose, commit, renew, schedule
 from lingrad.engine.run import Run
@@ -188,6 +188,7 @@ def _advance(run: Run, optimizers: Sequence[Built], attachments: Sequence[Attach
             if i == 0 and not decay_last:
                 _decay(run, stepped, undo=True)  # nothing was stepped: the weights stay as the step found them
             raise
+    adaptive.follow(live)
     if decay_last:
         _decay(run, stepped)
     every = run.settings.merge_every

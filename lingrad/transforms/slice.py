@@ -85,6 +85,12 @@ class Slice(BasisTransform):
             "by_gradient",
         )
 
+    @override
+    def check_schedule(self) -> None:
+        raise SpecError(
+            "the bases of all workers change between their rounds, every so many steps; leave schedule out", option="schedule"
+        )
+
     @property
     def cuts(self) -> bool:
         """Whether workers share out one basis, which is as large as all their slices."""

@@ -209,5 +209,4 @@ def _norm(like: Tensor, part: Tensor) -> Tensor:
 def _agreed(processes: Processes, figures: Tensor) -> list[float]:
     """Figures [k] as all processes have them, those of the first."""
     processes.broadcast([figures])
-    found: list[float] = figures.tolist()
-    return found
+    return [float(figure) for figure in figures.cpu()]

@@ -239,7 +239,7 @@ def _unpack(
                 f"'{PREFIX}residual.{key}' of {name} has values that no run leaves; give an earlier checkpoint"
             )
     first = run.of(basis)[0] is attachment
-    schedule = {}
+    schedule: dict[str, Any] = {}
     if basis.cadence is not None:
         kept = basis.cadence.entries(sub.name, sub.coords, first=first)
         schedule = trees.restore(kept, entries, f"{PREFIX}schedule", name)

@@ -18,7 +18,6 @@ from lingrad.tensors import own
 from lingrad.transforms import Transform
 from lingrad.transforms.schedules import AdaptiveSchedule, OverlapSchedule
 
-
 _NUMBERS = ("interval", "since", "streak", "wanted")  # in checkpoints too
 
 

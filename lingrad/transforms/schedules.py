@@ -34,7 +34,7 @@ class AdaptiveSchedule(ABC):
     @property
     @abstractmethod
     def decides(self) -> Literal["gradient", "bases", "steps"]:
-        """What a decision reads: the gradient of the step at a check, two bases at a refresh, or what each step has added up."""
+        """What a decision reads: the gradient of a check's step, two bases at a refresh, or what each step has added up."""
 
     def storage(self, coords: tuple[int, int], dtype: torch.dtype) -> list[TensorSpec]:
         """What the rule keeps in memory for one weight.

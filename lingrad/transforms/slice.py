@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from lingrad.errors import ShapeError, require
+from lingrad.errors import ShapeError, SpecError, require
 from lingrad.gradients.base import Gradient
 from lingrad.maps import KroneckerMap, LinearMap
 from lingrad.tensors import wide

@@ -16,7 +16,7 @@ from lingrad.gradients import Gradient
 from lingrad.maps import LinearMap
 from lingrad.parallel import Processes
 from lingrad.subspaces.basis import Basis
-from lingrad.subspaces.schedule import Cadence
+from lingrad.subspaces.schedule import Cadence, NextRefresh
 from lingrad.subspaces.subspace import Subspace
 from lingrad.tensors import cast, is_sharded, own, whole, wide
 from lingrad.transforms import Probe
@@ -94,6 +94,27 @@ def decide(run: Run) -> None:
         cadence = _cadence(basis)
         if not figure >= _path(cadence).threshold:  # what is not finite begins anew too
             cadence.wanted = run.step - basis.offset
+
+
+def next_refresh(run: Run, basis: Basis) -> NextRefresh | None:
+    """When a basis is refreshed next.
+
+    Args:
+        run: The run, between two steps.
+        basis: The basis.
+
+    Returns:
+        The step; None where there is no further refresh.
+    """
+    cadence, now = basis.cadence, run.step
+    every = basis.transform.period if cadence is None else cadence.interval
+    first = basis.refreshes == 0
+    later = range(now + 1, max(now, basis.offset) + every + 1)
+    step = now if basis.due else next((step for step in later if basis.acts_in(step)), None)
+    if step is None:
+        return None
+    decides = "bases" if cadence is None else cadence.rule.decides
+    return NextRefresh(step, every, first or decides == "bases" or (decides == "steps" and basis.due))
 
 
 def follow(subs: Sequence[Subspace]) -> None:

@@ -19,6 +19,7 @@ from lingrad.adapters import Attachment
 from lingrad.config.rules import Rules
 from lingrad.config.settings import Mode, Settings
 from lingrad.engine import checkpoint, grouping
+from lingrad.engine.adaptive import next_refresh
 from lingrad.engine.build import Trainable, build, start
 from lingrad.engine.capture import CapturedStep
 from lingrad.engine.changes import changes
@@ -28,6 +29,7 @@ from lingrad.engine.step import clip, step
 from lingrad.errors import ModeError, require_one_of
 from lingrad.optimizers import Base, BaseLike
 from lingrad.subspaces.ledger import Change
+from lingrad.subspaces.schedule import NextRefresh
 from lingrad.subspaces.subspace import Subspace
 from lingrad.weights.base import MergeLoss
 
@@ -214,12 +216,13 @@ class SubspaceOptimizer(Optimizer):
         """How often the basis of each transformed weight has changed, by parameter name."""
         return {sub.name: sub.basis.refreshes for sub in self.subspaces}
 
-    def held(self) -> Iterator[tuple[Tensor, str]]:
-        """The tensors that stay in memory between steps, for memory reports.
+    def next_refreshes(self) -> dict[str, NextRefresh]:
+        """When the basis of each transformed weight is refreshed next, or its schedule checks whether to; not if never."""
+        found = ((sub.name, next_refresh(self._run, sub.basis)) for sub in self.subspaces)
+        return {name: one for name, one in found if one is not None}
 
-        Returns:
-            (tensor, what it is): ``weight`` for those that are transformed, ``coords``, ``basis``, ``moments``.
-        """
+    def held(self) -> Iterator[tuple[Tensor, str]]:
+        """(tensor, what it is) of those that stay in memory: ``weight`` if transformed, ``coords``, ``basis``, ``moments``."""
         return self._run.held()
 
     def exclude_from_decay(self, decaying: Callable[[str], bool]) -> None:

@@ -170,10 +170,10 @@ class Basis:
 
     def quiet_until(self, step: int) -> int:
         """The first step after ``step`` finished ones in which the basis may change, or a thousand steps on if it does not."""
-        return next((later for later in range(step + 1, step + 1000) if self._acts_in(later)), step + 1000)
+        return next((later for later in range(step + 1, step + 1000) if self.acts_in(later)), step + 1000)
 
-    def _acts_in(self, step: int) -> bool:
-        """Whether the basis changes in a step, or its schedule decides before it."""
+    def acts_in(self, step: int) -> bool:
+        """Whether the basis may change in a step to come, as far as is known now: it does, or its schedule decides on that."""
         if self.cadence is None or self.refreshes == 0:
             return self._changes_in(step)
         return step >= self.offset and self.cadence.acts(step - self.offset)
@@ -181,7 +181,7 @@ class Basis:
     def checks(self, step: int) -> bool:
         """Whether what its steps have added up decides, after ``step`` finished ones, on a refresh in the next."""
         steps = self.cadence is not None and self.cadence.rule.decides == "steps"
-        return steps and self.refreshes > 0 and self._acts_in(step)
+        return steps and self.refreshes > 0 and self.acts_in(step)
 
     def _changes_in(self, step: int) -> bool:
         clock = step - self.offset

@@ -8,7 +8,7 @@ the one that was saved.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +17,21 @@ from lingrad.errors import CheckpointError
 from lingrad.tensors import own
 from lingrad.transforms import Transform
 from lingrad.transforms.schedules import AdaptiveSchedule, OverlapSchedule
+
+
+class NextRefresh(NamedTuple):
+    """When a basis is refreshed next, or its schedule decides on that.
+
+    Args:
+        step: Steps finished before the step.
+        every: Steps between refreshes, or between checks, at present.
+        certain: Whether it is refreshed then, given a gradient, and not only checked.
+    """
+
+    step: int
+    every: int
+    certain: bool
+
 
 _NUMBERS = ("interval", "since", "streak", "wanted")  # in checkpoints too
 

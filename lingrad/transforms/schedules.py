@@ -102,7 +102,7 @@ class OverlapSchedule(AdaptiveSchedule):
 
     It doubles after ``after`` refreshes in a row whose overlap with the basis before, |S_old^T S_new|^2 / r, is ``threshold``
     or more; the count then begins again. For orthonormal bases the overlap is 1 where both span the same space, and r / n for
-    two random ones. The idea is Q-GaLore's (Zhang et al., 2024, arXiv 2407.08296, section 3.2), whose program compares the
+    two random ones. The idea is Q-GaLore's (Zhang et al., 2024, arXiv 2407.08296), whose program compares the
     first column only, by its cosine, and asks for the mean of the last five.
 
     Args:

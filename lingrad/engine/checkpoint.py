@@ -241,8 +241,8 @@ def _unpack(
     first = run.of(basis)[0] is attachment
     schedule: dict[str, Any] = {}
     if basis.cadence is not None:
-        kept = basis.cadence.entries(sub.name, sub.coords, first=first)
-        schedule = trees.restore(kept, entries, f"{PREFIX}schedule", name)
+        remembered = basis.cadence.entries(sub.name, sub.coords, first=first)
+        schedule = trees.restore(remembered, entries, f"{PREFIX}schedule", name)
         basis.cadence.check(schedule, name)
     restored = trees.restore(basis.state, entries, f"{PREFIX}state", name) if first else None
     if not all(bool(leaf.isfinite().all()) for leaf in trees.tensors(restored) if leaf.is_floating_point()):

@@ -196,7 +196,7 @@ def _length(run: Run, basis: Basis) -> Tensor:
     for attachment in run.of(basis):
         total, numbers = cadence.path(attachment.sub.name, attachment.sub.coords)
         length = _norm(total, own(total)) if _path(cadence).measure == "efficiency" else numbers[1]
-        squares.append(torch.where(numbers[0] > 0, length / numbers[0], torch.inf).square())
+        squares.append(torch.where(numbers[0] == 0, torch.inf, length / numbers[0]).square())
     found = torch.stack(squares)
     known = found != torch.inf
     mean = torch.where(known, found, 0).sum() / known.sum()

@@ -357,6 +357,28 @@ def test_a_weight_without_a_gradient_counts_no_step():
     assert float(path[1][0]) == 2
 
 
+@each_mode
+@pytest.mark.parametrize("value", ["nan", "inf"])
+def test_a_gradient_that_is_not_finite_is_no_reason_to_stay(mode, value):
+    """What it leaves in the sum says nothing; the next check begins anew."""
+    model = Model()
+    spec = f"svd(rank=3, every={EVERY}, schedule=path(threshold=0.0001))"
+    optimizer = MODES[mode](model, {"*weight": spec, "*": "none"}, "sgd", lr=1e-3)
+    for step, micro_batches in enumerate(reference.data(8)):
+        if step == 4:
+            kept = {param: param.detach().clone() for group in optimizer.param_groups for param in group["params"]}
+            kept |= {sub.weight.param: sub.weight.param.detach().clone() for sub in optimizer.subspaces}
+            for sub in optimizer.subspaces:
+                sub.coords.grad.fill_(float(value))
+            optimizer.step()
+            for param, values in kept.items():  # as if it had not been stepped
+                if 0 not in param.stride():
+                    param.data.copy_(values)
+            continue
+        stepped(model, optimizer, [micro_batches])
+    assert set(optimizer.refreshes().values()) == {2}
+
+
 class TestRefusals:
     @pytest.mark.parametrize(
         ("spec", "message"),

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from tests.contract import test_tensor_parallel as tensor_parallel
 from tests.support import processes, sharded
 from tests.support.models import gap, llama, text_batches, text_loss, zoo, zoo_batches, zoo_loss
 from tests.support.processes import each_rank
@@ -53,7 +54,7 @@ def cut(rank, world, cases):
     return [sharded.train(spec, mode, options, True, rank, world, steps=STEPS)[0] for spec, mode, options in cases]
 
 
-SHARDED = [case for case in CASES if "stagger" not in case[2]]
+SHARDED = [case for case in CASES if "stagger" not in case[2]][::2]
 
 
 @pytest.mark.parametrize("world", [2, pytest.param(3, marks=pytest.mark.slow)])
@@ -65,3 +66,13 @@ def test_shards_are_one(tmp_path, world):
     for case, found in zip(SHARDED, first, strict=True):
         (expected,) = cut(0, 1, [case])
         assert gap(found, expected) <= 1e-12, case
+
+
+@pytest.mark.slow
+def test_layers_that_are_cut_are_one(tmp_path):
+    specs = [f"{transforms[0]}(rank=4, every={EVERY}, side={{side}}, schedule={rule})" for rule, transforms in RULES.items()]
+    cases = [
+        (tensor_parallel.rules(spec), ("optimizer", "adapter")[i % 2], ({}, {"share": "input"})[i // 2 % 2], i % 2 == 0)
+        for i, spec in enumerate(specs)
+    ]
+    tensor_parallel.assert_one(tmp_path, 2, cases)

@@ -112,6 +112,14 @@ METHODS: dict[str, NamedMethod] = {
         paper="Refael et al., 2025, arXiv 2505.24749, algorithm 1",
         differs="moments are orthogonalised by Newton and Schulz' iteration, where the paper takes an SVD",
     ),
+    "lotus": NamedMethod(
+        spec="svd(rank={rank}, every={every}, side={side}, solver=randomized, "
+        "schedule=path(threshold={threshold}, measure=displacement))",
+        options={"rank": None, "every": 50, "side": "short", "threshold": 0.01},
+        paper="Miao et al., 2026, arXiv 2602.01233, algorithm 1",
+        differs="a basis is learned from a sketch of a step's gradient and used from the next one on; section 3.1 has another "
+        "figure too, which is schedule=path(measure=efficiency)",
+    ),
     "loqt": NamedMethod(
         spec=_SVD,
         settings={"keep_remainder": True},

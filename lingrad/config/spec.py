@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 from lingrad import optimizers
@@ -16,6 +17,7 @@ from lingrad.errors import SpecError, did_you_mean, shown
 from lingrad.transforms import registry
 from lingrad.transforms.base import Transform
 from lingrad.transforms.options import default, format_value, kinds
+from lingrad.transforms.schedules import AdaptiveSchedule, find_schedule, schedule_names
 
 LONGEST = 4096  # characters of a config string
 _WORDS = {"true": True, "false": False, "none": None}
@@ -55,11 +57,11 @@ def parse_choice(text: str) -> optimizers.Choice:
     return _Reader(text).choice()
 
 
-def format(transform: Transform) -> str:  # noqa: A001 - the inverse of parse; read as spec.format
+def format(transform: Transform | AdaptiveSchedule) -> str:  # noqa: A001 - the inverse of parse; read as spec.format
     """Write a transform as its canonical config string.
 
     Args:
-        transform: Any registered transform.
+        transform: Any registered transform, or its schedule.
 
     Returns:
         A string that `parse` reads back to an equal transform.
@@ -81,7 +83,7 @@ def format(transform: Transform) -> str:  # noqa: A001 - the inverse of parse; r
 
 
 def _format_option(value: Any) -> str:
-    if isinstance(value, Transform):
+    if isinstance(value, Transform | AdaptiveSchedule):
         return format(value)
     if isinstance(value, optimizers.Choice):
         options = ", ".join(f"{key}={format_value(item)}" for key, item in value.options)
@@ -118,19 +120,21 @@ class _Reader:
             self._fail("this is not a config string", column, 1, "expected name(option=value, ...)")
 
     def _transform(self, node: ast.expr) -> Transform:
-        if isinstance(node, ast.Name):  # a bare name is a transform with its defaults
-            return self._build(node, node, [])
+        found: Transform = self._named(node, "transform", registry.find_transform, registry.transform_names)
+        return found
+
+    def _named(self, node: ast.expr, kind: str, find: Callable[[str], Any], known: Callable[[], list[str]]) -> Any:
+        if isinstance(node, ast.Name):  # a bare name is one with its defaults
+            return self._build(node, node, [], find)
         if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Name):
-            self._fail_at(
-                node, "expected a transform, name(option=value, ...)", f"Known: {', '.join(registry.transform_names())}."
-            )
+            self._fail_at(node, f"expected a {kind}, name(option=value, ...)", f"Known: {', '.join(known())}.")
         if node.args:
             self._fail_at(node.args[0], "options are written option=value")
-        return self._build(node, node.func, node.keywords)
+        return self._build(node, node.func, node.keywords, find)
 
-    def _build(self, whole: ast.expr, name: ast.Name, keywords: list[ast.keyword]) -> Transform:
+    def _build(self, whole: ast.expr, name: ast.Name, keywords: list[ast.keyword], find: Callable[[str], Any]) -> Any:
         try:
-            cls = registry.find_transform(name.id)
+            cls = find(name.id)
         except SpecError as error:
             self._fail_at(name, str(error))
         options = {option.name: option for option in dataclasses.fields(cls)}
@@ -161,6 +165,9 @@ class _Reader:
     def _value(self, node: ast.expr, alternatives: tuple[Any, ...]) -> Any:
         if any(isinstance(kind, type) and issubclass(kind, Transform) for kind in alternatives):
             return self._transform(node)
+        if AdaptiveSchedule in alternatives:
+            none = isinstance(node, ast.Name | ast.Constant) and self._literal(node) is None
+            return None if none else self._named(node, "schedule", find_schedule, schedule_names)
         if optimizers.Choice in alternatives:
             return self._choice(node)
         value = self._literal(node)

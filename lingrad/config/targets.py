@@ -162,8 +162,9 @@ def _bare(transform: Transform, candidate: Candidate) -> Transform | None:
     """What a config string alone means for a parameter."""
     if any(name == "weight" and (isinstance(module, nn.Linear) or is_conv1d(module)) for module, name in candidate.owners):
         return transform
-    each = transform if isinstance(transform, Experts) else Experts(each=transform)
-    return each if candidate.experts else None
+    if not candidate.experts:
+        return None
+    return transform if isinstance(transform, Experts) else Experts(each=transform)
 
 
 def _output_head(model: nn.Module) -> set[nn.Module]:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
 from lingrad import parallel
 from lingrad.adapters import Attachment
@@ -42,6 +41,7 @@ class Entries(NamedTuple):
         ended: Steps finished at the end of its last round.
         residual: What is kept of the part of the gradient that its basis drops.
         rounding: How often the weight was rounded, and what is kept of it.
+        schedule: What the schedule of its basis remembers.
     """
 
     moments: dict[str, Any]
@@ -56,6 +56,7 @@ class Entries(NamedTuple):
     ended: int = 0
     residual: Mapping[str, Tensor] = MappingProxyType({})
     rounding: Mapping[str, Any] = MappingProxyType({})
+    schedule: Mapping[str, Any] = MappingProxyType({})
 
 
 def identity(run: Run) -> dict[str, Any]:
@@ -135,6 +136,8 @@ def load(run: Run, state_dict: dict[str, Any]) -> None:
         if run.of(sub.basis)[0] is named.attachment:
             sub.basis.replace(entries.state, entries.refreshes)
             sub.basis.energy = entries.energy
+        if sub.basis.cadence is not None:
+            sub.basis.cadence.load(entries.schedule, sub.name, sub.coords)
         sub.ledger, sub.weight.loss = entries.ledger, entries.loss
         for key, tensor in entries.stored.items():
             if not same_memory(tensor, stored[key]):  # as in accelerate's load_state_dict(state_dict())
@@ -175,6 +178,8 @@ def _pack(run: Run, attachment: Attachment) -> dict[str, Any]:
     of_basis = {"state": basis.state, "energy": energy} if first else {}
     # what loads the model's state writes into the shards, which cannot be put elsewhere: this one must not share their memory
     stored = {key: one.clone() if is_sharded(one) else one for key, one in _stored(run, attachment).items()}
+    if basis.cadence is not None:
+        of_basis["schedule"] = basis.cadence.entries(sub.name, sub.coords, first=first)
     tree = {**numbers, **of_basis, "stored": stored, "loss": sub.weight.loss, "outer": run.outer.get(sub.name)}
     if run.residuals is not None:
         tree["residual"] = run.residuals.entries(sub)
@@ -239,6 +244,11 @@ def _unpack(
                 f"'{PREFIX}residual.{key}' of {name} has values that no run leaves; give an earlier checkpoint"
             )
     first = run.of(basis)[0] is attachment
+    schedule: dict[str, Any] = {}
+    if basis.cadence is not None:
+        remembered = basis.cadence.entries(sub.name, sub.coords, first=first)
+        schedule = trees.restore(remembered, entries, f"{PREFIX}schedule", name)
+        basis.cadence.check(schedule, name)
     restored = trees.restore(basis.state, entries, f"{PREFIX}state", name) if first else None
     if not all(bool(leaf.isfinite().all()) for leaf in trees.tensors(restored) if leaf.is_floating_point()):
         raise CheckpointError(f"the basis of {name} has values that are not finite in the checkpoint; give an earlier one")
@@ -258,6 +268,7 @@ def _unpack(
         ended=ended,
         residual=residual,
         rounding=_read_rounding(sub.weight, entries, name),
+        schedule=schedule,
     )
 
 
@@ -272,28 +283,3 @@ def _read_rounding(weight: Weight, entries: Mapping[str, Any], name: str) -> dic
     if weight.rounding.kind == "compensated" and found["count"]:
         found["error"] = trees.checked(weight.rounding.like(weight.matrix), entries, error, name)
     return found
-
-
-def with_hooks(optimizer: Optimizer, give: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """A state, between the hooks that other programs have registered for it, as in torch."""
-    for before in optimizer._optimizer_state_dict_pre_hooks.values():
-        before(optimizer)
-    saved = give()
-    for after in optimizer._optimizer_state_dict_post_hooks.values():
-        saved = _or_given(after(optimizer, saved), saved)
-    return saved
-
-
-def load_with_hooks(optimizer: Optimizer, take: Callable[[Any], None], given: Any) -> None:
-    """Load a state, between the hooks that other programs have registered for it, as in torch."""
-    given = dict(given) if isinstance(given, dict) else given  # hooks may change it
-    for before in optimizer._optimizer_load_state_dict_pre_hooks.values():
-        given = _or_given(before(optimizer, given), given)
-    take(given)
-    for after in optimizer._optimizer_load_state_dict_post_hooks.values():
-        after(optimizer)
-
-
-def _or_given(returned: dict[str, Any] | None, given: dict[str, Any]) -> dict[str, Any]:
-    """What a hook returned in place of what it was given, if anything."""
-    return given if returned is None else returned

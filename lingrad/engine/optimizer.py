@@ -18,7 +18,8 @@ from typing_extensions import override
 from lingrad.adapters import Attachment
 from lingrad.config.rules import Rules
 from lingrad.config.settings import Mode, Settings
-from lingrad.engine import checkpoint, grouping
+from lingrad.engine import checkpoint, grouping, state_hooks
+from lingrad.engine.adaptive import next_refresh
 from lingrad.engine.build import Trainable, build, start
 from lingrad.engine.capture import CapturedStep
 from lingrad.engine.changes import changes
@@ -28,6 +29,7 @@ from lingrad.engine.step import clip, step
 from lingrad.errors import ModeError, require_one_of
 from lingrad.optimizers import Base, BaseLike
 from lingrad.subspaces.ledger import Change
+from lingrad.subspaces.schedule import NextRefresh
 from lingrad.subspaces.subspace import Subspace
 from lingrad.weights.base import MergeLoss
 
@@ -214,12 +216,13 @@ class SubspaceOptimizer(Optimizer):
         """How often the basis of each transformed weight has changed, by parameter name."""
         return {sub.name: sub.basis.refreshes for sub in self.subspaces}
 
-    def held(self) -> Iterator[tuple[Tensor, str]]:
-        """The tensors that stay in memory between steps, for memory reports.
+    def next_refreshes(self) -> dict[str, NextRefresh]:
+        """When the basis of each transformed weight is refreshed next, or its schedule checks whether to; not if never."""
+        found = ((sub.name, next_refresh(self._run, sub.basis)) for sub in self.subspaces)
+        return {name: one for name, one in found if one is not None}
 
-        Returns:
-            (tensor, what it is): ``weight`` for those that are transformed, ``coords``, ``basis``, ``moments``.
-        """
+    def held(self) -> Iterator[tuple[Tensor, str]]:
+        """(tensor, what it is) of those that stay in memory: ``weight`` if transformed, ``coords``, ``basis``, ``moments``."""
         return self._run.held()
 
     def exclude_from_decay(self, decaying: Callable[[str], bool]) -> None:
@@ -262,7 +265,7 @@ class SubspaceOptimizer(Optimizer):
             Tensors and plain values only; loads with ``weights_only=True``.
         """
         self._run.require_attached()
-        return checkpoint.with_hooks(self, lambda: checkpoint.save(self._run))
+        return state_hooks.with_hooks(self, lambda: checkpoint.save(self._run))
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -273,7 +276,7 @@ class SubspaceOptimizer(Optimizer):
                 parameters or another spec, base, carry, seed or mode; the first difference is named.
         """
         self._run.require_attached()
-        checkpoint.load_with_hooks(self, lambda given: checkpoint.load(self._run, given), state_dict)
+        state_hooks.load_with_hooks(self, lambda given: checkpoint.load(self._run, given), state_dict)
 
     @override
     def add_param_group(self, param_group: dict[str, Any]) -> None:

@@ -13,11 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lingrad.engine import adaptive
+from lingrad.engine.adaptive import captured
 from lingrad.engine.run import Run
 from lingrad.gradients import FactoredGradient, Gradient
 from lingrad.gradients.averaged import averaged
 from lingrad.gradients.stacked import StackedGradient
-from lingrad.maps import LinearMap
 from lingrad.parallel import Processes
 from lingrad.subspaces import trees
 from lingrad.subspaces.basis import Basis, Probes, Proposal
@@ -83,7 +84,7 @@ def renew(run: Run) -> None:
         count = len(asked.learned)
         if not bool(good):
             basis.warn_once(NOT_FINITE)
-        elif bool(any_at_all):
+        elif bool(any_at_all) and not adaptive.keeps_by(run, basis, found[count:], asked.held_out):
             proposal = _proposed(run, basis, basis.transform.learn(basis.state, found[:count], basis.when))
             if not _finite(proposal):
                 _warn_of_basis(basis)
@@ -104,6 +105,7 @@ def schedule(run: Run) -> None:
     Args:
         run: The run.
     """
+    adaptive.decide(run)
     for basis in look_ahead(run):
         basis.proposal = _proposed(run, basis, basis.transform.refresh(basis.state, None, basis.when))
         commit(run, basis)
@@ -148,6 +150,7 @@ def commit(run: Run, basis: Basis) -> None:
     if basis.proposal is None:
         return
     old, new = basis.map(), basis.proposal.map
+    adaptive.refreshed(run, basis, old, new)
     remainders = []
     for attachment in run.of(basis):
         sub = attachment.sub
@@ -165,35 +168,11 @@ def commit(run: Run, basis: Basis) -> None:
             sub.keep(remainder)
 
 
-def captured(chosen: LinearMap, products: Sequence[Tensor], probes: Sequence[Probe]) -> Tensor | None:
-    """|S S^T G| / |G|, estimated from hold-out test vectors.
-
-    For a left map |P P^T G w| / |G w| is measured for test vectors w, whose mean square is that of G itself. Of a two-sided one
-    it is known for each side, and the figure is the least that both can have together, (a^2 + b^2 - 1)^(1/2).
-
-    Args:
-        chosen: The map S.
-        products: The products of the probes.
-        probes: The test vectors, as `Basis.held_out` gives them.
-
-    Returns:
-        A 0-d tensor; None where the map has no side that is smaller than the weight's.
-    """
-    squares: list[Tensor] = []
-    for product, (left, _) in zip(products, probes, strict=True):
-        side = chosen.inner if left is None else chosen.T.inner.T
-        norm = torch.linalg.vector_norm(product).clamp_min(torch.finfo(product.dtype).tiny)
-        squares.append((side.norm(side.project(product)) / norm).square())
-    if not squares:
-        return None
-    return squares[0].sqrt() if len(squares) == 1 else (squares[0] + squares[1] - 1).clamp_min(0).sqrt()
-
-
 def _choose(run: Run, basis: Basis, factor: float) -> None:
     """Propose a new basis from the gradient that was recorded.
 
     A gradient that is not finite, or a basis that would not be, leaves the old basis in place and warns once; a zero gradient
-    leaves it silently.
+    leaves it silently, as does a schedule by which the old one is good enough.
 
     Args:
         run: The run.
@@ -217,6 +196,8 @@ def _choose(run: Run, basis: Basis, factor: float) -> None:
     if norm == 0.0 or not math.isfinite(norm):
         return
     grad = averaged(local, processes)
+    if adaptive.keeps(run, basis, grad):
+        return
     proposal = _proposed(run, basis, basis.transform.refresh(basis.state, grad, basis.when))
     if not _finite(proposal):
         _warn_of_basis(basis)

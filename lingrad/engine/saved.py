@@ -2,10 +2,10 @@
 
 The state of a run has the layout of ``torch.optim.Optimizer.state_dict``: flat keys, tensors and plain values only. Next to the
 base optimizer's own entries, the state of each coordinates' index holds ``subspace.*``: the step, the number of refreshes, the
-transform's state, and what the ledger records; of weights that share a basis the first one has its state. Each param group
-says what the run is: format, mode, base, settings, specs and parameter names; all of it must be equal to load. Coordinates
-themselves are model weights: zero, and stored nowhere, in optimizer mode; in the model's ``state_dict`` in adapter mode, or,
-with ``self_contained``, in the state, next to the weights they belong to.
+transform's state, what its schedule remembers, and what the ledger records; of weights that share a basis the first one has its
+state. Each param group says what the run is: format, mode, base, settings, specs and parameter names; all of it must be equal
+to load. Coordinates themselves are model weights: zero, and stored nowhere, in optimizer mode; in the model's ``state_dict`` in
+adapter mode, or, with ``self_contained``, in the state, next to the weights they belong to.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lingrad.adapters import Attachment
-from lingrad.engine import residual, rounds
+from lingrad.engine import adaptive, residual, rounds
 from lingrad.engine.follow import refuse_apart, refuse_lost, take_assigned
 from lingrad.engine.refresh import choose, commit, renew, schedule
 from lingrad.engine.run import Run
@@ -124,6 +124,9 @@ def choose_one(run: Run, param: Tensor) -> None:
     attachment.require_read()
     sub.pending.require_read(sub.coords)
     choose(run, [sub])
+    if sub.basis.proposal is None and sub.coords.grad is not None and bool(sub.coords.grad.any()):
+        sub.basis.due = False  # a schedule, or a gradient that is not finite, has let the old basis stay
+        sub.pending.forget()
     commit(run, sub.basis)
 
 
@@ -209,6 +212,7 @@ def _advance(run: Run, optimizers: Sequence[Built], attachments: Sequence[Attach
             if i == 0 and not decay_last:
                 _decay(run, stepped, undo=True)  # nothing was stepped: the weights stay as the step found them
             raise
+    adaptive.follow(live)
     if decay_last:
         _decay(run, stepped)
     _decay_rounded(run, stepped)

@@ -45,7 +45,7 @@ class ParameterBytes:
         gradient: Its gradient, if it is trained in full.
         coords: Its coordinates; in optimizer mode one number, since they are zero between steps, unless they are cut.
         coords_gradient: The gradient of the coordinates [p, q].
-        basis: The state of its transform.
+        basis: The state of its transform, and what its schedule adds up.
         moments: The state of the base optimizer, and what a ``residual`` keeps.
         activations: What its layer saves for the backward, outside refresh steps: r numbers per token with a right basis. 0 if
             no number of tokens was given, or if a hook projects the gradient.
@@ -232,13 +232,15 @@ def _transformed(
     saved = width * tokens * template.element_size() if target.route != "weight" and (grouped.is_first or rule) else 0
     rounds = settings.rounding == "compensated" and template.dtype != dtype
     error = rounds * _cut_elements(target, ranks) * target.param.element_size()
+    decider = target.transform.rule
+    followed = [] if decider is None else decider.storage((p, q), template.dtype)
     kept = {"scaled": dtype.itemsize, "feedback": m * n * template.element_size()}.get(rule or "", 0)
     return ParameterBytes(
         target.name,
         weight=weight,
         coords=size if mode == "adapter" or ranks > 1 else dtype.itemsize,
         coords_gradient=0 if settings.layerwise is True else size,
-        basis=_sum(target.transform.storage(grouped.shape, template.dtype)) if grouped.is_first else 0,
+        basis=_sum([*(target.transform.storage(grouped.shape, template.dtype) if grouped.is_first else ()), *followed]),
         moments=_sum(moments) + kept + error,
         activations=saved,
     )

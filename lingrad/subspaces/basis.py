@@ -14,6 +14,7 @@ from torch import Tensor
 from lingrad.errors import ModeError
 from lingrad.maps import LinearMap
 from lingrad.subspaces import trees
+from lingrad.subspaces.schedule import Cadence
 from lingrad.tensors import distinct
 from lingrad.transforms import Probe, Transform, When
 from lingrad.transforms.linalg import derive_seed
@@ -69,6 +70,7 @@ class Basis:
         state: The transform's state.
         when: The step that is being prepared, as its refresh would see it.
         refreshes: Refreshes committed.
+        cadence: When it is refreshed, where its transform has a ``schedule``; else None.
         offset: Steps by which its refreshes are late, where weights take turns.
         due: Whether the step that is being prepared gathers what a refresh needs.
         whole: Whether every step gathers the gradient itself, for what becomes of the part that the basis drops.
@@ -86,6 +88,7 @@ class Basis:
         self.state = transform.init(shape, seed=seed, device=like.device, dtype=like.dtype)
         self.when = When(0, 0, seed, shape, run_seed)
         self.refreshes = 0
+        self.cadence = Cadence.of(transform)
         self.offset = 0
         self.due = False
         self.whole = False
@@ -142,7 +145,8 @@ class Basis:
 
     def tensors(self) -> list[Tensor]:
         """The tensors that hold the basis between steps: of the transform's state, and of the map where it is stored."""
-        return distinct([*trees.tensors(self.state), *(self._map.tensors if self._map is not None else ())])
+        followed = () if self.cadence is None else self.cadence.tensors()
+        return distinct([*trees.tensors(self.state), *(self._map.tensors if self._map is not None else ()), *followed])
 
     def schedule(self, step: int) -> Schedule:
         """Look ahead to the step after ``step`` finished ones; a refresh that was proposed and not committed is dropped.
@@ -165,11 +169,24 @@ class Basis:
         return Schedule(now and not self.due, changes)
 
     def quiet_until(self, step: int) -> int:
-        """The first step after ``step`` finished ones in which the basis changes, or a thousand steps on if it does not."""
-        return next((later for later in range(step + 1, step + 1000) if self._changes_in(later)), step + 1000)
+        """The first step after ``step`` finished ones in which the basis may change, or a thousand steps on if it does not."""
+        return next((later for later in range(step + 1, step + 1000) if self.acts_in(later)), step + 1000)
+
+    def acts_in(self, step: int) -> bool:
+        """Whether the basis may change in a step to come, as far as is known now: it does, or its schedule decides on that."""
+        if self.cadence is None or self.refreshes == 0:
+            return self._changes_in(step)
+        return step >= self.offset and self.cadence.acts(step - self.offset)
+
+    def checks(self, step: int) -> bool:
+        """Whether what its steps have added up decides, after ``step`` finished ones, on a refresh in the next."""
+        steps = self.cadence is not None and self.cadence.rule.decides == "steps"
+        return steps and self.refreshes > 0 and self.acts_in(step)
 
     def _changes_in(self, step: int) -> bool:
         clock = step - self.offset
+        if self.cadence is not None:
+            return clock >= 0 and self.cadence.due(clock, self.refreshes)
         return clock >= 0 and (self.transform.due(clock) or (self.refreshes == 0 and self.transform.due(0)))
 
     def asks(self, like: Tensor) -> Probes:
@@ -245,6 +262,8 @@ class Basis:
         """
         self.replace(state, 1)
         self.offset += self.transform.period or NEVER
+        if self.cadence is not None:
+            self.cadence.wait(self.transform.period)
         self.schedule(0)
 
     def move(self, device: torch.device) -> None:

@@ -19,6 +19,10 @@ from lingrad.transforms.pca import PCA as PCA
 from lingrad.transforms.power import Power as Power
 from lingrad.transforms.random import Random as Random
 from lingrad.transforms.registry import register as register
+from lingrad.transforms.schedules import AdaptiveSchedule as AdaptiveSchedule
+from lingrad.transforms.schedules import EnergySchedule as EnergySchedule
+from lingrad.transforms.schedules import OverlapSchedule as OverlapSchedule
+from lingrad.transforms.schedules import PathSchedule as PathSchedule
 from lingrad.transforms.side import BasisTransform as BasisTransform
 from lingrad.transforms.side import Sides as Sides
 from lingrad.transforms.side import SideTransform as SideTransform

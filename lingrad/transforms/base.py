@@ -18,6 +18,7 @@ from lingrad.gradients.base import Gradient
 from lingrad.maps import LinearMap
 from lingrad.tensors import TensorSpec
 from lingrad.transforms import options
+from lingrad.transforms.schedules import AdaptiveSchedule
 
 # What a refresh reads. ``gradient``: G itself; the new basis is used in the same step. ``sketch``: products of G with matrices
 # that are fixed before the step, summed over micro-batches without forming G; the new basis is used from the next step on,
@@ -155,6 +156,11 @@ class Transform(ABC):
     @abstractmethod
     def period(self) -> int:
         """Steps between refreshes, over which ``stagger`` spreads the weights; 0 if there is only one refresh."""
+
+    @property
+    def rule(self) -> AdaptiveSchedule | None:
+        """What decides at every ``period``-th step whether the basis is refreshed in it; None where it always is."""
+        return None
 
     @property
     def reads(self) -> Reads:

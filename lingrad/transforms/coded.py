@@ -17,6 +17,7 @@ from lingrad.optimizers.codes import BLOCK
 from lingrad.tensors import TensorSpec, wide
 from lingrad.transforms.base import Probe, Ranks, Reads, Sketch, Transform, When
 from lingrad.transforms.registry import register
+from lingrad.transforms.schedules import AdaptiveSchedule
 
 
 class Codes(NamedTuple):
@@ -113,6 +114,11 @@ class Coded(Transform):
     @override
     def map(self, state: Any) -> LinearMap:
         return self.each.map(self._decoded(state))
+
+    @property
+    @override
+    def rule(self) -> AdaptiveSchedule | None:
+        return self.each.rule
 
     @property
     @override

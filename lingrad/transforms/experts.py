@@ -18,6 +18,7 @@ from lingrad.tensors import TensorSpec, wide
 from lingrad.transforms.base import Ranks, Reads, Transform, When
 from lingrad.transforms.linalg import derive_seed
 from lingrad.transforms.registry import register
+from lingrad.transforms.schedules import AdaptiveSchedule
 
 
 class EachNumber(NamedTuple):
@@ -72,6 +73,13 @@ class Experts(Transform):
             raise SpecError(
                 f"each must be the transform of one expert's matrix, such as svd(rank=8), not {self.each.name}", option="each"
             )
+        rule = self.each.rule
+        require(
+            rule is None or rule.decides == "steps",
+            "each",
+            f"the bases of all experts are refreshed together, for which schedule={rule and rule.name} has no common figure; "
+            "give experts schedule=path(...), or none, by a rule of their own",
+        )
 
     @property
     @override
@@ -159,6 +167,11 @@ class Experts(Transform):
     @override
     def reads(self) -> Reads:
         return "nothing" if self.each.reads == "nothing" else "gradient"
+
+    @property
+    @override
+    def rule(self) -> AdaptiveSchedule | None:
+        return self.each.rule
 
     @property
     @override

@@ -51,6 +51,7 @@ class Kron(Transform):
                     f"{side} must be a transform with one basis, such as svd(rank=64), not {factor.name}", option=side
                 )
             require(factor.side in ("short", side), side, f"the {side} factor cannot have side={factor.side}; leave side out")
+            require(factor.rule is None, side, f"the {side} factor of kron refreshes every so many steps; leave schedule out")
             object.__setattr__(self, side, replace(factor, side="short"))
 
     @cached_property

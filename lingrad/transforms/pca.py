@@ -95,6 +95,14 @@ class PCA(SideTransform):
                 )
 
     @override
+    def check_schedule(self) -> None:
+        raise SpecError(
+            "pca trains its basis by one step of an optimizer at each refresh, and has no use for a schedule that leaves some "
+            "out; leave schedule out, or choose power, which begins anew at each refresh",
+            option="schedule",
+        )
+
+    @override
     def init(self, shape: tuple[int, int], *, seed: int, device: torch.device, dtype: torch.dtype) -> Learned:
         # at least float32: an update of the size of a learning rate would be lost in a bfloat16 basis
         left, right = self.start(shape, seed=seed, device=device, dtype=wide(dtype))

@@ -47,6 +47,7 @@ class Power(SideTransform):
         every: Steps between refreshes; 0 refreshes once.
         side: Which side has the basis: short, long, left, right, both.
         clip: Lower the rank to min(m, n) where it does not fit.
+        schedule: What decides every ``every`` steps whether to refresh: ``energy()``, ``overlap()``, ``path()``; or None.
 
     Raises:
         SpecError: An option is out of range.

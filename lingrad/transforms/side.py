@@ -20,6 +20,7 @@ from lingrad.maps import KroneckerMap, LinearMap
 from lingrad.tensors import nbytes, wide
 from lingrad.transforms.base import Probe, Ranks, Sketch, Transform, When
 from lingrad.transforms.linalg import derive_seed, orthonormalize, start_basis
+from lingrad.transforms.schedules import AdaptiveSchedule
 from lingrad.transforms.sketch import by_side, range_probes, sketched
 
 Side = Literal["short", "long", "left", "right", "both"]
@@ -47,18 +48,41 @@ class BasisTransform(Transform):
         side: ``short`` puts the basis on the shorter dimension (right for a square weight), ``long`` on the other;
             ``left`` on the m rows, ``right`` on the n columns, ``both`` on both.
         clip: Lower the rank to min(m, n) where it does not fit, instead of raising.
+        schedule: What decides, every ``every`` steps, whether to refresh; None refreshes each time. See
+            `lingrad.transforms.schedules`.
     """
 
     rank: int
     every: int = 200
     side: Side = "short"
     clip: bool = False
+    schedule: AdaptiveSchedule | None = None
 
     def __post_init__(self) -> None:
         """Check the shared options; a subclass that adds some calls this first."""
         super().__post_init__()
         require(self.rank >= 1, "rank", f"rank must be at least 1, not {self.rank}")
         require(self.every >= 0, "every", f"every must be 0 (refresh once) or more, not {self.every}")
+        if self.schedule is not None:
+            self.check_schedule()
+
+    def check_schedule(self) -> None:
+        """Refuse a ``schedule`` that would have nothing to decide; a subclass that supports none raises always.
+
+        Raises:
+            SpecError: It would not.
+        """
+        require(
+            self.reads != "nothing",
+            "schedule",
+            "a schedule asks whether the basis still fits the gradient, of which this transform reads nothing; leave schedule "
+            "out",
+        )
+        require(
+            self.every > 0,
+            "schedule",
+            "a schedule decides at every `every`-th step whether to refresh, and every=0 refreshes once; leave out one of them",
+        )
 
     @override
     def ranks(self, shape: tuple[int, int]) -> Ranks:
@@ -84,6 +108,11 @@ class BasisTransform(Transform):
         left = self.side in ("left", "both") or self.side == ("long" if right_is_short else "short")
         right = self.side in ("right", "both") or self.side == ("short" if right_is_short else "long")
         return rank if left else None, rank if right else None
+
+    @property
+    @override
+    def rule(self) -> AdaptiveSchedule | None:
+        return self.schedule
 
     @property
     @override

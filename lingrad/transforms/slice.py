@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from lingrad.errors import ShapeError, require
+from lingrad.errors import ShapeError, SpecError, require
 from lingrad.gradients.base import Gradient
 from lingrad.maps import KroneckerMap, LinearMap
 from lingrad.tensors import wide
@@ -85,6 +85,12 @@ class Slice(BasisTransform):
             "workers",
             f"workers cuts a shared basis, and choice={self.choice} has none; leave it out, or choose orthogonal or "
             "by_gradient",
+        )
+
+    @override
+    def check_schedule(self) -> None:
+        raise SpecError(
+            "the bases of all workers change between their rounds, every so many steps; leave schedule out", option="schedule"
         )
 
     @property

@@ -26,6 +26,7 @@ class SVD(SideTransform):
         every: Steps between refreshes; 0 refreshes once.
         side: Which side has the basis: short, long, left, right, both.
         clip: Lower the rank to min(m, n) where it does not fit.
+        schedule: What decides every ``every`` steps whether to refresh: ``energy()``, ``overlap()``, ``path()``; or None.
         solver: ``exact`` forms the gradient and takes its SVD; ``gram`` takes the eigenvectors of its smaller Gram matrix;
             ``randomized`` takes the leading singular vectors of a sketch of it (Halko, Martinsson, Tropp 2011, section 4.1, in
             one pass), which are used from the next step on.

@@ -242,6 +242,10 @@ class TestNothingWaits:
             "pca(rank=4, every=4)",
             "kron(left=svd(rank=4, every=4), right=random(rank=3, every=4, kind=rows))",
             "full()",
+            "svd(rank=4, every=4, schedule=energy)",
+            "power(rank=4, every=4, schedule=overlap)",
+            "svd(rank=4, every=4, schedule=path(threshold=0.01))",
+            "power(rank=4, every=4, schedule=path(threshold=1.0, measure=displacement))",
         ],
     )
     def test_off_refresh_steps(self, spec, clip, mode):

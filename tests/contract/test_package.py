@@ -285,10 +285,13 @@ class TestDocs:
     def test_python_on_the_page_of_methods_runs(self):
         import re
 
-        (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/methods.md").read_text(), flags=re.DOTALL)
+        policies, schedules = re.findall(r"```python\n(.*?)```", (ROOT / "docs/methods.md").read_text(), flags=re.DOTALL)
         names = {}
-        exec(compile(block, "docs/methods.md", "exec"), names)  # noqa: S102 - our own text
+        exec(compile(policies, "docs/methods.md", "exec"), names)  # noqa: S102 - our own text
         assert (names["opt"].settings.carry, names["opt"].settings.residual) == ("transport", "scaled")
+        names["opt"].detach()
+        exec(compile(schedules, "docs/methods.md", "exec"), names)  # noqa: S102 - our own text
+        assert names["opt"].next_refreshes() == {"0.weight": (0, 50, True)}
 
     def test_python_on_the_duality_page_runs(self):
         import re

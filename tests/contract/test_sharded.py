@@ -227,6 +227,8 @@ SAVED = [
     ("power(rank=4, every=3, side=left)", "adapter", True),
     ("random(rank=4, every=5)", "adapter", False),
     ("pca(rank=4)", "optimizer", True),
+    ("power(rank=4, every=3, side=left, schedule=path(threshold=0.8))", "adapter", True),
+    ("svd(rank=4, every=3, schedule=path(threshold=0.3, measure=displacement))", "optimizer", False),
 ]
 
 
@@ -331,10 +333,10 @@ def test_gradients_are_reduced_in_the_small_space(tmp_path, spec, mode):
     assert refresh < full_steps[1]["reduce"]
 
 
-def held(rank, world, mode):
+def held(rank, world, mode, spec):
     """Bytes by kind, those of transformed weights and of all gradients among them."""
     model = shard(llama(torch.float32)) if world > 1 else llama(torch.float32)
-    optimizer = MODES[mode](model, RIGHT, lr=1e-2)
+    optimizer = MODES[mode](model, spec, lr=1e-2)
     text_loss(model, text_batches(1, rows=6)[0][0]).backward()
     optimizer.step()
     found = [(tensor, kind) for tensor, kind in optimizer.held()]
@@ -345,18 +347,22 @@ def held(rank, world, mode):
 
 
 RIGHT = "random(rank=4, every=3, side=right)"
+ADDS_UP = "svd(rank=4, every=3, side=right, schedule=path)"  # sums of gradients are cut as coordinates are
 
 
 @each_mode
 @pytest.mark.parametrize("world", [2, pytest.param(3, marks=pytest.mark.slow)])
-def test_a_process_holds_its_part_as_estimated(tmp_path, mode, world):
-    found = each_rank(held, world, tmp_path, mode)
-    estimate = memory.estimate(llama(torch.float32), RIGHT, "adamw", mode, ranks=world)
+@pytest.mark.parametrize("spec", [RIGHT, pytest.param(ADDS_UP, marks=pytest.mark.slow)])
+def test_a_process_holds_its_part_as_estimated(tmp_path, mode, world, spec):
+    found = each_rank(held, world, tmp_path, mode, spec)
+    estimate = memory.estimate(llama(torch.float32), spec, "adamw", mode, ranks=world)
     names = {row.name: row for row in estimate.rows}
     transformed = [row for name, row in names.items() if "proj" in name]
     assert found[0]["weight"] == sum(row.weight for row in transformed)
     for kind in ("coords", "basis", "moments", "gradient", "coords gradient"):
         assert found[0][kind] == estimate.totals[kind], kind
+    if spec != RIGHT:
+        return
     whole = memory.estimate(llama(torch.float32), RIGHT, "adamw", "adapter").totals
     for kind in ("coords", "gradient", "coords gradient"):
         assert sum(one[kind] for one in found) == whole[kind], kind

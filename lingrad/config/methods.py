@@ -65,11 +65,11 @@ METHODS: dict[str, NamedMethod] = {
         differs="moments are coded by lingrad's own blocks, for any base",
     ),
     "q_galore": NamedMethod(
-        spec="coded(each=svd(rank={rank}, every={every}, side={side}), bits=4)",
+        spec="coded(each=svd(rank={rank}, every={every}, side={side}, schedule=overlap()), bits=4)",
         base_options={"moments": "8bit"},
         settings={"scale": 0.25, "rounding": "stochastic"},
         paper="Zhang et al., 2024, arXiv 2407.08296, algorithm 1",
-        differs="two codes in a byte; evenly spaced codes are symmetric; for weights in 8 or 16 bits",
+        differs="two codes in a byte, symmetric; all columns of a basis are compared, not the first; weights in 8 or 16 bits",
     ),
     "online_subspace_descent": NamedMethod(
         spec="pca(rank={rank}, side={side})",

@@ -154,7 +154,15 @@ class TestGoingOnFromAnAdapter:
             bridge.load(path, case.build(), frozen="AB".replace(frozen, ""), lr=1e-2)
 
     @pytest.mark.parametrize(
-        "spec", ["svd(rank=4, every=3, side=left)", "power(rank=4, every=2, side=left)", "pca(rank=4, side=left)"]
+        "spec",
+        [
+            "svd(rank=4, every=3, side=left)",
+            "power(rank=4, every=2, side=left)",
+            "pca(rank=4, side=left)",
+            "svd(rank=4, every=3, side=left, schedule=path(threshold=1.0))",
+            "power(rank=4, every=3, side=left, schedule=energy)",
+            "svd(rank=4, every=3, side=left, schedule=overlap)",
+        ],
     )
     def test_the_basis_is_the_adapters_until_the_first_refresh(self, spec, tmp_path):
         path = lora(tmp_path / "lora", llama, target_modules=["q_proj", "down_proj"], r=4, lora_alpha=4)

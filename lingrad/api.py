@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lingrad.config.methods import takes_methods
+from lingrad.config.methods import DEFAULT, takes_methods
 from lingrad.config.rounds import Rounds
 from lingrad.config.rules import Rules
 from lingrad.config.settings import Carry, Compat, InBackward, Merge, RoundingKind, Scale, Share
@@ -22,7 +22,7 @@ from lingrad.optimizers.base import BaseLike
 @takes_methods
 def wrap(
     model: Trainable,
-    rules: Rules,
+    rules: Rules = DEFAULT,
     base: BaseLike = "adamw",
     *,
     rest_lr: float | Tensor | None = None,
@@ -51,7 +51,8 @@ def wrap(
         rules: A config string such as ``svd(rank=128, every=200)``, for every Linear weight but the output head's;
             or rules, ``{"*.attn.*": "svd(rank=64)", "*norm*": "frozen", "*": "none"}``: globs over module names, the first
             match wins. ``none``, as of what no rule matches, trains in full with the same base. ``frozen`` does not train:
-            ``requires_grad`` is False until ``opt.detach()``.
+            ``requires_grad`` is False until ``opt.detach()``. Or the name of a method, ``fira(rank=128)`` (``lingrad methods``);
+            by default ``finetune``, which docs/which-method.md explains.
         base: The optimizer of the coordinates: a name (see ``lingrad.optimizers.names()``), a ``torch.optim.Optimizer`` class,
             or a factory ``f(params, **base_kwargs)``.
         rest_lr: The learning rate of what trains in full, such as norms, biases, embeddings and the head; None is ``lr``, whose
@@ -138,7 +139,7 @@ def wrap(
 @takes_methods
 def adapt(
     model: Trainable,
-    rules: Rules,
+    rules: Rules = DEFAULT,
     base: BaseLike = "adamw",
     *,
     rest_lr: float | Tensor | None = None,

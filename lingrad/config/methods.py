@@ -21,7 +21,7 @@ from lingrad.transforms import registry
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-BASE = "adamw"  # of `lingrad.wrap`
+BASE, DEFAULT = "adamw", "finetune"  # of `lingrad.wrap`
 _NAME = re.compile(r"\s*([A-Za-z_][\w-]*)\s*(\(|$)")
 
 
@@ -51,6 +51,12 @@ class NamedMethod:
 _SVD = "svd(rank={rank}, every={every}, side={side})"
 
 METHODS: dict[str, NamedMethod] = {
+    "finetune": NamedMethod(
+        spec="random(rank={rank}, every=0, kind=orthonormal, side=long, clip=true)",
+        options={"rank": 32},
+        settings={"scale": "norm"},
+        paper="of none: what lingrad.wrap and adapt do without rules; docs/which-method.md says why",
+    ),
     "galore": NamedMethod(
         spec=_SVD,
         settings={"scale": 0.25},
@@ -216,7 +222,7 @@ def takes_methods(function: F) -> F:
     @functools.wraps(function)
     def taking(*args: Any, **kwargs: Any) -> Any:
         bound = signature.bind_partial(*args, **kwargs).arguments
-        chosen = method_of(bound.get("rules"))
+        chosen = method_of(bound.get("rules", signature.parameters["rules"].default))
         if chosen is None:
             return function(*args, **kwargs)
         given = {**{key: value for key, value in bound.items() if key != rest}, **bound.get(rest, {}), "rules": chosen.rules}

@@ -51,8 +51,8 @@ def wrap(
         rules: A config string such as ``svd(rank=128, every=200)``, for every Linear weight but the output head's;
             or rules, ``{"*.attn.*": "svd(rank=64)", "*norm*": "frozen", "*": "none"}``: globs over module names, the first
             match wins. ``none``, as of what no rule matches, trains in full with the same base. ``frozen`` does not train:
-            ``requires_grad`` is False until ``opt.detach()``. Or the name of a method, ``fira(rank=128)`` (``lingrad methods``);
-            by default ``finetune``, which docs/which-method.md explains.
+            ``requires_grad`` is False until ``opt.detach()``. Or the name of a method, ``fira(rank=128)``, of those that
+            ``lingrad methods`` lists; by default ``finetune``, which docs/which-method.md explains.
         base: The optimizer of the coordinates: a name (see ``lingrad.optimizers.names()``), a ``torch.optim.Optimizer`` class,
             or a factory ``f(params, **base_kwargs)``.
         rest_lr: The learning rate of what trains in full, such as norms, biases, embeddings and the head; None is ``lr``, whose

@@ -124,8 +124,9 @@ def choose_one(run: Run, param: Tensor) -> None:
     attachment.require_read()
     sub.pending.require_read(sub.coords)
     choose(run, [sub])
-    if sub.basis.proposal is None and sub.coords.grad is not None and bool(sub.coords.grad.any()):
-        sub.basis.due = False  # a schedule, or a gradient that is not finite, has let the old basis stay
+    grad = sub.coords.grad
+    if sub.basis.proposal is None and grad is not None and bool(grad.any() & grad.isfinite().all()):
+        sub.basis.due = False  # its schedule, which is asked once a step, lets the old one stay
         sub.pending.forget()
     commit(run, sub.basis)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -163,6 +164,7 @@ def simulate(question: Question, method: Method | None = None) -> MemoryReport:
     Raises:
         MemoryModelError: It cannot be simulated; the message names the closed form.
     """
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of a cast at each product of a layer in 8 bits
     try:
         return runs.simulate(
             lambda: open_in(question.model, question.dtype),

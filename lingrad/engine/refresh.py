@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lingrad.engine.run import Run
-from lingrad.gradients import FactoredGradient, Gradient
+from lingrad.gradients import DenseGradient, FactoredGradient, Gradient
 from lingrad.gradients.averaged import averaged
 from lingrad.gradients.stacked import StackedGradient
 from lingrad.maps import LinearMap
@@ -28,6 +28,8 @@ from lingrad.transforms import Probe, Sketch
 from lingrad.transforms.sketch import free_test_matrices, sketched
 
 NOT_FINITE = "the gradient at a refresh is not finite; the old basis stays until the next one"
+
+WEIGHT_NOT_FINITE = "the weight is not finite, and no basis can be chosen from it; the old basis stays"
 
 
 def choose(run: Run, subs: Iterable[Subspace]) -> None:
@@ -99,13 +101,21 @@ def renew(run: Run) -> None:
 
 @torch.no_grad()
 def schedule(run: Run) -> None:
-    """Look ahead to the next step, and draw the bases that no gradient decides before its forward.
+    """Look ahead to the next step, and change the bases that no gradient decides before its forward.
 
     Args:
-        run: The run.
+        run: The run. A weight that is not finite leaves the old basis of a transform that reads it.
     """
     for basis in look_ahead(run):
-        basis.proposal = _proposed(run, basis, basis.transform.refresh(basis.state, None, basis.when))
+        reads_weight = basis.transform.reads == "weight"
+        seen = _weight(run, basis) if reads_weight else None
+        if reads_weight and seen is None:
+            continue
+        proposal = _proposed(run, basis, basis.transform.refresh(basis.state, seen, basis.when))
+        if reads_weight and not _finite(proposal):
+            _warn_of_basis(basis)
+            continue
+        basis.proposal = proposal
         commit(run, basis)
 
 
@@ -240,6 +250,16 @@ def _choose(run: Run, basis: Basis, factor: float) -> None:
         else:
             sub.pending.forget()
         sub.pending.proposed = True
+
+
+def _weight(run: Run, basis: Basis) -> Gradient | None:
+    """The weights of the forward that use a basis, one under the other; None, with a warning, if one is not finite."""
+    subs = [attachment.sub for attachment in run.of(basis)]
+    seen = _stacked([DenseGradient(sub.weight.layout.matrix(whole(sub.effective()))) for sub in subs])
+    if bool(seen.norm().isfinite()):
+        return seen
+    basis.warn_once(WEIGHT_NOT_FINITE)
+    return None
 
 
 def _gathered(subs: Sequence[Subspace], probes: Sequence[Probe], processes: Processes) -> Sketch | None:

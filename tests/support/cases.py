@@ -26,6 +26,11 @@ ALL_SPECS = (
     "random(rank=1, every=2)",
     "random(rank=1, every=2, kind=rows)",
     "pca(rank=1)",
+    "svd(rank=1, every=2, choice=sigma)",
+    "rows(rank=1, every=2)",
+    "dct(rank=1, every=2)",
+    "switch(rank=1, every=2, after=3)",
+    "weight(rank=1)",
     "kron(left=svd(rank=1, every=2), right=random(rank=1, every=3))",
     "full()",
 )
@@ -46,6 +51,17 @@ SIDED = (
     "random(rank=4, every=7, side={side}, store=false)",
     "pca(rank=4, side={side})",
     "pca(rank=4, every=7, side={side}, optimizer=sgd(momentum=0.9), lr=0.1, orthonormalize=true)",
+    "svd(rank=4, every=7, side={side}, choice=sigma)",
+    "svd(rank=4, every=7, side={side}, solver=gram, choice=sqrt_sigma)",
+    "svd(rank=4, every=7, side={side}, solver=randomized, choice=sigma)",
+    "rows(rank=4, every=7, side={side})",
+    "rows(rank=4, every=7, side={side}, choice=norm)",
+    "rows(rank=4, every=7, side={side}, choice=square)",
+    "dct(rank=4, every=7, side={side})",
+    "dct(rank=4, every=7, side={side}, store=false)",
+    "switch(rank=4, every=7, side={side}, after=5)",
+    "weight(rank=4, side={side})",
+    "weight(rank=4, every=7, side={side})",
 )
 UNSIDED = (
     "kron(left=svd(rank=4, every=7), right=random(rank=3, every=5))",
@@ -63,6 +79,9 @@ BASES = {
 
 CARRIES = ("keep", "reset", "rotate", "transport")
 CLIPS = (None, 0.05)
+
+# options that a transform must be given besides its rank
+REQUIRED = {"switch": ", after=5"}
 
 # What a base needs to be tried well; a base that is not here is tried as it is, with lr=1e-2.
 # eps: S^T G of both-sided singular vectors is diagonal but for rounding; these bases divide an entry by its own size plus eps.
@@ -85,7 +104,7 @@ def variants():
         cls = registry.find_transform(name)
         if not issubclass(cls, BasisTransform):
             continue
-        text = f"{name}(rank=4, every=7, side={{side}}"
+        text = f"{name}(rank=4, every=7, side={{side}}{REQUIRED.get(name, '')}"
         found.append(f"{text})")
         for option in dataclasses.fields(cls):
             (kind, *_) = kinds(cls)[option.name]

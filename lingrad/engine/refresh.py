@@ -13,12 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lingrad.engine.reading import gathered, nothing, stacked, weights
 from lingrad.engine.run import Run
-from lingrad.gradients import DenseGradient, FactoredGradient, Gradient
+from lingrad.gradients import Gradient
 from lingrad.gradients.averaged import averaged
-from lingrad.gradients.stacked import StackedGradient
 from lingrad.maps import LinearMap
-from lingrad.parallel import Processes
 from lingrad.subspaces import trees
 from lingrad.subspaces.basis import Basis, Probes, Proposal
 from lingrad.subspaces.products import in_whole
@@ -28,8 +27,6 @@ from lingrad.transforms import Probe, Sketch
 from lingrad.transforms.sketch import free_test_matrices, sketched
 
 NOT_FINITE = "the gradient at a refresh is not finite; the old basis stays until the next one"
-
-WEIGHT_NOT_FINITE = "the weight is not finite, and no basis can be chosen from it; the old basis stays"
 
 
 def choose(run: Run, subs: Iterable[Subspace]) -> None:
@@ -69,9 +66,9 @@ def renew(run: Run) -> None:
         subs = [attachment.sub for attachment in run.of(basis)]
         asked = basis.asks(subs[0].coords)
         every = (*asked.learned, *asked.held_out)
-        found = _gathered(subs, every, subs[0].processes)
+        found = gathered(subs, every, subs[0].processes)
         if found is None and several:
-            found = sketched(averaged(_stacked([_nothing(sub, None) for sub in subs]), subs[0].processes), every)
+            found = sketched(averaged(stacked([nothing(sub, None) for sub in subs]), subs[0].processes), every)
         for sub in subs if several else ():  # what was averaged is a copy
             sub.pending.total = None
         if found is not None:
@@ -108,7 +105,7 @@ def schedule(run: Run) -> None:
     """
     for basis in look_ahead(run):
         reads_weight = basis.transform.reads == "weight"
-        seen = _weight(run, basis) if reads_weight else None
+        seen = weights(run, basis) if reads_weight else None
         if reads_weight and seen is None:
             continue
         proposal = _proposed(run, basis, basis.transform.refresh(basis.state, seen, basis.when))
@@ -218,8 +215,8 @@ def _choose(run: Run, basis: Basis, factor: float) -> None:
     if processes.count == 1 and template is None:
         return
     # an absent one is zero; where all are, other ranks found something
-    every = [_nothing(sub, template) if part is None else part for sub, part in zip(subs, parts, strict=True)]
-    local = _stacked(every)
+    every = [nothing(sub, template) if part is None else part for sub, part in zip(subs, parts, strict=True)]
+    local = stacked(every)
     size = processes.reduce(local.norm())  # of the parts, which is not that of their mean, but zero or not finite with it
     norm = float(size) * factor
     if not math.isfinite(norm):
@@ -252,60 +249,10 @@ def _choose(run: Run, basis: Basis, factor: float) -> None:
         sub.pending.proposed = True
 
 
-def _weight(run: Run, basis: Basis) -> Gradient | None:
-    """The weights of the forward that use a basis, one under the other; None, with a warning, if one is not finite."""
-    subs = [attachment.sub for attachment in run.of(basis)]
-    seen = _stacked([DenseGradient(sub.weight.layout.matrix(whole(sub.effective()))) for sub in subs])
-    if bool(seen.norm().isfinite()):
-        return seen
-    basis.warn_once(WEIGHT_NOT_FINITE)
-    return None
-
-
-def _gathered(subs: Sequence[Subspace], probes: Sequence[Probe], processes: Processes) -> Sketch | None:
-    """The products of the stacked gradient, from what each weight's backwards recorded; the mean over processes.
-
-    Args:
-        subs: The subspaces that use one basis.
-        probes: What was asked.
-        processes: Those of the run.
-
-    Returns:
-        The products; None where nothing was recorded.
-    """
-    found = [sub.pending.total if isinstance(sub.pending.total, tuple) else None for sub in subs]
-    known = next((total for total in found if total is not None), None)
-    if known is None:
-        return None
-    products = []
-    for i, (left, _) in enumerate(probes):
-        if left is not None:
-            terms = [total[i] for total in found if total is not None]
-            products.append(processes.reduce(terms[0] if len(terms) == 1 else torch.stack(terms).sum(0)))
-            continue
-        rows = [
-            known[i].new_zeros(sub.weight.layout.shape[0], known[i].shape[1]) if total is None else total[i]
-            for sub, total in zip(subs, found, strict=True)
-        ]
-        products.append(processes.reduce(rows[0] if len(rows) == 1 else torch.cat(rows)))
-    return tuple(products)
-
-
 def _proposed(run: Run, basis: Basis, state: Any) -> Proposal:
     if basis.transform.reads != "nothing":
         run.processes.broadcast(trees.tensors(state))
     return basis.proposed(state)
-
-
-def _stacked(parts: Sequence[Gradient]) -> Gradient:
-    return parts[0] if len(parts) == 1 else StackedGradient(parts)
-
-
-def _nothing(sub: Subspace, template: Gradient | None) -> FactoredGradient:
-    """A gradient of no tokens, which is zero."""
-    m, n = sub.weight.layout.shape
-    dtype = sub.coords.dtype if template is None else template.dtype
-    return FactoredGradient(sub.coords.new_empty(0, m, dtype=dtype), sub.coords.new_empty(0, n, dtype=dtype))
 
 
 def _number(value: Tensor | None) -> float | None:

@@ -38,9 +38,8 @@ def weights(run: Run, basis: Basis) -> Gradient | None:
         finite = bool(seen.norm().isfinite())
     except RuntimeError as error:
         raise ModeError(
-            f"{basis.name} is on the {seen.device.type} device, and the basis of {basis.transform.name} is chosen from its "
-            f"values, which cannot be read there ({error}); load the model before the run is made (lingrad.memory.simulate takes "
-            "it without values)"
+            f"the basis of {basis.name} is chosen from the weight's values, which cannot be read on the {seen.device.type} "
+            f"device ({error}); load the model before the run is made (lingrad.memory.simulate takes it without values)"
         ) from error
     if not finite:
         basis.warn_once(WEIGHT_NOT_FINITE)

@@ -1,6 +1,6 @@
 """`svd`: the leading singular vectors of the gradient (GaLore: Zhao et al., ICML 2024, arXiv 2403.03507, section 4).
 
-A sample of them is SARA's (Zhang et al., NeurIPS 2025, arXiv 2502.05790, algorithm 2).
+A sample of them is SARA's (Zhang et al., NeurIPS 2025, arXiv 2502.05790).
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from tests.support.models import llama, text_batches, train
 from tests.support.runs import assert_equal_bits, weights_of
 
 ON_DENSE = [name for name in METHODS if name != "loqt"]  # which is for weights in 4 or 8 bits
-SAMPLE = {"rank": 3, "every": 4}
+SAMPLE = {"rank": 3, "every": 4, "after": 3}
 
 
 def written(name):

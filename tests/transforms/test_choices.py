@@ -57,11 +57,8 @@ def bases_of(text, shape, *grads, **options):
 
 def sides_of(side, shape):
     """Which sides have a basis: GaLore's convention."""
-    m, n = shape
-    short = "right" if m >= n else "left"
-    return {"short": (short,), "long": ({"left": "right", "right": "left"}[short],), "both": ("left", "right")}.get(
-        side, (side,)
-    )
+    short, long = ("right", "left") if shape[0] >= shape[1] else ("left", "right")
+    return {"short": (short,), "long": (long,), "both": ("left", "right")}.get(side, (side,))
 
 
 def largest(sizes, count):

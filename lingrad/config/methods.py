@@ -141,7 +141,7 @@ METHODS: dict[str, NamedMethod] = {
         spec="weight(rank={rank}, side=both)",
         options={"rank": None},
         paper="Bałazy et al., 2024, arXiv 2405.17604",
-        differs="the basis leaves out the singular values, and coordinates start at zero, where the paper's are small and random",
+        differs="the basis leaves out the singular values, and coordinates start at zero, not at small random values",
     ),
 }
 

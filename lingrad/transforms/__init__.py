@@ -19,7 +19,7 @@ from lingrad.transforms.pca import PCA as PCA
 from lingrad.transforms.power import Power as Power
 from lingrad.transforms.random import Random as Random
 from lingrad.transforms.registry import register as register
-from lingrad.transforms.rows import Rows as Rows
+from lingrad.transforms.rows import RowSelection as RowSelection
 from lingrad.transforms.side import BasisTransform as BasisTransform
 from lingrad.transforms.side import Sides as Sides
 from lingrad.transforms.side import SideTransform as SideTransform

@@ -165,6 +165,24 @@ def align_signs(new: Tensor | None, old: Tensor | None) -> Tensor | None:
     return torch.where(against, -new, new)
 
 
+def fix_signs(vectors: Tensor | None, seed: int) -> Tensor | None:
+    """Flip columns that point against a fixed random vector: one that returns has its sign again, wherever it stands.
+
+    For bases in which a column may be orthogonal to the old one in its place, where rounding would decide for `align_signs`.
+
+    Args:
+        vectors: [size, rank], or None for a side without a basis.
+        seed: Seed of the fixed vector, the same at each refresh.
+
+    Returns:
+        ``vectors`` with some columns negated.
+    """
+    if vectors is None:
+        return None
+    fixed = gaussian(len(vectors), 1, seed=derive_seed(seed, "signs"), device=vectors.device, dtype=vectors.dtype)
+    return align_signs(vectors, fixed)
+
+
 def leading_vectors(
     grad: Gradient,
     left: int | None,

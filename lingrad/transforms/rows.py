@@ -15,7 +15,7 @@ from lingrad.transforms.registry import register
 
 @register("rows")
 @final
-class Rows(IndexTransform):
+class RowSelection(IndexTransform):
     """Rows of the weight (columns, on the right side), chosen by their norms in the gradient; the others are not trained.
 
     The map gathers and scatters, and nothing but indices is stored. Norms are taken of some rows of the gradient at a time.

@@ -14,7 +14,7 @@ from typing_extensions import override
 from lingrad.errors import require
 from lingrad.gradients.base import Gradient
 from lingrad.transforms.base import Reads, When
-from lingrad.transforms.linalg import align_signs, derive_seed, gaussian, leading_vectors
+from lingrad.transforms.linalg import align_signs, derive_seed, fix_signs, leading_vectors
 from lingrad.transforms.registry import register
 from lingrad.transforms.side import Sides, SideTransform
 
@@ -100,12 +100,4 @@ class SVD(SideTransform):
             return Sides(left, right)
         if self.choice == "leading":
             return Sides(align_signs(left, old.left), align_signs(right, old.right))
-        return Sides(_signed(left, when.seed), _signed(right, when.seed))
-
-
-def _signed(vectors: Tensor | None, seed: int) -> Tensor | None:
-    """The vectors, each with a positive product with a fixed random one: a vector that returns has its sign again."""
-    if vectors is None:
-        return None
-    fixed = gaussian(len(vectors), 1, seed=derive_seed(seed, "signs"), device=vectors.device, dtype=vectors.dtype)
-    return align_signs(vectors, fixed)
+        return Sides(fix_signs(left, when.seed), fix_signs(right, when.seed))

@@ -9,7 +9,7 @@ from typing_extensions import override
 
 from lingrad.gradients.base import Gradient
 from lingrad.transforms.base import When
-from lingrad.transforms.linalg import align_signs, derive_seed, leading_vectors
+from lingrad.transforms.linalg import derive_seed, fix_signs, leading_vectors
 from lingrad.transforms.registry import register
 from lingrad.transforms.side import Sides, SideTransform
 
@@ -49,6 +49,7 @@ class WeightVectors(SideTransform):
 
     @override
     def bases(self, grad: Gradient, old: Sides, when: When) -> Sides:
+        # signs not as in the old basis: training in it leaves the vectors that may follow orthogonal to it
         ranks = (None if basis is None else basis.shape[1] for basis in old)
         left, right = leading_vectors(grad, *ranks, solver=self.solver, seed=derive_seed(when.seed, when.step))
-        return Sides(align_signs(left, old.left), align_signs(right, old.right))
+        return Sides(fix_signs(left, when.seed), fix_signs(right, when.seed))

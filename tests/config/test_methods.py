@@ -112,7 +112,7 @@ def test_rules_that_name_no_method_stay(rules):
         ("galore(rank=3, every=-1)", "every must be"),
         ("galore(3)", "expected a word, or one with options"),
         ("fira(rank=3, residual=scale)", "did you mean 'scaled'"),
-        ("glore(rank=3)", "unknown transform or method 'glore'; did you mean 'galore'"),
+        ("galor(rank=3)", "unknown transform or method 'galor'; did you mean 'galore'"),
         ("fria(rank=3)", "unknown transform or method 'fria'; did you mean 'fira'"),
         ("svdd(rank=3)", "unknown transform 'svdd'; did you mean 'svd'"),
     ],

@@ -9,7 +9,8 @@ from torch import nn
 import lingrad
 from lingrad import SideTransform, memory, register
 from lingrad.errors import ModeError, SpecError
-from lingrad.transforms import registry
+from lingrad.gradients.local import DenseGradient
+from lingrad.transforms import When, registry
 from tests.support.cases import SIDES
 from tests.support.runs import MODES, assert_equal_bits, each_mode, through_a_file, weights_of
 
@@ -109,6 +110,25 @@ def test_a_later_refresh_reads_the_effective_weight_in_both_modes():
         bases.append([t for sub in optimizer.subspaces for t in sub.map().tensors])
     for a, b in zip(*bases, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("side", SIDES)
+def test_signs_are_not_decided_by_rounding(side):
+    """Training in a basis leaves the singular vectors outside of it orthogonal to it, and one of them may come up."""
+    transform = lingrad.spec.parse(RULES.format(side=side))
+    u, _ = torch.linalg.qr(torch.randn(9, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64))
+    v, _ = torch.linalg.qr(torch.randn(6, 6, generator=torch.Generator().manual_seed(1), dtype=torch.float64))
+    found = []
+    for nudge in (0.0, 1e-15, -1e-15):
+        state = transform.init((9, 6), seed=0, device=torch.device("cpu"), dtype=torch.float64)
+        for step, values in enumerate(((6.0, 5.0, 4.0, 3.0, 2.0, 1.0), (6.0, 5.0, 2.5, 3.0, 2.0, 1.0))):
+            weight = u @ torch.diag(torch.tensor(values, dtype=torch.float64)) @ v.T
+            weight = weight + nudge * torch.randn(9, 6, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+            state = transform.refresh(state, DenseGradient(weight), When(step, step, 0, (9, 6)))
+        found.append([basis for basis in state if basis is not None])
+    for nudged in found[1:]:
+        for a, b in zip(nudged, found[0], strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
 
 
 def test_a_zero_weight_has_an_orthonormal_basis():

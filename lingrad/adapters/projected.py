@@ -76,7 +76,7 @@ class Projection:
         if wanted:
             basis.map()
             basis.make_seal(self.sub.coords)
-        gathers = wanted and self.gathering.due and basis.transform.reads != "nothing"
+        gathers = wanted and self.gathering.due and not basis.transform.before_step
         self.sinks = Sinks(self.sub) if gathers else None
 
     def trace(self) -> None:

@@ -132,6 +132,38 @@ METHODS: dict[str, NamedMethod] = {
         paper="Loeschcke et al., NeurIPS 2024, arXiv 2405.16528, algorithm 1",
         differs="for adapter mode on weights in 4 or 8 bits; intervals do not grow",
     ),
+    "sara": NamedMethod(
+        spec="svd(rank={rank}, every={every}, side={side}, choice=sigma)",
+        settings={"scale": 0.25},
+        paper="Zhang et al., NeurIPS 2025, arXiv 2502.05790",
+        differs="a vector has the sign that it has against a fixed random one",
+    ),
+    "golore": NamedMethod(
+        spec="switch(rank={rank}, every={every}, side={side}, after={after})",
+        options={"rank": None, "after": None, "every": 200, "side": "short"},
+        settings={"scale": 0.25},
+        paper="He et al., ICML 2025, arXiv 2410.11289",
+        differs="the gradient is read at the random refreshes too, whose bases do not depend on it",
+    ),
+    "grass": NamedMethod(
+        spec="rows(rank={rank}, every={every}, side={side}, choice={choice})",
+        options={"rank": None, "every": 200, "side": "short", "choice": "top"},
+        settings={"carry": "reset"},
+        paper="Muhamed et al., 2024, arXiv 2406.17660",
+        differs="rows that are sampled are drawn without replacement, and not scaled by their probabilities",
+    ),
+    "dct_adamw": NamedMethod(
+        spec="dct(rank={rank}, every={every}, side={side}, store=false)",
+        settings={"carry": "rotate", "residual": "feedback"},
+        paper="Modoranu et al., 2025, arXiv 2505.17967",
+        differs="columns are ranked by 2-norms, products take no FFT, and the error that is fed back is not quantised",
+    ),
+    "lora_xs": NamedMethod(
+        spec="weight(rank={rank}, side=both)",
+        options={"rank": None},
+        paper="Bałazy et al., 2024, arXiv 2405.17604",
+        differs="the basis leaves out the singular values, and coordinates start at zero, not at small random values",
+    ),
 }
 
 

@@ -7,7 +7,7 @@ base optimizer's moments carried over, the ledgers of the old basis closed, and 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -15,17 +15,16 @@ from torch import Tensor
 
 from lingrad.engine import adaptive
 from lingrad.engine.adaptive import captured
+from lingrad.engine.reading import gathered, nothing, stacked, weights
 from lingrad.engine.run import Run
-from lingrad.gradients import FactoredGradient, Gradient
+from lingrad.gradients import Gradient
 from lingrad.gradients.averaged import averaged
-from lingrad.gradients.stacked import StackedGradient
-from lingrad.parallel import Processes
 from lingrad.subspaces import trees
 from lingrad.subspaces.basis import Basis, Probes, Proposal
 from lingrad.subspaces.products import in_whole
 from lingrad.subspaces.subspace import Subspace
 from lingrad.tensors import cast, whole
-from lingrad.transforms import Probe, Sketch
+from lingrad.transforms import Sketch
 from lingrad.transforms.sketch import free_test_matrices, sketched
 
 NOT_FINITE = "the gradient at a refresh is not finite; the old basis stays until the next one"
@@ -68,9 +67,9 @@ def renew(run: Run) -> None:
         subs = [attachment.sub for attachment in run.of(basis)]
         asked = basis.asks(subs[0].coords)
         every = (*asked.learned, *asked.held_out)
-        found = _gathered(subs, every, subs[0].processes)
+        found = gathered(subs, every, subs[0].processes)
         if found is None and several:
-            found = sketched(averaged(_stacked([_nothing(sub, None) for sub in subs]), subs[0].processes), every)
+            found = sketched(averaged(stacked([nothing(sub, None) for sub in subs]), subs[0].processes), every)
         for sub in subs if several else ():  # what was averaged is a copy
             sub.pending.total = None
         if found is not None:
@@ -100,14 +99,22 @@ def renew(run: Run) -> None:
 
 @torch.no_grad()
 def schedule(run: Run) -> None:
-    """Look ahead to the next step, and draw the bases that no gradient decides before its forward.
+    """Look ahead to the next step, and change the bases that no gradient decides before its forward.
 
     Args:
-        run: The run.
+        run: The run. A weight that is not finite leaves the old basis of a transform that reads it.
     """
     adaptive.decide(run)
     for basis in look_ahead(run):
-        basis.proposal = _proposed(run, basis, basis.transform.refresh(basis.state, None, basis.when))
+        reads_weight = basis.transform.reads == "weight"
+        seen = weights(run, basis) if reads_weight else None
+        if reads_weight and seen is None:
+            continue
+        proposal = _proposed(run, basis, basis.transform.refresh(basis.state, seen, basis.when))
+        if reads_weight and not _finite(proposal):
+            _warn_of_basis(basis)
+            continue
+        basis.proposal = proposal
         commit(run, basis)
 
 
@@ -187,8 +194,8 @@ def _choose(run: Run, basis: Basis, factor: float) -> None:
     if processes.count == 1 and template is None:
         return
     # an absent one is zero; where all are, other ranks found something
-    every = [_nothing(sub, template) if part is None else part for sub, part in zip(subs, parts, strict=True)]
-    local = _stacked(every)
+    every = [nothing(sub, template) if part is None else part for sub, part in zip(subs, parts, strict=True)]
+    local = stacked(every)
     size = processes.reduce(local.norm())  # of the parts, which is not that of their mean, but zero or not finite with it
     norm = float(size) * factor
     if not math.isfinite(norm):
@@ -223,50 +230,10 @@ def _choose(run: Run, basis: Basis, factor: float) -> None:
         sub.pending.proposed = True
 
 
-def _gathered(subs: Sequence[Subspace], probes: Sequence[Probe], processes: Processes) -> Sketch | None:
-    """The products of the stacked gradient, from what each weight's backwards recorded; the mean over processes.
-
-    Args:
-        subs: The subspaces that use one basis.
-        probes: What was asked.
-        processes: Those of the run.
-
-    Returns:
-        The products; None where nothing was recorded.
-    """
-    found = [sub.pending.total if isinstance(sub.pending.total, tuple) else None for sub in subs]
-    known = next((total for total in found if total is not None), None)
-    if known is None:
-        return None
-    products = []
-    for i, (left, _) in enumerate(probes):
-        if left is not None:
-            terms = [total[i] for total in found if total is not None]
-            products.append(processes.reduce(terms[0] if len(terms) == 1 else torch.stack(terms).sum(0)))
-            continue
-        rows = [
-            known[i].new_zeros(sub.weight.layout.shape[0], known[i].shape[1]) if total is None else total[i]
-            for sub, total in zip(subs, found, strict=True)
-        ]
-        products.append(processes.reduce(rows[0] if len(rows) == 1 else torch.cat(rows)))
-    return tuple(products)
-
-
 def _proposed(run: Run, basis: Basis, state: Any) -> Proposal:
     if basis.transform.reads != "nothing":
         run.processes.broadcast(trees.tensors(state))
     return basis.proposed(state)
-
-
-def _stacked(parts: Sequence[Gradient]) -> Gradient:
-    return parts[0] if len(parts) == 1 else StackedGradient(parts)
-
-
-def _nothing(sub: Subspace, template: Gradient | None) -> FactoredGradient:
-    """A gradient of no tokens, which is zero."""
-    m, n = sub.weight.layout.shape
-    dtype = sub.coords.dtype if template is None else template.dtype
-    return FactoredGradient(sub.coords.new_empty(0, m, dtype=dtype), sub.coords.new_empty(0, n, dtype=dtype))
 
 
 def _number(value: Tensor | None) -> float | None:

@@ -12,6 +12,10 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from lingrad.tensors import wide
+
+ROWS = 512  # that are formed at a time where all are read one after the other
+
 
 class Gradient(ABC):
     """A matrix G [m, n] that is defined by its products; it need not be formed.
@@ -83,6 +87,14 @@ class Gradient(ABC):
     @abstractmethod
     def to(self, dtype: torch.dtype) -> Gradient:
         """The same gradient with its products computed in ``dtype``."""
+
+    def row_norms(self) -> Tensor:
+        """The norms of the rows, [m], in at least float32; by some rows of the matrix after the other."""
+        m, blocks = self.shape[0], []
+        for start in range(0, m, ROWS):
+            rows = torch.arange(start, min(start + ROWS, m), device=self.device)
+            blocks.append(torch.linalg.vector_norm(self.select(rows, None).dense(), dim=1, dtype=wide(self.dtype)))
+        return torch.cat(blocks)
 
     def matmul(self, right: Tensor) -> Tensor:
         """``G @ right``: [n, q] -> [m, q]."""

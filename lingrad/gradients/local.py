@@ -81,6 +81,11 @@ class DenseGradient(Gradient):
         return norm
 
     @override
+    def row_norms(self) -> Tensor:
+        norms: Tensor = torch.linalg.vector_norm(self.matrix, dim=1, dtype=wide(self.dtype))
+        return norms
+
+    @override
     def to(self, dtype: torch.dtype) -> DenseGradient:
         return DenseGradient(self.matrix.to(dtype))
 
@@ -215,6 +220,11 @@ class RowsGradient(Gradient):
     @override
     def norm(self) -> Tensor:
         return self.part.norm()
+
+    @override
+    def row_norms(self) -> Tensor:
+        norms = self.part.row_norms()
+        return norms.new_zeros(self.rows).index_copy_(0, self._indices(), norms)
 
     @override
     def to(self, dtype: torch.dtype) -> RowsGradient:

@@ -75,5 +75,9 @@ class StackedGradient(Gradient):
         return norm
 
     @override
+    def row_norms(self) -> Tensor:
+        return torch.cat([part.row_norms() for part in self.parts])
+
+    @override
     def to(self, dtype: torch.dtype) -> StackedGradient:
         return StackedGradient([part.to(dtype) for part in self.parts])

@@ -23,10 +23,11 @@ def table() -> str:
     rows = [("method", "is", "adapter mode", "reads G", f"state, MB, {SHAPE[0]} x {SHAPE[1]}, r {RANK}", "from", "differs")]
     for name, method in METHODS.items():
         options = ", ".join(key if value is None else f"{key}={value}" for key, value in method.options.items())
-        chosen = method_of(f"{name}(rank={RANK})")
+        required = [key for key, value in method.options.items() if value is None]  # of a rank, or a number of steps
+        chosen = method_of(f"{name}({', '.join(f'{key}={RANK}' for key in required)})")
         assert chosen is not None  # noqa: S101 - it is in the table
         residual = chosen.settings.get("residual")
-        shown = str(chosen).replace(f"rank={RANK}", "rank=...")
+        shown = str(chosen).replace(f"={RANK}", "=...")
         dual = "only" if "keep_remainder" in chosen.settings else "refused" if residual else "the same run"
         state = f"{_state(chosen):.2f}"
         rows.append((f"`{name}({options})`", f"`{shown}`", dual, _reads(chosen), state, method.paper, method.differs))

@@ -159,9 +159,10 @@ def _transform(asked: str | Transform | None, name: str, start: _Start, shape: t
 
 
 def _require_settable(sub: Subspace, start: _Start) -> None:
-    if not isinstance(getattr(sub.basis.state, start.side, None), Tensor):
+    basis = getattr(sub.basis.state, start.side, None)
+    if not isinstance(basis, Tensor) or not basis.is_floating_point():
         raise SpecError(
-            f"{sub.basis.transform.name} draws its bases and cannot begin with an adapter's; use svd or power, or no spec",
+            f"{sub.basis.transform.name} computes its bases and cannot begin with an adapter's; use svd or power, or no spec",
             option="spec",
         )
 

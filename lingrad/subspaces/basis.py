@@ -165,7 +165,7 @@ class Basis:
         # a basis that is learned from a sketch has changed at the end of the last step, any other changes in this one
         changes = self.refreshes != self.when.refreshes if self.transform.reads == "sketch" else now
         self.when = When(clock, self.refreshes, self.when.seed, self.when.shape, self.when.run_seed)
-        self.due = now and self.transform.reads != "nothing"
+        self.due = now and not self.transform.before_step
         return Schedule(now and not self.due, changes)
 
     def quiet_until(self, step: int) -> int:

@@ -22,8 +22,9 @@ from lingrad.transforms.schedules import AdaptiveSchedule
 
 # What a refresh reads. ``gradient``: G itself; the new basis is used in the same step. ``sketch``: products of G with matrices
 # that are fixed before the step, summed over micro-batches without forming G; the new basis is used from the next step on,
-# because G is no longer available to project. ``nothing``: the basis is drawn before the step.
-Reads = Literal["gradient", "sketch", "nothing"]
+# because G is no longer available to project. ``weight``: the weight W + S z itself, before the step. ``nothing``: the basis is
+# drawn before the step.
+Reads = Literal["gradient", "sketch", "weight", "nothing"]
 
 Ranks = tuple[int | None, int | None]
 
@@ -112,7 +113,8 @@ class Transform(ABC):
 
         Args:
             state: The state that `init` or the last refresh gave; not modified.
-            grad: G [m, n], finite and not zero; None for a transform that reads nothing.
+            grad: G [m, n], finite and not zero; None for a transform that reads nothing. For one that reads the weight: that,
+                finite, as a gradient.
             when: The step, the number of refreshes so far, the weight's seed.
 
         Returns:
@@ -166,6 +168,11 @@ class Transform(ABC):
     def reads(self) -> Reads:
         """What a refresh reads. A subclass writes ``reads = "sketch"`` in its body, without an annotation."""
         return "gradient"
+
+    @property
+    def before_step(self) -> bool:
+        """Whether a refresh reads nothing of the step's backwards, and happens before its forward."""
+        return self.reads in ("weight", "nothing")
 
     @property
     def stores_map(self) -> bool:

@@ -166,7 +166,7 @@ class Experts(Transform):
     @property
     @override
     def reads(self) -> Reads:
-        return "nothing" if self.each.reads == "nothing" else "gradient"
+        return self.each.reads if self.each.before_step else "gradient"
 
     @property
     @override

@@ -54,6 +54,15 @@ class Kron(Transform):
             require(factor.rule is None, side, f"the {side} factor of kron refreshes every so many steps; leave schedule out")
             object.__setattr__(self, side, replace(factor, side="short"))
 
+        read = {self.left.reads, self.right.reads}
+        if "weight" in read and read & {"gradient", "sketch"}:
+            early, late = ("left", "right") if self.left.reads == "weight" else ("right", "left")
+            raise SpecError(
+                f"the {early} factor reads the weight, before a step, and the {late} one the gradient, in it; next to one that "
+                "reads the weight can be another such, or one that reads nothing, such as random",
+                option=early,
+            )
+
     @cached_property
     def _factors(self) -> tuple[Transform, Transform]:
         return replace(self.left, side="left"), replace(self.right, side="right")  # type: ignore[call-arg]
@@ -70,9 +79,13 @@ class Kron(Transform):
 
     @override
     def storage(self, shape: tuple[int, int], dtype: torch.dtype) -> list[TensorSpec]:
-        # the basis of a factor that reads nothing is in the map only
-        stored = [factor for factor in self._factors if self.stores_map or factor.reads != "nothing"]
-        return [tensor for factor in stored for tensor in factor.storage(shape, dtype)]
+        if self.stores_map:
+            return [tensor for factor in self._factors for tensor in factor.storage(shape, dtype)]
+        # the basis of a factor that reads nothing, or stores indices alone, is in the map only
+        stored = [factor for factor in self._factors if factor.reads != "nothing"]
+        options: Any = {"store": False}
+        unstored = [replace(factor, **options) if hasattr(factor, "store") else factor for factor in stored]
+        return [tensor for factor in unstored for tensor in factor.storage(shape, dtype)]
 
     @override
     def init(self, shape: tuple[int, int], *, seed: int, device: torch.device, dtype: torch.dtype) -> KronState:

@@ -40,6 +40,42 @@ def start_basis(size: int, rank: int, *, seed: int, device: torch.device, dtype:
     return gaussian(size, rank, seed=seed, device=device, dtype=wide(dtype)).div_(size**0.5).to(dtype)
 
 
+def some_of(size: int, count: int, *, seed: int, device: torch.device) -> Tensor:
+    """Random indices, int64 [count], ascending and without repeats; drawn on the CPU, the same on every device."""
+    chosen = torch.randperm(size, generator=torch.Generator().manual_seed(seed), device="cpu")[:count]
+    return chosen.sort().values.to(device)
+
+
+def choose_by_size(sizes: Tensor, count: int, *, floor: Tensor, power: float | None = None, seed: int = 0) -> Tensor:
+    """The indices of some sizes: the largest, or a sample without replacement.
+
+    A sample is drawn one after the other, each with a probability proportional to a power of the size, among those that are
+    left: those with the ``count`` largest quotients of that power and an exponential random number (Efraimidis, Spirakis 2006).
+
+    Of the largest, sizes that differ by less than 2e-4 of themselves (1e-8 in float64) count as equal, and the first is taken:
+    rounding would decide otherwise, and differently in two runs that are equal.
+
+    Args:
+        sizes: [k], not negative.
+        count: How many, at most k.
+        floor: 0-d. Sizes up to it are rounding errors and count as 0; such are taken last, those of low index first.
+        power: Of the size that probabilities are proportional to; None takes the largest.
+        seed: Seed of the sample.
+
+    Returns:
+        int64 [count], ascending.
+    """
+    sizes = torch.where(sizes <= floor, 0, sizes)
+    if power is None:
+        steps = 2.0**12 if sizes.dtype == torch.float32 else 2.0**26
+        sizes = sizes.log2().mul_(steps).round_()
+    else:
+        generator = torch.Generator().manual_seed(seed)
+        drawn = torch.empty(len(sizes), dtype=torch.float32, device="cpu").exponential_(generator=generator)
+        sizes = sizes**power / drawn.to(device=sizes.device, dtype=sizes.dtype)
+    return sizes.sort(descending=True, stable=True).indices[:count].sort().values
+
+
 def orthonormalize(columns: Tensor, *, seed: int) -> Tensor:
     """Orthonormal columns with the same span, by a QR whose R has a positive diagonal.
 
@@ -129,15 +165,34 @@ def align_signs(new: Tensor | None, old: Tensor | None) -> Tensor | None:
     return torch.where(against, -new, new)
 
 
+def fix_signs(vectors: Tensor | None, seed: int) -> Tensor | None:
+    """Flip columns that point against a fixed random vector: one that returns has its sign again, wherever it stands.
+
+    For bases in which a column may be orthogonal to the old one in its place, where rounding would decide for `align_signs`.
+
+    Args:
+        vectors: [size, rank], or None for a side without a basis.
+        seed: Seed of the fixed vector, the same at each refresh.
+
+    Returns:
+        ``vectors`` with some columns negated.
+    """
+    if vectors is None:
+        return None
+    fixed = gaussian(len(vectors), 1, seed=derive_seed(seed, "signs"), device=vectors.device, dtype=vectors.dtype)
+    return align_signs(vectors, fixed)
+
+
 def leading_vectors(
     grad: Gradient,
     left: int | None,
     right: int | None,
     *,
     solver: Literal["exact", "gram"] = "exact",
+    sample: float | None = None,
     seed: int,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """The leading singular vectors of a gradient, on one side or on both.
+    """The leading singular vectors of a gradient, on one side or on both; or a sample of them.
 
     Args:
         grad: G [m, n].
@@ -145,15 +200,20 @@ def leading_vectors(
         right: How many right singular vectors, at most min(m, n), or None.
         solver: ``exact`` (SVD of the matrix) or ``gram`` (eigenvectors of the smaller Gram matrix in float64: faster, but
             singular values below 1e-8 of the largest are not resolved).
-        seed: Seed of directions that the gradient does not determine.
+        sample: None for the leading ones. A number draws them without replacement, with a probability proportional to that
+            power of the singular value; the same ones on both sides, in the order of their singular values.
+        seed: Seed of the sample, and of directions that the gradient does not determine.
 
     Returns:
         Orthonormal columns [m, left] and [n, right] in at least float32, owning their memory.
     """
     grad = grad.to(wide(grad.dtype))
     rank = max(left or 0, right or 0)
-    u, s, v, resolved = (_gram if solver == "gram" else _exact)(grad.dense(), rank)
+    u, s, v, resolved = (_gram if solver == "gram" else _exact)(grad.dense(), rank if sample is None else min(grad.shape))
     floor = s[0] * max(grad.shape) * resolved
+    if sample is not None:
+        chosen = choose_by_size(s, rank, floor=floor, power=sample, seed=derive_seed(seed, "sample"))
+        u, s, v = u.index_select(1, chosen), s.index_select(0, chosen), v.index_select(1, chosen)
 
     def completed(vectors: Tensor, count: int | None, side: str) -> Tensor | None:
         """The vectors that the gradient determines, and seeded ones in place of the others."""

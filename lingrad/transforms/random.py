@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Literal, NamedTuple, final
 
 import torch
@@ -12,7 +13,7 @@ from lingrad.gradients.base import Gradient
 from lingrad.maps import KroneckerMap, LinearMap, SelectionMap
 from lingrad.tensors import TensorSpec, wide
 from lingrad.transforms.base import When
-from lingrad.transforms.linalg import derive_seed, gaussian, orthonormalize
+from lingrad.transforms.linalg import derive_seed, gaussian, orthonormalize, some_of
 from lingrad.transforms.registry import register
 from lingrad.transforms.side import BasisTransform
 
@@ -88,24 +89,36 @@ class Random(BasisTransform):
 
     @override
     def map(self, state: Drawn) -> LinearMap:
-        draw = _choose_rows if self.kind == "rows" else self._basis
+        draw = _choose_rows if self.kind == "rows" else partial(random_basis, self.kind)
         left, right = (
             None if rank is None else draw(size, rank, seed=derive_seed(state.seed, side), template=state.like)
             for side, size, rank in (("left", state.m, state.p), ("right", state.n, state.q))
         )
         return SelectionMap(left, right, (state.m, state.n)) if self.kind == "rows" else KroneckerMap(left, right)
 
-    def _basis(self, size: int, rank: int, *, seed: int, template: Tensor) -> Tensor:
-        drawn = gaussian(size, rank, seed=seed, device=template.device, dtype=wide(template.dtype))
-        if self.kind == "orthonormal":
-            drawn = orthonormalize(drawn, seed=seed)
-        elif self.kind == "rademacher":
-            drawn = torch.where(drawn < 0, -1.0, 1.0).to(drawn.dtype) / size**0.5
-        else:
-            drawn = drawn / size**0.5
-        return drawn.to(template.dtype)
-
 
 def _choose_rows(size: int, rank: int, *, seed: int, template: Tensor) -> Tensor:
-    chosen = torch.randperm(size, generator=torch.Generator().manual_seed(seed), device="cpu")[:rank]
-    return chosen.sort().values.to(template.device)
+    return some_of(size, rank, seed=seed, device=template.device)
+
+
+def random_basis(kind: Distribution, size: int, rank: int, *, seed: int, template: Tensor) -> Tensor:
+    """A random basis.
+
+    Args:
+        kind: As `Random.kind`, but ``rows``.
+        size: Its rows.
+        rank: Its columns.
+        seed: The seed.
+        template: Has its device and dtype.
+
+    Returns:
+        [size, rank].
+    """
+    drawn = gaussian(size, rank, seed=seed, device=template.device, dtype=wide(template.dtype))
+    if kind == "orthonormal":
+        drawn = orthonormalize(drawn, seed=seed)
+    elif kind == "rademacher":
+        drawn = torch.where(drawn < 0, -1.0, 1.0).to(drawn.dtype) / size**0.5
+    else:
+        drawn = drawn / size**0.5
+    return drawn.to(template.dtype)

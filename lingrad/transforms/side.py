@@ -148,6 +148,7 @@ class SideTransform(BasisTransform):
     - ``reads = "gradient"``, the default: the gradient; the new basis is used in the same step.
     - ``reads = "sketch"``: the gradient times a random matrix with `columns` columns; the gradient itself is never formed, and
       the new basis is used from the next step on. The first step trains in a random orthonormal basis.
+    - ``reads = "weight"``: the weight of the forward, as a gradient; the new basis is used from that forward on.
 
     Start, state, dtype, checks and map are done here.
     """
@@ -156,12 +157,12 @@ class SideTransform(BasisTransform):
         """Check the options, and ``reads``.
 
         Raises:
-            SpecError: An option is out of range, or ``reads`` is neither ``gradient`` nor ``sketch``.
+            SpecError: An option is out of range, or ``reads`` is none of these.
         """
         super().__post_init__()
-        if self.reads not in ("gradient", "sketch"):
+        if self.reads not in ("gradient", "sketch", "weight"):
             raise SpecError(
-                f"{type(self).__name__}.reads must be 'gradient' or 'sketch', not {self.reads!r}; "
+                f"{type(self).__name__}.reads must be 'gradient', 'sketch' or 'weight', not {self.reads!r}; "
                 "a transform that reads nothing derives from BasisTransform"
             )
 
@@ -172,7 +173,8 @@ class SideTransform(BasisTransform):
         Args:
             seen: [size, k], in at least float32. If the class reads the gradient: G [m, n] for a left basis, its transpose
                 [n, m] for a right one. If it reads a sketch: the products of its size rows with a Gaussian matrix, k =
-                ``columns(rank)``, or the same as a gradient where a sketch would not be smaller.
+                ``columns(rank)``, or the same as a gradient where a sketch would not be smaller. If it reads the weight: W, or
+                its transpose.
             old: [size, rank], the basis in use, in the weight's dtype; not to be written into.
             when: The step, the number of refreshes so far, the weight's seed, and the side.
                 ``derive_seed(when.seed, when.step, when.side)`` seeds random numbers of this side.

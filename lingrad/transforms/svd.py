@@ -1,4 +1,7 @@
-"""`svd`: the leading singular vectors of the gradient (GaLore: Zhao et al., ICML 2024, arXiv 2403.03507, section 4)."""
+"""`svd`: the leading singular vectors of the gradient (GaLore: Zhao et al., ICML 2024, arXiv 2403.03507, section 4).
+
+A sample of them is SARA's (Zhang et al., NeurIPS 2025, arXiv 2502.05790).
+"""
 
 from __future__ import annotations
 
@@ -11,15 +14,17 @@ from typing_extensions import override
 from lingrad.errors import require
 from lingrad.gradients.base import Gradient
 from lingrad.transforms.base import Reads, When
-from lingrad.transforms.linalg import align_signs, derive_seed, leading_vectors
+from lingrad.transforms.linalg import align_signs, derive_seed, fix_signs, leading_vectors
 from lingrad.transforms.registry import register
 from lingrad.transforms.side import Sides, SideTransform
+
+POWERS = {"leading": None, "sigma": 1.0, "sqrt_sigma": 0.5}  # of the singular value, to which probabilities are proportional
 
 
 @register("svd")
 @final
 class SVD(SideTransform):
-    """Leading singular vectors of the gradient at each refresh.
+    """Leading singular vectors of the gradient at each refresh, or a sample of its singular vectors.
 
     Args:
         rank: Columns of each basis.
@@ -32,7 +37,10 @@ class SVD(SideTransform):
             one pass), which are used from the next step on.
         oversample: Columns of the sketch beyond ``rank``; None means another ``rank``. Only with ``solver=randomized``.
         precision: ``auto`` computes in at least float32, ``float32`` in float32 always, as galore_torch does.
-        align: Keep the signs of the old basis's columns, on which moments depend.
+        align: Keep the signs of the old basis's columns, on which moments depend; of a sample, whose columns have no fixed
+            places, give each vector the sign it has against a fixed random one.
+        choice: ``leading``; or drawn without replacement from all singular vectors (with ``solver=randomized`` from those of
+            the sketch), with a probability proportional to the singular value, ``sigma``, or to its root, ``sqrt_sigma``.
 
     Raises:
         SpecError: An option is out of range, or belongs to another solver.
@@ -42,6 +50,7 @@ class SVD(SideTransform):
     oversample: int | None = None
     precision: Literal["auto", "float32"] = "auto"
     align: bool = True
+    choice: Literal["leading", "sigma", "sqrt_sigma"] = "leading"
 
     def __post_init__(self) -> None:
         """Check the options."""
@@ -84,5 +93,12 @@ class SVD(SideTransform):
         ranks = (None if basis is None else basis.shape[1] for basis in old)
         # of a sketch in float32 the Gram matrix in float64 loses nothing, and is faster
         by_gram = self.solver == "gram" or (self.solver == "randomized" and grad.dtype != torch.float64)
-        found = leading_vectors(grad, *ranks, solver="gram" if by_gram else "exact", seed=derive_seed(when.seed, when.step))
-        return Sides(*map(align_signs, found, old)) if self.align else Sides(*found)
+        seed = derive_seed(when.seed, when.step)
+        left, right = leading_vectors(
+            grad, *ranks, solver="gram" if by_gram else "exact", sample=POWERS[self.choice], seed=seed
+        )
+        if not self.align:
+            return Sides(left, right)
+        if self.choice == "leading":
+            return Sides(align_signs(left, old.left), align_signs(right, old.right))
+        return Sides(fix_signs(left, when.seed), fix_signs(right, when.seed))

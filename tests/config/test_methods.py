@@ -16,7 +16,7 @@ from tests.support.runs import assert_equal_bits, weights_of
 
 FEW_BITS = ("loqt", "q_galore")  # for weights in 4, 8 or 16 bits
 ON_DENSE = [name for name in METHODS if name not in FEW_BITS]
-SAMPLE = {"rank": 3, "every": 4}
+SAMPLE = {"rank": 3, "every": 4, "after": 3}
 
 
 def written(name):
@@ -126,7 +126,7 @@ def test_rules_that_name_no_method_stay(rules):
         ("galore(rank=3, every=-1)", "every must be"),
         ("galore(3)", "expected a word, or one with options"),
         ("fira(rank=3, residual=scale)", "did you mean 'scaled'"),
-        ("glore(rank=3)", "unknown transform or method 'glore'; did you mean 'galore'"),
+        ("galor(rank=3)", "unknown transform or method 'galor'; did you mean 'galore'"),
         ("fria(rank=3)", "unknown transform or method 'fria'; did you mean 'fira'"),
         ("svdd(rank=3)", "unknown transform 'svdd'; did you mean 'svd'"),
     ],

@@ -26,6 +26,11 @@ SPECS = (
     "random(rank=4, every=3)",
     "random(rank=4, every=3, kind=rows)",
     "random(rank=4, every=3, store=false)",
+    "svd(rank=4, every=3, choice=sigma)",
+    "rows(rank=4, every=3)",
+    "dct(rank=4, every=3, store=false)",
+    "switch(rank=4, every=3, after=4)",
+    "weight(rank=4, every=3)",
 )
 LAYERS = 2
 

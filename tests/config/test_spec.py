@@ -51,7 +51,7 @@ REFUSED = {
 unknown option 'rnak' of svd; did you mean 'rank'?
   svd(rnak=128, every=200)
       ^^^^
-svd takes: rank, every, side, clip, schedule, solver, oversample, precision, align.""",
+svd takes: rank, every, side, clip, schedule, solver, oversample, precision, align, choice.""",
     "sdv(rank=128)": """\
 unknown transform 'sdv'; did you mean 'svd'? Known: KNOWN; OWN.
   sdv(rank=128)
@@ -60,7 +60,7 @@ unknown transform 'sdv'; did you mean 'svd'? Known: KNOWN; OWN.
 svd needs rank
   svd(every=200)
   ^^^^^^^^^^^^^^
-svd takes: rank, every, side, clip, schedule, solver, oversample, precision, align.""",
+svd takes: rank, every, side, clip, schedule, solver, oversample, precision, align, choice.""",
     "svd(rank=4.5)": """\
 rank must be a whole number, not 4.5
   svd(rank=4.5)
@@ -122,7 +122,7 @@ left must be a transform with one basis, such as svd(rank=64), not full
 unknown option 'rnak' of svd; did you mean 'rank'?
   kron(left=svd(rank=4), right=svd(rnak=4))
                                    ^^^^
-svd takes: rank, every, side, clip, schedule, solver, oversample, precision, align.""",
+svd takes: rank, every, side, clip, schedule, solver, oversample, precision, align, choice.""",
     "svd(128)": """\
 options are written option=value
   svd(128)

@@ -232,7 +232,7 @@ class TestAdaptersThatCannotGoOn:
         for spec, message in (
             ("svd(rank=8, side=right)", "use rank=4 and side=right"),
             ("svd(rank=4, side=left)", "use rank=4 and side=right"),
-            ("random(rank=4, side=right)", "random draws its bases"),
+            ("random(rank=4, side=right)", "random computes its bases"),
         ):
             with pytest.raises(SpecError, match=message):
                 bridge.load(path, model, frozen="A", rules=spec, lr=1e-2)

@@ -228,7 +228,7 @@ class TestMessages:
     @pytest.mark.parametrize("reads", ["gradients", "nothing", None])
     def test_reads(self, reads):
         make, _ = spy(reads)
-        message = f"Spy.reads must be 'gradient' or 'sketch', not {reads!r}; a transform that reads nothing derives from Basis"
+        message = f"Spy.reads must be 'gradient', 'sketch' or 'weight', not {reads!r}; a transform that reads nothing derives"
         with pytest.raises(SpecError, match=message):
             make(rank=3)
         with pytest.raises(SpecError, match=message):

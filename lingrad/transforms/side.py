@@ -73,7 +73,7 @@ class BasisTransform(Transform):
             SpecError: It would not.
         """
         require(
-            self.reads != "nothing",
+            not self.before_step,
             "schedule",
             "a schedule asks whether the basis still fits the gradient, of which this transform reads nothing; leave schedule "
             "out",

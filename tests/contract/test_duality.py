@@ -24,7 +24,7 @@ RUN = {"weight_decay": 0.1, "scale": 0.25}
 
 CASES = cases.all_cases()
 PAIRS = cases.covering_cases(2)
-RARE = (pytest.mark.slow, pytest.mark.rare(24))
+RARE = (pytest.mark.slow, pytest.mark.rare(40))
 TRIPLES = [case for case in cases.covering_cases(3) if case not in PAIRS]
 
 

@@ -18,6 +18,8 @@ from tests.support.models import gap, llama, text_batches, train
 from tests.support.runs import MODES, assert_equal_bits, each_mode, through_a_file, weights_of
 from tests.support.watch import NoWaiting
 
+pytestmark = [pytest.mark.thinned(4), pytest.mark.rare(3)]
+
 TOLERANCE = 1e-12
 STEPS, EVERY = 24, 3
 COMMON = {"lr": 1e-2, "weight_decay": 0.1, "scale": 0.25}

@@ -15,6 +15,8 @@ from tests.support.models import gap, train
 from tests.support.runs import MODES, each_mode, weights_of
 from tests.transforms.test_experts import Routed
 
+pytestmark = [pytest.mark.thinned(3), pytest.mark.rare(2)]
+
 STRINGS = {
     "svd(rank=8, schedule=energy())": SVD(rank=8, schedule=EnergySchedule()),
     "svd(rank=8, schedule=energy(fraction=0.5, least=0.25))": SVD(rank=8, schedule=EnergySchedule(fraction=0.5, least=0.25)),

@@ -10,6 +10,8 @@ from lingrad.errors import SpecError
 from tests.support.models import gap, llama, text_batches, three_ways, train
 from tests.support.runs import MODES
 
+pytestmark = [pytest.mark.thinned(3), pytest.mark.rare(2)]
+
 GROW = ("sgd",)
 
 

@@ -7,6 +7,8 @@ from lingrad.config import spec
 from lingrad.errors import ModeError
 from tests.support.cases import SPECS
 
+pytestmark = [pytest.mark.thinned(4), pytest.mark.rare(4)]
+
 SHAPES = [(7, 5), (5, 7), (6, 6)]
 
 

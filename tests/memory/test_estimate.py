@@ -19,7 +19,7 @@ from lingrad.testing.training import every_kind, token_loss
 from lingrad.transforms import registry
 from tests.support import cases
 
-pytestmark = pytest.mark.thinned(3)
+pytestmark = [pytest.mark.thinned(4), pytest.mark.rare(4)]
 
 MODES = ("optimizer", "adapter")
 
@@ -75,7 +75,7 @@ def test_closed_forms_are_what_a_run_holds(case):
 
 
 @pytest.mark.slow
-@pytest.mark.rare(20)
+@pytest.mark.rare(60)
 @pytest.mark.parametrize("case", [case for case in cases.covering(ALL, 3) if case not in PAIRS], ids=label)
 def test_closed_forms_are_what_a_run_holds_in_every_triple(case):
     agree(case, torch.float32)

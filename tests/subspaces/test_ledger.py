@@ -15,6 +15,8 @@ from tests.support.cases import SIDED, UNSIDED
 from tests.support.models import gap, llama, text_batches, text_loss, train, zoo, zoo_batches, zoo_loss
 from tests.support.runs import MODES
 
+pytestmark = [pytest.mark.thinned(3), pytest.mark.rare(3)]
+
 SPECS = [
     text.format(side=side).replace("every=7", "every=3").replace("every=5", "every=3")
     for text in SIDED

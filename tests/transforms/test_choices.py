@@ -23,6 +23,8 @@ from lingrad.transforms import When
 from lingrad.transforms.linalg import choose_by_size
 from tests.support.cases import SIDES
 
+pytestmark = [pytest.mark.thinned(3), pytest.mark.rare(3)]
+
 CPU = torch.device("cpu")
 SHAPES = [(12, 7), (7, 12), (9, 9)]
 EXACT = 1e-12  # float64, in another order

@@ -13,7 +13,7 @@ from lingrad.transforms.linalg import align_signs, derive_seed, gaussian, orthon
 from lingrad.transforms.pca import objective_grad
 from tests.support.cases import SIDES, SPECS
 
-pytestmark = [pytest.mark.thinned(6), pytest.mark.rare(9)]
+pytestmark = [pytest.mark.thinned(9), pytest.mark.rare(12)]
 
 SHAPES = [(12, 7), (7, 12), (9, 9)]
 CPU = torch.device("cpu")

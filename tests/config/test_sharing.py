@@ -278,5 +278,5 @@ class TestGroups:
     def test_options_that_cannot_be_meant(self):
         with pytest.raises(SpecError, match="share must be 'input' or None, not True"):
             lingrad.wrap(llama(), "svd(rank=4)", lr=1e-2, share=True)
-        with pytest.raises(SpecError, match="layerwise=True steps one after the other"):
+        with pytest.raises(SpecError, match="layerwise=True takes one after the other"):
             lingrad.wrap(llama(), "svd(rank=4)", lr=1e-2, share="input", layerwise=True)

@@ -9,6 +9,7 @@ from lingrad.config import spec
 from lingrad.config.methods import METHODS, Chosen, method_of
 from lingrad.console import markdown
 from lingrad.memory.estimate import estimate
+from lingrad.methods import BASELINES
 
 SHAPE, RANK = (4096, 4096), 128  # of the weight whose state the table gives
 
@@ -17,8 +18,9 @@ def table() -> str:
     """The methods as a table in Markdown.
 
     Returns:
-        For each its name and defaults, what it is a combination of, whether adapter mode has the same run, when it reads the
-        gradient itself, bytes of bases and state for one weight in bfloat16, and where it was published.
+        For each, and for baselines of other packages, its name and defaults, what it is a combination of, whether adapter mode
+        has the same run, when it reads the gradient itself, bytes of bases and state for one weight in bfloat16, and where it
+        was published.
     """
     rows = [("method", "is", "adapter mode", "reads G", f"state, MB, {SHAPE[0]} x {SHAPE[1]}, r {RANK}", "from", "differs")]
     for name, method in METHODS.items():
@@ -31,6 +33,10 @@ def table() -> str:
         dual = "only" if "keep_remainder" in chosen.settings else "refused" if residual else "the same run"
         state = f"{_state(chosen):.2f}"
         rows.append((f"`{name}({options})`", f"`{shown}`", dual, _reads(chosen), state, method.paper, method.differs))
+    for name, found in BASELINES.items():
+        options = ", ".join(key if value is None else f"{key}={value}" for key, value in found.options.items())
+        called = f'`lingrad.methods.baseline("{name}"{", " * bool(options)}{options})`'
+        rows.append((called, f"of {found.package}, to compare with", "no dual", "at every step", "", found.paper, ""))
     return markdown(rows).rstrip()
 
 

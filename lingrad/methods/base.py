@@ -133,7 +133,16 @@ class FullRank(Method):
     @override
     def prepare(self, model: nn.Module, *, layerwise: InBackward = False) -> Training:
         found = optimizers.find(self.base, {"lr": 1e-4, **self.options})
-        return _with(model, lambda params: found.build(params), [[p] for p in _trainable(model)], layerwise)
+        if found.fallback is None:
+            return _with(model, lambda params: found.build(params), [[p] for p in _trainable(model)], layerwise)
+        if layerwise is True:
+            raise SpecError(
+                f"base '{found.name}' is not stepped inside the backward here; leave layerwise out", option="layerwise"
+            )
+        matrices = [target.param for target in resolve_model(model, "full()").targets]
+        chosen = {id(param) for param in matrices}
+        rest = [param for param in _trainable(model) if id(param) not in chosen]
+        return Training(model, [found.build(matrices), found.fallback.build(rest)])
 
 
 @final
@@ -145,6 +154,8 @@ class Lora(Method):
         rank: The rank.
         base: The optimizer of the factors.
         options: Its options.
+        rslora: Scale by alpha over the root of the rank (Kalajdzievski, 2023, arXiv 2312.03732).
+        ratio: The learning rate of the B factors over that of the A factors (LoRA+: Hayou et al., ICML 2024, arXiv 2402.12354).
         one_sided: Freeze the A factors, which makes it the adapter of a random right map.
     """
 
@@ -152,24 +163,37 @@ class Lora(Method):
     base: optimizers.BaseLike = "adamw"
     options: Mapping[str, Any] = field(default_factory=dict)
     one_sided: bool = False
+    rslora: bool = False
+    ratio: float = 1.0
 
     @property
     @override
     def label(self) -> str:
-        return f"LoRA (rank {self.rank}{', A frozen' if self.one_sided else ''}), {optimizers.name_of(self.base)}"
+        kind = "rsLoRA" if self.rslora else "LoRA+" if self.ratio != 1.0 else "LoRA"
+        return f"{kind} (rank {self.rank}{', A frozen' if self.one_sided else ''}), {optimizers.name_of(self.base)}"
 
     @override
     def prepare(self, model: nn.Module, *, layerwise: InBackward = False) -> Training:
         peft = optional("peft", "LoRA", "hf")
         dtype = next(model.parameters()).dtype
-        config = peft.LoraConfig(r=self.rank, lora_alpha=self.rank, target_modules="all-linear", lora_dropout=0.0)
+        config = peft.LoraConfig(r=self.rank, lora_alpha=self.rank, target_modules="all-linear", use_rslora=self.rslora)
         adapted = peft.get_peft_model(model, config, autocast_adapter_dtype=False).to(dtype)
         if self.one_sided:
             for name, param in adapted.named_parameters():
                 if "lora_A" in name:
                     param.requires_grad_(False)
-        found = optimizers.find(self.base, {"lr": 1e-4, **self.options})
-        return _with(adapted, lambda params: found.build(params), [[p] for p in _trainable(adapted)], layerwise)
+        options = {"lr": 1e-4, **self.options}
+        found = optimizers.find(self.base, options)
+        faster = {id(p) for name, p in adapted.named_parameters() if "lora_B" in name} if self.ratio != 1.0 else set()
+
+        def build(params: list[Tensor]) -> Optimizer:
+            optimizer = found.build([param for param in params if id(param) not in faster])
+            rest = [param for param in params if id(param) in faster]
+            if rest:
+                optimizer.add_param_group({"params": rest, "lr": options["lr"] * self.ratio})
+            return optimizer
+
+        return _with(adapted, build, [[p] for p in _trainable(adapted)], layerwise)
 
 
 @final

@@ -1,0 +1,116 @@
+"""Methods of other packages by name, to compare with: none is a linear map with an exact dual."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, final
+
+from torch import nn
+from typing_extensions import override
+
+from lingrad.config.targets import resolve_model
+from lingrad.errors import SpecError, did_you_mean, optional, require
+from lingrad.methods.base import FullRank, Lora, Method, Training
+
+
+@final
+@dataclass(frozen=True)
+class Apollo(Method):
+    """APOLLO of pytorch_optimizer: steps of full rank, scaled by what AdamW would do in a random subspace.
+
+    Args:
+        rank: Rank of the subspace.
+        mini: One scale for a whole weight, in place of one for each of its rows or columns.
+        options: Options of the optimizer.
+    """
+
+    rank: int
+    mini: bool = False
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    @override
+    def label(self) -> str:
+        return f"{'APOLLO-Mini' if self.mini else 'APOLLO'} (rank {self.rank})"
+
+    @override
+    def prepare(self, model: nn.Module, *, layerwise: Any = False) -> Training:
+        if layerwise is True:
+            raise SpecError("APOLLO is not stepped inside the backward here; leave layerwise out", option="layerwise")
+        factory = optional("pytorch_optimizer", "APOLLO", "bench").APOLLO
+        low = [target.param for target in resolve_model(model, f"svd(rank={self.rank}, clip=true)").targets]
+        chosen = {id(param) for param in low}
+        rest = [param for param in model.parameters() if param.requires_grad and id(param) not in chosen]
+        # the authors' settings: no scale of channels, the root of 128 for one of tensors
+        scale = {"scale": 128.0**0.5 if self.mini else 1.0, "update_proj_gap": 200, "projection_type": "std"}
+        groups = [{"params": low, "rank": self.rank, **scale}, {"params": rest}]
+        kind = "tensor" if self.mini else "channel"
+        return Training(model, [factory(groups, **{"lr": 1e-4, "scale_type": kind, **self.options})])
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """A method of another package.
+
+    Args:
+        make: Makes it, of its options and those of its optimizer, such as ``lr``.
+        options: Its own options with their defaults; None must be given.
+        package: Where it comes from.
+        paper: Authors, year, arXiv number.
+    """
+
+    make: Callable[..., Method]
+    options: Mapping[str, Any]
+    package: str
+    paper: str
+
+
+def _full(name: str, **fixed: Any) -> Callable[..., Method]:
+    return lambda **options: FullRank(name, {**fixed, **options})
+
+
+def _lora(**kind: Any) -> Callable[..., Method]:
+    def make(*, rank: int, **options: Any) -> Method:
+        own = {"ratio": options.pop("ratio")} if "ratio" in options else {}
+        return Lora(rank, "adamw", options, **{**kind, **own})
+
+    return make
+
+
+def _apollo(*, mini: bool) -> Callable[..., Method]:
+    return lambda *, rank, **options: Apollo(rank, mini, options)
+
+
+BASELINES: dict[str, Baseline] = {
+    "adamw": Baseline(_full("adamw"), {}, "torch", "Loshchilov, Hutter, ICLR 2019, arXiv 1711.05101"),
+    "sgd_momentum": Baseline(_full("sgd", momentum=0.9), {}, "torch", ""),
+    "muon": Baseline(_full("muon"), {}, "torch", "Jordan et al., 2024, kellerjordan.github.io/posts/muon"),
+    "lora": Baseline(_lora(), {"rank": None}, "peft", "Hu et al., ICLR 2022, arXiv 2106.09685"),
+    "rslora": Baseline(_lora(rslora=True), {"rank": None}, "peft", "Kalajdzievski, 2023, arXiv 2312.03732"),
+    "lora_plus": Baseline(_lora(), {"rank": None, "ratio": 16.0}, "peft", "Hayou et al., ICML 2024, arXiv 2402.12354"),
+    "apollo": Baseline(_apollo(mini=False), {"rank": None}, "pytorch_optimizer", "Zhu et al., MLSys 2025, arXiv 2412.05270"),
+    "apollo_mini": Baseline(_apollo(mini=True), {"rank": 1}, "pytorch_optimizer", "Zhu et al., MLSys 2025, arXiv 2412.05270"),
+}
+
+
+def baseline(name: str, **options: Any) -> Method:
+    """A method of another package by name.
+
+    Args:
+        name: A key of `BASELINES`.
+        **options: Its options, and those of its optimizer.
+
+    Returns:
+        The method.
+
+    Raises:
+        SpecError: There is none of that name, or an option that must be given is missing.
+    """
+    if name not in BASELINES:
+        raise SpecError(f"unknown baseline '{name}'{did_you_mean(name, BASELINES)} Known: {', '.join(BASELINES)}")
+    found = BASELINES[name]
+    values = {**found.options, **options}
+    for key, value in values.items():
+        require(value is not None, key, f"baseline '{name}' needs {key}, as in baseline('{name}', {key}=16)")
+    return found.make(**values)

@@ -1,0 +1,62 @@
+"""Methods of other packages by name: each trains, with the options that its name says."""
+
+import pytest
+import torch
+
+from lingrad.errors import SpecError
+from lingrad.methods import BASELINES, baseline
+from tests.support.models import llama, text_batches, text_loss
+
+RATES = {"sgd_momentum": 3e-2, "apollo_mini": 1e-3}
+
+
+def written(name, **options):
+    needs = {key: 4 for key, value in BASELINES[name].options.items() if value is None}
+    return baseline(name, **needs, lr=RATES.get(name, 1e-2), **options)
+
+
+@pytest.mark.parametrize("name", BASELINES)
+def test_every_baseline_trains(name):
+    pytest.importorskip("pytorch_optimizer" if "apollo" in name else "peft")
+    training = written(name).prepare(llama(torch.float32))
+    ((batch,),) = text_batches(1, micro=1)
+    losses = []
+    for _ in range(12):
+        training.zero_grad()
+        loss = text_loss(training.model, batch)
+        loss.backward()
+        training.step()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < losses[0] - 0.1
+
+
+def test_lora_plus_has_two_rates():
+    training = written("lora_plus", ratio=8.0).prepare(llama(torch.float32))
+    named = {id(param): name for name, param in training.model.named_parameters()}
+    for group in training.optimizers[0].param_groups:
+        assert {("lora_B" in named[id(param)]) for param in group["params"]} == {group["lr"] == 8e-2}
+
+
+def test_rslora_scales_by_the_root_of_the_rank():
+    scales = []
+    for name in ("lora", "rslora"):
+        model = written(name).prepare(llama(torch.float32)).model
+        scales.append({module.scaling["default"] for module in model.modules() if hasattr(module, "lora_A")})
+    assert scales == [{1.0}, {2.0}]  # alpha is the rank, 4
+
+
+def test_muon_steps_matrices_and_adamw_the_rest():
+    training = written("muon").prepare(llama(torch.float32))
+    names = [type(optimizer).__name__ for optimizer in training.optimizers]
+    assert names == ["Muon", "AdamW"]
+    stepped = [id(p) for optimizer in training.optimizers for group in optimizer.param_groups for p in group["params"]]
+    assert sorted(stepped) == sorted(map(id, training.model.parameters()))
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [("lore", {}, "unknown baseline 'lore'; did you mean 'lora'"), ("lora", {}, "baseline 'lora' needs rank")],
+)
+def test_what_it_refuses(name, options, message):
+    with pytest.raises(SpecError, match=message):
+        baseline(name, **options)

@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from lingrad.config.methods import DEFAULT, takes_methods
+from lingrad.config.methods import takes_methods
+from lingrad.config.published import DEFAULT
 from lingrad.config.rounds import Rounds
 from lingrad.config.rules import Rules
 from lingrad.config.settings import Carry, Compat, InBackward, Merge, RoundingKind, Scale, Share

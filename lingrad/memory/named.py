@@ -6,7 +6,8 @@ import torch
 from torch import nn
 
 from lingrad.config import spec
-from lingrad.config.methods import METHODS, Chosen, method_of
+from lingrad.config.methods import Chosen, method_of
+from lingrad.config.published import METHODS
 from lingrad.console import markdown
 from lingrad.memory.estimate import estimate
 from lingrad.methods import BASELINES

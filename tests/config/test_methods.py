@@ -8,7 +8,8 @@ from torch import nn
 
 import lingrad
 from lingrad import memory
-from lingrad.config.methods import METHODS, method_of, takes_methods
+from lingrad.config.methods import method_of, takes_methods
+from lingrad.config.published import METHODS
 from lingrad.config.rules import parse_rules
 from lingrad.errors import DualityError, SpecError
 from tests.support.models import llama, text_batches, train

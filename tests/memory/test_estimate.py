@@ -69,6 +69,7 @@ def spec_rules(spec):
 
 
 @pytest.mark.thinned(6)
+@pytest.mark.rare(8)
 @pytest.mark.parametrize("case", PAIRS, ids=label)
 def test_closed_forms_are_what_a_run_holds(case):
     agree(case, torch.float32)

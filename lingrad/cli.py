@@ -42,7 +42,7 @@ memory = _group(
 )
 app.add_typer(memory, name="memory")
 
-Base = Annotated[str, typer.Option(help="Base optimizer, such as adamw, adamw8bit, lion or muon.")]
+Base = Annotated[str | None, typer.Option(help="Base optimizer, such as adamw8bit or lion; else a method's, or adamw.")]
 Batch = Annotated[int, typer.Option(help="Rows of a batch.")]
 Capacity = Annotated[str | None, typer.Option(help="Memory of the device, such as 24GiB: say whether the run fits.")]
 Checkpointing = Annotated[bool, typer.Option("--checkpointing", help="Recompute layers in the backward.")]
@@ -116,7 +116,7 @@ def explain(
 def simulate(
     model: Model,
     rules: Rules = "svd(rank=128)",
-    base: Base = "adamw",
+    base: Base = None,
     mode: Mode = "optimizer",
     batch: Batch = 1,
     length: Length = 256,
@@ -146,7 +146,7 @@ def fit(
     model: Model,
     capacity: Annotated[str, typer.Option(help="Memory of the device, such as 24GiB.")],
     rules: Rules = "svd(rank=128)",
-    base: Base = "adamw",
+    base: Base = None,
     mode: Mode = "optimizer",
     length: Length = 256,
     dtype: Dtype = "bfloat16",
@@ -168,7 +168,7 @@ def fit(
 def compare(
     model: Model,
     rules: Annotated[str, typer.Option(help="Config string with a rank, which all methods use.")] = "svd(rank=128)",
-    base: Base = "adamw",
+    base: Base = None,
     batch: Batch = 1,
     length: Length = 256,
     dtype: Dtype = "bfloat16",
@@ -192,7 +192,7 @@ def compare(
 def estimate(
     model: Model,
     rules: Rules = "svd(rank=128)",
-    base: Base = "adamw",
+    base: Base = None,
     mode: Mode = "optimizer",
     batch: Batch = 1,
     length: Length = 256,

@@ -42,8 +42,9 @@ def check_cut(base: str, *, coded: bool, layerwise: bool | str) -> None:
         "processes; leave them out: each process holds its part of the moments only",
     )
     if layerwise:
+        does = "steps" if layerwise is True else "refreshes"
         raise SpecError(
-            "layerwise=True steps weights in the order in which gradients arrive, which is not the same in every process of "
-            "a sharded run; leave it out (fully_shard frees gathered gradients layer by layer itself)",
+            f"layerwise={layerwise!r} {does} weights in the order in which gradients arrive, which is not the same in every "
+            "process of a sharded run; leave it out (fully_shard frees gathered gradients layer by layer itself)",
             option="layerwise",
         )

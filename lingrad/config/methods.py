@@ -10,7 +10,7 @@ import functools
 import inspect
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Any, TypeVar, cast
 
 from lingrad import optimizers
@@ -22,6 +22,7 @@ from lingrad.transforms import registry
 
 F = TypeVar("F", bound=Callable[..., Any])
 
+_OF_RUNS = frozenset(Settings.names())
 _NAME = re.compile(r"\s*([A-Za-z_][\w-]*)\s*(\(|$)")
 
 
@@ -86,15 +87,24 @@ def method_of(rules: object) -> Chosen | None:
         return None
     method = METHODS[name]
     given = dict(spec.parse_choice(name + rules[found.end(1) :]).options)
-    takes = [*method.options, "base", "moments", *Settings.names()]
+    any_values = {key: 1 if value is None else value for key, value in method.options.items()}
+    sample: Any = spec.parse(method.spec.format(**any_values))
+    own = [option.name for option in fields(getattr(sample, "each", sample))]  # of bases in codes those of the bases
+    takes = list(dict.fromkeys([*method.options, *own, "base", "moments", *Settings.names()]))
     for option in given:
         near = did_you_mean(option, takes)
         require(option in takes, option, f"method '{name}' has no option '{option}'{near} It takes: {', '.join(takes)}.")
-    values = {**method.options, **{key: value for key, value in given.items() if key in method.options}}
-    for key, value in values.items():
-        require(value is not None, key, f"method '{name}' needs {key}, as in {name}({key}=...)")
-    chosen = Chosen(spec.format(spec.parse(method.spec.format(**values))), method.base, method.base_options, method.settings)
-    return chosen.given({key: value for key, value in given.items() if key not in method.options})
+    filled = {key: given.get(key, value) for key, value in method.options.items()}
+    for key, entry in filled.items():
+        require(entry is not None, key, f"method '{name}' needs {key}, as in {name}({key}=...)")
+    transform: Any = spec.parse(method.spec.format(**filled))
+    inner: Any = getattr(transform, "each", transform)
+    more = {key: value for key, value in given.items() if key in own and key not in method.options and key not in _OF_RUNS}
+    if more:
+        inner = replace(inner, **more)
+        transform = replace(transform, each=inner) if hasattr(transform, "each") else inner
+    chosen = Chosen(spec.format(transform), method.base, method.base_options, method.settings)
+    return chosen.given({key: value for key, value in given.items() if key not in method.options and key not in more})
 
 
 def takes_methods(function: F) -> F:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -28,6 +27,7 @@ INSTEAD = (
     "lingrad memory estimate gives the memory between steps in closed form and runs nothing; in Python lingrad.memory.simulate "
     "takes a function that computes the loss"
 )
+NEVER = 2**31  # steps, for galore_torch, which refreshes once in no other way
 LARGEST = 2**16  # rows; no larger batch is tried
 
 
@@ -38,7 +38,7 @@ class Question:
     Args:
         model: A name, a config, or a folder with one; see `lingrad.models.open_in`.
         rules: A config string or rules.
-        base: The base optimizer.
+        base: The base optimizer; None is that of the method that the rules name, or AdamW.
         mode: ``optimizer`` or ``adapter``.
         batch: Rows of a batch.
         length: Tokens of a row.
@@ -54,7 +54,7 @@ class Question:
 
     model: str
     rules: str = "svd(rank=128)"
-    base: str = "adamw"
+    base: str | None = None
     mode: str = "optimizer"
     batch: int = 1
     length: int = 256
@@ -164,7 +164,6 @@ def simulate(question: Question, method: Method | None = None) -> MemoryReport:
     Raises:
         MemoryModelError: It cannot be simulated; the message names the closed form.
     """
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of a cast at each product of a layer in 8 bits
     try:
         return runs.simulate(
             lambda: open_in(question.model, question.dtype),
@@ -196,13 +195,13 @@ def estimate(question: Question) -> Estimate:
     return estimate_(
         open_in(question.model, question.dtype),
         question.rules,
-        question.base,
-        cast("Mode", question.mode),
+        mode=cast("Mode", question.mode),
         tokens=question.batch * question.length,
         layerwise=question.layerwise,
         share="input" if question.share else None,
         ranks=question.ranks,
         lr=1e-4,
+        **({} if question.base is None else {"base": question.base}),
     )
 
 
@@ -239,12 +238,13 @@ def methods(question: Question) -> list[Method]:
         SpecError: The rules are not one config string with a rank, which the other methods could use.
     """
     named = parse_rules(long_rules(question.rules))
+    named = getattr(named, "each", named)
     rank, every = getattr(named, "rank", None), getattr(named, "every", 200)
     if rank is None:
         raise SpecError(f"a comparison needs one rank for all methods; give svd(rank=128) or the like, not '{question.rules}'")
     galore = cast("Literal['adamw', 'adamw8bit']", question.base if question.base in ("adamw", "adamw8bit") else "adamw")
     modes = [replace(question, mode=mode).method for mode in get_args(Mode)]
-    return [FullRank("adamw"), GaloreTorch(rank, every, galore), *modes, Lora(rank, question.base)]
+    return [FullRank("adamw"), GaloreTorch(rank, every or NEVER, galore), *modes, Lora(rank, question.base or "adamw")]
 
 
 def fit(question: Question, method: Method | None = None) -> Fit:

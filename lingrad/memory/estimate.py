@@ -230,7 +230,7 @@ def _transformed(
     # a step that reads the gradient itself saves the layer's input as it is
     width = q if rule is None else n
     saved = width * tokens * template.element_size() if target.route != "weight" and (grouped.is_first or rule) else 0
-    rounds = settings.rounding == "compensated" and template.dtype != dtype
+    rounds = settings.rounding == "compensated" and (template.dtype != dtype or target.param.dtype == torch.int8)
     error = rounds * _cut_elements(target, ranks) * target.param.element_size()
     decider = target.transform.rule
     followed = [] if decider is None else decider.storage((p, q), template.dtype)

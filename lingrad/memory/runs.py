@@ -34,7 +34,7 @@ CUBLAS = (2**25, 2**25)
 def simulate(
     build: Build,
     rules: Rules | Method,
-    base: BaseLike = "adamw",
+    base: BaseLike | None = None,
     mode: Mode = "optimizer",
     *,
     batch: int = 1,
@@ -59,7 +59,7 @@ def simulate(
     Args:
         build: Builds the model; called with the meta device as default device.
         rules: A config string or rules for lingrad, or another `Method`.
-        base: The base optimizer; not with a `Method`.
+        base: The base optimizer; None is that of a method, or AdamW; not with a `Method`.
         mode: ``optimizer`` or ``adapter``; not with a `Method`.
         batch: Rows of a batch.
         length: Tokens of a row.
@@ -136,7 +136,7 @@ def simulate(
 def measure(
     build: Build,
     rules: Rules | Method,
-    base: BaseLike = "adamw",
+    base: BaseLike | None = None,
     mode: Mode = "optimizer",
     *,
     batch: int = 1,
@@ -214,10 +214,10 @@ def _check(build: Build, batch: int, length: int, steps: int, dtype: torch.dtype
     require(dtype is None or isinstance(dtype, torch.dtype), "dtype", f"dtype must be a torch.dtype, not {dtype!r}")
 
 
-def _method(rules: Rules | Method, base: BaseLike, mode: Mode, options: dict[str, Any]) -> Method:
+def _method(rules: Rules | Method, base: BaseLike | None, mode: Mode, options: dict[str, Any]) -> Method:
     if not isinstance(rules, Method):
         return Lingrad(rules, base, mode, {"lr": 1e-4, **options})
-    given = [name for name, value, default in (("base", base, "adamw"), ("mode", mode, "optimizer")) if value != default]
+    given = [name for name, value, default in (("base", base, None), ("mode", mode, "optimizer")) if value != default]
     if given or options:
         name = type(rules).__name__
         raise TypeError(f"{', '.join([*given, *options])} must be given to the method itself: {name}(...)")

@@ -14,6 +14,7 @@ from typing_extensions import override
 from lingrad import optimizers
 from lingrad.api import adapt, wrap
 from lingrad.config import spec
+from lingrad.config.methods import method_of
 from lingrad.config.rules import Rules
 from lingrad.config.settings import InBackward, Mode
 from lingrad.config.targets import resolve_model
@@ -82,13 +83,13 @@ class Lingrad(Method):
 
     Args:
         rules: A config string or rules.
-        base: The base optimizer.
+        base: The base optimizer; None is that of the method that the rules name, or AdamW.
         mode: ``optimizer`` or ``adapter``.
         options: Options of the base and of `lingrad.wrap`.
     """
 
     rules: Rules
-    base: optimizers.BaseLike = "adamw"
+    base: optimizers.BaseLike | None = None
     mode: Mode = "optimizer"
     options: Mapping[str, Any] = field(default_factory=dict)
 
@@ -100,13 +101,15 @@ class Lingrad(Method):
     @override
     def label(self) -> str:
         text = spec.format(self.rules) if isinstance(self.rules, Transform) else self.rules
-        return f"{self.mode} mode, {text}, {optimizers.name_of(self.base)}"
+        named = method_of(self.rules)
+        base = self.base if self.base is not None else "adamw" if named is None else named.base
+        return f"{self.mode} mode, {text}, {optimizers.name_of(base)}"
 
     @override
     def prepare(self, model: nn.Module, *, layerwise: InBackward = False) -> Training:
         make = wrap if self.mode == "optimizer" else adapt
         given: dict[str, Any] = {"layerwise": layerwise} if layerwise else {}
-        if self.base != "adamw":  # the default leaves the base of a method that the rules name
+        if self.base is not None:
             given["base"] = self.base
         optimizer = make(model, self.rules, **given, **self.options)
         return Training(model, [optimizer], layerwise is True)

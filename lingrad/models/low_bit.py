@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
@@ -41,6 +42,7 @@ def in_int8(model: nn.Module) -> nn.Module:
         DependencyError: bitsandbytes is not installed.
     """
     bnb = optional("bitsandbytes", "a model in 8 bits", "bnb")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # of a cast, at each product
     given: Any = model
     head = given.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     for module in list(model.modules()):

@@ -51,10 +51,15 @@ class Rounding:
         """``matrix = round(factor * matrix + change)``, in place.
 
         Args:
-            matrix: [m, n], bfloat16 or float16.
+            matrix: [m, n], bfloat16 or float16; of other dtypes the sum is as torch rounds it.
             change: [m, n], at least float32; None adds nothing.
             factor: The decay, 1 for none.
         """
+        if matrix.dtype not in _BITS:  # the model was cast to a dtype in which nothing is lost
+            matrix.mul_(factor)
+            if change is not None:
+                matrix.add_(change)
+            return
         for rows, error in self._blocks(matrix):
             wanted = matrix[rows].float()
             if error is not None:
@@ -130,7 +135,7 @@ class Rounding:
         """Some rows at a time, with the error that is kept of them; one more rounding begins."""
         self.count += 1
         if self.kind == "compensated":
-            if self.error is None:
+            if self.error is None or self.error.dtype != _BITS[matrix.dtype]:
                 self.error = self.like(matrix)
             elif self.error.device != matrix.device:
                 self.error = self.error.to(matrix.device)

@@ -31,7 +31,8 @@ TRIPLES = [case for case in cases.covering_cases(3) if case not in PAIRS]
 @pytest.mark.thinned(4)
 @pytest.mark.parametrize(
     "case",
-    [*(pytest.param(c, id=c.label, marks=pytest.mark.rare(3)) for c in PAIRS)] + [pytest.param(c, id=c.label, marks=RARE) for c in TRIPLES],
+    [*(pytest.param(c, id=c.label, marks=pytest.mark.rare(3)) for c in PAIRS)]
+    + [pytest.param(c, id=c.label, marks=RARE) for c in TRIPLES],
 )
 def test_every_combination(case):
     """Transform x side x carry x base x clip, on every kind of weight: micro-batches, schedule, decay, scale, two switches."""

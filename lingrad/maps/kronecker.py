@@ -198,11 +198,15 @@ def nearest(side: Tensor | None, matrix: Tensor) -> Tensor:
     if side is None:
         return matrix
     side = cast(side, matrix.dtype)
-    gram = side.mT @ side
-    diagonal = gram.diagonal(dim1=-2, dim2=-1)
-    diagonal += torch.finfo(gram.dtype).eps * diagonal.mean(-1, keepdim=True)  # no column may be zero
-    factor, _ = torch.linalg.cholesky_ex(gram)
-    return side @ torch.cholesky_solve(side.mT @ matrix, factor)
+    gram, right = side.mT @ side, side.mT @ matrix
+    shifted = gram.clone()
+    diagonal = shifted.diagonal(dim1=-2, dim2=-1)
+    # so that the factorisation of dependent columns has no pivot that rounding makes negative
+    diagonal += 8 * gram.shape[-1] * torch.finfo(gram.dtype).eps * diagonal.mean(-1, keepdim=True)
+    factor, _ = torch.linalg.cholesky_ex(shifted)
+    found = torch.cholesky_solve(right, factor)
+    found = found + torch.cholesky_solve(right - gram @ found, factor)  # takes the shift back but for its square
+    return side @ found
 
 
 def two_factors(factors: list[Tensor]) -> list[Tensor]:

@@ -164,7 +164,7 @@ class TestReleasedCoordinates:
 
 
 def test_layerwise_is_a_yes_or_no():
-    with pytest.raises(SpecError, match="layerwise must be True or False, not 'yes'"):
+    with pytest.raises(SpecError, match="layerwise must be True, False or 'coordinates', not 'yes'"):
         lingrad.wrap(llama(), "svd(rank=4)", "adamw", lr=1e-3, layerwise="yes")
 
 

@@ -34,7 +34,7 @@ from tests.support.mutations import (
     write_json,
 )
 
-QUICK, SLOW = range(60), range(1_000, 4_000)
+QUICK, SLOW = range(120), range(1_000, 4_000)
 
 
 def both(name):

@@ -163,7 +163,7 @@ def test_every_option_changes_the_answer(name, changes):
         ),
         (
             ["simulate", "--model", "demo", "--dtype", "fp8"],
-            "lingrad: dtype must be one of bfloat16, float16, float32, not 'fp8'",
+            "lingrad: dtype must be one of bfloat16, float16, float32, int8, not 'fp8'",
         ),
         (["simulate", "--model", "demo", "--batch", "0"], "lingrad: batch must be at least 1, not 0"),
         (["fit", "--model", "demo", "--length", "1", "--capacity", "1GiB"], "lingrad: length must be at least 2 tokens, not 1"),

@@ -157,6 +157,7 @@ def test_a_base_without_a_row_is_counted_by_a_step():
 @pytest.mark.parametrize("name", registry.transform_names())
 def test_every_transform_says_what_it_stores(name):
     nested = {"kron": "kron(left=svd(rank=4), right=pca(rank=3))", "experts": "experts(each=pca(rank=4), count=2)"}
+    nested["switch"] = "switch(rank=4, after=1)"
     nested["coded"] = "coded(each=power(rank=4), bits=4)"
     spec = {**nested, "full": "full()"}.get(name, f"{name}(rank=4)")
     model = nn.Linear(24, 16, bias=False)

@@ -86,7 +86,7 @@ class TestTransformers:
 def test_the_examples_of_the_docs_run(tmp_path, monkeypatch, capsys):
     text = (Path(__file__).parents[2] / "docs" / "lowbit.md").read_text()
     blocks = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
-    assert len(blocks) == 3
+    assert len(blocks) == 4
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     names = {}

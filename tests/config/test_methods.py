@@ -182,3 +182,20 @@ def test_the_docs_have_the_table():
     page = (Path(__file__).parents[2] / "docs/methods.md").read_text()
     assert f"<!-- methods:begin -->\n{named.table()}\n<!-- methods:end -->" in page
     assert all(re.search(rf"`{name}\(", page) for name in METHODS)
+
+
+def test_a_method_takes_all_options_of_its_transform():
+    assert method_of("galore(rank=3, clip=true, solver=gram)").rules == "svd(rank=3, clip=true, solver=gram)"
+    assert "clip=true" in method_of("q_galore(rank=3, clip=true)").rules
+    with pytest.raises(SpecError, match="method 'galore' has no option 'rnk'; did you mean 'rank'"):
+        method_of("galore(rnk=3)")
+
+
+@pytest.mark.parametrize("make", [lingrad.wrap, lingrad.adapt])
+def test_without_rules_it_is_finetune(make):
+    model = llama(torch.float32)
+    optimizer, named = make(model, lr=1e-3), make(llama(torch.float32), "finetune(rank=32)", lr=1e-3)
+    assert [str(sub) for sub in optimizer.subspaces] == [str(sub) for sub in named.subspaces]
+    assert [group["scale"] for group in optimizer.param_groups if group["kind"] == "coords"] == [
+        group["scale"] for group in named.param_groups if group["kind"] == "coords"
+    ]

@@ -295,3 +295,31 @@ def written(folder, kind, cls):
     path = folder / f"{kind}.json"
     path.write_text(json.dumps({**config, "architectures": [cls]}))
     return path
+
+
+@pytest.mark.parametrize(
+    ("rules", "dtype"),
+    [
+        ("sumo(rank=8)", "bfloat16"),
+        ("galore(rank=8, base=lion)", "float32"),
+        ("q_galore(rank=8, rounding=compensated)", "int8"),
+    ],
+)
+def test_a_method_is_estimated_with_its_own_base(rules, dtype):
+    """Of INT8 weights what a compensated rounding keeps is counted too."""
+    if dtype == "int8":
+        pytest.importorskip("bitsandbytes")
+    question = commands.Question(model="demo", rules=rules, dtype=dtype, length=16)
+    estimated, simulated = commands.estimate(question), commands.simulate(question)
+    assert estimated.totals["moments"] == simulated.steady_breakdown["moments"]
+    assert estimated.totals["basis"] == simulated.steady_breakdown["basis"]
+
+
+def test_a_basis_that_never_refreshes_is_compared_too():
+    pytest.importorskip("galore_torch")
+    labels = [method.label for method in commands.methods(commands.Question(model="demo", rules="finetune(rank=8)"))]
+    assert labels[2:4] == ["optimizer mode, finetune(rank=8), adamw", "adapter mode, finetune(rank=8), adamw"]
+    commands.simulate(
+        commands.Question(model="demo", length=16),
+        commands.methods(commands.Question(model="demo", rules="lora_fa(rank=8)"))[1],
+    )

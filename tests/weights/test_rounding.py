@@ -334,3 +334,17 @@ def test_a_checkpoint_from_before_there_was_rounding():
     optimizer.load_state_dict(state)
     with pytest.raises(CheckpointError, match="the checkpoint has rounding 'nearest', this run has 'stochastic'"):
         lingrad.wrap(half_model(), RULES, lr=1e-3, rounding="stochastic").load_state_dict(state)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_model_that_is_cast_to_float32_goes_on(kind, mode):
+    model = half_model()
+    optimizer = MODES[mode](model, RULES, lr=1e-3, rounding=kind)
+    go(model, optimizer, batches(2))
+    model.to(torch.float32)
+    before = model[0].weight.detach().clone()
+    go(model, optimizer, batches(4, torch.float32))
+    optimizer.detach()
+    assert bool(model[0].weight.isfinite().all())
+    assert bool((model[0].weight != before).any())

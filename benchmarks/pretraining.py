@@ -177,20 +177,15 @@ def table(study: Pretraining) -> str:
     found = {entry: results for entry, results in made.items() if results is not None}
     losses = {entry.name: [results[seed]["loss"] for seed in SEEDS] for entry, (results, _) in found.items()}
     full = next((losses[entry.name] for entry in found if entry.spec == "full()"), None)
-    galore = next((losses[entry.name] for entry in found if "GaLore" in entry.name), None)
-    rows = [("method", "loss, nats a byte", "less AdamW's", "of the gap", "learning rate", "MB")]
+    rows = [("method", "loss, nats a byte", "less AdamW's, two rates", "learning rate", "MB")]
     for entry, (results, tried) in found.items():
         own = losses[entry.name]
         apart = [a - b for a, b in zip(own, full, strict=True)] if full else []
         less = f"{statistics.mean(apart):+.3f} ± {error(apart):.3f}" if apart and entry.spec != "full()" else ""
-        gap = ""
-        if full and galore and own not in (full, galore):
-            closed = (statistics.mean(galore) - statistics.mean(own)) / (statistics.mean(galore) - statistics.mean(full))
-            gap = f"{closed:.0%}"
         factor = results[SEEDS[0]]["factor"]
         star = "*" if factor in (min(tried), max(tried)) else ""
         loss = f"{statistics.mean(own):.3f} ± {error(own):.3f}"
-        rows.append((entry.name, loss, less, gap, f"{LR * factor:.2g}{star}", f"{results[SEEDS[0]]['bytes'] / 1e6:.1f}"))
+        rows.append((entry.name, loss, less, f"{LR * factor:.2g}{star}", f"{results[SEEDS[0]]['bytes'] / 1e6:.1f}"))
     return tabulate(rows)
 
 

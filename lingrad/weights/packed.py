@@ -67,9 +67,9 @@ class PackedWeight(Weight):
 
         Args:
             matrix: [m, n], float32, without what the rounding keeps of it; overwritten.
-            rounding: The rounding.
+            rounding: The rounding. Raises the error of `require_rounding`.
         """
-        raise NotImplementedError(f"{self.kind} has no other rounding")
+        self.require_rounding()
 
     @abstractmethod
     def entries(self, matrix: Tensor) -> dict[str, Tensor]:

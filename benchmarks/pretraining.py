@@ -8,7 +8,6 @@ tuning is that of `benchmarks.study`: the learning rate is tuned on one half of 
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import re
@@ -24,11 +23,10 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 import lingrad
-from benchmarks.study import SEEDS, TUNE, Study, error, linear, taken
+from benchmarks.study import SEEDS, TUNE, Study, command, error, linear, taken
 from lingrad.console import markdown as tabulate
 from lingrad.models import LlamaShape, build_llama, next_token_loss
 from lingrad.research.corpus import Corpus, training_batches
-from tools.marks import put
 
 RESULTS = Path("docs/studies/pretraining.jsonl")
 ADDRESSES = Path("runs/data/datasets-sotu-0.2.3.tgz")
@@ -189,25 +187,5 @@ def table(study: Pretraining) -> str:
     return tabulate(rows)
 
 
-def main() -> None:
-    """Run what is missing, and print the table or put it into a page."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=RESULTS)
-    words = "entries that have one of these words in their names; without any, only the table"
-    parser.add_argument("--only", nargs="*", default=[""], help=words)
-    parser.add_argument("--into", type=Path, help="a page with marks for the table")
-    asked = parser.parse_args()
-    study = Pretraining(asked.out)
-    torch.set_num_threads(1)
-    for entry in entries():
-        if any(word in entry.name for word in asked.only):
-            study.run(entry)
-    text = table(study) + "\n"
-    if asked.into is None:
-        sys.stdout.write(text)
-    else:
-        put(asked.into, {"pretraining": text})
-
-
 if __name__ == "__main__":
-    main()
+    command(__doc__, Pretraining, entries(), table, "pretraining")

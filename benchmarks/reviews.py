@@ -8,7 +8,6 @@ Model and text are those of examples/finetune_sentiment.py (``make finetune`` fe
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 import random
 import statistics
@@ -22,9 +21,8 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 import lingrad
-from benchmarks.study import SEEDS, TUNE, Study, error, linear, taken
+from benchmarks.study import SEEDS, TUNE, Study, command, error, linear, taken
 from lingrad.console import markdown as tabulate
-from tools.marks import put
 
 RESULTS = Path("docs/studies/reviews.jsonl")
 EXAMPLE = Path(__file__).parents[1] / "examples" / "finetune_sentiment.py"
@@ -218,25 +216,5 @@ def table(study: Reviews) -> str:
     return tabulate(rows)
 
 
-def main() -> None:
-    """Run what is missing, and print the table or put it into a page."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=RESULTS)
-    words = "entries that have one of these words in their names; without any, only the table"
-    parser.add_argument("--only", nargs="*", default=[""], help=words)
-    parser.add_argument("--into", type=Path, help="a page with marks for the table")
-    asked = parser.parse_args()
-    study = Reviews(asked.out)
-    torch.set_num_threads(1)
-    for entry in entries():
-        if any(word in entry.name for word in asked.only):
-            study.run(entry)
-    text = table(study) + "\n"
-    if asked.into is None:
-        sys.stdout.write(text)
-    else:
-        put(asked.into, {"reviews": text})
-
-
 if __name__ == "__main__":
-    main()
+    command(__doc__, Reviews, entries(), table, "reviews")

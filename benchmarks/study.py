@@ -6,12 +6,14 @@ at any moment and start it again: what is in the file is not run again.
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import statistics
 import sys
 import time
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
 
@@ -20,10 +22,12 @@ from torch import nn
 
 import lingrad
 from lingrad.errors import LingradError
+from tools.marks import put
 
 TUNE, SEEDS, MOST = 0, (1, 2, 3), 8  # the seed of tuning, those of the results, trials at most
 
 E = TypeVar("E", bound=NamedTuple)
+S = TypeVar("S", bound="Study[Any]")
 
 
 class Study(ABC, Generic[E]):
@@ -110,6 +114,36 @@ class Study(ABC, Generic[E]):
         found = {run["seed"]: run for run in runs if run["seed"] in SEEDS}
         tried = [run["factor"] for run in runs if run["seed"] == TUNE and math.isfinite(run["loss"])]
         return (found, tried) if len(found) == len(SEEDS) else None
+
+
+def command(
+    about: str | None, study: Callable[[Path], S], entries: Iterable[Any], table: Callable[[S], str], mark: str
+) -> None:
+    """The command line of a study: run what is missing, and print the table or put it into a page.
+
+    Args:
+        about: What ``--help`` says.
+        study: Opens the study in a file, by default ``docs/studies/<mark>.jsonl``.
+        entries: Its entries.
+        table: Its table.
+        mark: The name of the page's marks for it.
+    """
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path(f"docs/studies/{mark}.jsonl"))
+    words = "entries that have one of these words in their names; without any, only the table"
+    parser.add_argument("--only", nargs="*", default=[""], help=words)
+    parser.add_argument("--into", type=Path, help="a page with marks for the table")
+    asked = parser.parse_args()
+    opened = study(asked.out)
+    torch.set_num_threads(1)
+    for entry in entries:
+        if any(word in entry.name for word in asked.only):
+            opened.run(entry)
+    text = table(opened) + "\n"
+    if asked.into is None:
+        sys.stdout.write(text)
+    else:
+        put(asked.into, {mark: text})
 
 
 def linear(step: int, steps: int) -> float:

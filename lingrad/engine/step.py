@@ -182,9 +182,8 @@ def _change(run: Run, attachments: Sequence[Attachment]) -> None:
         else:
             sub.pending.refuse_stale(sub.coords)
         missing = sub.coords.grad is None and sub.coords.requires_grad
-        if (
-            missing and run.settings.layerwise is not True and attachment.overridden
-        ):  # where layerwise, gradients are stepped by now
+        waits = run.settings.layerwise is not True  # else gradients are stepped by now
+        if missing and waits and attachment.overridden:
             sub.basis.warn_once(
                 "it has no gradient. The forward of its layer was replaced after lingrad had wrapped it; if the new one "
                 "does not call the one it found, the weight is not trained: replace forwards first, then call lingrad",
@@ -216,7 +215,8 @@ def _advance(run: Run, optimizers: Sequence[Built], attachments: Sequence[Attach
     adaptive.follow(live)
     if decay_last:
         _decay(run, stepped)
-    _decay_rounded(run, stepped)
+    if run.settings.rounding != "nearest":
+        _decay_rounded(run, stepped)
     every = run.settings.merge_every
     if run.residuals is not None:
         residual.merge(run, live)

@@ -21,7 +21,7 @@ def run(folder, killed, count):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}"]
     command += ["--max-restarts=0", "--monitor-interval=0.2", "-m", "tests.support.elastic_script", str(folder), str(killed)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    ended = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    ended = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     if killed >= 0:
         assert ended.returncode
         assert "exitcode  : -9" in ended.stderr or "Connection reset by peer" in ended.stderr

@@ -66,7 +66,7 @@ def test_a_pipe_is_written_as_a_stream_and_stays(tmp_path):
     reader = threading.Thread(target=lambda: read.append(path.read_bytes()))
     reader.start()
     write_whole(path, b"through it")
-    reader.join(10)
+    reader.join(60)
     assert read == [b"through it"]
     assert stat.S_ISFIFO(path.stat().st_mode)
 

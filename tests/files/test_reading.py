@@ -2,8 +2,10 @@
 
 import json
 import os
+import signal
 import struct
 import time
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -18,7 +20,25 @@ from lingrad.peft.read import read_adapter
 from lingrad.peft.report import AdapterReport
 from lingrad.research.corpus import read_text
 
-SECONDS = 2.0  # a quadratic search through the headers here takes minutes
+SECONDS = 5.0  # a quadratic search through the headers here takes minutes
+
+
+@contextmanager
+def at_once():
+    """Of this thread's processor time, which other work on the machine does not lengthen; and no waiting for ever."""
+
+    def waited(*_):
+        raise AssertionError("it waited for what never comes")
+
+    before = signal.signal(signal.SIGALRM, waited)
+    signal.alarm(120)
+    start = time.thread_time()
+    try:
+        yield
+        assert time.thread_time() - start < SECONDS
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def write(path, header, data=b""):
@@ -54,10 +74,8 @@ def test_what_is_no_plain_file_is_refused_and_not_waited_for(tmp_path, reader, k
     else:
         os.mkfifo(tmp_path / "pipe")
         path.symlink_to(tmp_path / "pipe")
-    start = time.monotonic()
-    with pytest.raises(DataError):
+    with at_once(), pytest.raises(DataError):
         read(path)
-    assert time.monotonic() - start < SECONDS
 
 
 def test_a_json_file_that_is_far_too_large_is_not_read(tmp_path):
@@ -101,10 +119,8 @@ SLOW_HEADERS = {
 @pytest.mark.parametrize("kind", SLOW_HEADERS)
 def test_a_header_made_to_take_long_is_refused_at_once(tmp_path, kind):
     path = write(tmp_path / "slow.safetensors", SLOW_HEADERS[kind], bytes(4))
-    start = time.monotonic()
-    with pytest.raises(DataError):
+    with at_once(), pytest.raises(DataError):
         TensorFile(path)
-    assert time.monotonic() - start < SECONDS
 
 
 TENSORS = {"a": torch.arange(6.0).view(2, 3), "b": torch.ones(4, dtype=torch.int8), "c": torch.zeros(0, 3)}
@@ -134,13 +150,11 @@ def same_or_refused(path):
     """What safetensors' own reader gives, or an error of lingrad's."""
     from safetensors import safe_open
 
-    start = time.monotonic()
     try:
-        ours = read_all(path)
+        with at_once():
+            ours = read_all(path)
     except DataError:
         return
-    finally:
-        assert time.monotonic() - start < SECONDS
     with safe_open(path, "pt") as theirs:
         assert {*ours} == {*theirs.keys()}
         for name, value in ours.items():

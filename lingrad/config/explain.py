@@ -9,6 +9,7 @@ from torch import nn
 
 from lingrad.config import coverage, spec
 from lingrad.config.methods import method_of
+from lingrad.config.published import DEFAULT
 from lingrad.config.rules import Rules
 from lingrad.config.settings import Share
 from lingrad.config.sharing import GroupedTarget, group_targets
@@ -74,7 +75,9 @@ class Explanation:
         return "\n".join(text)
 
 
-def explain(model: nn.Module, rules: Rules, *, share: Share | None = None, every_parameter: bool = False) -> Explanation:
+def explain(
+    model: nn.Module, rules: Rules = DEFAULT, *, share: Share | None = None, every_parameter: bool = False
+) -> Explanation:
     """Show what `lingrad.wrap` would do.
 
     Args:

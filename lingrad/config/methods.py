@@ -15,7 +15,7 @@ from typing import Any, TypeVar, cast
 
 from lingrad import optimizers
 from lingrad.config import spec
-from lingrad.config.published import METHODS
+from lingrad.config.published import DEFAULT, METHODS
 from lingrad.config.settings import Settings
 from lingrad.errors import LingradError, SpecError, did_you_mean, require
 from lingrad.transforms import registry
@@ -122,15 +122,44 @@ def takes_methods(function: F) -> F:
     @functools.wraps(function)
     def taking(*args: Any, **kwargs: Any) -> Any:
         bound = signature.bind_partial(*args, **kwargs).arguments
+        base, options = _named_base(bound.get("base"))
+        if options:
+            more = {**{key: value for key, value in bound.items() if key != rest}, **bound.get(rest, {}), "base": base}
+            return taking(**{**options, **more})
         chosen = method_of(bound.get("rules", signature.parameters["rules"].default))
         if chosen is None:
             return function(*args, **kwargs)
         given = {**{key: value for key, value in bound.items() if key != rest}, **bound.get(rest, {}), "rules": chosen.rules}
         chosen = chosen.given({"base": given["base"]} if "base" in given else {})
         own = {"base": chosen.base, **chosen.base_options, **chosen.settings}
-        return function(**{**own, **given})
+        try:
+            return function(**{**own, **given})
+        except LingradError as error:
+            hint = _set_by_method(str(error), bound.get("rules", ""), {key: own[key] for key in own if key not in given})
+            if hint:
+                error.args = (f"{error}{hint}", *error.args[1:])
+            raise
 
     return cast("F", taking)
+
+
+def _set_by_method(message: str, name: object, own: Mapping[str, Any]) -> str:
+    """What a message about an option that nobody gave should end with: where it comes from.
+
+    Args:
+        message: The message.
+        name: The method as it was given.
+        own: The options that the method set.
+
+    Returns:
+        The end of the message; empty where it speaks of no such option.
+    """
+    named = [key for key, value in own.items() if key != "base" and re.search(rf"\b{key}\b", message.partition("\n")[0])]
+    if not named:
+        return ""
+    method = str(name).partition("(")[0].strip() or DEFAULT.partition("(")[0]
+    given = ", ".join(f"{key}={own[key]!r}" for key in named)
+    return f"\nMethod '{method}' sets {given}; another value can be given beside the method, as an option of the run"
 
 
 def _named_base(base: Any) -> tuple[Any, dict[str, Any]]:

@@ -13,7 +13,7 @@ from lingrad.config.settings import check_not_negative, check_scale
 from lingrad.config.targets import Plan
 from lingrad.engine.arithmetic import Arithmetic
 from lingrad.engine.stepper import Group
-from lingrad.errors import SpecError, did_you_mean, require
+from lingrad.errors import SpecError, did_you_mean, require, shown
 from lingrad.optimizers import Base, checks
 from lingrad.optimizers.moments import steps_grow
 from lingrad.subspaces import trees
@@ -132,7 +132,16 @@ def split_groups(groups: list[Group], decaying: Callable[[str], bool]) -> list[G
     Returns:
         The groups: what decays stays in its own; the rest goes to one of the same hyper-parameters without decay, called
         ``<name>.no_decay`` where the group is split.
+
+    Raises:
+        SpecError: It is no function.
     """
+    require(
+        callable(decaying),
+        "decaying",
+        f"decaying must be a function of a parameter's name, not {shown(decaying)}; such as "
+        "opt.exclude_from_decay(lambda name: 'norm' not in name)",
+    )
     found: list[Group] = []
     for group in groups:
         kept = [i for i, name in enumerate(group["param_names"]) if decaying(name)]

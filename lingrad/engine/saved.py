@@ -222,7 +222,11 @@ def check_groups(saved: list[dict[str, Any]], own: list[dict[str, Any]], identit
         if any(key not in was for was in saved):
             raise CheckpointError(f"the checkpoint's param groups have no '{key}': it was not written by lingrad's optimizer")
     if len(saved) != len(own):
-        raise CheckpointError(f"the checkpoint has {len(saved)} param groups and this run {len(own)}")
+        coords = [sum(group.get("kind") == "coords" for group in groups) for groups in (saved, own)]
+        norm = "; scale='norm' makes one for each factor: give the run the scale that the checkpoint's had" * (
+            coords[0] != coords[1]
+        )
+        raise CheckpointError(f"the checkpoint has {len(saved)} param groups and this run {len(own)}{norm}")
     for was, now in zip(saved, own, strict=True):
         for key, new in identity.items():
             if was[key] != new:

@@ -208,9 +208,11 @@ def summarize(
     largest = sorted(live.items(), key=lambda item: -item[1])[:TOP]
     tops = tuple(Top(n, (s := log.storages[i]).category, s.phase, s.op) for i, n in largest)
     played = replay(log, expandable=expandable, preload=preload) if allocator else None
-    fits = None
-    if capacity is not None:
-        fits = replay(log, capacity=capacity, expandable=expandable, preload=preload).fits if allocator else peak <= capacity
+    fits = None if capacity is None else peak <= capacity
+    if played is not None and capacity is not None:
+        within = replay(log, capacity=capacity, expandable=expandable, preload=preload)
+        fits = within.fits
+        played = within if fits else played  # an allocator without a limit does not give back what lies idle
     return MemoryReport(
         source=source,
         device=device,

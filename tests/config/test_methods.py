@@ -58,8 +58,14 @@ def test_adapter_mode_has_the_same_run_or_refuses(name):
 
 
 def test_q_galore_is_for_weights_that_are_rounded():
-    with pytest.raises(SpecError, match="rounding='stochastic' is for weights in 16 or 8 bits"):
+    message = (
+        r"rounding='stochastic' is for weights in 16 or 8 bits[^\n]*\nMethod 'q_galore' sets rounding='stochastic'; another"
+    )
+    with pytest.raises(SpecError, match=message):
         trained(written("q_galore"))
+    with pytest.raises(SpecError) as caught:  # which the user gave
+        trained("galore(rank=3)", rounding="stochastic")
+    assert "Method" not in str(caught.value)
     chosen = method_of("q_galore(rank=3, every=4)")
     found = []
     for rules, options in (("q_galore(rank=3, every=4)", {}), (chosen.rules, {**chosen.base_options, **chosen.settings})):
@@ -105,6 +111,9 @@ def taken(model, rules, base="adamw", *, scale=1.0, carry="keep", residual=None,
         ("fira(rank=3, residual=scaled(limit=1.1))", {}, ("svd(rank=3)", "adamw", {"residual": "scaled(limit=1.1)"})),
         ("fira(rank=3)", {"residual": None}, ("svd(rank=3)", "adamw", {"residual": None})),
         ("svd(rank=3)", {"lr": 1.0}, ("svd(rank=3)", "adamw", {"lr": 1.0})),
+        ("svd(rank=3)", {"base": "sgd(momentum=0.5)"}, ("svd(rank=3)", "sgd", {"momentum": 0.5})),
+        ("svd(rank=3)", {"base": "sgd(momentum=0.5)", "momentum": 0.1}, ("svd(rank=3)", "sgd", {"momentum": 0.1})),
+        ("flora(rank=3)", {"base": "sgd(momentum=0.5)"}, ("random(rank=3)", "sgd", {"momentum": 0.5, "carry": "rotate"})),
     ],
 )
 def test_what_is_given_replaces_the_methods_own(text, given, expected):

@@ -8,6 +8,7 @@ import torch
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
 import lingrad
+from lingrad.errors import SpecError
 from tests.support.models import llama, text_batches, train, zoo, zoo_batches, zoo_loss
 from tests.support.runs import MODES, each_mode
 
@@ -82,3 +83,12 @@ def test_parameters_are_excluded_from_decay_after_the_base_was_built():
         train(model, optimizer, text_batches(2, micro=1), schedule=False)
         weights.append(optimizer.weights())
     assert all(torch.equal(weights[0][name], weight) for name, weight in weights[1].items())
+
+
+@pytest.mark.parametrize("decaying", [["norm"], "norm", None])
+def test_what_decides_about_decay_is_a_function(decaying):
+    optimizer = lingrad.wrap(llama(), "svd(rank=2, every=2)", "adamw", lr=1e-2)
+    with pytest.raises(
+        SpecError, match=r"decaying must be a function of a parameter's name, not .*; such as opt\.exclude_from_decay"
+    ):
+        optimizer.exclude_from_decay(decaying)

@@ -6,7 +6,7 @@ from torch import nn
 
 import lingrad
 from lingrad import optimizers
-from lingrad.errors import SpecError
+from lingrad.errors import CheckpointError, SpecError
 from tests.support.models import gap, llama, text_batches, three_ways, train
 from tests.support.runs import MODES
 
@@ -82,3 +82,11 @@ def test_the_modes_agree_and_switches_keep_it():
 def test_what_it_may_be(value):
     with pytest.raises(SpecError, match="scale must be a number, 0 or more"):
         lingrad.wrap(llama(), "svd(rank=4)", lr=1e-3, scale=value)
+
+
+def test_a_checkpoint_of_the_other_kind_says_what_differs():
+    rules = {"*mlp*": "svd(rank=4)", "*": "svd(rank=2)"}
+    norms, number = (lingrad.wrap(llama(), rules, lr=1e-2, scale=scale) for scale in ("norm", 1.0))
+    for one, other in ((norms, number), (number, norms)):
+        with pytest.raises(CheckpointError, match=r"param groups and this run \d; scale='norm' makes one for each factor"):
+            one.load_state_dict(other.state_dict())

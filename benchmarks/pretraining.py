@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 import lingrad
-from benchmarks.study import SEEDS, TUNE, Study, command, error, linear, taken
-from lingrad.console import markdown as tabulate
+from benchmarks.study import TUNE, Study, command, linear, taken
+from benchmarks.study import table as study_table
 from lingrad.models import LlamaShape, build_llama, next_token_loss
 from lingrad.research.corpus import Corpus, training_batches
 
@@ -171,20 +171,7 @@ def table(study: Pretraining) -> str:
     Returns:
         Markdown.
     """
-    made = {entry: study.results(entry) for entry in entries()}
-    found = {entry: results for entry, results in made.items() if results is not None}
-    losses = {entry.name: [results[seed]["loss"] for seed in SEEDS] for entry, (results, _) in found.items()}
-    full = next((losses[entry.name] for entry in found if entry.spec == "full()"), None)
-    rows = [("method", "loss, nats a byte", "less AdamW's, two rates", "learning rate", "MB")]
-    for entry, (results, tried) in found.items():
-        own = losses[entry.name]
-        apart = [a - b for a, b in zip(own, full, strict=True)] if full else []
-        less = f"{statistics.mean(apart):+.3f} ± {error(apart):.3f}" if apart and entry.spec != "full()" else ""
-        factor = results[SEEDS[0]]["factor"]
-        star = "*" if factor in (min(tried), max(tried)) else ""
-        loss = f"{statistics.mean(own):.3f} ± {error(own):.3f}"
-        rows.append((entry.name, loss, less, f"{LR * factor:.2g}{star}", f"{results[SEEDS[0]]['bytes'] / 1e6:.1f}"))
-    return tabulate(rows)
+    return study_table(study, entries(), "full()", ("loss, nats a byte", "less AdamW's, two rates"), lr=LR, digits=3)
 
 
 if __name__ == "__main__":

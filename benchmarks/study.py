@@ -7,6 +7,7 @@ at any moment and start it again: what is in the file is not run again.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import math
 import statistics
@@ -21,9 +22,11 @@ import torch
 from torch import nn
 
 import lingrad
+from lingrad.console import markdown
 from lingrad.errors import LingradError
 from tools.marks import put
 
+EXAMPLES = Path(__file__).parents[1] / "examples"
 TUNE, SEEDS, MOST = 0, (1, 2, 3), 8  # the seed of tuning, those of the results, trials at most
 
 E = TypeVar("E", bound=NamedTuple)
@@ -117,7 +120,7 @@ class Study(ABC, Generic[E]):
 
 
 def command(
-    about: str | None, study: Callable[[Path], S], entries: Iterable[Any], table: Callable[[S], str], mark: str
+    about: str | None, study: Callable[[Path], S], entries: Iterable[Any], shown: Callable[[S], str], mark: str
 ) -> None:
     """The command line of a study: run what is missing, and print the table or put it into a page.
 
@@ -125,7 +128,7 @@ def command(
         about: What ``--help`` says.
         study: Opens the study in a file, by default ``docs/studies/<mark>.jsonl``.
         entries: Its entries.
-        table: Its table.
+        shown: Its table.
         mark: The name of the page's marks for it.
     """
     parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -139,11 +142,60 @@ def command(
     for entry in entries:
         if any(word in entry.name for word in asked.only):
             opened.run(entry)
-    text = table(opened) + "\n"
+    text = shown(opened) + "\n"
     if asked.into is None:
         sys.stdout.write(text)
     else:
         put(asked.into, {mark: text})
+
+
+def table(
+    study: Study[E],
+    entries: Iterable[E],
+    beside: str,
+    headers: tuple[str, str],
+    *,
+    lr: float,
+    digits: int,
+    value: Callable[[float], float] = lambda loss: loss,
+) -> str:
+    """The entries of a study that have all their runs, as Markdown.
+
+    Args:
+        study: The runs.
+        entries: Its entries.
+        beside: The ``spec`` of the entry that the others are compared with, seed by seed.
+        headers: Of the value, and of the difference.
+        lr: The learning rate of factor 1.
+        digits: After the point.
+        value: What is shown of a loss.
+
+    Returns:
+        A row for each: mean and standard error over the seeds, the mean difference and its standard error, the learning rate
+        (with a star at the edge of those tried), and MB beyond the model.
+    """
+    made = {entry: study.results(entry) for entry in entries}
+    found = {entry: results for entry, results in made.items() if results is not None}
+    values = {entry: [value(results[seed]["loss"]) for seed in SEEDS] for entry, (results, _) in found.items()}
+    first = next((entry for entry in found if getattr(entry, "spec") == beside), None)  # noqa: B009 - of the study's own class
+    rows = [("method", headers[0], headers[1], "learning rate", "MB")]
+    for entry, (results, tried) in found.items():
+        apart = [a - b for a, b in zip(values[entry], values[first], strict=True)] if first not in (None, entry) else []
+        less = f"{statistics.mean(apart):+.{digits}f} ± {error(apart):.{digits}f}" if apart else ""
+        factor = results[SEEDS[0]]["factor"]
+        star = "*" if factor in (min(tried), max(tried)) else ""
+        shown = f"{statistics.mean(values[entry]):.{digits}f} ± {error(values[entry]):.{digits}f}"
+        rows.append((study.label(entry), shown, less, f"{lr * factor:.2g}{star}", f"{results[SEEDS[0]]['bytes'] / 1e6:.1f}"))
+    return markdown(rows)
+
+
+def example_program(name: str) -> Any:
+    """An example as a module, for its own functions that read data and make models."""
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+    assert spec is not None and spec.loader is not None  # noqa: S101, PT018 - the file is of this repository
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def linear(step: int, steps: int) -> float:

@@ -1,9 +1,9 @@
-"""The comparisons of the command line: train with progress bars, write the results, print the table."""
+"""The comparisons and studies of the command line: train with progress bars, write the results, print the table."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from importlib import import_module
@@ -14,6 +14,10 @@ import torch
 from lingrad.console import progress
 from lingrad.errors import optional
 from lingrad.research import corpus, plans, report, runner
+from lingrad.research.execution import execute
+from lingrad.research.pages import write_report
+from lingrad.research.plan import open_plan
+from lingrad.research.results import read_results
 
 
 def demo(out: Path, *, steps: int | None = None) -> report.Result:
@@ -56,6 +60,40 @@ def train(
         *plans.both_modes(rules, rules, base=base, lr=lr, scale=scale, carry=carry),
     ]
     return _run(entries, setup, corpus.tokenize(text.name, corpus.read_text(text)), out)
+
+
+def run(path: Path, out: Path, *, jobs: int = 1, storage: str | None = None, quick: bool = False) -> list[Path]:
+    """Make all trials and final runs of a plan that are not made yet, and the report.
+
+    Args:
+        path: The plan.
+        out: Folder of the results; made if missing.
+        jobs: Runs at a time, each in a process.
+        storage: A database that several machines share; None is a journal in ``out``.
+        quick: Cut the plan down to see that it runs: a tenth of the steps, one trial, one seed.
+
+    Returns:
+        The files of the report.
+    """
+    plan = open_plan(path, quick=quick)
+    with progress(plan.name, "run") as tick:
+        execute(plan, out, jobs=jobs, storage=storage, quick=quick, tick=tick)
+    return report_of([out])
+
+
+def report_of(folders: Sequence[Path], *, x: str = "state MB", y: str = "") -> list[Path]:
+    """Write the report of a plan's results into the first of their folders.
+
+    Args:
+        folders: The folders; where several machines shared the trials, of all of them.
+        x: What the picture of two measures is drawn over.
+        y: What is drawn; the task's metric if empty.
+
+    Returns:
+        The files.
+    """
+    plan, runs = read_results(folders)
+    return write_report(plan, runs, folders[0], x=x, y=y)
 
 
 def show(result: report.Result, out: Path) -> None:

@@ -1,0 +1,192 @@
+"""The report of a plan: Markdown, pictures, and a page that needs nothing but itself."""
+
+from __future__ import annotations
+
+import html
+import json
+import math
+from collections.abc import Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from lingrad import plotting
+from lingrad.console import markdown
+from lingrad.files.atomic import write_whole
+from lingrad.research.plan import ResearchPlan
+from lingrad.research.results import MEASURES, Run, Summary, measure, summarize
+from lingrad.research.statistics import RULE, Mean
+
+FILES = ("report.md", "report.html", "curves.png", "sensitivity.png", "pareto.png")
+
+
+def write_report(plan: ResearchPlan, runs: Sequence[Run], out: Path, *, x: str = "state MB", y: str = "") -> list[Path]:
+    """Write the report.
+
+    Args:
+        plan: The plan.
+        runs: Its runs.
+        out: The folder.
+        x: What the second picture is drawn over: a metric or one of `MEASURES`.
+        y: What is drawn; the task's metric if empty.
+
+    Returns:
+        The files.
+    """
+    found, y = summarize(plan, runs), y or plan.task.metric
+    pictures = {"curves.png": curves(found), "sensitivity.png": sensitivity(plan, found), "pareto.png": pareto(found, x, y)}
+    parts = {"report.md": as_markdown(plan, found).encode(), "report.html": as_html(plan, found).encode()}
+    return [write_whole(out / name, data) for name, data in {**parts, **pictures}.items() if data]
+
+
+def as_markdown(plan: ResearchPlan, found: Sequence[Summary]) -> str:
+    """The table, the failures, and the rule by which entries are said to differ.
+
+    Args:
+        plan: The plan.
+        found: Its entries.
+
+    Returns:
+        Markdown.
+    """
+    first = plan.entries[0].name
+    rows = [(plan.task.metric, f"less that of {first}", "best values", "state MB", "seconds", "n")]
+    lines: list[tuple[str, ...]] = [("entry", *rows[0])]
+    for one in found:
+        own = one.metrics.get(plan.task.metric)
+        apart = one.difference
+        less = "" if apart is None else f"{apart.mean.value:+.4g} [{apart.low:.4g}, {apart.high:.4g}]{' *' * apart.different}"
+        best = ", ".join(f"{key}={_short(value)}{' (edge)' * (key in one.at_edge)}" for key, value in one.best.items())
+        shown = "failed" if own is None else _mean(own)
+        measures = [_short(one.metrics[name].value) if one.metrics[name].count else "" for name in ("state MB", "seconds")]
+        lines.append((one.entry.name, shown, less, best, *measures, str(own.count if own else 0)))
+    failures = [f"- {text}" for one in found for text in _failures(one)]
+    trials = (
+        f"{plan.trials} trials of each entry with seed {plan.seed} ({plan.sampler}); the best is run with seeds "
+        + ", ".join(map(str, plan.seeds))
+    )
+    text = [f"# {plan.name}", "", f"{trials}. {RULE}", "", markdown(lines)]
+    if any(one.at_edge for one in found):
+        text += ["*(edge)*: the best value is the least or largest that was tried, so that a better one may lie beyond it.", ""]
+    return "\n".join([*text, *(["Failures:", "", *failures, ""] if failures else [])])
+
+
+def curves(found: Sequence[Summary]) -> bytes:
+    """The training losses of the final runs, averaged over seeds, as PNG."""
+    figure, (axes,) = plotting.figure((8, 5))
+    for one in found:
+        good = [run for run in one.finals if not run.failed]
+        if good:
+            steps = [step for step, _ in good[0].curve]
+            losses = [sum(run.curve[i][1] for run in good) / len(good) for i in range(min(len(run.curve) for run in good))]
+            axes.plot(steps[: len(losses)], losses, label=one.entry.name)
+    axes.set(xlabel="step", ylabel="training loss")
+    _legend(axes)
+    return plotting.picture(figure)
+
+
+def sensitivity(plan: ResearchPlan, found: Sequence[Summary]) -> bytes:
+    """The metric of each trial over its learning rate, as PNG; nothing where it was not searched."""
+    if not any("lr" in one.entry.space for one in found):
+        return b""
+    figure, (axes,) = plotting.figure((8, 5))
+    for one in found:
+        points = sorted(
+            (run.values["lr"], run.info["metrics"][plan.task.metric])
+            for run in one.trials
+            if not run.failed and "lr" in run.values
+        )
+        if points:
+            axes.plot(
+                *zip(*points, strict=True), marker="o", label=f"{one.entry.name}{' (best at the edge)' * ('lr' in one.at_edge)}"
+            )
+    axes.set(xlabel="learning rate", ylabel=f"{plan.task.metric} of a trial", xscale="log")
+    _legend(axes)
+    return plotting.picture(figure)
+
+
+def pareto(found: Sequence[Summary], x: str, y: str) -> bytes:
+    """Two measures of the final runs, with standard errors, as PNG."""
+    figure, (axes,) = plotting.figure((8, 5))
+    for one in found:
+        across, up = measure(one, x), measure(one, y)
+        if across.count and up.count:
+            axes.errorbar(
+                across.value,
+                up.value,
+                yerr=0.0 if math.isnan(up.error) else up.error,
+                marker="o",
+                capsize=3,
+                label=one.entry.name,
+            )
+    axes.set(xlabel=x, ylabel=y)
+    _legend(axes)
+    return plotting.picture(figure)
+
+
+def as_html(plan: ResearchPlan, found: Sequence[Summary]) -> str:
+    """A page that needs no network: tables, and pictures that its own script draws.
+
+    Args:
+        plan: The plan.
+        found: Its entries.
+
+    Returns:
+        HTML.
+    """
+    data = {
+        "name": plan.name, "metric": plan.task.metric, "greater": plan.task.greater, "rule": RULE, "trials": plan.trials,
+        "sampler": plan.sampler, "seeds": list(plan.seeds), "first": plan.entries[0].name,
+        "measures": list(dict.fromkeys([plan.task.metric, *(name for one in found for name in one.metrics), *MEASURES])),
+        "entries": [_plain(plan, one) for one in found],
+    }  # fmt: skip
+    page = (files("lingrad.research") / "data" / "report.html").read_text()
+    text = json.dumps(data).replace("<", "\\u003c")  # no text of a run ends the script
+    return page.replace("@TITLE@", html.escape(plan.name)).replace("@DATA@", text)
+
+
+def _plain(plan: ResearchPlan, one: Summary) -> dict[str, Any]:
+    apart = one.difference
+    return {
+        "name": one.entry.name,
+        "method": one.entry.method or one.entry.baseline,
+        "mode": "baseline, no dual" if one.entry.baseline else one.entry.mode,
+        "means": {name: [_number(mean.value), _number(mean.error), mean.count] for name, mean in one.metrics.items()},
+        "difference": None
+        if apart is None
+        else [_number(apart.mean.value), _number(apart.low), _number(apart.high), apart.different],
+        "best": dict(one.best),
+        "edge": list(one.at_edge),
+        "failures": _failures(one),
+        "trials": [
+            {"values": dict(run.values), "metric": _number(run.info["metrics"].get(plan.task.metric))} for run in one.trials
+        ],
+        "curves": [{"seed": run.seed, "points": list(run.curve)} for run in one.finals if not run.failed],
+        "energy": [list(run.energy) for run in one.finals if run.energy],
+    }
+
+
+def _failures(one: Summary) -> list[str]:
+    failed = [run for run in (*one.trials, *one.finals) if run.failed]
+    kinds = [f"seed {run.seed}" if run.final else "trial" for run in failed]
+    return [
+        f"{run.entry}, {kind} {dict(run.values)}: {run.info['status']}: {run.error[:200]}"
+        for run, kind in zip(failed, kinds, strict=True)
+    ]
+
+
+def _mean(mean: Mean) -> str:
+    return _short(mean.value) if math.isnan(mean.error) else f"{mean.value:.4f} ± {mean.error:.4f}"
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _number(value: Any) -> float | None:
+    return float(value) if value is not None and math.isfinite(value) else None
+
+
+def _legend(axes: Any) -> None:
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend()

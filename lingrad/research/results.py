@@ -1,0 +1,182 @@
+"""What the runs of a plan came to: read from their records, summed up by entry."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lingrad.errors import DataError, SpecError, did_you_mean
+from lingrad.files.reading import read_json
+from lingrad.research.execution import PLAN
+from lingrad.research.plan import PlanEntry, ResearchPlan, make_plan
+from lingrad.research.record import RESULT
+from lingrad.research.statistics import Difference, Mean, mean_of, paired
+from lingrad.research.training import METRICS
+
+POINTS = 200  # of a curve, at most
+MEASURES = {  # of a run, by name: where its record has it
+    "state MB": ("state_bytes", 1e-6),
+    "gradients MB": ("gradient_bytes", 1e-6),
+    "saved activations MB": ("saved_activation_bytes", 1e-6),
+    "seconds": ("train_time", 1.0),
+    "refresh seconds": ("refresh_time", 1.0),
+    "tokens/s": ("tokens_per_second", 1.0),
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run.
+
+    Args:
+        entry: The entry's name.
+        final: Whether it is a final run.
+        seed: Its seed.
+        values: What it tried.
+        info: ``train_info`` of its record.
+        error: The message of a failure.
+        curve: (step, training loss), thinned.
+        energy: (step, share of the gradients that fresh bases captured).
+    """
+
+    entry: str
+    final: bool
+    seed: int
+    values: Mapping[str, Any]
+    info: Mapping[str, Any]
+    error: str
+    curve: Sequence[tuple[int, float]]
+    energy: Sequence[tuple[int, float]]
+
+    @property
+    def failed(self) -> bool:
+        """Whether it has no value."""
+        return bool(self.info["status"] != "success")
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What became of an entry.
+
+    Args:
+        entry: The entry.
+        trials: Its trials.
+        finals: Its final runs.
+        metrics: Metric or measure -> its mean over the final runs that have a value.
+        difference: From the plan's first entry, seed by seed; None of itself, or where no seed has both.
+        best: What the best trial tried.
+        at_edge: Of these the options whose best value is the least or largest that was tried.
+    """
+
+    entry: PlanEntry
+    trials: Sequence[Run]
+    finals: Sequence[Run]
+    metrics: Mapping[str, Mean]
+    difference: Difference | None
+    best: Mapping[str, Any]
+    at_edge: Sequence[str]
+
+
+def read_results(folders: Sequence[Path]) -> tuple[ResearchPlan, list[Run]]:
+    """Read the runs of a plan.
+
+    Args:
+        folders: Folders of its results; where several machines shared the trials, of all of them.
+
+    Returns:
+        The plan and its runs, in the order of entries, trials and seeds.
+
+    Raises:
+        DataError: A folder holds no results, or those of another plan; or a record is damaged.
+    """
+    plan: ResearchPlan | None = None
+    runs: list[Run] = []
+    for folder in folders:
+        if not (folder / PLAN).is_file():
+            raise DataError(
+                f"{folder} holds no results of a plan: there is no {PLAN}. `lingrad run PLAN.toml --out {folder}` makes some"
+            )
+        kept = read_json(folder / PLAN)
+        found = make_plan(kept["content"], str(folder / PLAN), Path(kept["folder"]), quick=kept["quick"])
+        if plan is not None and plan.digest != found.digest:
+            raise DataError(f"{folder} holds the results of another plan than {folders[0]}")
+        plan = found
+        runs += [_read(path) for path in sorted(folder.glob(f"runs/*/*/{RESULT}"))]
+    if plan is None:
+        raise DataError("no folder was given")
+    order = {entry.name: i for i, entry in enumerate(plan.entries)}
+    return plan, sorted(runs, key=lambda run: (order[run.entry], run.final, run.seed))
+
+
+def summarize(plan: ResearchPlan, runs: Sequence[Run]) -> list[Summary]:
+    """Sum up by entry.
+
+    Args:
+        plan: The plan.
+        runs: Its runs.
+
+    Returns:
+        A summary for each entry, in the plan's order.
+    """
+    metric = plan.task.metric
+    first = {
+        run.seed: run.info["metrics"][metric]
+        for run in runs
+        if run.final and not run.failed and run.entry == plan.entries[0].name
+    }
+    found = []
+    for entry in plan.entries:
+        own = [run for run in runs if run.entry == entry.name]
+        finals = [run for run in own if run.final]
+        good = [run for run in finals if not run.failed]
+        names = dict.fromkeys(name for run in good for name in run.info["metrics"])
+        means = {name: mean_of([run.info["metrics"][name] for run in good if name in run.info["metrics"]]) for name in names}
+        means |= {name: mean_of([run.info[key] * factor for run in good]) for name, (key, factor) in MEASURES.items()}
+        both = [run for run in good if run.seed in first]
+        apart = None
+        if both and entry is not plan.entries[0]:
+            apart = paired([run.info["metrics"][metric] for run in both], [first[run.seed] for run in both])
+        best = next((run.values for run in finals), {})
+        edges = [key for key, axis in entry.space.items() if key in best and axis.at_edge(best[key])]
+        found.append(Summary(entry, [run for run in own if not run.final], finals, means, apart, best, edges))
+    return found
+
+
+def measure(summary: Summary, name: str) -> Mean:
+    """A metric or measure of an entry.
+
+    Args:
+        summary: The entry.
+        name: Its name.
+
+    Returns:
+        Its mean; of nothing where all runs failed.
+
+    Raises:
+        SpecError: Nobody logs it.
+    """
+    if name not in summary.metrics and summary.metrics and name not in MEASURES:
+        near = did_you_mean(name, summary.metrics)
+        raise SpecError(f"no run logs '{name}'{near} Logged: {', '.join(summary.metrics)}")
+    return summary.metrics.get(name, mean_of([]))
+
+
+def _read(path: Path) -> Run:
+    try:
+        record = read_json(path)
+        job, info = record["run_info"]["job"], record["train_info"]
+        curve, energy = _curves(path.parent / METRICS)
+        final = job["part"] == "final"
+        return Run(job["entry"], final, job["seed"], job["values"], info, record["run_info"]["error_msg"], curve, energy)
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise DataError(f"the record {path} is damaged ({error}); remove its folder and run the plan again") from error
+
+
+def _curves(path: Path) -> tuple[list[tuple[int, float]], list[tuple[int, float]]]:
+    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    every = max(1, len(lines) // POINTS)
+    curve = [(line["step"], line["loss"]) for i, line in enumerate(lines) if i % every == 0 or i == len(lines) - 1]
+    return curve, [(line["step"], line["energy"]) for line in lines if "energy" in line]

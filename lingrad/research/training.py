@@ -1,0 +1,179 @@
+"""One run of a plan: a way to train, on a task, with one seed."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from torch import Tensor
+
+from lingrad.engine.optimizer import SubspaceOptimizer
+from lingrad.errors import LingradError, SpecError
+from lingrad.methods import Method, Training
+from lingrad.research.plan import ResearchPlan, Schedule
+from lingrad.research.runner import gradient_bytes, state_bytes
+from lingrad.research.task import Part
+from lingrad.tensors import distinct, nbytes
+
+METRICS = "metrics.jsonl"
+
+
+class DivergedError(LingradError):
+    """A loss was not finite; no more was trained."""
+
+
+def rate(step: int, steps: int, warmup: float, schedule: Schedule) -> float:
+    """A factor on the learning rate.
+
+    Args:
+        step: Steps done.
+        steps: All of them.
+        warmup: Share of the steps in which it rises.
+        schedule: What follows: it stays, or falls to nothing along a line, or to a tenth along a cosine.
+
+    Returns:
+        The factor, between 0 and 1.
+    """
+    rise = round(warmup * steps)
+    if step < rise:
+        return (step + 1) / rise
+    progress = (step - rise) / max(1, steps - rise)
+    if schedule == "constant":
+        return 1.0
+    return 1.0 - progress if schedule == "linear" else 0.1 + 0.45 * (1 + math.cos(math.pi * progress))
+
+
+def train(
+    plan: ResearchPlan, method: Method, *, seed: int, part: Part, out: Path, seconds: float | None = None
+) -> dict[str, Any]:
+    """Train once, and judge.
+
+    Args:
+        plan: The plan: its task, steps, schedule, dtype and device.
+        method: The way to train.
+        seed: Of everything random.
+        part: What the model is judged by.
+        out: A folder; gets `METRICS`, a line for every step.
+        seconds: The time after which training ends, whatever steps are left; None is never.
+
+    Returns:
+        ``metrics`` of the task, ``steps``, ``tokens``, ``seconds``, bytes of ``state``,
+        ``gradients`` and ``saved`` activations, ``refresh_seconds``, and numbers of parameters.
+
+    Raises:
+        DivergedError: A loss was not finite.
+        SpecError: The task gives no batch, or not its metric.
+    """
+    task, dtype = plan.task, getattr(torch, plan.dtype)
+    torch.manual_seed(seed)
+    training = method.prepare(task.build(seed, dtype).to(plan.device))
+    model = training.model.train()
+    schedulers = [
+        torch.optim.lr_scheduler.LambdaLR(one, lambda step: rate(step, plan.steps, plan.warmup, plan.schedule))
+        for one in training.optimizers
+    ]
+    spent, tokens, done = 0.0, 0, 0
+    plain: list[float] = []
+    refreshing: list[float] = []
+    found = {"gradients": 0, "saved": 0}
+    with (out / METRICS).open("w") as file:
+        for batch in task.batches(plan.steps, seed):
+            batch = _to(batch, plan.device)
+            before, start = _refreshes(training), time.perf_counter()
+            training.zero_grad()
+            with _counted(model) if done == 0 else _nothing() as saved:
+                loss = task.loss(model, batch)
+            loss.backward()
+            found["gradients"] = max(found["gradients"], *(gradient_bytes(model, one) for one in training.optimizers))
+            training.step()
+            for scheduler in schedulers:
+                scheduler.step()
+            value, took = float(loss.detach()), time.perf_counter() - start
+            found["saved"] = saved[0] if done == 0 else found["saved"]
+            done, tokens, spent = done + 1, tokens + task.tokens(batch), spent + took
+            refreshed = _refreshes(training) - before
+            (refreshing if refreshed else plain).append(took)
+            _line(file, {"step": done, "loss": value, "lr": schedulers[0].get_last_lr()[0], "seconds": took, "tokens": tokens,
+                         **_energy(training, refreshed)})  # fmt: skip
+            if not math.isfinite(value):
+                raise DivergedError(f"the loss of step {done} is {value}")
+            if seconds is not None and spent >= seconds:
+                break
+    if done == 0:
+        raise SpecError("the task gave no batch")
+    model.eval()
+    with torch.no_grad():
+        metrics = {key: float(value) for key, value in task.judge(model, part).items()}
+    if task.metric not in metrics:
+        raise SpecError(f"the task's metric is '{task.metric}', and its judge gives {', '.join(metrics) or 'nothing'}")
+    if not math.isfinite(metrics[task.metric]):
+        raise DivergedError(f"the {task.metric} after {done} steps is {metrics[task.metric]}")
+    slower = sum(refreshing) - len(refreshing) * _median(plain) if refreshing and plain else 0.0
+    return {
+        "metrics": metrics,
+        "steps": done,
+        "tokens": tokens,
+        "seconds": spent,
+        "refresh_seconds": max(0.0, slower),
+        "bytes": {"state": sum(state_bytes(one) for one in training.optimizers), **found},
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "trained": sum(p.numel() for p in _trained(training)),
+    }
+
+
+def _trained(training: Training) -> list[Tensor]:
+    return list({id(p): p for one in training.optimizers for group in one.param_groups for p in group["params"]}.values())
+
+
+def _refreshes(training: Training) -> int:
+    ours = [one for one in training.optimizers if isinstance(one, SubspaceOptimizer)]
+    return sum(sum(one.refreshes().values()) for one in ours)
+
+
+def _energy(training: Training, refreshed: int) -> Mapping[str, float]:
+    """The mean share of the gradients that fresh bases capture, where there are any."""
+    if not refreshed:
+        return {}
+    ours = [one for one in training.optimizers if isinstance(one, SubspaceOptimizer)]
+    energies = [value for one in ours for value in one.captured_energy().values()]
+    return {"energy": sum(energies) / len(energies)} if energies else {}
+
+
+@contextmanager
+def _counted(model: torch.nn.Module) -> Iterator[list[int]]:
+    """Count the bytes that a forward saves for its backward, of what is no parameter."""
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept: dict[int, Tensor] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        if isinstance(tensor, Tensor) and tensor.untyped_storage().data_ptr() not in own:
+            kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    counted = [0]
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        yield counted
+    counted[0] = nbytes(*distinct(kept.values()))
+
+
+@contextmanager
+def _nothing() -> Iterator[list[int]]:
+    yield [0]
+
+
+def _to(batch: Any, device: str) -> Any:
+    return {key: value.to(device) for key, value in batch.items()} if isinstance(batch, Mapping) else batch.to(device)
+
+
+def _line(file: IO[str], values: Mapping[str, Any]) -> None:
+    file.write(json.dumps(values) + "\n")
+
+
+def _median(values: list[float]) -> float:
+    return sorted(values)[len(values) // 2]

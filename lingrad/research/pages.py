@@ -14,7 +14,7 @@ from lingrad import plotting
 from lingrad.console import markdown
 from lingrad.files.atomic import write_whole
 from lingrad.research.plan import ResearchPlan
-from lingrad.research.results import MEASURES, Run, Summary, measure, summarize
+from lingrad.research.results import MEASURES, Run, Summary, check_measure, measure, summarize
 from lingrad.research.statistics import RULE, Mean
 
 FILES = ("report.md", "report.html", "curves.png", "sensitivity.png", "pareto.png")
@@ -32,8 +32,13 @@ def write_report(plan: ResearchPlan, runs: Sequence[Run], out: Path, *, x: str =
 
     Returns:
         The files.
+
+    Raises:
+        SpecError: Nobody logs one of them.
     """
     found, y = summarize(plan, runs), y or plan.task.metric
+    for name in {x, y} - {plan.task.metric}:
+        check_measure(found, name)
     pictures = {"curves.png": curves(found), "sensitivity.png": sensitivity(plan, found), "pareto.png": pareto(found, x, y)}
     parts = {"report.md": as_markdown(plan, found).encode(), "report.html": as_html(plan, found).encode()}
     return [write_whole(out / name, data) for name, data in {**parts, **pictures}.items() if data]

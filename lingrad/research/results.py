@@ -145,22 +145,23 @@ def summarize(plan: ResearchPlan, runs: Sequence[Run]) -> list[Summary]:
     return found
 
 
-def measure(summary: Summary, name: str) -> Mean:
-    """A metric or measure of an entry.
+def check_measure(found: Sequence[Summary], name: str) -> None:
+    """Make sure that some run logs a metric or measure.
 
     Args:
-        summary: The entry.
+        found: The entries.
         name: Its name.
 
-    Returns:
-        Its mean; of nothing where all runs failed.
-
     Raises:
-        SpecError: Nobody logs it.
+        SpecError: None does.
     """
-    if name not in summary.metrics and summary.metrics and name not in MEASURES:
-        near = did_you_mean(name, summary.metrics)
-        raise SpecError(f"no run logs '{name}'{near} Logged: {', '.join(summary.metrics)}")
+    known = dict.fromkeys([name for one in found for name in one.metrics] + list(MEASURES))
+    if any(one.metrics for one in found) and name not in known:
+        raise SpecError(f"no run logs '{name}'{did_you_mean(name, known)} Logged: {', '.join(known)}")
+
+
+def measure(summary: Summary, name: str) -> Mean:
+    """A metric or measure of an entry: its mean, of nothing where all runs failed."""
     return summary.metrics.get(name, mean_of([]))
 
 

@@ -114,12 +114,15 @@ def make_task(kind: str, table: Table, folder: Path) -> Task:
     hints, values = get_type_hints(found), {}
     for option in fields(found):
         kind_of = _KINDS.get(getattr(hints[option.name], "__name__", ""), str)
-        must = option.default is MISSING and option.default_factory is MISSING
-        default = {} if must else {"default": option.default if option.default is not MISSING else option.default_factory()}  # type: ignore[misc]
+        default: dict[str, Any] = {}
+        if option.default is not MISSING:
+            default = {"default": option.default}
+        elif option.default_factory is not MISSING:
+            default = {"default": option.default_factory()}
         values[option.name] = table.take(option.name, kind_of, **default)
     table.end()
     try:
-        task = found(**values)
+        task: Task = found(**values)
     except SpecError:
         raise
     except Exception as error:  # code of others

@@ -1,1 +1,3 @@
-"""Compare ways to train: texts, plans of experiments, the runner and the report."""
+"""Comparative research: plans, their runs and their reports; and the comparisons of the command line."""
+
+from lingrad.research.task import Task as Task

@@ -111,7 +111,7 @@ def make_task(kind: str, table: Table, folder: Path) -> Task:
         )
     if not _is_task(found):
         raise SpecError(f"'{kind}' is no task: it must be a dataclass derived from lingrad.research.Task", option="kind")
-    hints, values = get_type_hints(found), {}
+    hints, values = get_type_hints(found), dict[str, Any]()
     for option in fields(found):
         kind_of = _KINDS.get(getattr(hints[option.name], "__name__", ""), str)
         default: dict[str, Any] = {}

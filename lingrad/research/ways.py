@@ -11,6 +11,7 @@ from lingrad import optimizers
 from lingrad.config import spec
 from lingrad.config.methods import method_of
 from lingrad.config.published import METHODS
+from lingrad.config.rules import parse_rules
 from lingrad.config.settings import Settings
 from lingrad.errors import LingradError, SpecError, require, shown
 from lingrad.methods import Lingrad, Method, baseline
@@ -131,7 +132,8 @@ def check_entry(entry: PlanEntry, folder: Path) -> None:
         options = {**({} if named is None else {**named.settings, **named.base_options}), **method.options}
         base = method.base if method.base is not None else "adamw" if named is None else named.base
         try:
+            parse_rules(method.rules if named is None else named.rules)
             settings, of_base = Settings.split(options)
-            optimizers.find(base, of_base, decay=settings.weight_decay != 0)
+            optimizers.find(base, of_base, decay=settings.weight_decay != 0, others=Settings.names())
         except LingradError as error:
             raise SpecError(f"entry '{entry.name}': {error}", option=getattr(error, "option", None)) from error

@@ -1,0 +1,294 @@
+"""Runs of plans: what is recorded of them, of those that fail, and of those that were killed and started again."""
+
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from lingrad.errors import DataError, SpecError
+from lingrad.research import commands, trial
+from lingrad.research.execution import PLAN, execute
+from lingrad.research.pages import as_markdown, write_report
+from lingrad.research.plan import open_plan
+from lingrad.research.record import RESULT
+from lingrad.research.results import read_results, summarize
+from lingrad.research.search import open_storage
+
+pytest.importorskip("optuna", reason="make test installs it (extra: research)")
+EXAMPLE = Path(__file__).parents[2] / "examples" / "own_study"
+
+TASK = """
+import os, signal
+from dataclasses import dataclass
+import torch
+from torch import nn
+from lingrad.research import Task
+
+@dataclass(frozen=True)
+class Line(Task):
+    trouble: str = ""
+
+    def build(self, seed, dtype):
+        torch.manual_seed(seed)
+        return nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 4)).to(dtype)
+
+    def batches(self, steps, seed):
+        generator = torch.Generator().manual_seed(seed)
+        for _ in range(steps):
+            yield torch.randn(8, 6, generator=generator)
+
+    def loss(self, model, batch):
+        if model[0].weight.requires_grad and self.trouble == "memory":
+            raise MemoryError("out of memory")
+        if self.trouble == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        batch = batch.to(next(model.parameters()).dtype)
+        return (model(batch) - batch[:, :4]).square().mean()
+
+    def judge(self, model, part):
+        return {"loss": float(self.loss(model, torch.ones(2, 6)))}
+"""
+PLAN_TEXT = """
+name = "line"
+seeds = {seeds}
+[task]
+kind = "line.py:Line"
+steps = 4
+trouble = "{trouble}"
+[search]
+sampler = "{sampler}"
+trials = {trials}
+space = {{lr = {lr}}}
+[[entries]]
+name = "svd"
+method = "svd(rank=2, every=2)"
+[[entries]]
+name = "random map!"
+method = "random(rank=2, every=2)"
+mode = "adapter"
+"""
+
+
+def written(folder, *, trouble="", lr="[0.01, 0.1]", sampler="grid", trials=2, seeds="[1, 2]", more=""):
+    folder.mkdir(exist_ok=True)
+    (folder / "line.py").write_text(TASK)
+    path = folder / "plan.toml"
+    path.write_text(PLAN_TEXT.format(trouble=trouble, lr=lr, sampler=sampler, trials=trials, seeds=seeds) + more)
+    return path
+
+
+def job(path, **changes):
+    plan = open_plan(path)
+    of_plan = {"content": dict(plan.content), "where": PLAN, "folder": str(plan.folder), "quick": False, "entry": "svd"}
+    of_run = {"values": {"lr": 0.01}, "seed": 3, "part": "final", "seconds": None, "threads": 1}
+    return {**of_plan, **of_run, **changes}
+
+
+class TestOneRun:
+    def test_its_record_runs_it_again(self, tmp_path):
+        record = trial.run_job(job(written(tmp_path / "plan")), tmp_path / "first")
+        kept = tmp_path / "first" / RESULT
+        assert json.loads(kept.read_text()) == record
+        assert {*record} == {"run_info", "train_info", "meta_info"}  # as PEFT's method_comparison has them
+        info = record["train_info"]
+        assert info["status"] == "success"
+        assert info["steps"] == 4
+        # two weights of 5 x 6 and 4 x 5 by rank 2 on their shorter sides, with Adam's moments; biases in full
+        coords, basis, rest = 2 * 6 + 2 * 5, 2 * 5 + 2 * 4, 5 + 4
+        assert info["state_bytes"] == 4 * (2 * coords + basis + 2 * rest) + 4 * len(["step"]) * 4
+        lines = [json.loads(line) for line in (tmp_path / "first" / "metrics.jsonl").read_text().splitlines()]
+        assert [line["step"] for line in lines] == [1, 2, 3, 4]
+        assert ["energy" in line for line in lines] == [True, False, True, False]
+        assert trial.main(str(kept), str(tmp_path / "second")) == 0
+        again = json.loads((tmp_path / "second" / RESULT).read_text())
+        assert again["train_info"]["metrics"] == info["metrics"]
+
+    @pytest.mark.parametrize(
+        ("trouble", "values", "status", "message"),
+        [
+            ("", {"lr": 1e30}, "diverged", "the loss of step"),
+            ("memory", {"lr": 0.1}, "out of memory", "out of memory"),
+            ("", {"lr": 0.1, "rank": 9}, "error", "rank 9 is larger than"),
+        ],
+    )
+    def test_a_failure_is_a_record(self, tmp_path, trouble, values, status, message):
+        record = trial.run_job(job(written(tmp_path / "plan", trouble=trouble), values=values), tmp_path / "out")
+        assert record["train_info"]["status"] == status
+        assert message in record["run_info"]["error_msg"]
+        assert not record["train_info"]["metrics"]
+
+    def test_a_full_disk_leaves_nothing(self, tmp_path, monkeypatch):
+        def full(*_, **__):
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr(trial, "train", full)
+        path = tmp_path / "job.json"
+        path.write_text(json.dumps(job(written(tmp_path / "plan"))))
+        assert trial.main(str(path), str(tmp_path / "out")) == 28
+        assert not (tmp_path / "out").exists()
+
+    def test_both_modes_judge_alike(self, tmp_path):
+        plan = written(
+            tmp_path / "plan", more='[[entries]]\nname = "twin"\nmethod = "svd(rank=2, every=2)"\nmode = "adapter"\n'
+        )
+        plan.write_text(plan.read_text() + '[run]\ndtype = "float64"\n')
+        found = [
+            trial.run_job(job(plan, entry=name), tmp_path / name)["train_info"]["metrics"]["loss"] for name in ("svd", "twin")
+        ]
+        assert found[0] == pytest.approx(found[1], abs=1e-12)
+
+    def test_it_ends_after_its_time(self, tmp_path):
+        record = trial.run_job(job(written(tmp_path / "plan"), seconds=1e-9), tmp_path / "out")
+        assert record["train_info"]["steps"] == 1
+
+
+def outcome(out):
+    """What was made: status, metrics and values of each run, without times."""
+    found = {}
+    for path in sorted(out.glob(f"runs/*/*/{RESULT}")):
+        record = json.loads(path.read_text())
+        info = record["train_info"]
+        found[str(path.parent.relative_to(out))] = info["status"], info["metrics"], record["run_info"]["job"]["values"]
+    return found
+
+
+def test_failures_do_not_stop_the_rest(tmp_path):
+    more = '[[entries]]\nname = "diverges"\nmethod = "svd(rank=2)"\noptions = {base = "sgd", lr = 1e30}\n'
+    path = written(tmp_path / "plan", lr="[0.01]", trials=1, seeds="[1]", more=more)
+    told = []
+    execute(open_plan(path), tmp_path / "out", jobs=2, tick=lambda *state: told.append(state))
+    assert [status for status, *_ in outcome(tmp_path / "out").values()].count("diverged") == 1
+    assert told[-1][:2] == (5, 6)  # no final run of what diverged
+    plan, runs = read_results([tmp_path / "out"])
+    text = as_markdown(plan, summarize(plan, runs))
+    assert re.search(r"\| diverges *\| *failed", text)
+    assert "diverges, trial {}: diverged: DivergedError: the loss of step 2" in text
+    files = write_report(plan, runs, tmp_path / "out", x="seconds", y="loss")
+    assert {file.name for file in files} == {"report.md", "report.html", "curves.png", "sensitivity.png", "pareto.png"}
+    with pytest.raises(SpecError, match="no run logs 'perplexity'. Logged: loss, state MB"):
+        write_report(plan, runs, tmp_path / "out", y="perplexity")
+    before = outcome(tmp_path / "out")
+    commands.run(path, tmp_path / "out")  # nothing is left to do
+    assert outcome(tmp_path / "out") == before
+    path.write_text(path.read_text().replace("steps = 4", "steps = 5"))
+    with pytest.raises(DataError, match="holds the results of another plan, or of this one before it was changed"):
+        execute(open_plan(path), tmp_path / "out")
+
+
+@pytest.mark.slow
+def test_a_run_that_is_killed_is_a_failure(tmp_path):
+    path = written(tmp_path / "plan", trouble="killed", lr="[0.01]", trials=1, seeds="[1]")
+    execute(open_plan(path), tmp_path / "out", jobs=2)
+    assert {status for status, *_ in outcome(tmp_path / "out").values()} == {"killed"}
+    record = json.loads(next((tmp_path / "out").glob(f"runs/*/*/{RESULT}")).read_text())
+    assert record["run_info"]["error_msg"] == "killed by signal 9, perhaps because the machine's memory was full"
+
+
+def start(path, out, *more):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "lingrad", "run", str(path), "--out", str(out), *more]
+    return subprocess.Popen(command, env=environment, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+
+def trials_of(out, url=None):
+    """Optuna's trials that have ended: number, what was tried, value."""
+    import optuna
+
+    storage = open_storage(out, url)
+    names = optuna.get_all_study_names(storage)
+    studies = {name: optuna.load_study(study_name=name, storage=storage).get_trials(deepcopy=False) for name in names}
+    return {
+        name: [(t.number, dict(t.params), t.value) for t in trials if t.state.is_finished()] for name, trials in studies.items()
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sampler", ["grid", pytest.param("tpe", marks=pytest.mark.exhaustive)])
+@pytest.mark.parametrize("kills", [4, pytest.param(20, marks=pytest.mark.exhaustive)])
+def test_killed_at_any_moment_it_ends_as_if_it_had_not_been(tmp_path, sampler, kills):
+    lr = "[0.01, 0.1]" if sampler == "grid" else "{low = 0.001, high = 1.0, log = true}"
+    path = written(tmp_path / "plan", sampler=sampler, lr=lr)
+    execute(open_plan(path), tmp_path / "whole", jobs=2)
+    moments = random.Random(kills)  # noqa: S311 - moments, no secret
+    for _ in range(kills):
+        process = start(path, tmp_path / "out", "--jobs", "2")
+        time.sleep(moments.uniform(1.0, 15.0))
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    process = start(path, tmp_path / "out", "--jobs", "2")
+    text = process.communicate(timeout=500)[0].decode()
+    assert process.returncode == 0, text
+    assert outcome(tmp_path / "out") == outcome(tmp_path / "whole")
+    assert trials_of(tmp_path / "out") == trials_of(tmp_path / "whole")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("database", ["journal", "sqlite"])
+def test_two_machines_share_the_trials(tmp_path, database):
+    path = written(tmp_path / "plan")
+    execute(open_plan(path), tmp_path / "whole", jobs=2)
+    url = None if database == "journal" else f"sqlite:///{tmp_path / 'trials.db'}"
+    more = () if url is None else ("--storage", url)
+    outs = [tmp_path / "one"] * 2 if url is None else [tmp_path / "one", tmp_path / "two"]
+    processes = [start(path, out, *more) for out in outs]
+    for process in processes:
+        text = process.communicate(timeout=500)[0].decode()
+        assert process.returncode == 0, text
+    assert trials_of(tmp_path / "one", url) == trials_of(tmp_path / "whole")
+    made = {**outcome(outs[0]), **outcome(outs[1])}
+    assert made == outcome(tmp_path / "whole")
+    assert len(read_results([*dict.fromkeys(outs)])[1]) == len(made)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="chromium is not installed: apt-get install chromium")
+def test_the_page_works_in_a_browser_without_a_network(tmp_path):
+    path = written(tmp_path / "plan", lr="[0.01]", trials=1, seeds="[1]")
+    execute(open_plan(path), tmp_path / "out", jobs=2)
+    plan, runs = read_results([tmp_path / "out"])
+    write_report(plan, runs, tmp_path / "out")
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert not re.search(r"(src|href)=|https?://(?!www\.w3\.org)", page)  # nothing is fetched
+    watch = "<script>window.onerror = (m) => document.title = 'FAILED ' + m</script>"
+    act = (
+        "<script>const f = document.getElementById('filter'); f.value = 'SVD'; f.dispatchEvent(new Event('input'));"
+        "document.querySelectorAll('th')[3].click();</script>"
+    )
+    (tmp_path / "page.html").write_text(page.replace("<head>", f"<head>{watch}").replace("</body>", f"{act}</body>"))
+    command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=2000", "--dump-dom"]
+    shown = subprocess.run(
+        [*command, (tmp_path / "page.html").as_uri()], capture_output=True, text=True, timeout=120, check=True
+    ).stdout
+    assert "FAILED" not in shown
+    body = shown[shown.index("<tbody>") : shown.index("</tbody>")]
+    assert body.count("<tr>") == 1  # the filter
+    assert "svd(rank=2, every=2)" in body
+    assert shown.count("<circle") >= 2
+    assert shown.count("<polyline") >= 1
+
+
+def test_a_schedule_rises_and_falls():
+    from lingrad.research.training import rate
+
+    assert [rate(step, 10, 0.2, "linear") for step in (0, 1, 2, 6)] == [0.5, 1.0, 1.0, 0.5]
+    assert rate(9, 10, 0.0, "constant") == 1.0
+    assert rate(0, 10, 0.0, "cosine") == 1.0
+    assert rate(10, 10, 0.0, "cosine") == pytest.approx(0.1)
+
+
+def test_saved_activations_are_counted_once():
+    from lingrad.research.training import _counted
+
+    model = torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.Tanh())
+    with _counted(model) as found:
+        model(torch.randn(8, 6, requires_grad=True)).sum()
+    assert found[0] == 4 * (8 * 6 + 8 * 5)  # the input, and what tanh gave

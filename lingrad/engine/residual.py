@@ -130,10 +130,8 @@ def _scaled(residuals: ResidualState, sub: Subspace, rest: Tensor, rate: Any) ->
 
 
 def _sampled(sub: Subspace, rest: Tensor, q: float) -> Tensor:
-    """R / q times |base's step| / |gradient of the coordinates|, one number a weight, or an expert; in R's memory.
-
-    With lr for that number, as SGD has it, q of these steps and 1 - q of none add up to lr R.
-    """
+    """R / q times |base's step| / |gradient of the coordinates|, one number a weight, or an expert; in R's memory."""
+    # that number is lr with SGD: the mean of this step, with probability q, and of none is lr R
     blocks = (sub.basis.transform.blocks, -1)
     assert sub.coords.grad is not None  # noqa: S101 - `_has_gradient`
     stepped, grad = (

@@ -48,7 +48,9 @@ def test_a_rule_that_is_none(text, match):
     assert caught.value.option == "residual"
 
 
-@pytest.mark.parametrize("text", ["scaled", "scaled(limit=1.5)", "sign", "sign(factor=0.5)", "feedback", "sampled", "sampled(q=0.25)"])
+@pytest.mark.parametrize(
+    "text", ["scaled", "scaled(limit=1.5)", "sign", "sign(factor=0.5)", "feedback", "sampled", "sampled(q=0.25)"]
+)
 def test_strings_are_canonical(text):
     assert str(parse_residual(text)) == text
     assert parse_residual("scaled( limit = 1.01 )") == Residual("scaled")

@@ -201,7 +201,9 @@ def test_saved_activations_are_what_autograd_is_asked_to_keep(side, mode, option
         nn.Linear(24, 16, bias=False), {"*": f"svd(rank={rank}, side={side})"}, "sgd", mode, tokens=tokens, **options
     ).rows
     assert sum(t.numel() * t.element_size() for t in inputs) == row.activations
-    assert row.activations == tokens * 4 * (24 if side == "left" or options.get("residual") in ("sign", "sampled(q=1)") else rank)
+    assert row.activations == tokens * 4 * (
+        24 if side == "left" or options.get("residual") in ("sign", "sampled(q=1)") else rank
+    )
 
 
 class TestDuality:

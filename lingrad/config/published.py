@@ -92,8 +92,8 @@ METHODS: dict[str, NamedMethod] = {
         base="muon",
         settings={"residual": "sampled(q=0.1)", "carry": "reset"},
         paper="Pan et al., 2025, arXiv 2510.17802",
-        differs="a weight is drawn for a step, not for a period, and its coordinates step in any case; the step along its residual "
-        "is R / q times |step of Muon| / |gradient of the coordinates|, without momentum and not orthogonalised",
+        differs="a weight is drawn for a step, not for a period, and its coordinates step in any case; its residual is stepped "
+        "along by R / q times |step of Muon| / |gradient of the coordinates|, without momentum and not orthogonalised",
     ),
     "ldadam": NamedMethod(
         spec="power(rank={rank}, every=1, side={side})",

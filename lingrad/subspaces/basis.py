@@ -172,7 +172,7 @@ class Basis:
         return Schedule(now and not self.due, changes)
 
     def draws(self, step: int) -> bool:
-        """Whether the step after ``step`` finished ones gathers the gradient itself, alike in all processes and after a resume."""
+        """Whether the step after ``step`` finished ones gathers the gradient itself: a function of the seed and the step."""
         if not 0.0 < self.chance < 1.0:
             return self.chance > 0.0
         return derive_seed(self.when.seed, "whole", step) < self.chance * 2.0**63  # a seed has 63 bits

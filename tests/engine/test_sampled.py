@@ -106,6 +106,22 @@ def test_draws_are_of_chance_q_and_of_each_weight_and_step_alone():
     assert [other.subspaces[0].basis.draws(step) for step in range(500)] != drawn[0].bool().tolist()
 
 
+def test_a_single_weight_is_drawn_after_steps_without_a_draw():
+    """Of a basis that is never refreshed, whose run has nothing else to look for between steps."""
+    model = nn.Sequential(nn.Linear(6, 5, bias=False)).double()
+    optimizer = lingrad.wrap(model, {"0": "random(rank=2, every=0)"}, "sgd", lr=LR, residual="sampled(q=0.3)")
+    found = []
+    for x in torch.randn(20, 4, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0)):
+        before = model[0].weight.detach().clone()
+        model(x).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        found.append(bool(torch.linalg.matrix_rank(model[0].weight - before, rtol=1e-9) > 2))
+    (sub,) = optimizer.subspaces
+    assert found == [sub.basis.draws(step) for step in range(20)]
+    assert [False, True] in [found[i : i + 2] for i in range(18)]
+
+
 def test_weights_that_share_a_basis_are_drawn_together():
     model = llama()
     rules = {"*proj*": "svd(rank=3, every=3)", "*": "none"}

@@ -68,8 +68,9 @@ def wrap(
             ``transport``, which estimates squares better (LDAdam). Only ``reset`` sets the base's count of steps back.
         residual: What becomes of the part R of a gradient that no coordinates can express; None drops it. ``scaled`` steps
             along R as far as the base steps along the rest (Fira), ``sign`` along its signs (FRUGAL), ``feedback`` adds it to
-            the next gradient (LDAdam). Every step then reads the gradients themselves, and the run has no counterpart in
-            adapter mode (docs/methods.md).
+            the next gradient (LDAdam), ``sampled(q=0.1)`` steps along R / q with probability q (as GUM). Every step then reads
+            the gradients themselves, ``sampled`` those of the weights it draws, and the run has no counterpart in adapter mode
+            (docs/methods.md).
         seed: Seed of everything random; each weight derives its own from it and its name.
         compat: ``galore`` follows galore_torch's arithmetic exactly.
         layerwise: Step each weight inside the backward as soon as its gradient is computed, then free the gradient: no two need

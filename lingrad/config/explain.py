@@ -10,6 +10,7 @@ from torch import nn
 from lingrad.config import coverage, spec
 from lingrad.config.methods import method_of
 from lingrad.config.published import DEFAULT
+from lingrad.config.residual import parse_residual
 from lingrad.config.rules import Rules
 from lingrad.config.settings import Share
 from lingrad.config.sharing import GroupedTarget, group_targets
@@ -32,8 +33,8 @@ class Line:
         transform: Its config string, ``in full``, or ``frozen`` by a rule.
         coords: The shape of its coordinates.
         basis: The shapes of its bases in memory.
-        gradient: Where its gradient is computed: ``projected`` in the layer's backward, by a ``hook``, or in ``full``; ``-`` of
-            a frozen one.
+        gradient: Where its gradient is computed: ``projected`` in the layer's backward, by a ``hook``, or in ``full``;
+            ``sampled`` in full at steps that draw it, else projected; ``-`` of a frozen one.
         trained: Elements that the base optimizer steps, over all ``count``.
     """
 
@@ -94,8 +95,9 @@ def explain(
     require(known, "model", f"model must be a torch.nn.Module, not {'one' if known else repr(model)}; {instead}")
     chosen = method_of(rules)
     plan = resolve_model(model, rules if chosen is None else chosen.rules)
-    whole = chosen is not None and "residual" in chosen.settings
-    targets = {grouped.target.name: _line(grouped, whole) for grouped in group_targets(plan.targets, share)}
+    rule = None if chosen is None or chosen.settings.get("residual") is None else parse_residual(chosen.settings["residual"])
+    linear = "projected" if rule is None else "full" if rule.chance == 1 else "sampled"
+    targets = {grouped.target.name: _line(grouped, linear) for grouped in group_targets(plan.targets, share)}
     untouched = {name: _untouched(name, param, "in full", "full", param.numel()) for name, param in plan.full}
     untouched |= {name: _untouched(name, param, "frozen", "-", 0) for name, param in plan.frozen}
     order = [name for name, _ in model.named_parameters() if name in targets or name in untouched]
@@ -105,12 +107,12 @@ def explain(
     return Explanation(tuple(lines if every_parameter else _alike(lines)), parameters, trained, coverage.remark([plan]))
 
 
-def _line(grouped: GroupedTarget, whole: bool) -> Line:
+def _line(grouped: GroupedTarget, linear: str) -> Line:
     target, coords, blocks = grouped.target, grouped.coords, grouped.target.transform.blocks
     bases = [_by(s, blocks) for s in target.transform.basis_shapes(grouped.shape) if s is not None]
     if not grouped.is_first:
         bases = [f"that of {grouped.group[0].name.removesuffix('.weight').rpartition('.')[2]}"]
-    gradient = "hook" if target.route == "weight" else "full" if whole else "projected"
+    gradient = "hook" if target.route == "weight" else linear
     shapes = _by(target.layout.shape, blocks), spec.format(target.transform), _by(coords, blocks), ", ".join(bases) or "-"
     return Line(target.name, 1, *shapes, gradient, coords[0] * coords[1])
 

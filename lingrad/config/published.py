@@ -87,6 +87,14 @@ METHODS: dict[str, NamedMethod] = {
         paper="Zmushko et al., ICML 2025, arXiv 2411.07837, algorithm 1",
         differs="rows or columns of every weight are chosen at random, where the paper also has whole layers",
     ),
+    "gum": NamedMethod(
+        spec=_SVD,
+        base="muon",
+        settings={"residual": "sampled(q=0.1)", "carry": "reset"},
+        paper="Pan et al., 2025, arXiv 2510.17802",
+        differs="a weight is drawn for a step, not for a period, and its coordinates step in any case; its residual is stepped "
+        "along by R / q times |step of Muon| / |gradient of the coordinates|, without momentum and not orthogonalised",
+    ),
     "ldadam": NamedMethod(
         spec="power(rank={rank}, every=1, side={side})",
         options={"rank": None, "side": "short"},

@@ -8,8 +8,8 @@ from typing import Literal, get_args
 from lingrad.config.spec import parse_choice
 from lingrad.errors import SpecError, require, require_one_of, shown
 
-Kind = Literal["scaled", "sign", "feedback"]
-OPTIONS: dict[str, str | None] = {"scaled": "limit", "sign": "factor", "feedback": None}
+Kind = Literal["scaled", "sign", "feedback", "sampled"]
+OPTIONS: dict[str, str | None] = {"scaled": "limit", "sign": "factor", "feedback": None, "sampled": "q"}
 
 
 @dataclass(frozen=True)
@@ -20,9 +20,12 @@ class Residual:
         kind: ``scaled`` steps along R as far as the base's step is along the gradient of the coordinates, row by row or column
             by column (Chen et al., Fira, 2024, arXiv 2410.01623, section 4). ``sign`` steps along the signs of R (Zmushko et
             al., FRUGAL, ICML 2025, arXiv 2411.07837, algorithm 1). ``feedback`` adds R to the next step's gradient (Robert et
-            al., LDAdam, ICLR 2025, arXiv 2410.16103, section 3.3).
+            al., LDAdam, ICLR 2025, arXiv 2410.16103, section 3.3). ``sampled`` draws, for each weight and step, whether to step
+            along R / q, as far as the base's step is along the gradient of the coordinates, or not at all (after Pan et al.,
+            GUM, 2025, arXiv 2510.17802).
         limit: Of ``scaled``: by which factor |step| / learning rate may grow from one step to the next.
         factor: Of ``sign``: multiplies the learning rate of the coordinates.
+        q: Of ``sampled``: the probability of a draw.
 
     Raises:
         SpecError: An option is wrong.
@@ -31,14 +34,22 @@ class Residual:
     kind: Kind
     limit: float = 1.01
     factor: float = 1.0
+    q: float = 0.1
 
     def __post_init__(self) -> None:
         """Check the options."""
         require_one_of(self.kind, get_args(Kind), "residual")
         for option, least in (("limit", 1.0), ("factor", 0.0)):
             value = getattr(self, option)
-            fits = isinstance(value, int | float) and not isinstance(value, bool) and least <= value < float("inf")
+            fits = _is_number(value) and least <= value < float("inf")
             require(fits, "residual", f"{option} of residual='{self.kind}' must be a number, {least:g} or more, not {value!r}")
+        fits = _is_number(self.q) and 0 < self.q <= 1
+        require(fits, "residual", f"q of residual='{self.kind}' must be a number above 0, 1 at most, not {self.q!r}")
+
+    @property
+    def chance(self) -> float:
+        """The probability with which a step reads the gradient of a weight itself: 1 of a rule that is not ``sampled``."""
+        return self.q if self.kind == "sampled" else 1.0
 
     def __str__(self) -> str:
         option = OPTIONS[self.kind]
@@ -51,7 +62,7 @@ def parse_residual(text: str) -> Residual:
     """Read a rule from its config string.
 
     Args:
-        text: Such as ``scaled``, ``scaled(limit=1.1)``, ``sign(factor=0.5)``, ``feedback``.
+        text: Such as ``scaled``, ``scaled(limit=1.1)``, ``sign(factor=0.5)``, ``feedback``, ``sampled(q=0.1)``.
 
     Returns:
         The rule.
@@ -59,7 +70,7 @@ def parse_residual(text: str) -> Residual:
     Raises:
         SpecError: The string is malformed, or names an unknown rule or option.
     """
-    expected = "expected scaled, sign or feedback, or one with its option, such as scaled(limit=1.1)"
+    expected = "expected scaled, sign, feedback or sampled, or one with its option, such as scaled(limit=1.1)"
     require(isinstance(text, str), "residual", f"residual must be a word, not {shown(text)}: {expected}")
     try:
         choice = parse_choice(text)
@@ -72,3 +83,7 @@ def parse_residual(text: str) -> Residual:
     except SpecError as error:
         named = "residual" in str(error)
         raise SpecError(str(error) if named else f"residual={text!r}: {expected}\n{error}", option="residual") from None
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

@@ -13,6 +13,7 @@ from lingrad import optimizers, parallel
 from lingrad.adapters import Attachment, Gathering, Projection, SharedInput, make_attachment, make_weight, refuse_attached
 from lingrad.config.coverage import remark
 from lingrad.config.names import held_parameters
+from lingrad.config.residual import parse_residual
 from lingrad.config.rules import Rules
 from lingrad.config.settings import Mode, Settings, check_not_negative
 from lingrad.config.sharing import GroupedTarget, group_targets, require_shared
@@ -196,7 +197,8 @@ def _attachments(
             transform, like = as_published(settings.compat, first.transform), first.template
             seed = derive_seed(settings.seed, first.name)
             basis = Basis(first.name, transform, place.shape, seed=seed, run_seed=settings.seed, like=like)
-            basis.whole = settings.residual is not None and basis.coords_shape != basis.shape  # full() drops nothing
+            if settings.residual is not None and basis.coords_shape != basis.shape:  # full() drops nothing
+                basis.chance = parse_residual(settings.residual).chance
             names = {member.name for member in place.group}
             bases[first.name] = basis, SharedInput(names) if len(names) > 1 else None, 0
         weight.rounding = _rounding(settings, weight, target.name)

@@ -140,7 +140,7 @@ def look_ahead(run: Run) -> list[Basis]:
     gathering.due = any(basis.due and not basis.idle for basis in run.bases)
     for attachment in run.attachments:
         attachment.prepare()
-    if redrawn or any(b.gathers for b in run.bases) or any(a.sub.pending.stale for a in run.attachments):
+    if redrawn or any(b.gathers or b.chance for b in run.bases) or any(a.sub.pending.stale for a in run.attachments):
         run.quiet_until = run.step  # not before the next look
     else:
         run.quiet_until = min((basis.quiet_until(run.step) for basis in run.bases), default=run.step + 1000)

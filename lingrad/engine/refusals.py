@@ -55,7 +55,7 @@ def check_effective(
         require(
             settings.residual is None or (isinstance(sub.weight, DenseWeight) and sub.weight.sharding is None),
             "residual",
-            f"residual='{settings.residual}' adds a matrix as large as {sub.name} to it at every step, and that is stored "
+            f"residual='{settings.residual}' adds matrices as large as {sub.name} to it in steps, and that is stored "
             "in 4 or 8 bits, or cut over processes; leave residual out",
         )
     require(

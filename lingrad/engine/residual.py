@@ -1,7 +1,7 @@
 """What becomes of the part of a gradient that its basis drops: R = G - S z, for the S z nearest to G. Optimizer mode only.
 
 Every step reads the gradient G [m, n] itself: of all transformed weights between the backward and the step, or, where the run
-is layerwise, of one at a time. The rules are those of `lingrad.config.residual.Residual`.
+is layerwise, of one at a time; ``sampled`` of those that are drawn. The rules are those of `lingrad.config.residual.Residual`.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def merge(run: Run, subs: Sequence[Subspace]) -> None:
 
     Args:
         run: The run.
-        subs: The subspaces whose coordinates were stepped.
+        subs: The subspaces whose coordinates were stepped; of those that are not drawn ``z`` alone is merged.
     """
     residuals = run.residuals
     assert residuals is not None  # noqa: S101 - the caller has looked
@@ -80,19 +80,21 @@ def merge(run: Run, subs: Sequence[Subspace]) -> None:
         sub.pending.total = (
             sketch(sub.probes(), current, sub.weight, DenseGradient(grad), current.project(grad)) if sketched else None
         )
-        rounding = _rounding(grad) if residuals.rule.kind == "sign" else None
+        kind = residuals.rule.kind
+        rounding = _rounding(grad) if kind == "sign" else None
         del grad
-        if residuals.rule.kind == "feedback":
+        if kind == "feedback":
             residuals.error(sub).copy_(rest)
             residuals.settle(sub)
             continue
         group = groups[id(sub.coords)]
         rate = group["lr"] * group["scale"]
-        step = (
-            _scaled(residuals, sub, rest, rate)
-            if rounding is None
-            else _signs(rest, rounding).mul_(rate * residuals.rule.factor)
-        )
+        if rounding is not None:
+            step = _signs(rest, rounding).mul_(rate * residuals.rule.factor)
+        elif kind == "sampled":
+            step = _sampled(sub, rest, residuals.rule.q)
+        else:
+            step = _scaled(residuals, sub, rest, rate)
         if not group.get("maximize", False):
             step.neg_()
         current.add_lift_(step, sub.coords.detach())
@@ -125,6 +127,20 @@ def _scaled(residuals: ResidualState, sub: Subspace, rest: Tensor, rate: Any) ->
     step.mul_((allowed / norm.clamp_min(torch.finfo(norm.dtype).tiny)).clamp(max=1.0))
     last.copy_(torch.where(norm > 0, torch.minimum(norm, allowed), last))
     return step
+
+
+def _sampled(sub: Subspace, rest: Tensor, q: float) -> Tensor:
+    """R / q times |base's step| / |gradient of the coordinates|, one number a weight, or an expert; in R's memory."""
+    # that number is lr with SGD: the mean of this step, with probability q, and of none is lr R
+    blocks = (sub.basis.transform.blocks, -1)
+    assert sub.coords.grad is not None  # noqa: S101 - `_has_gradient`
+    stepped, grad = (
+        torch.linalg.vector_norm(part.unflatten(0, blocks), dim=(1, 2), keepdim=True)
+        for part in (sub.coords.detach(), sub.coords.grad)
+    )
+    # R / |gradient| first: their quotient may overflow where one of them is tiny; no gradient is no measure, and no step
+    rest.unflatten(0, blocks).div_(torch.where(grad > 0, grad, torch.inf)).mul_(stepped / q)
+    return rest
 
 
 def _signs(rest: Tensor, rounding: Tensor) -> Tensor:

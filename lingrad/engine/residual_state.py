@@ -56,7 +56,7 @@ class ResidualState:
         Returns:
             Name -> tensor, not copied.
         """
-        if not sub.basis.whole:  # nothing is dropped
+        if not sub.basis.chance:  # nothing is dropped
             return {}
         if self.rule.kind == "scaled":
             zero = sub.coords.detach().new_zeros(())

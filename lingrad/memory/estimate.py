@@ -47,8 +47,9 @@ class ParameterBytes:
         coords_gradient: The gradient of the coordinates [p, q].
         basis: The state of its transform, and what its schedule adds up.
         moments: The state of the base optimizer, and what a ``residual`` keeps.
-        activations: What its layer saves for the backward, outside refresh steps: r numbers per token with a right basis. 0 if
-            no number of tokens was given, or if a hook projects the gradient.
+        activations: What its layer saves for the backward, outside refresh steps, and steps in which ``residual="sampled"``
+            draws it: r numbers per token with a right basis. 0 if no number of tokens was given, or if a hook projects the
+            gradient.
     """
 
     name: str
@@ -226,15 +227,16 @@ def _transformed(
     dtype = wide(template.dtype)
     size = p * q * dtype.itemsize
     m, n = target.layout.shape
-    rule = None if settings.residual is None or (p, q) == (m, n) else parse_residual(settings.residual).kind
+    rule = None if settings.residual is None or (p, q) == (m, n) else parse_residual(settings.residual)
     # a step that reads the gradient itself saves the layer's input as it is
-    width = q if rule is None else n
-    saved = width * tokens * template.element_size() if target.route != "weight" and (grouped.is_first or rule) else 0
+    reads = rule is not None and rule.chance == 1
+    width = n if reads else q
+    saved = width * tokens * template.element_size() if target.route != "weight" and (grouped.is_first or reads) else 0
     rounds = settings.rounding == "compensated" and (template.dtype != dtype or target.param.dtype == torch.int8)
     error = rounds * _cut_elements(target, ranks) * target.param.element_size()
     decider = target.transform.rule
     followed = [] if decider is None else decider.storage((p, q), template.dtype)
-    kept = {"scaled": dtype.itemsize, "feedback": m * n * template.element_size()}.get(rule or "", 0)
+    kept = {"scaled": dtype.itemsize, "feedback": m * n * template.element_size()}.get(rule.kind if rule else "", 0)
     return ParameterBytes(
         target.name,
         weight=weight,

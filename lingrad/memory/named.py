@@ -8,6 +8,7 @@ from torch import nn
 from lingrad.config import spec
 from lingrad.config.methods import Chosen, method_of
 from lingrad.config.published import METHODS
+from lingrad.config.residual import parse_residual
 from lingrad.console import markdown
 from lingrad.memory.estimate import estimate
 from lingrad.methods import BASELINES
@@ -42,9 +43,12 @@ def table() -> str:
 
 
 def _reads(chosen: Chosen) -> str:
-    if "residual" in chosen.settings:
+    residual = chosen.settings.get("residual")
+    chance = 0.0 if residual is None else parse_residual(residual).chance
+    if chance == 1:
         return "at every step"
-    return "at refreshes" if spec.parse(chosen.rules).reads == "gradient" else "never"
+    found = ["at refreshes"] if spec.parse(chosen.rules).reads == "gradient" else []
+    return " and ".join(found + [f"in {chance:g} of steps"] * (chance > 0)) or "never"
 
 
 def _state(chosen: Chosen) -> float:

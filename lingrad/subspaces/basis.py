@@ -73,7 +73,9 @@ class Basis:
         cadence: When it is refreshed, where its transform has a ``schedule``; else None.
         offset: Steps by which its refreshes are late, where weights take turns.
         due: Whether the step that is being prepared gathers what a refresh needs.
-        whole: Whether every step gathers the gradient itself, for what becomes of the part that the basis drops.
+        chance: The probability with which a step gathers the gradient itself, for the part of it that the basis drops; 0 where
+            that part is not used.
+        whole: Whether the step that is being prepared does, as drawn from the basis's seed and the number of the step.
         energy: |S S^T G| / |G| of the last refresh; None where it was not measured.
         proposal: A refresh that is chosen and not yet committed.
         idle: Whether no weight that uses it had a gradient in the last step in which it was due.
@@ -91,7 +93,7 @@ class Basis:
         self.cadence = Cadence.of(transform)
         self.offset = 0
         self.due = False
-        self.whole = False
+        self.chance, self.whole = 0.0, False
         self.energy: float | None = None
         self.proposal: Proposal | None = None
         self.idle = False
@@ -166,7 +168,14 @@ class Basis:
         changes = self.refreshes != self.when.refreshes if self.transform.reads == "sketch" else now
         self.when = When(clock, self.refreshes, self.when.seed, self.when.shape, self.when.run_seed)
         self.due = now and not self.transform.before_step
+        self.whole = self.draws(step)
         return Schedule(now and not self.due, changes)
+
+    def draws(self, step: int) -> bool:
+        """Whether the step after ``step`` finished ones gathers the gradient itself: a function of the seed and the step."""
+        if not 0.0 < self.chance < 1.0:
+            return self.chance > 0.0
+        return derive_seed(self.when.seed, "whole", step) < self.chance * 2.0**63  # a seed has 63 bits
 
     def quiet_until(self, step: int) -> int:
         """The first step after ``step`` finished ones in which the basis may change, or a thousand steps on if it does not."""

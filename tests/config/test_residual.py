@@ -10,7 +10,7 @@ from lingrad.errors import DualityError, ModeError, SpecError
 from tests.support.models import llama, text_batches, train
 from tests.support.runs import assert_equal_bits, weights_of
 
-each_rule = pytest.mark.parametrize("rule", ["scaled", "sign", "feedback"])
+each_rule = pytest.mark.parametrize("rule", ["scaled", "sign", "feedback", "sampled"])
 
 
 def trained(rule):
@@ -23,17 +23,23 @@ def trained(rule):
 @pytest.mark.parametrize(
     ("text", "match"),
     [
-        ("fira", "residual must be one of scaled, sign, feedback, not 'fira'"),
+        ("fira", "residual must be one of scaled, sign, feedback, sampled, not 'fira'"),
         ("scale", "did you mean 'scaled'"),
         ("scaled(lim=2)", "has no option 'lim'; it takes limit"),
         ("feedback(factor=2)", "has no option 'factor'; it takes no options"),
         ("scaled(limit=0.5)", "limit of residual='scaled' must be a number, 1 or more, not 0.5"),
         ("sign(factor=-1)", "factor of residual='sign' must be a number, 0 or more, not -1"),
         ("sign(factor=high)", "must be a number, 0 or more, not 'high'"),
+        ("sampled(p=0.1)", "has no option 'p'; it takes q"),
+        ("sampled(q=0)", "q of residual='sampled' must be a number above 0, 1 at most, not 0"),
+        ("sampled(q=1.5)", "must be a number above 0, 1 at most, not 1.5"),
+        ("sampled(q=-0.1)", "must be a number above 0, 1 at most, not -0.1"),
+        ("sampled(q=true)", "must be a number above 0, 1 at most, not True"),
+        ("sampled(q=half)", "must be a number above 0, 1 at most, not 'half'"),
         ("sign(", "this is not a config string"),
-        (3, "residual must be a word, not 3: expected scaled, sign or feedback"),
-        ("scaled(1.1)", "residual='scaled(1.1)': expected scaled, sign or feedback"),
-        ("", "residual='': expected scaled, sign or feedback"),
+        (3, "residual must be a word, not 3: expected scaled, sign, feedback or sampled"),
+        ("scaled(1.1)", "residual='scaled(1.1)': expected scaled, sign, feedback or sampled"),
+        ("", "residual='': expected scaled, sign, feedback or sampled"),
     ],
 )
 def test_a_rule_that_is_none(text, match):
@@ -42,7 +48,9 @@ def test_a_rule_that_is_none(text, match):
     assert caught.value.option == "residual"
 
 
-@pytest.mark.parametrize("text", ["scaled", "scaled(limit=1.5)", "sign", "sign(factor=0.5)", "feedback"])
+@pytest.mark.parametrize(
+    "text", ["scaled", "scaled(limit=1.5)", "sign", "sign(factor=0.5)", "feedback", "sampled", "sampled(q=0.25)"]
+)
 def test_strings_are_canonical(text):
     assert str(parse_residual(text)) == text
     assert parse_residual("scaled( limit = 1.01 )") == Residual("scaled")

@@ -108,7 +108,7 @@ def test_moments_at_a_refresh(carry, side, base):
 @pytest.mark.parametrize("side", ["left", "right", "both"])
 @pytest.mark.parametrize("carry", ["keep", "reset", "transport"])
 @pytest.mark.parametrize("clip", [None, 0.1])
-@pytest.mark.parametrize("residual", ["scaled", "sign", "feedback"])
+@pytest.mark.parametrize("residual", ["scaled", "sign", "feedback", "sampled(q=0.3)"])
 def test_what_becomes_of_the_residual(residual, clip, carry, side, base):
     expected = theirs(reference.galore, side, base, carry=carry, residual=residual, clip=clip)
     assert gap(ours(lingrad.wrap, side, base, carry=carry, residual=residual, clip=clip), expected) <= TOLERANCE

@@ -290,7 +290,8 @@ def test_layers_that_share_a_basis_in_turns(rule, transform):
 
 
 NEVER = ["energy(fraction=0.001)", "path(threshold=0.0001)", "path(threshold=0.0001, measure=displacement)"]
-OPTIONS = [{}, {"layerwise": True}, {"residual": "scaled"}, {"residual": "sign"}, {"residual": "feedback"}, {"ledger": True}]
+RESIDUALS = [{"residual": rule} for rule in ("scaled", "sign", "feedback", "sampled(q=0.3)")]
+OPTIONS = [{}, {"layerwise": True}, *RESIDUALS, {"ledger": True}]
 
 
 @pytest.mark.parametrize("transform", ["svd", "power"])

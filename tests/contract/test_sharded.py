@@ -387,6 +387,7 @@ def refused(rank, world):
     attempt(lambda: lingrad.wrap(model, {"*embed_tokens": "svd(rank=4)"}, lr=1e-2))
     attempt(lambda: lingrad.wrap(model, POWER, lr=1e-2, moments="8bit"))
     attempt(lambda: lingrad.wrap(model, POWER, lr=1e-2, layerwise=True))
+    attempt(lambda: lingrad.wrap(model, POWER, lr=1e-2, residual="sampled"))
 
     attempt(lambda: lingrad.wrap(model, POWER, "adafactor", lr=1e-2))
 
@@ -428,10 +429,12 @@ def refused(rank, world):
 
 
 def test_what_does_not_work_sharded_is_refused(tmp_path):
-    embedding, codes, layerwise, adafactor, *late, read, part, flat, blocks, conv = each_rank(refused, 2, tmp_path)[0]
+    embedding, codes, layerwise, residual, adafactor, *late, read, part, flat, blocks, conv = each_rank(refused, 2, tmp_path)[0]
     assert "model.embed_tokens.weight is sharded and not the weight of one linear layer" in embedding
     assert "8-bit moments are coded in blocks of 256, which the shards of a weight cut" in codes
     assert "layerwise=True steps weights in the order in which gradients arrive" in layerwise
+    assert "residual='sampled' adds matrices as large as " in residual
+    assert "stored in 4 or 8 bits, or cut over processes; leave residual out" in residual
     assert "base 'adafactor' cannot step sharded parameters (DTensors)" in adafactor
     assert len(late) == 2
     for message in late:

@@ -173,7 +173,15 @@ def test_every_transform_says_what_it_stores(name):
     assert held == sum(stored.nbytes for stored in sub.basis.transform.storage((16, 24), torch.float32))
 
 
-@pytest.mark.parametrize(("mode", "options"), [*((mode, {}) for mode in MODES), ("optimizer", {"residual": "sign"})])
+@pytest.mark.parametrize(
+    ("mode", "options"),
+    [
+        *((mode, {}) for mode in MODES),
+        ("optimizer", {"residual": "sign"}),
+        ("optimizer", {"residual": "sampled(q=1)"}),
+        ("optimizer", {"residual": "sampled(q=1e-9)"}),  # as good as never drawn
+    ],
+)
 @pytest.mark.parametrize("side", ["left", "right", "both"])
 def test_saved_activations_are_what_autograd_is_asked_to_keep(side, mode, options):
     model = nn.Linear(24, 16, bias=False)
@@ -193,7 +201,9 @@ def test_saved_activations_are_what_autograd_is_asked_to_keep(side, mode, option
         nn.Linear(24, 16, bias=False), {"*": f"svd(rank={rank}, side={side})"}, "sgd", mode, tokens=tokens, **options
     ).rows
     assert sum(t.numel() * t.element_size() for t in inputs) == row.activations
-    assert row.activations == tokens * 4 * (24 if side == "left" or options else rank)
+    assert row.activations == tokens * 4 * (
+        24 if side == "left" or options.get("residual") in ("sign", "sampled(q=1)") else rank
+    )
 
 
 class TestDuality:

@@ -4,6 +4,9 @@ The model is y = W3 tanh(W2 tanh(W1 x + b)), its loss the mean square error. A s
 every map is S z = P z Q^T.
 """
 
+import hashlib
+import re
+
 import torch
 
 SHAPES = {"first.weight": (9, 14), "first.bias": (9,), "second.weight": (16, 9), "third.weight": (6, 16)}
@@ -93,10 +96,19 @@ def fed_back(memory, error, base, carry, old, new):
     return error + 0.9 / 0.1 * (old[0] @ before @ old[1].T - new[0] @ after @ new[1].T)
 
 
-def along_residual(sizes, name, rest, small, projected, side, residual, rate):
-    """Fira's step along G - P P^T G Q Q^T, or FRUGAL's signs; ``small`` is the step of the coordinates."""
+def hashed(*parts):
+    """The first 63 of 64 bits of BLAKE2b of what a colon joins."""
+    return int(hashlib.blake2b(":".join(map(str, parts)).encode(), digest_size=8).hexdigest(), 16) >> 1
+
+
+def along_residual(sizes, name, rest, small, projected, side, residual, rate, t):
+    """Fira's step along G - P P^T G Q Q^T, FRUGAL's signs, or 1/q of it with probability q; ``small`` is that of z."""
     if residual == "sign":
         return -rate * rest.sign()
+    if residual.startswith("sampled"):
+        q = float(re.search("q=(.*)[)]", residual)[1])
+        drawn = hashed(hashed(0, name), "whole", t) < q * 2**63
+        return -rest / q * small.norm() / projected.norm() if drawn else 0.0 * rest
     across = {"left": 0, "right": 1, "both": (0, 1)}[side]
     step = -rest * small.norm(dim=across, keepdim=True) / (projected.norm(dim=across, keepdim=True) + 1e-8)
     size = step.norm() / rate
@@ -136,7 +148,7 @@ def galore(steps, side, base, *, lr, decay, scale, eps=1e-8, align=True, carry="
                 if residual == "feedback":
                     errors[name] = rest + lost.pop(name, 0.0)
                 elif residual is not None:
-                    weights[name] += along_residual(sizes, name, rest, small, projected, side, residual, lr * scale)
+                    weights[name] += along_residual(sizes, name, rest, small, projected, side, residual, lr * scale, step)
     return weights
 
 

@@ -14,13 +14,13 @@ from lingrad import plotting
 from lingrad.console import markdown
 from lingrad.files.atomic import write_whole
 from lingrad.research.plan import ResearchPlan
-from lingrad.research.results import MEASURES, Run, Summary, check_measure, measure, summarize
+from lingrad.research.results import MEASURES, RunResult, Summary, check_measure, measure, summarize
 from lingrad.research.statistics import RULE, Mean
 
 FILES = ("report.md", "report.html", "curves.png", "sensitivity.png", "pareto.png")
 
 
-def write_report(plan: ResearchPlan, runs: Sequence[Run], out: Path, *, x: str = "state MB", y: str = "") -> list[Path]:
+def write_report(plan: ResearchPlan, runs: Sequence[RunResult], out: Path, *, x: str = "state MB", y: str = "") -> list[Path]:
     """Write the report.
 
     Args:

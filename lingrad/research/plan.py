@@ -35,7 +35,8 @@ from lingrad.files.reading import open_plain
 from lingrad.research.axes import Axis, grid, read_space
 from lingrad.research.objects import load_file
 from lingrad.research.schema import Table
-from lingrad.research.task import Task, make_task
+from lingrad.research.task import Task
+from lingrad.research.tasks import make_task
 
 Sampler = Literal["grid", "random", "tpe"]
 Schedule = Literal["constant", "linear", "cosine"]

@@ -13,7 +13,7 @@ from lingrad.files.reading import read_json
 from lingrad.research.execution import PLAN
 from lingrad.research.plan import PlanEntry, ResearchPlan, make_plan
 from lingrad.research.record import RESULT
-from lingrad.research.statistics import Difference, Mean, mean_of, paired
+from lingrad.research.statistics import Mean, PairedDifference, mean_of, paired
 from lingrad.research.training import METRICS
 
 POINTS = 200  # of a curve, at most
@@ -28,7 +28,7 @@ MEASURES = {  # of a run, by name: where its record has it
 
 
 @dataclass(frozen=True)
-class Run:
+class RunResult:
     """A run.
 
     Args:
@@ -72,15 +72,15 @@ class Summary:
     """
 
     entry: PlanEntry
-    trials: Sequence[Run]
-    finals: Sequence[Run]
+    trials: Sequence[RunResult]
+    finals: Sequence[RunResult]
     metrics: Mapping[str, Mean]
-    difference: Difference | None
+    difference: PairedDifference | None
     best: Mapping[str, Any]
     at_edge: Sequence[str]
 
 
-def read_results(folders: Sequence[Path]) -> tuple[ResearchPlan, list[Run]]:
+def read_results(folders: Sequence[Path]) -> tuple[ResearchPlan, list[RunResult]]:
     """Read the runs of a plan.
 
     Args:
@@ -93,7 +93,7 @@ def read_results(folders: Sequence[Path]) -> tuple[ResearchPlan, list[Run]]:
         DataError: A folder holds no results, or those of another plan; or a record is damaged.
     """
     plan: ResearchPlan | None = None
-    runs: list[Run] = []
+    runs: list[RunResult] = []
     for folder in folders:
         if not (folder / PLAN).is_file():
             raise DataError(
@@ -111,7 +111,7 @@ def read_results(folders: Sequence[Path]) -> tuple[ResearchPlan, list[Run]]:
     return plan, sorted(runs, key=lambda run: (order[run.entry], run.final, run.seed))
 
 
-def summarize(plan: ResearchPlan, runs: Sequence[Run]) -> list[Summary]:
+def summarize(plan: ResearchPlan, runs: Sequence[RunResult]) -> list[Summary]:
     """Sum up by entry.
 
     Args:
@@ -165,13 +165,13 @@ def measure(summary: Summary, name: str) -> Mean:
     return summary.metrics.get(name, mean_of([]))
 
 
-def _read(path: Path) -> Run:
+def _read(path: Path) -> RunResult:
     try:
         record = read_json(path)
         job, info = record["run_info"]["job"], record["train_info"]
         curve, energy = _curves(path.parent / METRICS)
         final = job["part"] == "final"
-        return Run(job["entry"], final, job["seed"], job["values"], info, record["run_info"]["error_msg"], curve, energy)
+        return RunResult(job["entry"], final, job["seed"], job["values"], info, record["run_info"]["error_msg"], curve, energy)
     except (ValueError, KeyError, TypeError, OSError) as error:
         raise DataError(f"the record {path} is damaged ({error}); remove its folder and run the plan again") from error
 

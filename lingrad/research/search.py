@@ -11,7 +11,7 @@ import contextlib
 import functools
 import math
 import os
-import socket
+import platform
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -159,7 +159,7 @@ class Trials:
         return min(found, key=lambda one: (-(one.value or 0.0) if greater else one.value, one.number), default=None)
 
     def _sign(self, number: int) -> None:
-        self._set(number, _OWNER, f"{socket.gethostname()} {os.getpid()}")
+        self._set(number, _OWNER, f"{platform.node()} {os.getpid()}")
         self.beat(number)
 
     def _set(self, number: int, key: str, value: Any) -> None:
@@ -171,7 +171,7 @@ class Trials:
 def _is_left(trial: Any) -> bool:
     """Whether whoever ran a trial has ended: its process, on this machine; elsewhere its signs of life."""
     host, _, process = str(trial.user_attrs.get(_OWNER, "")).rpartition(" ")
-    if host == socket.gethostname() and process.isdigit():
+    if host == platform.node() and process.isdigit():
         if int(process) == os.getpid():
             return False
         try:

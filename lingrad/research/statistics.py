@@ -33,7 +33,7 @@ class Mean:
 
 
 @dataclass(frozen=True)
-class Difference:
+class PairedDifference:
     """A mean difference of pairs.
 
     Args:
@@ -64,7 +64,7 @@ def mean_of(values: Sequence[float]) -> Mean:
     return Mean(statistics.fmean(values), error, len(values))
 
 
-def paired(first: Sequence[float], second: Sequence[float], *, seed: int = 0) -> Difference:
+def paired(first: Sequence[float], second: Sequence[float], *, seed: int = 0) -> PairedDifference:
     """The mean of ``first - second`` and its percentile bootstrap interval (Efron, Tibshirani, 1993, section 13.3).
 
     Args:
@@ -78,8 +78,8 @@ def paired(first: Sequence[float], second: Sequence[float], *, seed: int = 0) ->
     apart = torch.tensor([a - b for a, b in zip(first, second, strict=True)], dtype=torch.float64)
     mean = mean_of(apart.tolist())
     if len(apart) < 2:
-        return Difference(mean, math.nan, math.nan, different=False)
+        return PairedDifference(mean, math.nan, math.nan, different=False)
     drawn = torch.randint(len(apart), (RESAMPLES, len(apart)), generator=torch.Generator().manual_seed(seed))
     means = apart[drawn].mean(1)
     low, high = (float(means.quantile(q)) for q in ((1 - LEVEL) / 2, (1 + LEVEL) / 2))
-    return Difference(mean, low, high, different=len(apart) > 2 and not low <= 0.0 <= high)
+    return PairedDifference(mean, low, high, different=len(apart) > 2 and not low <= 0.0 <= high)

@@ -1,5 +1,6 @@
 """Plans: what they may say, and what is said where they say something else."""
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,11 @@ from lingrad.research.axes import Axis, grid
 from lingrad.research.plan import make_plan, open_plan
 from lingrad.research.ways import check_entry, make_method, rank_of
 from lingrad.testing import assert_dual
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "own_study"
 ENTRY = {"name": "a", "method": "svd(rank=4)"}
@@ -41,6 +47,14 @@ def test_what_a_plan_says():
     quick = made(quick=True)
     assert (quick.trials, quick.seeds, quick.steps) == (1, (1,), 2)
     assert quick.digest != plan.digest
+
+
+def test_the_plan_of_the_docs_is_one():
+    text = (Path(__file__).parents[2] / "docs" / "research.md").read_text()
+    plan = make_plan(tomllib.loads(text.split("```toml\n")[1].split("```")[0]), "research.md", Path())
+    for entry in plan.entries:
+        check_entry(entry, plan.folder)
+    assert plan.trials == 4
 
 
 def test_an_entry_adds_to_what_is_searched_or_settles_it():

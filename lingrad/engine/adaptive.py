@@ -164,7 +164,7 @@ def captured(chosen: LinearMap, products: Sequence[Tensor], probes: Sequence[Pro
 
 
 def overlap_of(old: LinearMap, new: LinearMap, ranks: tuple[int | None, int | None], like: Tensor) -> Tensor:
-    """|S_old^T S_new|_F^2 / r; of two-sided maps the product of that of both sides.
+    """|S_old^T S_new|_F^2 / r; of two-sided maps the product of that of both sides. Zero columns do not count in r.
 
     Args:
         old: The map in use.
@@ -179,7 +179,9 @@ def overlap_of(old: LinearMap, new: LinearMap, ranks: tuple[int | None, int | No
     for rank, one, other in zip(ranks, (old.inner, old.T.inner), (new.inner, new.T.inner), strict=True):
         if rank is not None:
             eye = torch.eye(rank, dtype=like.dtype, device=like.device)
-            found = found * other.project(one.lift(eye)).square().sum() / rank
+            columns, later = one.lift(eye), other.lift(eye)
+            used = torch.maximum(columns.any(0).sum(), later.any(0).sum()).clamp_min(1)
+            found = found * other.project(columns).square().sum() / used
     return found
 
 

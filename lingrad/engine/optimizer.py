@@ -209,8 +209,11 @@ class SubspaceOptimizer(Optimizer):
             Parameter name -> the share; of a refresh from a sketch an estimate. Weights whose basis reads nothing of the
             gradient, or was not refreshed yet, are left out.
         """
-        found = ((sub.name, sub.basis.energy) for sub in self.subspaces)
-        return {name: energy for name, energy in found if energy is not None}
+        return {sub.name: sub.basis.energy for sub in self.subspaces if sub.basis.energy is not None}
+
+    def ranks(self) -> dict[str, int]:
+        """Columns of each weight's basis that are in use: its rank, or fewer where ``energy`` of ``svd`` decides."""
+        return {sub.name: rank for sub in self.subspaces if (rank := sub.basis.rank) is not None}
 
     def refreshes(self) -> dict[str, int]:
         """How often the basis of each transformed weight has changed, by parameter name."""
@@ -218,8 +221,7 @@ class SubspaceOptimizer(Optimizer):
 
     def next_refreshes(self) -> dict[str, NextRefresh]:
         """When the basis of each transformed weight is refreshed next, or its schedule checks whether to; not if never."""
-        found = ((sub.name, next_refresh(self._run, sub.basis)) for sub in self.subspaces)
-        return {name: one for name, one in found if one is not None}
+        return {sub.name: one for sub in self.subspaces if (one := next_refresh(self._run, sub.basis)) is not None}
 
     def held(self) -> Iterator[tuple[Tensor, str]]:
         """(tensor, what it is) of those that stay in memory: ``weight`` if transformed, ``coords``, ``basis``, ``moments``."""
@@ -283,10 +285,7 @@ class SubspaceOptimizer(Optimizer):
         """Only used while the optimizer is made; see `lingrad.wrap` for groups.
 
         Args:
-            param_group: A param group.
-
-        Raises:
-            ModeError: The optimizer exists already.
+            param_group: A param group. Raises `ModeError` where the optimizer exists already.
         """
         if self.defaults:  # empty until the optimizer is made
             raise ModeError("param groups cannot be added to a running optimizer; pass them all to lingrad.wrap")

@@ -116,6 +116,12 @@ class Basis:
         """(p, q), of the stacked weights where several share it."""
         return self.transform.coords_shape(self.shape)
 
+    @property
+    def rank(self) -> int | None:
+        """Columns that are not zero: of two sides on the smaller, of experts of the one with most; None without a basis."""
+        used = [int(t.any(-2).sum(-1).max()) if t.dim() > 1 else len(t) for t in self.map().tensors]
+        return (max if self.transform.blocks > 1 else min)(used, default=None)
+
     def map(self) -> LinearMap:
         """The map S."""
         if self._map is not None:

@@ -190,6 +190,7 @@ def leading_vectors(
     *,
     solver: Literal["exact", "gram"] = "exact",
     sample: float | None = None,
+    energy: float | None = None,
     seed: int,
 ) -> tuple[Tensor | None, Tensor | None]:
     """The leading singular vectors of a gradient, on one side or on both; or a sample of them.
@@ -202,10 +203,12 @@ def leading_vectors(
             singular values below 1e-8 of the largest are not resolved).
         sample: None for the leading ones. A number draws them without replacement, with a probability proportional to that
             power of the singular value; the same ones on both sides, in the order of their singular values.
+        energy: Of the leading ones: keep the fewest whose squared singular values add up to at least this share of |G|_F^2,
+            those alone that the gradient determines. The columns after them are zero. No number is read from the device.
         seed: Seed of the sample, and of directions that the gradient does not determine.
 
     Returns:
-        Orthonormal columns [m, left] and [n, right] in at least float32, owning their memory.
+        Orthonormal columns [m, left] and [n, right] in at least float32, owning their memory; zero ones where ``energy`` says.
     """
     grad = grad.to(wide(grad.dtype))
     rank = max(left or 0, right or 0)
@@ -214,12 +217,15 @@ def leading_vectors(
     if sample is not None:
         chosen = choose_by_size(s, rank, floor=floor, power=sample, seed=derive_seed(seed, "sample"))
         u, s, v = u.index_select(1, chosen), s.index_select(0, chosen), v.index_select(1, chosen)
+    enough = None if energy is None else _before(s, rank, energy)
 
     def completed(vectors: Tensor, count: int | None, side: str) -> Tensor | None:
         """The vectors that the gradient determines, and seeded ones in place of the others."""
         if count is None:
             return None
         vectors, clear = vectors[:, :count], ~(s[:count] <= floor)
+        if enough is not None:
+            return torch.where(clear & enough[:count], vectors, 0)
         if bool(clear.all()):
             return vectors.clone(memory_format=torch.contiguous_format)  # a slice would keep the whole factor in memory
         fill = derive_seed(seed, side)
@@ -229,7 +235,16 @@ def leading_vectors(
     return completed(u, left, "left"), completed(v, right, "right")
 
 
-# Left vectors, singular values, right vectors, and the relative size below which a singular value is rounding error.
+def _before(s: Tensor, count: int, energy: float) -> Tensor:
+    """Of the first ``count`` singular values, whether those before each capture less than a share of all squares; bool."""
+    squares = (s / s[0].clamp_min(torch.finfo(s.dtype).tiny)).square()
+    # what the vectors before each one leave; a difference of two sums would let rounding decide about a share of 1
+    rest = squares.expand(count, -1).triu().sum(1)
+    return ~(rest <= (1.0 - energy) * rest[0])
+
+
+# Left vectors, all singular values, right vectors (at least as many as were asked for), and the relative size below which a
+# singular value is rounding error.
 _Vectors = tuple[Tensor, Tensor, Tensor, float]
 
 
@@ -249,7 +264,7 @@ def _gram(matrix: Tensor, rank: int) -> _Vectors:
         return u, s, v, resolved
     exact = matrix if matrix.device.type == "mps" else matrix.double()
     values, vectors = torch.linalg.eigh(exact @ exact.t())  # ascending
-    s = values[-rank:].flip(0).clamp_min(0).sqrt()
+    s = values.flip(0).clamp_min(0).sqrt()
     u = vectors[:, -rank:].flip(1)
-    v = exact.t() @ u / s.clamp_min(torch.finfo(s.dtype).tiny)
+    v = exact.t() @ u / s[:rank].clamp_min(torch.finfo(s.dtype).tiny)
     return u.to(matrix.dtype), s.to(matrix.dtype), v.to(matrix.dtype), torch.finfo(s.dtype).eps ** 0.5

@@ -1,6 +1,7 @@
 """`svd`: the leading singular vectors of the gradient (GaLore: Zhao et al., ICML 2024, arXiv 2403.03507, section 4).
 
-A sample of them is SARA's (Zhang et al., NeurIPS 2025, arXiv 2502.05790).
+A sample of them is SARA's (Zhang et al., NeurIPS 2025, arXiv 2502.05790). As many as a share of the gradient takes are
+AdaRankGrad's (Refael et al., ICLR 2025, arXiv 2410.17881).
 """
 
 from __future__ import annotations
@@ -41,6 +42,10 @@ class SVD(SideTransform):
             places, give each vector the sign it has against a fixed random one.
         choice: ``leading``; or drawn without replacement from all singular vectors (with ``solver=randomized`` from those of
             the sketch), with a probability proportional to the singular value, ``sigma``, or to its root, ``sqrt_sigma``.
+        energy: Of ``choice=leading``: at each refresh use the fewest columns, at most ``rank``, that capture this share of
+            |G|_F^2 (AdaRankGrad's information threshold); above 0, at most 1. The columns after them are zero until the next
+            refresh, so that no shape and no memory changes. With ``solver=randomized`` the share is that of the sketch, which
+            captures more of itself than of the gradient. None uses ``rank`` columns always.
 
     Raises:
         SpecError: An option is out of range, or belongs to another solver.
@@ -51,6 +56,7 @@ class SVD(SideTransform):
     precision: Literal["auto", "float32"] = "auto"
     align: bool = True
     choice: Literal["leading", "sigma", "sqrt_sigma"] = "leading"
+    energy: float | None = None
 
     def __post_init__(self) -> None:
         """Check the options."""
@@ -64,6 +70,16 @@ class SVD(SideTransform):
             self.oversample is None or self.oversample >= 0,
             "oversample",
             f"oversample must be 0 or more, not {self.oversample}",
+        )
+        require(
+            self.energy is None or 0.0 < self.energy <= 1.0,
+            "energy",
+            f"energy is the share of |G|_F^2 to capture, above 0 and at most 1, not {self.energy}",
+        )
+        require(
+            self.energy is None or self.choice == "leading",
+            "energy",
+            f"energy counts leading singular vectors, and choice={self.choice} draws a sample; leave out one of them",
         )
 
     @property
@@ -95,10 +111,17 @@ class SVD(SideTransform):
         by_gram = self.solver == "gram" or (self.solver == "randomized" and grad.dtype != torch.float64)
         seed = derive_seed(when.seed, when.step)
         left, right = leading_vectors(
-            grad, *ranks, solver="gram" if by_gram else "exact", sample=POWERS[self.choice], seed=seed
+            grad,
+            *ranks,
+            solver="gram" if by_gram else "exact",
+            sample=POWERS[self.choice],
+            energy=self.energy,
+            seed=seed,
         )
         if not self.align:
             return Sides(left, right)
+        if self.energy is not None:  # a column that was zero has no sign: it takes that against a fixed vector
+            left, right = fix_signs(left, when.seed), fix_signs(right, when.seed)
         if self.choice == "leading":
             return Sides(align_signs(left, old.left), align_signs(right, old.right))
         return Sides(fix_signs(left, when.seed), fix_signs(right, when.seed))

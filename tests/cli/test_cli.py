@@ -92,7 +92,7 @@ def test_explain_counts_what_the_optimizer_trains():
         (
             ["explain", "svd(rnak=64)"],
             "lingrad: unknown option 'rnak' of svd; did you mean 'rank'?\n  svd(rnak=64)\n      ^^^^\n"
-            "svd takes: rank, every, side, clip, schedule, solver, oversample, precision, align, choice.\n",
+            "svd takes: rank, every, side, clip, schedule, solver, oversample, precision, align, choice, energy.\n",
         ),
         (
             ["explain", "svd(rank=4)", "--model", "nowhere"],

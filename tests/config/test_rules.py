@@ -224,7 +224,7 @@ REFUSED = [
     (
         {"*.mlp.*": "svd(rnak=4)"},
         "rule '*.mlp.*': unknown option 'rnak' of svd; did you mean 'rank'?\n  svd(rnak=4)\n      ^^^^\n"
-        "svd takes: rank, every, side, clip, schedule, solver, oversample, precision, align, choice.",
+        "svd takes: rank, every, side, clip, schedule, solver, oversample, precision, align, choice, energy.",
     ),
     (
         {"*.mlp.*": "svd(rank=4)", "*": "random(rank=4)", "*norm*": "none"},

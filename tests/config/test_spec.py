@@ -51,7 +51,7 @@ REFUSED = {
 unknown option 'rnak' of svd; did you mean 'rank'?
   svd(rnak=128, every=200)
       ^^^^
-svd takes: rank, every, side, clip, schedule, solver, oversample, precision, align, choice.""",
+svd takes: rank, every, side, clip, schedule, solver, oversample, precision, align, choice, energy.""",
     "sdv(rank=128)": """\
 unknown transform 'sdv'; did you mean 'svd'? Known: KNOWN; OWN.
   sdv(rank=128)
@@ -60,7 +60,7 @@ unknown transform 'sdv'; did you mean 'svd'? Known: KNOWN; OWN.
 svd needs rank
   svd(every=200)
   ^^^^^^^^^^^^^^
-svd takes: rank, every, side, clip, schedule, solver, oversample, precision, align, choice.""",
+svd takes: rank, every, side, clip, schedule, solver, oversample, precision, align, choice, energy.""",
     "svd(rank=4.5)": """\
 rank must be a whole number, not 4.5
   svd(rank=4.5)
@@ -122,7 +122,7 @@ left must be a transform with one basis, such as svd(rank=64), not full
 unknown option 'rnak' of svd; did you mean 'rank'?
   kron(left=svd(rank=4), right=svd(rnak=4))
                                    ^^^^
-svd takes: rank, every, side, clip, schedule, solver, oversample, precision, align, choice.""",
+svd takes: rank, every, side, clip, schedule, solver, oversample, precision, align, choice, energy.""",
     "svd(128)": """\
 options are written option=value
   svd(128)
@@ -213,6 +213,7 @@ choices = (
 )
 one_sided = st.one_of(
     st.builds(SVD, **shared, solver=st.sampled_from(["exact", "gram"]), align=st.booleans()),
+    st.builds(SVD, **shared, energy=st.none() | st.floats(1e-9, 1.0)),
     st.builds(SVD, **shared, solver=st.just("randomized"), oversample=st.none() | steps),
     st.builds(Power, **shared),
     st.builds(Random, **shared, kind=st.sampled_from(["gaussian", "rademacher", "orthonormal", "rows"]), store=st.booleans()),

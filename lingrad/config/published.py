@@ -118,6 +118,14 @@ METHODS: dict[str, NamedMethod] = {
         differs="a basis is learned from a sketch of a step's gradient and used from the next one on; section 3.1 has another "
         "figure too, which is schedule=path(measure=efficiency)",
     ),
+    "adarankgrad": NamedMethod(
+        spec="svd(rank={rank}, every={every}, side={side}, energy={energy})",
+        options={"rank": None, "every": 200, "side": "short", "energy": 0.9},
+        settings={"carry": "rotate"},
+        paper="Refael et al., ICLR 2025, arXiv 2410.17881",
+        differs="refreshes at fixed steps or by schedule, not where the projected gradient has become small; energy is the "
+        "share that is kept; squares move by (C∘C) v; columns that drop out keep their memory",
+    ),
     "loqt": NamedMethod(
         spec=_SVD,
         settings={"keep_remainder": True},
@@ -155,5 +163,12 @@ METHODS: dict[str, NamedMethod] = {
         options={"rank": None},
         paper="Bałazy et al., 2024, arXiv 2405.17604",
         differs="the basis leaves out the singular values, and coordinates start at zero, not at small random values",
+    ),
+    "deep_lora": NamedMethod(
+        spec="svd(rank={rank}, every=0, side=both)",
+        options={"rank": None},
+        paper="Yaras et al., ICML 2024, arXiv 2406.04112",
+        differs="the core is one matrix that starts at zero, not a product of three that start small; the outer factors are "
+        "leading singular vectors of the first gradient alone, and are not trained",
     ),
 }

@@ -113,11 +113,11 @@ def gradients():
 RULES = f"svd(rank={RANK}, every={EVERY}, side=left, energy={ENERGY})"
 
 
-def started(mode, **options):
+def started(mode, rules=RULES, **options):
     model = nn.Sequential(nn.Linear(SHAPE[1], SHAPE[0], bias=False, dtype=torch.float64))
     with torch.no_grad():
         model[0].weight.copy_(draw(*SHAPE, seed=9))
-    return model, MODES[mode](model, RULES, lr=1e-2, **options)
+    return model, MODES[mode](model, rules, lr=1e-2, **options)
 
 
 def trained(mode, **options):
@@ -179,8 +179,17 @@ def test_a_run_is_that_of_the_rank_in_use(carry, mode):
     torch.testing.assert_close(weights_of(optimizer)["0.weight"], written_out(carry, signs), rtol=0, atol=EXACT)
 
 
-def test_both_modes_switch_and_resume_alike():
-    """Ranks fall and rise in between; a run that is stopped while columns are zero resumes bit for bit."""
+@each_mode
+def test_adarankgrad_by_name(mode):
+    """The signs of its columns do not matter where moments are rotated: C has them too."""
+    optimizer, seen = trained(mode, rules=f"adarankgrad(rank={RANK}, every={EVERY}, side=left, energy={ENERGY})")
+    assert seen[::EVERY] == IN_USE
+    expected = written_out("rotate", lambda refresh, rank, vectors: torch.ones(rank, dtype=torch.float64))
+    torch.testing.assert_close(weights_of(optimizer)["0.weight"], expected, rtol=0, atol=EXACT)
+
+
+def test_both_modes_and_switching_give_one_run():
+    """One column is in use in most of these weights, two in others, of four."""
     for text, options in (
         ("svd(rank=4, every=3, side=both, energy=0.6)", {"carry": "keep"}),
         ("svd(rank=4, every=3, solver=randomized, energy=0.6)", {"carry": "rotate"}),

@@ -11,6 +11,7 @@ from lingrad.api import adapt as adapt
 from lingrad.api import wrap as wrap
 from lingrad.config import spec as spec
 from lingrad.config.explain import explain as explain
+from lingrad.config.ranks import ranks_by_energy as ranks_by_energy
 from lingrad.engine.optimizer import SubspaceOptimizer as SubspaceOptimizer
 from lingrad.errors import LingradError as LingradError
 from lingrad.gradients import Gradient as Gradient

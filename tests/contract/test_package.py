@@ -250,13 +250,13 @@ class TestDocs:
     def test_python_on_the_config_page_runs(self):
         import re
 
-        from tests.support.models import zoo
+        from tests.support.models import zoo, zoo_batches
 
         blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs/config.md").read_text(), flags=re.DOTALL)
-        assert len(blocks) == 4
+        assert len(blocks) == 5
         runs = []
         for block in blocks:
-            names = {"lingrad": lingrad, "model": zoo()}
+            names = {"lingrad": lingrad, "model": zoo(), "batches": zoo_batches(1)[0]}
             exec(compile(block.replace('rank=64)", lr', 'rank=4)", lr'), "docs/config.md", "exec"), names)  # noqa: S102 - our own text
             runs += [names["opt"]] if "opt" in names else []
         groups, two_rates = ({g["name"]: g["lr"] for g in opt.param_groups} for opt in runs)

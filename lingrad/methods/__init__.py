@@ -10,3 +10,5 @@ from lingrad.methods.baselines import BASELINES as BASELINES
 from lingrad.methods.baselines import Apollo as Apollo
 from lingrad.methods.baselines import Baseline as Baseline
 from lingrad.methods.baselines import baseline as baseline
+from lingrad.methods.column_normalized import ColumnNormalized as ColumnNormalized
+from lingrad.methods.relora import ReLora as ReLora

@@ -177,10 +177,7 @@ class Lora(Method):
 
     @override
     def prepare(self, model: nn.Module, *, layerwise: InBackward = False) -> Training:
-        peft = optional("peft", "LoRA", "hf")
-        dtype = next(model.parameters()).dtype
-        config = peft.LoraConfig(r=self.rank, lora_alpha=self.rank, target_modules="all-linear", use_rslora=self.rslora)
-        adapted = peft.get_peft_model(model, config, autocast_adapter_dtype=False).to(dtype)
+        adapted = lora_model(model, self.rank, rslora=self.rslora)
         if self.one_sided:
             for name, param in adapted.named_parameters():
                 if "lora_A" in name:
@@ -240,6 +237,24 @@ class GaloreTorch(Method):
             return optimizer
 
         return _with(model, build, [[param] for param in (*others, *projected)], layerwise)
+
+
+def lora_model(model: nn.Module, rank: int, *, rslora: bool = False) -> nn.Module:
+    """A model with PEFT's LoRA on every Linear except the output head, alpha equal to the rank; all else is frozen.
+
+    Args:
+        model: The model, changed in place.
+        rank: The rank.
+        rslora: Scale by alpha over the root of the rank.
+
+    Returns:
+        PEFT's model, in the dtype of the model's first parameter.
+    """
+    peft = optional("peft", "LoRA", "hf")
+    dtype = next(model.parameters()).dtype
+    config = peft.LoraConfig(r=rank, lora_alpha=rank, target_modules="all-linear", use_rslora=rslora)
+    adapted: nn.Module = peft.get_peft_model(model, config, autocast_adapter_dtype=False).to(dtype)
+    return adapted
 
 
 def _trainable(model: nn.Module) -> list[Tensor]:

@@ -1,4 +1,4 @@
-"""Methods of other packages by name, to compare with: none is a linear map with an exact dual."""
+"""Methods of others by name, to compare with: none is a linear map with an exact dual."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from typing_extensions import override
 from lingrad.config.targets import resolve_model
 from lingrad.errors import SpecError, did_you_mean, optional, require
 from lingrad.methods.base import FullRank, Lora, Method, Training
+from lingrad.methods.column_normalized import ColumnNormalized
+from lingrad.methods.relora import ReLora
 
 
 @final
@@ -51,12 +53,12 @@ class Apollo(Method):
 
 @dataclass(frozen=True)
 class Baseline:
-    """A method of another package.
+    """A method of others.
 
     Args:
         make: Makes it, of its options and those of its optimizer, such as ``lr``.
         options: Its own options with their defaults; None must be given.
-        package: Where it comes from.
+        package: The package that computes its steps.
         paper: Authors, year, arXiv number.
     """
 
@@ -82,6 +84,14 @@ def _apollo(*, mini: bool) -> Callable[..., Method]:
     return lambda *, rank, **options: Apollo(rank, mini, options)
 
 
+def _relora(*, rank: int, every: int, prune: float, **options: Any) -> Method:
+    return ReLora(rank, every, prune, options)
+
+
+def _scale(**options: Any) -> Method:
+    return ColumnNormalized(options)
+
+
 BASELINES: dict[str, Baseline] = {
     "adamw": Baseline(_full("adamw"), {}, "torch", "Loshchilov, Hutter, ICLR 2019, arXiv 1711.05101"),
     "sgd_momentum": Baseline(_full("sgd", momentum=0.9), {}, "torch", ""),
@@ -89,13 +99,17 @@ BASELINES: dict[str, Baseline] = {
     "lora": Baseline(_lora(), {"rank": None}, "peft", "Hu et al., ICLR 2022, arXiv 2106.09685"),
     "rslora": Baseline(_lora(rslora=True), {"rank": None}, "peft", "Kalajdzievski, 2023, arXiv 2312.03732"),
     "lora_plus": Baseline(_lora(), {"rank": None, "ratio": 16.0}, "peft", "Hayou et al., ICML 2024, arXiv 2402.12354"),
+    "relora": Baseline(
+        _relora, {"rank": None, "every": 5000, "prune": 0.99}, "peft", "Lialin et al., ICLR 2024, arXiv 2307.05695"
+    ),
+    "scale": Baseline(_scale, {}, "lingrad.methods", "Glentis et al., 2025, arXiv 2506.16659, algorithm 1"),
     "apollo": Baseline(_apollo(mini=False), {"rank": None}, "pytorch_optimizer", "Zhu et al., MLSys 2025, arXiv 2412.05270"),
     "apollo_mini": Baseline(_apollo(mini=True), {"rank": 1}, "pytorch_optimizer", "Zhu et al., MLSys 2025, arXiv 2412.05270"),
 }
 
 
 def baseline(name: str, **options: Any) -> Method:
-    """A method of another package by name.
+    """A method of others by name.
 
     Args:
         name: A key of `BASELINES`.

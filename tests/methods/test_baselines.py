@@ -7,7 +7,7 @@ from lingrad.errors import SpecError
 from lingrad.methods import BASELINES, baseline
 from tests.support.models import llama, text_batches, text_loss
 
-RATES = {"sgd_momentum": 3e-2, "apollo_mini": 1e-3}
+RATES = {"sgd_momentum": 3e-2, "apollo_mini": 1e-3, "scale": 3e-3}
 
 
 def written(name, **options):
@@ -55,8 +55,19 @@ def test_muon_steps_matrices_and_adamw_the_rest():
 
 @pytest.mark.parametrize(
     ("name", "options", "message"),
-    [("lore", {}, "unknown baseline 'lore'; did you mean 'lora'"), ("lora", {}, "baseline 'lora' needs rank")],
+    [
+        ("lore", {}, "unknown baseline 'lore'; did you mean 'lora'"),
+        ("lora", {}, "baseline 'lora' needs rank"),
+        ("relora", {"rank": 4, "every": 0}, "every must be a whole number, 1 or more, not 0"),
+        ("relora", {"rank": 4, "prune": 1.5}, "prune is a share of the moments, from 0 to 1, not 1.5"),
+    ],
 )
 def test_what_it_refuses(name, options, message):
     with pytest.raises(SpecError, match=message):
         baseline(name, **options)
+
+
+@pytest.mark.parametrize("name", ["relora", "scale"])
+def test_no_step_inside_the_backward(name):
+    with pytest.raises(SpecError, match="is not stepped inside the backward here; leave layerwise out"):
+        written(name).prepare(llama(torch.float32), layerwise=True)

@@ -128,6 +128,15 @@ def test_the_size_of_a_gradient_does_not_matter():
     assert ranks_by_energy(model, SVD, mean_rank=2) == before
 
 
+def test_a_column_of_a_large_weight_has_to_capture_more():
+    """Spectra are flat. m + 2 n numbers a column are 70 of one weight and 16 of the other, which gets all it can take first."""
+    model = with_gradients((60, 5), (6, 5))
+    for layer in model:
+        m, n = layer.weight.shape
+        layer.weight.grad = torch.linalg.qr(torch.randn(m, n, generator=torch.Generator().manual_seed(m)).double())[0]
+    assert ranks_in(ranks_by_energy(model, "svd(rank=1, side=left)", mean_rank=2)) == [1, 5]
+
+
 def test_limits():
     model = with_gradients((6, 5), (6, 5), (6, 5))
     assert min(ranks_in(ranks_by_energy(model, SVD, mean_rank=3, least=2))) >= 2

@@ -9,7 +9,7 @@ from glob import escape
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lingrad import optimizers
 from lingrad.config import spec
@@ -17,9 +17,9 @@ from lingrad.config.rules import FROZEN, Rules, parse_rules
 from lingrad.config.settings import Settings
 from lingrad.config.targets import Target, resolve_model
 from lingrad.errors import ModeError, SpecError, require
-from lingrad.tensors import whole, wide
 from lingrad.transforms.base import Transform
 from lingrad.transforms.experts import Experts
+from lingrad.transforms.linalg import squared_singular_values
 
 
 def ranks_by_energy(
@@ -149,7 +149,10 @@ class _Weight:
         if rank not in self._costs:
             transform = self.ranked(rank)
             coords = transform.coords_shape(self.shape)
-            kept = [*transform.storage(self.shape, self.dtype), *self.base.moments(coords, wide(self.dtype))]
+            kept = [
+                *transform.storage(self.shape, self.dtype),
+                *self.base.moments(coords, torch.promote_types(self.dtype, torch.float32)),
+            ]
             if transform.rule is not None:
                 kept += transform.rule.storage(coords, self.dtype)
             self._costs[rank] = sum(tensor.nbytes for tensor in kept)
@@ -177,8 +180,7 @@ class _Weight:
                     else "; run forward and backward of some batches on the plain model first, before lingrad.wrap"
                 )
             )
-        matrix = self.target.layout.matrix(whole(grad.detach()))
-        squares = torch.stack([_squares(part) for part in matrix.chunk(self.target.transform.blocks)]).sum(0)
+        squares = squared_singular_values(self.target.layout.matrix(grad.detach()), self.target.transform.blocks)
         if not bool(squares.isfinite().all()):
             raise ModeError(f"the gradient of {name} is not finite; take the gradients of other batches")
         total = squares.sum()
@@ -200,14 +202,3 @@ def _ranked(transform: Transform, rank: int) -> Transform | None:
         return replace(transform, rank=rank)  # type: ignore[call-arg]
     inner = _ranked(own["each"], rank) if isinstance(own.get("each"), Transform) else None
     return None if inner is None else replace(transform, each=inner)  # type: ignore[call-arg]
-
-
-def _squares(matrix: Tensor) -> Tensor:
-    """The squared singular values, the largest first, [min(m, n)], exact to 1e-16 of their sum; NaN if one is not finite."""
-    # eigenvalues of the smaller Gram matrix, in float64 if the device has it
-    high = matrix.to(wide(matrix.dtype) if matrix.device.type == "mps" else torch.float64)
-    gram = high.t() @ high if matrix.shape[0] > matrix.shape[1] else high @ high.t()
-    if not bool(gram.isfinite().all()):
-        return torch.full_like(gram.diagonal(), torch.nan)
-    values: Tensor = torch.linalg.eigvalsh(gram).flip(0)
-    return values.clamp_min_(0)

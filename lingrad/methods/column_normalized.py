@@ -11,10 +11,9 @@ from torch import nn
 from torch.optim import AdamW, Optimizer
 from typing_extensions import override
 
-from lingrad.config.names import held_parameters
+from lingrad.config.targets import resolve_model
 from lingrad.errors import SpecError
 from lingrad.methods.base import Method, Training
-from lingrad.weights.layout import is_conv1d
 
 
 class ColumnNormalizedSGD(Optimizer):
@@ -95,21 +94,18 @@ class ColumnNormalized(Method):
     def prepare(self, model: nn.Module, *, layerwise: Any = False) -> Training:
         if layerwise is True:
             raise SpecError("SCALE is not stepped inside the backward here; leave layerwise out", option="layerwise")
-        owners: dict[nn.Parameter, list[nn.Module]] = {}
-        for _, param, module, _ in held_parameters(model):
-            if param.requires_grad:
-                owners.setdefault(param, []).append(module)
-        matrices = [param for param in owners if param.dim() > 1]
+        plan = resolve_model(model, {"*": "full()"})  # which takes every matrix
         head = getattr(model, "get_output_embeddings", lambda: None)()
-        last = matrices[-1:] if head is None else [param for param in matrices if param is head.weight]
+        last = plan.targets[-1].param if head is None else head.weight
         found = {"lr": 1e-3, "momentum": 0.9, "weight_decay": 0.0, **self.options}
         momentum = found.pop("momentum")
         groups: dict[tuple[float, int], list[nn.Parameter]] = {}
-        for param in matrices:
-            turned = any(isinstance(owner, nn.Embedding) or is_conv1d(owner) for owner in owners[param])
-            own = momentum if any(param is one for one in last) else 0.0
-            groups.setdefault((own, 0 if turned else 1), []).append(param)
+        for target in plan.targets:
+            embeds = any(isinstance(owner, nn.Embedding) for owner, _ in target.owners)
+            turned = embeds or target.layout.forward == "a0 a1 -> a1 a0"
+            own = momentum if target.param is last else 0.0
+            groups.setdefault((own, 0 if turned else 1), []).append(target.param)
         made = [{"params": params, "momentum": own, "axis": axis} for (own, axis), params in groups.items()]
-        rest = [param for param in owners if param.dim() < 2]
+        rest = [param for _, param in plan.full]
         others: list[Optimizer] = [AdamW(rest, **found)] if rest else []
         return Training(model, [ColumnNormalizedSGD(made, **found), *others])

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lingrad.gradients.base import Gradient
-from lingrad.tensors import wide
+from lingrad.tensors import whole, wide
 
 
 def derive_seed(seed: int, *parts: object) -> int:
@@ -233,6 +233,26 @@ def leading_vectors(
         return orthonormalize(torch.where(clear, vectors, filler), seed=fill)
 
     return completed(u, left, "left"), completed(v, right, "right")
+
+
+def squared_singular_values(matrix: Tensor, blocks: int = 1) -> Tensor:
+    """All squared singular values of a matrix, each exact to 1e-16 of their sum where the device has float64.
+
+    Args:
+        matrix: [m, n], in any floating dtype, and perhaps sharded.
+        blocks: Of how many blocks of rows; the squares of all, the largest of each block first, are added up.
+
+    Returns:
+        [min(m / blocks, n)], the largest first; NaN where the matrix is not finite, or too large.
+    """
+    matrix = whole(matrix)
+    matrix = matrix.to(wide(matrix.dtype)) if matrix.device.type == "mps" else matrix.double()
+    if matrix.shape[0] > matrix.shape[1] * blocks:
+        grams = torch.stack([part.t() @ part for part in matrix.chunk(blocks)])
+    else:
+        grams = torch.stack([part @ part.t() for part in matrix.chunk(blocks)])
+    values = torch.linalg.eigvalsh(torch.where(grams.isfinite().all(), grams, 0)).flip(-1).clamp_min_(0).sum(0)
+    return torch.where(grams.isfinite().all(), values, torch.nan)
 
 
 def _before(s: Tensor, count: int, energy: float) -> Tensor:

@@ -75,7 +75,8 @@ def ranks_by_energy(
     )
     found = optimizers.find(base, base_options, decay=False, others=Settings.names())
     plan = resolve_model(model, _ones(rules))
-    weights = [_Weight(target, found) for target in plan.targets]
+    costs: dict[object, dict[int, int]] = {}
+    weights = [_Weight(target, found, costs) for target in plan.targets]
     budget = sum(weight.cost(min(mean_rank, weight.full)) for weight in weights)
     start = [min(least, weight.full) for weight in weights]
     left = budget - sum(weight.cost(rank) for weight, rank in zip(weights, start, strict=True))
@@ -123,16 +124,17 @@ class _Weight:
     Args:
         target: The weight with its transform.
         base: The base of its coordinates.
+        costs: What is known of bytes already, of all weights: layers are alike, and some bases are run to find it out.
     """
 
-    def __init__(self, target: Target, base: optimizers.Base) -> None:
+    def __init__(self, target: Target, base: optimizers.Base, costs: dict[object, dict[int, int]]) -> None:
         self.target, self.base = target, base
         self.shape = target.layout.shape
         self.dtype = target.template.dtype
         transform = target.transform
         self.full = min(transform.one(self.shape) if isinstance(transform, Experts) else self.shape)
         self.ranked(1)  # of which it may complain
-        self._costs: dict[int, int] = {}
+        self._costs = costs.setdefault((transform, self.shape, self.dtype), {})
 
     def ranked(self, rank: int) -> Transform:
         """Its transform with another rank."""
@@ -148,11 +150,8 @@ class _Weight:
         """Bytes of its basis and of the base's state of its coordinates."""
         if rank not in self._costs:
             transform = self.ranked(rank)
-            coords = transform.coords_shape(self.shape)
-            kept = [
-                *transform.storage(self.shape, self.dtype),
-                *self.base.moments(coords, torch.promote_types(self.dtype, torch.float32)),
-            ]
+            coords, wide = transform.coords_shape(self.shape), torch.promote_types(self.dtype, torch.float32)
+            kept = [*transform.storage(self.shape, self.dtype), *self.base.moments(coords, wide)]
             if transform.rule is not None:
                 kept += transform.rule.storage(coords, self.dtype)
             self._costs[rank] = sum(tensor.nbytes for tensor in kept)
@@ -175,7 +174,7 @@ class _Weight:
             raise ModeError(
                 f"{name} has no gradient"
                 + (
-                    ", as weights in 4 or 8 bits have none; give it its rank by a rule of its own"
+                    ", as weights in 4 or 8 bits have none; leave it out here, and add a rule for it to the result"
                     if self.target.route == "packed"
                     else "; run forward and backward of some batches on the plain model first, before lingrad.wrap"
                 )

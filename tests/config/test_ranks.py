@@ -82,6 +82,7 @@ def test_of_equal_shapes_it_is_the_best_there_is(seed, side):
         assert expected - reached <= max(nexts, default=0.0) + ROUNDING
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("base", ["adamw", "sgd"])
 @pytest.mark.parametrize("text", ["svd(rank={})", "power(rank={})", "coded(each=svd(rank={}), bits=4)"])
 def test_of_any_shapes_the_budget_holds_and_little_is_missed(text, base):

@@ -50,6 +50,7 @@ def bases_of(text, grad, dtype=torch.float64):
     return [basis for basis in (found.left, found.right) if basis is not None]
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("solver", ["exact", "gram"])
 @pytest.mark.parametrize("side", ["left", "right", "both"])
 @pytest.mark.parametrize("energy", [0.2, 0.6, 0.9, 0.999, 1.0])

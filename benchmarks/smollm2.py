@@ -142,7 +142,7 @@ def prepare(entry: Entry, model: nn.Module, lr: float, seed: int) -> tuple[nn.Mo
         adapted: Any = get_peft_model(model, config)  # type: ignore[arg-type]
         return adapted, torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad], lr=lr, weight_decay=0.0)
     word = "frozen" if entry.rest == "frozen" else "none"
-    rules = {"*embed*": word, "*norm*": word, "*lm_head*": word, "*": entry.spec}
+    rules = {"*embed*": word, "*norm*": word, "*": entry.spec}  # the head is the embedding
     options: dict[str, Any] = {} if entry.residual is None else {"residual": entry.residual}
     return model, lingrad.wrap(model, rules, lr=lr, carry=entry.carry, scale=entry.scale, seed=seed, **options)  # type: ignore[arg-type]
 

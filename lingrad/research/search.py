@@ -26,6 +26,7 @@ from lingrad.research.axes import grid
 from lingrad.research.plan import PlanEntry, ResearchPlan
 
 JOURNAL = "search.journal"
+ATTEMPTS = 4  # at opening a storage
 PATIENCE = 120.0  # seconds without a sign of life, after which a trial that runs elsewhere is taken over
 _OWNER, _BEAT, _FAILURE, _MEASURED = "owner", "beat", "failure", "measured"
 
@@ -63,13 +64,17 @@ def open_storage(out: Path, url: str | None) -> Any:
         DataError: It cannot be opened.
     """
     optuna = _optuna()
-    try:
-        if url is not None:
-            return optuna.storages.RDBStorage(url)
-        journal = optuna.storages.journal
-        return optuna.storages.JournalStorage(journal.JournalFileBackend(str(out / JOURNAL)))
-    except Exception as error:  # of SQLAlchemy and its drivers
-        raise DataError(f"cannot open the storage {url or out / JOURNAL}: {error}") from error
+    journal = optuna.storages.journal
+    for attempt in range(ATTEMPTS):
+        try:
+            if url is not None:
+                return optuna.storages.RDBStorage(url)
+            return optuna.storages.JournalStorage(journal.JournalFileBackend(str(out / JOURNAL)))
+        except Exception as error:  # of SQLAlchemy and its drivers
+            if attempt + 1 == ATTEMPTS or isinstance(error, ImportError):
+                raise DataError(f"cannot open the storage {url or out / JOURNAL}: {error}") from error
+            time.sleep(0.5 + attempt)  # another machine is making its tables
+    raise AssertionError
 
 
 class Trials:

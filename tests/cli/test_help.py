@@ -34,6 +34,7 @@ def test_the_commands():
     assert {" ".join(path) for path in LEAVES} == {
         "demo",
         "train",
+        "find-lr",
         "explain",
         "memory simulate",
         "memory fit",

@@ -88,6 +88,7 @@ RUNS = {
 OF_A_MODE = {
     "a residual": {"residual": "feedback", "rules": "power(rank=2, every=1)", "carry": "transport"},
     "scaled": {"residual": "scaled"},
+    "sampled": {"residual": "sampled(q=0.5)", "rules": "svd(rank=3, every=2)"},
     "W and z apart": {"self_contained": False},
     "merged often": {"merge_every": 2},
 }

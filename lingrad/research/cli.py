@@ -29,7 +29,7 @@ def run(
         bool, typer.Option("--quick", help="See that the plan runs: a tenth of the steps, one trial, one seed.")
     ] = False,
 ) -> None:
-    """Run a plan: tune every entry with the same number of trials, run the best with several seeds, and report."""
+    """Run a plan. Every entry is tuned with the same number of trials, and its best run with several seeds."""
     files = commands.run(plan, out, jobs=jobs, storage=storage, quick=quick)
     typer.echo(f"{files[0].read_text()}\nWritten: {', '.join(map(str, files))}")
 
@@ -42,7 +42,7 @@ def report(
     x: Annotated[str, typer.Option(help="Measure across, such as seconds.")] = "state MB",
     y: Annotated[str, typer.Option(help="Measure upwards; the task's metric by default.")] = "",
 ) -> None:
-    """Write the report of a plan's results again: Markdown, pictures, and one page that needs no network."""
+    """Write the report of a plan's results again. Markdown, pictures, and one page that needs no network."""
     files = commands.report_of(folders, x=x, y=y)
     typer.echo(f"{files[0].read_text()}\nWritten: {', '.join(map(str, files))}")
 

@@ -3,7 +3,7 @@
 A layer computes y_i = W x_i + S z_k(i) applied to x_i for all rows i at once: with a basis on the right side
 W x_i + Z_k (Q^T x_i), with one on the left W x_i + P (Z_k x_i), where Z_k is read from one tensor [K, p, q] for the whole batch
 and the product is a single batched one. A batch with one adapter for each example is that of FLoRA (Wen and Chaudhuri, ICLR
-2024, arXiv 2312.05677, section 3). There, an adapter multiplies W elementwise and both its factors train; here it is added, and
+2024, arXiv 2312.05677). There, an adapter multiplies W elementwise and both its factors train; here it is added, and
 one factor is the basis, so that its product with x is the same for all adapters.
 """
 

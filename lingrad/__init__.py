@@ -30,4 +30,6 @@ _deprecated.alias_modules()
 
 def __getattr__(name: str) -> _Any:
     """Modules that import more, at their first use; and names of the version before."""
+    if name == "find_lr":
+        return _import_module("lingrad.research.rates").find_lr
     return _import_module(f"lingrad.{name}") if name in _LAZY else _deprecated.top_level(name)

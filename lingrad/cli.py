@@ -19,6 +19,7 @@ from lingrad.memory.commands import Question
 from lingrad.models import open_model
 from lingrad.research import commands as research_commands
 from lingrad.research import report as research_report
+from lingrad.research.cli import studies
 
 EXIT_CODES = (
     "Exit codes: 0 done; 1 an unexpected error, with a traceback; 2 wrong input, or a request that cannot be met: the message "
@@ -98,34 +99,7 @@ def train(
     finish(json, lambda: research_report.to_json(result), lambda: research_commands.show(result, out))
 
 
-@app.command(epilog=_example("lingrad run plan.toml --out runs/plan --jobs 2"))
-def run(
-    plan: Annotated[Path, typer.Argument(metavar="PLAN", help="A plan: a file of TOML.")],
-    out: Annotated[Path, typer.Option(help="Folder of the results; what it holds already is not run again.")],
-    jobs: Annotated[int, typer.Option(min=1, help="Runs at a time, each in a process.")] = 1,
-    storage: Annotated[
-        str | None, typer.Option(help="Database of the trials, such as sqlite:///trials.db, for machines to share.")
-    ] = None,
-    quick: Annotated[
-        bool, typer.Option("--quick", help="See that the plan runs: a tenth of the steps, one trial, one seed.")
-    ] = False,
-) -> None:
-    """Run a plan: tune every entry with the same number of trials, run the best with several seeds, and report."""
-    files = research_commands.run(plan, out, jobs=jobs, storage=storage, quick=quick)
-    typer.echo(f"{files[0].read_text()}\nWritten: {', '.join(map(str, files))}")
-
-
-@app.command(epilog=_example("lingrad report runs/plan --x seconds --y loss"))
-def report(
-    folders: Annotated[
-        list[Path], typer.Argument(metavar="FOLDER ...", help="Results of lingrad run; of several machines, all.")
-    ],
-    x: Annotated[str, typer.Option(help="Measure across, such as seconds.")] = "state MB",
-    y: Annotated[str, typer.Option(help="Measure upwards; the task's metric by default.")] = "",
-) -> None:
-    """Write the report of a plan's results again: Markdown, pictures, and one page that needs no network."""
-    files = research_commands.report_of(folders, x=x, y=y)
-    typer.echo(f"{files[0].read_text()}\nWritten: {', '.join(map(str, files))}")
+app.registered_commands += studies.registered_commands
 
 
 @app.command(epilog=_example('lingrad explain "*.mlp.*: svd(rank=64); *: none" --model llama-7b'))

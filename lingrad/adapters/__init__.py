@@ -8,6 +8,8 @@ from lingrad.adapters.base import Attachment as Attachment
 from lingrad.adapters.base import Coords as Coords
 from lingrad.adapters.base import is_attached as is_attached
 from lingrad.adapters.base import refuse_attached as refuse_attached
+from lingrad.adapters.batched import PerExample as PerExample
+from lingrad.adapters.batched import per_example as per_example
 from lingrad.adapters.compiled import Gathering as Gathering
 from lingrad.adapters.layer_part import LayerPartAttachment as LayerPartAttachment
 from lingrad.adapters.linear import LinearAttachment as LinearAttachment

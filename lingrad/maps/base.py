@@ -26,7 +26,9 @@ class LinearMap(ABC):
     - transpose: ``T.lift(z.T) == lift(z).T``;
     - factors: ``left @ right == lift(z)`` for ``left, right = factors(z)``;
     - reduction: ``inner.apply(reduce(x), z) == apply(x, z)`` and, for G = dY^T X,
-      ``inner.project(dY^T reduce(X)) == project(G) == core.project(T.reduce(dY)^T reduce(X))``.
+      ``inner.project(dY^T reduce(X)) == project(G) == core.project(T.reduce(dY)^T reduce(X))``;
+    - expansion, where the map has one: ``expand(reduce(x) @ z.T) == apply(x, z)``, so that ``expand`` is the adjoint of
+      ``T.reduce``.
     """
 
     @abstractmethod
@@ -94,6 +96,17 @@ class LinearMap(ABC):
             [p, q].
         """
         return cast(self.core.project(FactoredGradient(out_grad, x)), dtype)
+
+    def expand(self, y: Tensor) -> Tensor:
+        """What a product of ``reduce(x)`` and coordinates says of the layer's output: [..., p] -> [..., m].
+
+        Args:
+            y: Rows of ``reduce(x) @ z.T``, each by coordinates z of its own if need be.
+
+        Raises:
+            ModeError: Coordinates of this map are no matrix between the two.
+        """
+        raise ModeError(f"a {type(self).__name__} takes its coordinates block by block; its rows cannot have some of their own")
 
     def apply(self, x: Tensor, coords: Tensor) -> Tensor:
         """Act as the layer with weight ``lift(coords)``: [..., n] -> [..., m], in the dtype of ``x``."""

@@ -96,9 +96,12 @@ class KroneckerMap(LinearMap):
         return cast(out_grad.t() @ x, dtype)
 
     @override
+    def expand(self, y: Tensor) -> Tensor:
+        return y if self.left is None else y @ cast(self.left, y.dtype).t()
+
+    @override
     def apply(self, x: Tensor, coords: Tensor) -> Tensor:
-        y = self.reduce(x) @ cast(coords, x.dtype).t()
-        return y if self.left is None else y @ cast(self.left, x.dtype).t()
+        return self.expand(self.reduce(x) @ cast(coords, x.dtype).t())
 
     @override
     def add_apply_(self, out: Tensor, x: Tensor, coords: Tensor) -> None:

@@ -85,9 +85,12 @@ class SelectionMap(LinearMap):
         return x if self.columns is None else x.index_select(-1, self.columns)
 
     @override
-    def apply(self, x: Tensor, coords: Tensor) -> Tensor:
-        y = self.reduce(x) @ coords.to(x.dtype).t()
+    def expand(self, y: Tensor) -> Tensor:
         return y if self.rows is None else y.new_zeros(*y.shape[:-1], self.shape[0]).index_copy(-1, self.rows, y)
+
+    @override
+    def apply(self, x: Tensor, coords: Tensor) -> Tensor:
+        return self.expand(self.reduce(x) @ coords.to(x.dtype).t())
 
     @override
     def add_lift_(self, weight: Tensor, coords: Tensor) -> None:

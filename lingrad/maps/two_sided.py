@@ -65,6 +65,10 @@ class TwoSidedMap(LinearMap):
         return self.right.reduce(x)
 
     @override
+    def expand(self, y: Tensor) -> Tensor:
+        return self.left.expand(y)
+
+    @override
     def apply(self, x: Tensor, coords: Tensor) -> Tensor:
         return self.left.apply(self.reduce(x), coords)
 

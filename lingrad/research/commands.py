@@ -8,12 +8,17 @@ from contextlib import contextmanager
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
+from lingrad import api
 from lingrad.console import progress
-from lingrad.errors import optional
-from lingrad.research import corpus, plans, report, runner
+from lingrad.errors import DataError, optional, require_one_of
+from lingrad.files.atomic import write_whole
+from lingrad.models import build_llama, next_token_loss
+from lingrad.research import corpus, plans, rates, report, runner
 from lingrad.research.execution import execute
 from lingrad.research.pages import write_report
 from lingrad.research.plan import open_plan
@@ -94,6 +99,55 @@ def report_of(folders: Sequence[Path], *, x: str = "state MB", y: str = "") -> l
     """
     plan, runs = read_results(folders)
     return write_report(plan, runs, folders[0], x=x, y=y)
+
+
+def find_lr(
+    text: Path, rules: str, out: Path, *, base: str, mode: str, scale: float, carry: str, length: int, **limits: Any
+) -> rates.RateTest:
+    """Test learning rates on a text file, with the model of `train`, and write ``find-lr.json`` and ``find-lr.png``.
+
+    Args:
+        text: A UTF-8 text file.
+        rules: A config string or rules.
+        out: Folder of the results; made if missing.
+        base: The base optimizer, by name.
+        mode: ``optimizer`` or ``adapter``.
+        scale: Factor on the learning rate of the coordinates.
+        carry: What happens to moments at a refresh: keep, reset, rotate or transport.
+        length: Bytes in a window.
+        **limits: ``low``, ``high`` and ``steps`` of `lingrad.find_lr`.
+
+    Returns:
+        The result.
+
+    Raises:
+        DataError: The text cannot be read or is too short, or the results cannot be written.
+    """
+    require_one_of(mode, ("optimizer", "adapter"), "mode")
+    setup = replace(plans.Setup(), model=replace(plans.Setup().model, length=length))
+    read = corpus.tokenize(text.name, corpus.read_text(text))
+    corpus.check_length(read, length)
+    report.prepare(out)
+    model = build_llama(setup.model, seed=setup.seed)
+    make, steps = api.adapt if mode == "adapter" else api.wrap, limits["steps"]
+    opt = make(model, rules, base, lr=limits["low"], scale=scale, carry=carry, seed=setup.seed)  # type: ignore[arg-type]
+    batches = corpus.training_batches(read, steps=steps, rows=setup.rows, length=length, seed=setup.seed)
+
+    def step() -> Tensor:
+        opt.zero_grad()
+        loss = next_token_loss(model, next(batches))
+        loss.backward()
+        opt.step()
+        return loss
+
+    with progress("learning rates", "step") as tick:
+        found = rates.find_lr(opt, step, on_step=lambda done, loss: tick(done, steps, f"loss {loss:.3g}"), **limits)
+    try:
+        write_whole(out / "find-lr.json", found.to_json().encode())
+        found.plot(out / "find-lr.png")
+    except OSError as error:
+        raise DataError(f"cannot write the results to {out}: {error.strerror}") from error
+    return found
 
 
 def show(result: report.Result, out: Path) -> None:

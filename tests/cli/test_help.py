@@ -34,6 +34,9 @@ def test_the_commands():
     assert {" ".join(path) for path in LEAVES} == {
         "demo",
         "train",
+        "run",
+        "report",
+        "find-lr",
         "explain",
         "memory simulate",
         "memory fit",

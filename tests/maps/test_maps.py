@@ -77,6 +77,14 @@ def test_apply_acts_as_the_lifted_weight(smap):
 
 
 @each_map
+def test_expand_takes_products_with_coordinates_to_the_output(smap):
+    x, coords, out_grad = draw(2, 4, N, seed=7), draw(*coords_shape(smap), seed=5), draw(2, 4, M, seed=8)
+    product = smap.reduce(x) @ coords.t()
+    assert_close(smap.expand(product), x @ smap.lift(coords).t())
+    assert_close((smap.expand(product) * out_grad).sum(), (product * smap.reduce_grad(out_grad)).sum())
+
+
+@each_map
 def test_transpose(smap):
     coords = draw(*coords_shape(smap), seed=5)
     assert_close(smap.T.lift(coords.t()), smap.lift(coords).t())

@@ -1,0 +1,73 @@
+"""Commands of studies and of the learning rate, which the command line takes over."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from lingrad.files.results import check_folders, finish
+from lingrad.research import commands
+
+studies = typer.Typer()
+
+
+def _example(command: str) -> str:
+    return f"\b\nExample:\n  {command}"  # \b: not to be wrapped
+
+
+@studies.command(epilog=_example("lingrad run plan.toml --out runs/plan --jobs 2"))
+def run(
+    plan: Annotated[Path, typer.Argument(metavar="PLAN", help="A plan: a file of TOML.")],
+    out: Annotated[Path, typer.Option(help="Folder of the results; what it holds already is not run again.")],
+    jobs: Annotated[int, typer.Option(min=1, help="Runs at a time, each in a process.")] = 1,
+    storage: Annotated[
+        str | None, typer.Option(help="Database of the trials, such as sqlite:///trials.db, for machines to share.")
+    ] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="See that the plan runs: a tenth of the steps, one trial, one seed.")
+    ] = False,
+) -> None:
+    """Run a plan. Every entry is tuned with the same number of trials, and its best run with several seeds."""
+    files = commands.run(plan, out, jobs=jobs, storage=storage, quick=quick)
+    typer.echo(f"{files[0].read_text()}\nWritten: {', '.join(map(str, files))}")
+
+
+@studies.command(epilog=_example("lingrad report runs/plan --x seconds --y loss"))
+def report(
+    folders: Annotated[
+        list[Path], typer.Argument(metavar="FOLDER ...", help="Results of lingrad run; of several machines, all.")
+    ],
+    x: Annotated[str, typer.Option(help="Measure across, such as seconds.")] = "state MB",
+    y: Annotated[str, typer.Option(help="Measure upwards; the task's metric by default.")] = "",
+) -> None:
+    """Write the report of a plan's results again. Markdown, pictures, and one page that needs no network."""
+    files = commands.report_of(folders, x=x, y=y)
+    typer.echo(f"{files[0].read_text()}\nWritten: {', '.join(map(str, files))}")
+
+
+@studies.command(epilog=_example('lingrad find-lr --text book.txt --rules "random(rank=64, every=50)" --low 1e-5'))
+def find_lr(
+    text: Annotated[Path, typer.Option(help="A UTF-8 text to train on.")],
+    rules: Annotated[
+        str, typer.Option(help="Config string, or rules: '*.attn.*: svd(rank=64); *: none'.")
+    ] = "svd(rank=64, every=50)",
+    base: Annotated[str, typer.Option(help="Base optimizer, such as adamw8bit or lion.")] = "adamw",
+    mode: Annotated[str, typer.Option(help="Mode: optimizer or adapter.")] = "optimizer",
+    low: Annotated[float, typer.Option(help="The first learning rate.")] = 1e-6,
+    high: Annotated[float, typer.Option(help="The last learning rate.")] = 10.0,
+    scale: Annotated[float, typer.Option(help="Factor on the learning rate of the coordinates.")] = 0.25,
+    carry: Annotated[str, typer.Option(help="Moments at a refresh: keep, reset, rotate or transport.")] = "keep",
+    steps: Annotated[int, typer.Option(min=2, help="Training steps, each at the next learning rate.")] = 100,
+    length: Annotated[int, typer.Option(min=2, help="Bytes in a window.")] = 64,
+    out: Annotated[Path, typer.Option(help="Folder of the results.")] = Path("runs/find-lr"),
+    json: Annotated[
+        Path | None, typer.Option(help="Write the report as JSON to this file; - prints the JSON and nothing else.")
+    ] = None,
+) -> None:
+    """Suggest a learning rate, by a range test. The rate rises from step to step; the model is that of lingrad train."""
+    check_folders(json)
+    options: dict[str, Any] = {"base": base, "mode": mode, "low": low, "high": high, "scale": scale, "carry": carry}
+    found = commands.find_lr(text, rules, out, steps=steps, length=length, **options)
+    finish(json, found.to_json, lambda: typer.echo(f"{found}\nWritten: {out / 'find-lr.json'}, {out / 'find-lr.png'}"))

@@ -11,6 +11,7 @@ import typer
 
 from lingrad import __version__
 from lingrad.config.explain import explain as explain_
+from lingrad.console import example
 from lingrad.convert import commands as convert_commands
 from lingrad.files.results import check_folders, finish, written
 from lingrad.memory import commands as memory_commands
@@ -27,19 +28,15 @@ EXIT_CODES = (
 )
 
 
-def _example(command: str) -> str:
-    return f"\b\nExample:\n  {command}"  # \b: not to be wrapped
-
-
 def _group(help: str, epilog: str) -> typer.Typer:  # noqa: A002 - as typer calls it
     return typer.Typer(help=help, epilog=epilog, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
 
 
-EPILOG = _example('lingrad explain "svd(rank=64)" --model llama-7b') + "\n\n" + EXIT_CODES
+EPILOG = example('lingrad explain "svd(rank=64)" --model llama-7b') + "\n\n" + EXIT_CODES
 app = _group("Low-rank training as a gradient transformation or as an adapter: one engine, two modes.", EPILOG)
 memory = _group(
     "Show how much memory a run would take, without running it.",
-    _example("lingrad memory simulate --model llama-7b --capacity 24GiB"),
+    example("lingrad memory simulate --model llama-7b --capacity 24GiB"),
 )
 app.add_typer(memory, name="memory")
 
@@ -67,7 +64,7 @@ Stagger = Annotated[bool, typer.Option("--stagger", help="Refresh weights in tur
 UniformRank = Annotated[bool, typer.Option("--uniform-rank", help="One rank for all weights: the largest that one needs.")]
 
 
-@app.command(epilog=_example("lingrad demo --steps 60 --out runs/demo"))
+@app.command(epilog=example("lingrad demo --steps 60 --out runs/demo"))
 def demo(
     out: Results = Path("runs/demo"),
     steps: Annotated[int | None, typer.Option(min=3, help="Training steps; 200 by default.")] = None,
@@ -79,7 +76,7 @@ def demo(
     finish(json, lambda: research_report.to_json(result), lambda: research_commands.show(result, out))
 
 
-@app.command(epilog=_example('lingrad train --text book.txt --rules "random(rank=64, every=50)" --steps 100'))
+@app.command(epilog=example('lingrad train --text book.txt --rules "random(rank=64, every=50)" --steps 100'))
 def train(
     text: Annotated[Path, typer.Option(help="A UTF-8 text to train on.")],
     rules: Rules = "svd(rank=64, every=50)",
@@ -102,7 +99,7 @@ def train(
 app.registered_commands += studies.registered_commands
 
 
-@app.command(epilog=_example('lingrad explain "*.mlp.*: svd(rank=64); *: none" --model llama-7b'))
+@app.command(epilog=example('lingrad explain "*.mlp.*: svd(rank=64); *: none" --model llama-7b'))
 def explain(
     rules: Annotated[str, typer.Argument(metavar="RULES", help="Config string, or rules: '*.attn.*: svd(rank=64); *: none'.")],
     model: Model = "demo",
@@ -116,7 +113,7 @@ def explain(
     finish(json, lambda: json_.dumps(asdict(found), indent=1), lambda: typer.echo(found))
 
 
-@memory.command(epilog=_example('lingrad memory simulate --model llama-7b --rules "svd(rank=1024)" --layerwise'))
+@memory.command(epilog=example('lingrad memory simulate --model llama-7b --rules "svd(rank=1024)" --layerwise'))
 def simulate(
     model: Model,
     rules: Rules = "svd(rank=128)",
@@ -145,7 +142,7 @@ def simulate(
     finish(json, report.to_json, lambda: typer.echo(report))
 
 
-@memory.command(epilog=_example('lingrad memory fit --model llama-7b --rules "svd(rank=1024)" --layerwise --capacity 24GiB'))
+@memory.command(epilog=example('lingrad memory fit --model llama-7b --rules "svd(rank=1024)" --layerwise --capacity 24GiB'))
 def fit(
     model: Model,
     capacity: Annotated[str, typer.Option(help="Memory of the device, such as 24GiB.")],
@@ -168,7 +165,7 @@ def fit(
     finish(json, found.to_json, lambda: typer.echo(found))
 
 
-@memory.command(epilog=_example('lingrad memory compare --model llama-1b --rules "svd(rank=512)" --plot bars.png'))
+@memory.command(epilog=example('lingrad memory compare --model llama-1b --rules "svd(rank=512)" --plot bars.png'))
 def compare(
     model: Model,
     rules: Annotated[str, typer.Option(help="Config string with a rank, which all methods use.")] = "svd(rank=128)",
@@ -192,7 +189,7 @@ def compare(
     finish(json, found.to_json, lambda: typer.echo(found))
 
 
-@memory.command(epilog=_example('lingrad memory estimate --model llama-70b --rules "svd(rank=1024)" --base adamw8bit'))
+@memory.command(epilog=example('lingrad memory estimate --model llama-70b --rules "svd(rank=1024)" --base adamw8bit'))
 def estimate(
     model: Model,
     rules: Rules = "svd(rank=128)",
@@ -212,7 +209,7 @@ def estimate(
     finish(json, found.to_json, lambda: typer.echo(found))
 
 
-@app.command(epilog=_example("lingrad convert START TUNED --out LORA --max-error 0.01"))
+@app.command(epilog=example("lingrad convert START TUNED --out LORA --max-error 0.01"))
 def convert(
     start: Annotated[Path, typer.Argument(metavar="START", help="Folder of the model that the training started from.")],
     tuned: Annotated[Path, typer.Argument(metavar="TUNED", help="Folder of the trained model.")],
@@ -235,7 +232,7 @@ def convert(
     finish(json, report.json, lambda: typer.echo(f"{report.table()}\nWritten: {out}"))
 
 
-@app.command(epilog=_example("lingrad export RUN --out LORA --start START"))
+@app.command(epilog=example("lingrad export RUN --out LORA --start START"))
 def export(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a checkpoint: the model and optimizer.pt.")],
     out: NewAdapter,
@@ -254,7 +251,7 @@ def export(
     finish(json, report.json, lambda: typer.echo(f"{report.table()}\nWritten: {out}"))
 
 
-@app.command(epilog=_example("lingrad merge START LORA --out MERGED"))
+@app.command(epilog=example("lingrad merge START LORA --out MERGED"))
 def merge(
     start: Annotated[Path, typer.Argument(metavar="START", help="Folder of the model that the adapter is for.")],
     adapter: Annotated[Path, typer.Argument(metavar="ADAPTER", help="Folder of the adapter.")],
@@ -264,13 +261,13 @@ def merge(
     typer.echo(f"Written: {convert_commands.merge(start, adapter, out)}")
 
 
-@app.command(epilog=_example("lingrad methods"))
+@app.command(epilog=example("lingrad methods"))
 def methods() -> None:
     """List published methods by name, each a combination of parts. A name may be given as rules."""
     typer.echo(named.table())
 
 
-@app.command(epilog=_example("lingrad version"))
+@app.command(epilog=example("lingrad version"))
 def version() -> None:
     """Print the version."""
     typer.echo(__version__)

@@ -7,17 +7,14 @@ from typing import Annotated, Any
 
 import typer
 
+from lingrad.console import example
 from lingrad.files.results import check_folders, finish
 from lingrad.research import commands
 
 studies = typer.Typer()
 
 
-def _example(command: str) -> str:
-    return f"\b\nExample:\n  {command}"  # \b: not to be wrapped
-
-
-@studies.command(epilog=_example("lingrad run plan.toml --out runs/plan --jobs 2"))
+@studies.command(epilog=example("lingrad run plan.toml --out runs/plan --jobs 2"))
 def run(
     plan: Annotated[Path, typer.Argument(metavar="PLAN", help="A plan: a file of TOML.")],
     out: Annotated[Path, typer.Option(help="Folder of the results; what it holds already is not run again.")],
@@ -34,7 +31,7 @@ def run(
     typer.echo(f"{files[0].read_text()}\nWritten: {', '.join(map(str, files))}")
 
 
-@studies.command(epilog=_example("lingrad report runs/plan --x seconds --y loss"))
+@studies.command(epilog=example("lingrad report runs/plan --x seconds --y loss"))
 def report(
     folders: Annotated[
         list[Path], typer.Argument(metavar="FOLDER ...", help="Results of lingrad run; of several machines, all.")
@@ -47,7 +44,7 @@ def report(
     typer.echo(f"{files[0].read_text()}\nWritten: {', '.join(map(str, files))}")
 
 
-@studies.command(epilog=_example('lingrad find-lr --text book.txt --rules "random(rank=64, every=50)" --low 1e-5'))
+@studies.command(epilog=example('lingrad find-lr --text book.txt --rules "random(rank=64, every=50)" --low 1e-5'))
 def find_lr(
     text: Annotated[Path, typer.Option(help="A UTF-8 text to train on.")],
     rules: Annotated[

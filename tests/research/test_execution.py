@@ -292,3 +292,39 @@ def test_saved_activations_are_counted_once():
     with _counted(model) as found:
         model(torch.randn(8, 6, requires_grad=True)).sum()
     assert found[0] == 4 * (8 * 6 + 8 * 5)  # the input, and what tanh gave
+
+
+@pytest.mark.slow
+def test_the_example_of_ones_own_has_its_rows_and_curves(tmp_path):
+    """examples/own_study: a transform in both modes, on a task of its own, beside a baseline."""
+    files = commands.run(EXAMPLE / "plan.toml", tmp_path / "out", jobs=2, quick=True)
+    plan, runs = read_results([tmp_path / "out"])
+    found = {one.entry.name: one for one in summarize(plan, runs)}
+    assert all(one.metrics["accuracy"].count == 1 and one.metrics["state MB"].value > 0 for one in found.values())
+    assert all(len(run.curve) == plan.steps for run in runs)
+    modes = [found[f"heaviest columns, {mode} mode"].metrics for mode in ("adapter", "optimizer")]
+    assert modes[0]["accuracy"] == modes[1]["accuracy"]
+    assert "| heaviest columns, adapter mode" in files[0].read_text()
+
+
+def test_the_commands_say_what_is_wrong(lingrad, tmp_path):
+    path = written(tmp_path / "plan", sampler="gird")
+    code, _, error = lingrad("run", path, "--out", tmp_path / "out")
+    assert (code, error) == (2, "lingrad: sampler must be one of grid, random, tpe, not 'gird'; did you mean 'grid'?\n")
+    assert not (tmp_path / "out").exists()
+    code, _, error = lingrad("report", tmp_path)
+    assert code == 2
+    assert error.startswith(f"lingrad: {tmp_path} holds no results of a plan: there is no plan.json.")
+
+
+def test_a_damaged_record_is_named(tmp_path):
+    path = written(tmp_path / "plan", lr="[0.01]", trials=1, seeds="[1]")
+    out = tmp_path / "out"
+    trial.run_job(job(path), out / "runs" / "svd" / "final-000")
+    (out / PLAN).write_text(json.dumps({"content": dict(open_plan(path).content), "folder": str(path.parent), "quick": False}))
+    assert len(read_results([out])[1]) == 1
+    (out / "runs" / "svd" / "final-000" / RESULT).write_text('{"run_info": {}}')
+    with pytest.raises(
+        DataError, match=r"the record .*result.json is damaged \('job'\); remove its folder and run the plan again"
+    ):
+        read_results([out])

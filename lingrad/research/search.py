@@ -65,16 +65,17 @@ def open_storage(out: Path, url: str | None) -> Any:
     """
     optuna = _optuna()
     journal = optuna.storages.journal
-    for attempt in range(ATTEMPTS):
+    attempt = 0
+    while True:
         try:
             if url is not None:
                 return optuna.storages.RDBStorage(url)
             return optuna.storages.JournalStorage(journal.JournalFileBackend(str(out / JOURNAL)))
         except Exception as error:  # of SQLAlchemy and its drivers
-            if attempt + 1 == ATTEMPTS or isinstance(error, ImportError):
+            attempt += 1
+            if attempt == ATTEMPTS or isinstance(error, ImportError):
                 raise DataError(f"cannot open the storage {url or out / JOURNAL}: {error}") from error
-            time.sleep(0.5 + attempt)  # another machine is making its tables
-    raise AssertionError
+            time.sleep(attempt)  # another machine is making its tables
 
 
 class Trials:

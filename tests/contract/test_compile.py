@@ -120,8 +120,8 @@ def far(a, b):
     return float(sum((first[k] - second[k]).double().square().sum() for k in first).sqrt())
 
 
-@pytest.mark.thinned(8)
-@pytest.mark.rare(2)
+@pytest.mark.thinned(16)
+@pytest.mark.rare(3)
 @each_mode
 @pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
 def test_one_graph_with_the_numbers_of_eager(mode, spec):
@@ -136,7 +136,8 @@ def test_one_graph_with_the_numbers_of_eager(mode, spec):
     assert optimizer.captured_energy() == pytest.approx(energies, rel=1e-9)
 
 
-@pytest.mark.thinned(8)
+@pytest.mark.slow
+@pytest.mark.rare(2)
 @each_mode
 @pytest.mark.parametrize("build", MODELS.values(), ids=MODELS)
 def test_sixty_steps_with_refreshes_a_schedule_and_a_switch(mode, build):
@@ -175,6 +176,7 @@ def test_checkpointing(mode, reentrant):
     assert apart(eager, optimizer) < TOLERANCE
 
 
+@pytest.mark.thinned(2)
 @each_mode
 def test_micro_batches_and_a_shared_basis(mode):
     spec = {"*_proj": "power(rank=4, every=4, side=right)", "*": "none"}
@@ -237,6 +239,7 @@ def test_a_compiled_model_that_is_given_is_the_model_itself(mode):
     plain.load_state_dict(optimizer.state_dict())
 
 
+@pytest.mark.thinned(2)
 @each_mode
 def test_a_model_that_is_compiled_in_the_middle_of_a_run(mode):
     """At a step in which every basis is refreshed, which only the trace finds out."""

@@ -128,6 +128,7 @@ def assert_rounded(folder, cases):
         assert gap(one, by_arithmetic(*case)) <= TOLERANCE, case
 
 
+@pytest.mark.slow
 def test_a_hook_that_rounds(tmp_path):
     assert_rounded(tmp_path, HOOKED[:1])
 
@@ -285,6 +286,7 @@ def other_optimizers(rank, world):
     return list(messages)
 
 
+@pytest.mark.slow
 def test_other_optimizers_of_torch_distributed_are_refused(tmp_path):
     (unnamed, base, factory, *apart), other = each_rank(other_optimizers, 2, tmp_path)
     assert unnamed == (

@@ -24,14 +24,14 @@ RUN = {"weight_decay": 0.1, "scale": 0.25}
 
 CASES = cases.all_cases()
 PAIRS = cases.covering_cases(2)
-RARE = (pytest.mark.slow, pytest.mark.rare(40))
+RARE = (pytest.mark.slow, pytest.mark.rare(60))
 TRIPLES = [case for case in cases.covering_cases(3) if case not in PAIRS]
 
 
-@pytest.mark.thinned(4)
+@pytest.mark.thinned(8)
 @pytest.mark.parametrize(
     "case",
-    [*(pytest.param(c, id=c.label, marks=pytest.mark.rare(3)) for c in PAIRS)]
+    [*(pytest.param(c, id=c.label, marks=pytest.mark.rare(5)) for c in PAIRS)]
     + [pytest.param(c, id=c.label, marks=RARE) for c in TRIPLES],
 )
 def test_every_combination(case):
@@ -39,8 +39,8 @@ def test_every_combination(case):
     case.run()
 
 
-@pytest.mark.thinned(4)
-@pytest.mark.rare(14)
+@pytest.mark.thinned(8)
+@pytest.mark.rare(24)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     "case", [pytest.param(c, id=c.label, marks=() if i % 8 == 0 else pytest.mark.slow) for i, c in enumerate(PAIRS)]
@@ -74,7 +74,7 @@ DEFAULT = {
 
 
 @pytest.mark.thinned(16)
-@pytest.mark.rare(12)
+@pytest.mark.rare(18)
 @pytest.mark.parametrize(
     ("spec", "base"),
     [pytest.param(spec, base, marks=() if (spec, base) in DEFAULT else pytest.mark.slow) for spec in SPECS for base in BASES],

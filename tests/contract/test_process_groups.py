@@ -55,6 +55,7 @@ def assert_two_runs_of_two(folder, cases):
         assert gap(found[0][i], found[2][i]) > 1e-3, case  # another run
 
 
+@pytest.mark.slow
 def test_two_runs_of_two_processes(tmp_path):
     assert_two_runs_of_two(tmp_path, DEFAULT)
 

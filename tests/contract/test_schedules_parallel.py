@@ -40,6 +40,7 @@ def replicated(rank, world):
     return found
 
 
+@pytest.mark.slow
 def test_two_processes_are_one(tmp_path):
     first, second = each_rank(replicated, 2, tmp_path)
     for one, other in zip(first, second, strict=True):
@@ -57,7 +58,8 @@ def cut(rank, world, cases):
 SHARDED = [case for case in CASES if "stagger" not in case[2]][::2]
 
 
-@pytest.mark.parametrize("world", [2, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [2, pytest.param(3, marks=pytest.mark.exhaustive)])
 def test_shards_are_one(tmp_path, world):
     first, *others = each_rank(cut, world, tmp_path, SHARDED)
     for other in others:

@@ -53,8 +53,8 @@ SHARED = [
     for spec in ("power(rank=4, every=7, side=right)", "svd(rank=4, every=7, side=right)")
     for mode in MODES
 ]
-DEFAULT = [*matrix(lambda number: number % 17 == 0), *SHARED[:2]]
-SLOW = [*matrix(lambda number: number % 17 and number % 7 == 0), *SHARED[2:]]
+DEFAULT = [*matrix(lambda number: number % 51 == 0), *SHARED[:2]]
+SLOW = [*matrix(lambda number: number % 51 and number % 19 == 0), *SHARED[2:]]
 
 
 def work(rank, world, cases, steps):

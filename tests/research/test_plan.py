@@ -19,6 +19,7 @@ else:
     import tomli as tomllib
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "own_study"
+STUDIES = Path(__file__).parents[2] / "docs" / "studies" / "plans"
 ENTRY = {"name": "a", "method": "svd(rank=4)"}
 
 
@@ -234,3 +235,11 @@ class TestOwn:
         with pytest.raises(LingradError) as caught:
             made(folder=tmp_path, task={"kind": kind, "steps": 2})
         assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("path", sorted(STUDIES.glob("*.toml")), ids=lambda path: path.stem)
+def test_the_plans_of_the_studies_are_plans(path):
+    plan = open_plan(path)
+    for entry in plan.entries:
+        check_entry(entry, plan.folder)
+    assert f"docs/studies/plans/{path.name} --out runs/studies/{path.stem}" in path.read_text()

@@ -35,6 +35,7 @@ def in_a_process(rank, world, spec, options):
 
 @pytest.mark.thinned(5)
 @pytest.mark.parametrize("name", list(RUNS))
+@pytest.mark.slow
 def test_numbers_of_the_simulation(name, tmp_path):
     """The weights of every worker to the bit, and the bytes."""
     spec, options = RUNS[name]

@@ -41,7 +41,7 @@ def resumed(folder, at, **options):
     return trainer
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(6)
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize(("spec", "dtype"), CASES)
 def test_bit_for_bit(tmp_path, mode, spec, dtype):
@@ -150,6 +150,7 @@ class TestFolders:
         assert lingrad.hf.last_checkpoint(str(run)) == str(run / "checkpoint-11")
         assert lingrad.hf.last_checkpoint(run / "nowhere") is None
 
+    @pytest.mark.thinned(4)
     @pytest.mark.parametrize("damage", ["cut", "gone", "empty"])
     @pytest.mark.parametrize("name", FILES)
     def test_whatever_is_cut_short(self, run, name, damage):

@@ -277,6 +277,7 @@ def assert_accelerated(folder, cases):
         assert all(torch.equal(weight, found[2 * i + 1][name]) for name, weight in found[2 * i].items())
 
 
+@pytest.mark.slow
 def test_accelerate(tmp_path):
     assert_accelerated(tmp_path, [("adapter", KINDS[0])])
 
@@ -333,6 +334,7 @@ def refused(rank, world, folder):
     return said
 
 
+@pytest.mark.slow
 def test_what_does_not_work_is_refused(tmp_path):
     plain, unsharded, sharded, *late, exported = each_rank(refused, 2, tmp_path, str(tmp_path))[0]
     assert plain == (

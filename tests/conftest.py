@@ -27,7 +27,7 @@ def pytest_collection_modifyitems(items):
     """Mark cases as slow and exhaustive, the same ones every time.
 
     Of a test that is ``thinned(n)`` all cases but the first and about each n-th are slow; of one that is ``rare(m)``, all slow
-    cases but about each m-th are exhaustive.
+    cases but about each m-th are exhaustive. What is thinned and has no other number is ``rare(2)``.
     """
     seen = set()
     for item in items:
@@ -35,6 +35,7 @@ def pytest_collection_modifyitems(items):
         test, number = item.nodeid.partition("[")[0], zlib.crc32(item.nodeid.encode())
         if thinned is not None and test in seen and number % thinned.args[0]:
             item.add_marker("slow")
-        if rare is not None and item.get_closest_marker("slow") is not None and number // 1009 % rare.args[0]:
+        share = rare.args[0] if rare is not None else 2 if thinned is not None else 1
+        if item.get_closest_marker("slow") is not None and number // 1009 % share:
             item.add_marker("exhaustive")
         seen.add(test)

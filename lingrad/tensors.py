@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
 
 _DTENSOR = "torch.distributed.tensor"  # imported where a DTensor is known to exist: it takes as long as torch itself
 
@@ -103,3 +104,55 @@ def call(method: weakref.WeakMethod[Callable[..., None]] | None, *args: Any) -> 
     found = None if method is None else method()
     if found is not None:
         found(*args)
+
+
+_HOST: dict[int, weakref.ref[Any]] = {}  # storages that `host_like` has made, by `storage`
+
+
+def host_like(tensor: Tensor) -> Tensor:
+    """Memory of the host for a copy of a tensor, uninitialized, with its shape, dtype and strides; see `on_host`.
+
+    Args:
+        tensor: The tensor. On CUDA the memory is pinned, so that copies need not wait; on the meta device, where a run is
+            simulated, the result is on it too.
+
+    Returns:
+        The memory.
+    """
+    if tensor.is_meta:
+        with _disable_current_modes():  # a memory report must not take it for memory of the device
+            made = torch.empty_like(tensor)
+    else:
+        made = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
+    key, held = storage(made), made.untyped_storage()
+    _HOST[key] = weakref.ref(held, lambda _: _HOST.pop(key, None))
+    return made
+
+
+def on_host(tensor: Tensor) -> bool:
+    """Whether a tensor is in memory that `host_like` has made."""
+    return storage(tensor) in _HOST
+
+
+def to_host(tensor: Tensor, memory: Tensor | None = None) -> Tensor:
+    """A copy of a tensor in host memory; the host does not wait for it where the tensor is on CUDA.
+
+    Args:
+        tensor: The tensor.
+        memory: A result of this function for an earlier tensor, whose memory is used again if it fits.
+
+    Returns:
+        The copy.
+    """
+    if memory is None or _layout(memory) != _layout(tensor):
+        memory = host_like(tensor)
+    return memory.copy_(tensor, non_blocking=True)
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """A copy on a device, with the strides of the tensor; the host does not wait for it where that is pinned."""
+    return torch.empty_like(tensor, device=device).copy_(tensor, non_blocking=True)
+
+
+def _layout(tensor: Tensor) -> tuple[torch.Size, torch.dtype, tuple[int, ...]]:
+    return tensor.shape, tensor.dtype, tensor.stride()

@@ -25,6 +25,7 @@ from lingrad.engine.checkpoint import identity
 from lingrad.engine.grouping import make_groups
 from lingrad.engine.layerwise import Layerwise
 from lingrad.engine.moments import known_kinds
+from lingrad.engine.offload import Offload
 from lingrad.engine.refresh import schedule
 from lingrad.engine.refusals import check_base, check_effective, check_equal, check_sharded
 from lingrad.engine.run import Run
@@ -157,7 +158,8 @@ def build(model: Trainable, rules: Rules, base: BaseLike, mode: Mode, options: M
     bases = list(dict.fromkeys(attachment.sub.basis for attachment in attachments))
     for i, basis in enumerate(bases if settings.stagger else ()):
         basis.offset = i * basis.transform.period // len(bases)
-    run = Run(settings, Stepper(found, steps_as, kinds), attachments, bases, gathering, processes)
+    offload = Offload(found) if "moments" in settings.offloaded else None
+    run = Run(settings, Stepper(found, steps_as, kinds, offload), attachments, bases, gathering, processes)
     rounds.begin(run)
     if isinstance(model, nn.Module):
         run.model = model

@@ -214,7 +214,7 @@ def _unpack(
     single = isinstance(count, int | float) or (isinstance(count, Tensor) and count.numel() == 1)
     if single and not 0 <= float(count) < torch.inf:
         raise CheckpointError(f"'step' of {name} is {float(count)} in the checkpoint; expected 0 or more")
-    found = Entries(trees.placed(moments, fresh, param.device))
+    found = Entries(run.stepper.stowed(trees.placed(moments, fresh, param.device)))
     if attachment is None:
         return found
     sub, basis = attachment.sub, attachment.sub.basis

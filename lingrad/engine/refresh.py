@@ -161,13 +161,14 @@ def commit(run: Run, basis: Basis) -> None:
     remainders = []
     for attachment in run.of(basis):
         sub = attachment.sub
-        moments = run.stepper.moments(sub, run.settings.carry, run.groups)
-        carried = moments.carried(old, new, sub.name, sub.coords.shape, sub.placed)
-        remainders.append((sub, sub.merge(keep=run.settings.keep_remainder)))
-        sub.ledger.close(basis.state, old.factors)
-        if run.residuals is not None:
-            run.residuals.changed(sub, old, new, moments, carried)
-        moments.replace(carried)
+        with run.stepper.fetched(sub.coords, needed=run.settings.carry != "keep" or run.residuals is not None):
+            moments = run.stepper.moments(sub, run.settings.carry, run.groups)
+            carried = moments.carried(old, new, sub.name, sub.coords.shape, sub.placed)
+            remainders.append((sub, sub.merge(keep=run.settings.keep_remainder)))
+            sub.ledger.close(basis.state, old.factors)
+            if run.residuals is not None:
+                run.residuals.changed(sub, old, new, moments, carried)
+            moments.replace(carried)
         sub.pending.proposed = False
     basis.commit()
     for sub, remainder in remainders:

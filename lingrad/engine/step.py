@@ -209,7 +209,7 @@ def _advance(run: Run, optimizers: Sequence[Built], attachments: Sequence[Attach
         try:
             run.stepper.step(built, run.step + 1)
         except BaseException:
-            if i == 0 and not decay_last:
+            if i == 0 and not decay_last and not run.stepper.has_stepped:
                 _decay(run, stepped, undo=True)  # nothing was stepped: the weights stay as the step found them
             raise
     adaptive.follow(live)

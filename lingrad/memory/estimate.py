@@ -158,7 +158,7 @@ def estimate(
     found = optimizers.find(base, base_options, decay=False, others=Settings.names())
     fallback = found.fallback or found
     if ranks > 1:
-        check_cut(found.name, coded=found.quantizer is not None, layerwise=settings.layerwise)
+        check_cut(found.name, coded=found.quantizer is not None, layerwise=settings.layerwise, offload=settings.offload)
     plan = resolve_model(model, rules)
     grouped = {id(each.target.param): each for each in group_targets(plan.targets, settings.share)}
     full = {id(param) for _, param in plan.full}

@@ -109,21 +109,23 @@ def call(method: weakref.WeakMethod[Callable[..., None]] | None, *args: Any) -> 
 _HOST: dict[int, weakref.ref[Any]] = {}  # storages that `host_like` has made, by `storage`
 
 
-def host_like(tensor: Tensor) -> Tensor:
+def host_like(tensor: Tensor, device: torch.device | None = None) -> Tensor:
     """Memory of the host for a copy of a tensor, uninitialized, with its shape, dtype and strides; see `on_host`.
 
     Args:
-        tensor: The tensor. On CUDA the memory is pinned, so that copies need not wait; on the meta device, where a run is
-            simulated, the result is on it too.
+        tensor: The tensor.
+        device: The device that uses it; None is the tensor's. For CUDA the memory is pinned, so that copies need not wait; on
+            the meta device, where a run is simulated, the result is on it too.
 
     Returns:
         The memory.
     """
-    if tensor.is_meta:
+    kind = (device or tensor.device).type
+    if kind == "meta":
         with _disable_current_modes():  # a memory report must not take it for memory of the device
             made = torch.empty_like(tensor)
     else:
-        made = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
+        made = torch.empty_like(tensor, device="cpu", pin_memory=kind == "cuda")
     key, held = storage(made), made.untyped_storage()
     _HOST[key] = weakref.ref(held, lambda _: _HOST.pop(key, None))
     return made
@@ -134,19 +136,21 @@ def on_host(tensor: Tensor) -> bool:
     return storage(tensor) in _HOST
 
 
-def to_host(tensor: Tensor, memory: Tensor | None = None) -> Tensor:
-    """A copy of a tensor in host memory; the host does not wait for it where the tensor is on CUDA.
+def to_host(tensor: Tensor, memory: Tensor | None = None, device: torch.device | None = None, *, wait: bool = True) -> Tensor:
+    """A copy of a tensor in host memory.
 
     Args:
         tensor: The tensor.
         memory: A result of this function for an earlier tensor, whose memory is used again if it fits.
+        device: The device that uses it; None is the tensor's.
+        wait: Return when the copy is complete; else it may be under way.
 
     Returns:
         The copy.
     """
     if memory is None or _layout(memory) != _layout(tensor):
-        memory = host_like(tensor)
-    return memory.copy_(tensor, non_blocking=True)
+        memory = host_like(tensor, device)
+    return memory.copy_(tensor, non_blocking=not wait)
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:

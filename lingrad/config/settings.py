@@ -91,14 +91,14 @@ class Settings:
         require(
             self.ledger or "ledger" not in self.offloaded,
             "offload",
-            f"offload='{self.offload}' names the ledger, and this run records none; make it with ledger=True, or leave the word "
-            "out",
+            f"offload='{self.offload}' names the ledger, and this run records none; make it with ledger=True, or leave the "
+            "word out",
         )
         require(
             self.offload is None or self.rounds is None,
             "offload",
-            "workers exchange coordinates and start moments again outside of steps, where offloaded state is not on the device; "
-            "leave offload or rounds out",
+            "workers exchange coordinates and start moments again outside of steps, where offloaded state is not on the "
+            "device; leave offload or rounds out",
         )
         check_not_negative("weight_decay", self.weight_decay)
         check_scale(self.scale)

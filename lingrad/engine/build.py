@@ -198,7 +198,8 @@ def _attachments(
         if first.name not in bases:
             transform, like = as_published(settings.compat, first.transform), first.template
             seed = derive_seed(settings.seed, first.name)
-            basis = Basis(first.name, transform, place.shape, seed=seed, run_seed=settings.seed, like=like)
+            on_host = "bases" in settings.offloaded
+            basis = Basis(first.name, transform, place.shape, seed=seed, run_seed=settings.seed, like=like, on_host=on_host)
             if settings.residual is not None and basis.coords_shape != basis.shape:  # full() drops nothing
                 basis.chance = parse_residual(settings.residual).chance
             names = {member.name for member in place.group}

@@ -107,11 +107,9 @@ class Offload:
         Returns:
             The state.
         """
-        moved = [(key, value) for key, value in self._moving(entries) if not on_host(value)]
-        for key, value in moved:
-            entries[key] = to_host(value)
-        if any(value.is_cuda for _, value in moved):
-            torch.cuda.synchronize()
+        for key, value in self._moving(entries):
+            if not on_host(value):
+                entries[key] = to_host(value)
         return entries
 
     def _moving(self, entries: dict[str, Any]) -> list[tuple[str, Tensor]]:
@@ -154,7 +152,7 @@ class Offload:
                     entries = state.get(param, {})
                     for key, value in self._moving(entries):
                         read.append(value)
-                        entries[key] = to_host(value, memory.get((id(param), key)))
+                        entries[key] = to_host(value, memory.get((id(param), key)), wait=False)
         finally:  # of what found no memory the state has the tensors on the device
             self._leaving.append((None if back is None else back.record_event(), read))
 

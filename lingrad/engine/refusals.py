@@ -50,7 +50,9 @@ def check_effective(
         "leave it out",
     )
     for part in settings.offloaded - {"moments"} if not attachments else ():
-        require(False, "offload", f"offload='{settings.offload}': where nothing is transformed there is no '{part}'; leave it out")
+        require(
+            False, "offload", f"offload='{settings.offload}': where nothing is transformed there is no '{part}'; leave it out"
+        )
     for attachment in attachments:
         attachment.require(mode)
         sub = attachment.sub

@@ -57,9 +57,7 @@ class Stepper:
         state: What the optimizers keep, by parameter; they share this mapping.
     """
 
-    def __init__(
-        self, base: Base, arithmetic: Arithmetic, kinds: MomentKinds, offload: Offload | None = None
-    ) -> None:
+    def __init__(self, base: Base, arithmetic: Arithmetic, kinds: MomentKinds, offload: Offload | None = None) -> None:
         self.base = base
         self.arithmetic = arithmetic
         self.kinds = kinds

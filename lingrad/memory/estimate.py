@@ -160,7 +160,8 @@ def estimate(
         share: As for `lingrad.wrap`.
         ranks: Processes over which ``fully_shard`` cuts every parameter by rows; the estimate is that of the first, which holds
             as much as any.
-        **options: Options of the base; those of `lingrad.wrap` are accepted, and ``offload``, ``residual`` and ``rounding`` count.
+        **options: Options of the base; those of `lingrad.wrap` are accepted, of which ``offload``, ``residual`` and
+            ``rounding`` count.
 
     Returns:
         The estimate, exact to the byte. Raises the errors of `lingrad.wrap`.
@@ -190,9 +191,7 @@ def estimate(
             shape = cut(tuple(param.shape), ranks)
             size, moments = prod(shape) * param.element_size(), fallback.moments(shape, param.dtype)
             gradient, host = 0 if settings.layerwise is True else size, _offloaded(moments, settings)
-            rows.append(
-                ParameterBytes(name, weight=size, gradient=gradient, moments=_sum(moments) - host, host_moments=host)
-            )
+            rows.append(ParameterBytes(name, weight=size, gradient=gradient, moments=_sum(moments) - host, host_moments=host))
             trained += param.numel()
         else:
             rows.append(ParameterBytes(name, frozen=prod(cut(tuple(param.shape), ranks)) * param.element_size()))

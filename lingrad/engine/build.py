@@ -207,7 +207,7 @@ def _attachments(
         weight.rounding = _rounding(settings, weight, target.name)
         basis, shared, start = bases[first.name]
         bases[first.name] = basis, shared, start + rows
-        ledger = Ledger(basis.transform, records=settings.ledger)
+        ledger = Ledger(basis.transform, records=settings.ledger, on_host="ledger" in settings.offloaded)
         adds = isinstance(weight.sharding, LayerSharding)
         sub = Subspace(target.name, weight, basis, slice(start, start + rows), ledger, replace(processes, adds=adds))
         found.append(make_attachment(target, Projection(sub, shared, gathering), plain=settings.self_contained))

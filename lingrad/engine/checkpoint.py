@@ -19,7 +19,8 @@ from lingrad.errors import CheckpointError
 from lingrad.optimizers import Base
 from lingrad.optimizers.hooks import without_global_hooks
 from lingrad.subspaces import trees
-from lingrad.subspaces.ledger import Ledger, sealed
+from lingrad.subspaces.ledger import Ledger
+from lingrad.subspaces.sealing import sealed
 from lingrad.subspaces.watched import was_written
 from lingrad.tensors import is_sharded, same_memory
 from lingrad.weights.base import MergeLoss, Weight
@@ -235,6 +236,8 @@ def _unpack(
     ledger = Ledger(basis.transform)
     if sub.ledger.records:
         ledger = read_ledger(basis.transform, entries, basis.state, param, name)
+        if sub.ledger.on_host:
+            ledger.stow()
     ledger.merged = merged
     residual = {} if run.residuals is None else run.residuals.entries(sub)
     residual = {key: trees.checked(like, entries, f"{PREFIX}residual.{key}", name) for key, like in residual.items()}

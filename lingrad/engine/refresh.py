@@ -167,7 +167,7 @@ def commit(run: Run, basis: Basis) -> None:
             moments = run.stepper.moments(sub, run.settings.carry, run.groups)
             carried = moments.carried(old, new, sub.name, sub.coords.shape, sub.placed)
             remainders.append((sub, sub.merge(keep=run.settings.keep_remainder)))
-            sub.ledger.close(basis.state, old.factors)
+            sub.ledger.close(basis.state, old.factors, sub.coords.device)
             if run.residuals is not None:
                 run.residuals.changed(sub, old, new, moments, carried)
             moments.replace(carried)

@@ -238,8 +238,9 @@ def _decay(run: Run, stepped: Sequence[tuple[Group, Tensor]], *, undo: bool = Fa
         _, tensors, ledgers = by_group.setdefault(id(group), (group, [], []))
         tensors.extend([own(param)] if attachment is None else attachment.sub.decaying())
         if attachment is not None and attachment.sub.ledger.records:
-            tensors.extend(map(own, attachment.sub.ledger.tensors()))
-            ledgers.append(attachment.sub.ledger)
+            ledger = attachment.sub.ledger
+            tensors.extend(() if ledger.on_host else map(own, ledger.tensors()))
+            ledgers.append(ledger)
     for group, tensors, ledgers in by_group.values():
         if not tensors:
             continue

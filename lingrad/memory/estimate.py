@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from math import prod
 from pathlib import Path
 from typing import Any, get_args
@@ -23,7 +24,9 @@ from lingrad.config.targets import Target, resolve_model
 from lingrad.console import columns
 from lingrad.errors import require, require_one_of
 from lingrad.files.atomic import write_whole
+from lingrad.memory.kernels import answered
 from lingrad.memory.log import CATEGORIES
+from lingrad.memory.tracker import Tracker
 from lingrad.memory.units import readable
 from lingrad.subspaces import trees
 from lingrad.tensors import TensorSpec, distinct, nbytes, storage, wide
@@ -231,9 +234,11 @@ def _offloaded(moments: list[TensorSpec], settings: Settings) -> int:
     return _sum([one for one in moments if prod(one.shape) > 1]) if "moments" in settings.offloaded else 0
 
 
+@lru_cache(maxsize=256)
 def _state_bytes(transform: Transform, shape: tuple[int, int], dtype: torch.dtype) -> int:
     """Bytes of a transform's state, without what is computed from it."""
-    return nbytes(*distinct(trees.tensors(transform.init(shape, seed=0, device=torch.device("meta"), dtype=dtype))))
+    with Tracker("meta", answered(set())):  # to answer what the transform reads back
+        return nbytes(*distinct(trees.tensors(transform.init(shape, seed=0, device=torch.device("meta"), dtype=dtype))))
 
 
 def _new(grouped: GroupedTarget, seen: set[int]) -> int:

@@ -242,12 +242,13 @@ def _decay(run: Run, stepped: Sequence[tuple[Group, Tensor]], *, undo: bool = Fa
             tensors.extend(() if ledger.on_host else map(own, ledger.tensors()))
             ledgers.append(ledger)
     for group, tensors, ledgers in by_group.values():
-        if not tensors:
+        if not tensors and not ledgers:
             continue
         factor = 1.0 - group["lr"] * group["weight_decay"]
         if undo:
             factor = 1.0 / factor if factor else 1.0
-        torch._foreach_mul_(tensors, factor)
+        if tensors:  # else the weights decay elsewhere, and what was merged is in host memory, or is nothing yet
+            torch._foreach_mul_(tensors, factor)
         number = float(factor) if ledgers else 1.0  # of a learning rate that is a tensor, once
         for ledger in ledgers:
             ledger.decayed(number)

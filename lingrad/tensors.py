@@ -121,11 +121,8 @@ def host_like(tensor: Tensor, device: torch.device | None = None) -> Tensor:
         The memory.
     """
     kind = (device or tensor.device).type
-    if kind == "meta":
-        with _disable_current_modes():  # a memory report must not take it for memory of the device
-            made = torch.empty_like(tensor)
-    else:
-        made = torch.empty_like(tensor, device="cpu", pin_memory=kind == "cuda")
+    with _disable_current_modes():  # a memory report would take it for memory of the device, before it is known here
+        made = torch.empty_like(tensor, device=kind if kind == "meta" else "cpu", pin_memory=kind == "cuda")
     key, held = storage(made), made.untyped_storage()
     _HOST[key] = weakref.ref(held, lambda _: _HOST.pop(key, None))
     return made

@@ -67,13 +67,12 @@ class Offload:
                     ahead = self._fetch(optimizer.state, blocks[i + 1].params)
                 self._wait()
                 memory = self._enter(optimizer.state, params, now)
-                del now
                 part = {**group, "params": params}
                 optimizer.param_groups = [part]
                 try:
                     optimizer.step()
                 finally:
-                    self._leave(optimizer.state, params, memory)
+                    self._leave(optimizer.state, params, memory, now)
                 self.stepped = True
                 group.update({key: value for key, value in part.items() if key != "params"})
         finally:
@@ -91,11 +90,12 @@ class Offload:
         Yields:
             None. What the state is afterwards is in host memory again.
         """
-        memory = self._enter(state, [param], self._fetch(state, [param]))
+        copies = self._fetch(state, [param])
+        memory = self._enter(state, [param], copies)
         try:
             yield
         finally:
-            self._leave(state, [param], memory)
+            self._leave(state, [param], memory, copies)
             self._wait()
 
     def stow(self, entries: dict[str, Any]) -> dict[str, Any]:
@@ -139,11 +139,11 @@ class Offload:
             entries[param][key] = value
         return memory
 
-    def _leave(self, state: State, params: list[Tensor], memory: dict[Entry, Tensor]) -> None:
+    def _leave(self, state: State, params: list[Tensor], memory: dict[Entry, Tensor], copies: dict[Entry, Tensor]) -> None:
         """Start to copy the state of some parameters back; an entry is replaced once its copy has memory."""
         device = params[0].device
         back = self._both(device)[1] if device.type == "cuda" else None
-        read: list[Tensor] = []
+        read = list(copies.values())  # a base may have put others in their place, and the device may read them still
         if back is not None:
             back.wait_stream(torch.cuda.current_stream(device))
         try:

@@ -2,19 +2,22 @@
 
 import itertools
 from collections import Counter
+from typing import ClassVar
 
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lingrad
+from lingrad import optimizers
 from lingrad.config.cutting import check_cut
 from lingrad.decentralized import Rounds, simulate
 from lingrad.engine import offload
 from lingrad.engine.capture import CapturedStep
 from lingrad.errors import SpecError
-from lingrad.tensors import on_host, storage
+from lingrad.tensors import host_like, on_host, storage
 from tests.support.models import llama, text_batches, text_loss, train, zoo, zoo_batches, zoo_loss
 from tests.support.runs import MODES, assert_equal_bits, assert_same, each_mode, through_a_file, weights_of
 
@@ -218,8 +221,8 @@ class TestCopies:
             most = max(most, len(alive))
             return enter(self, state, params)
 
-        def left(self, state, params, memory):
-            leave(self, state, params, memory)
+        def left(self, state, params, *copies):
+            leave(self, state, params, *copies)
             self.gone = getattr(self, "gone", set()) | set(map(id, params))
 
         def waited(self):
@@ -299,6 +302,83 @@ def moments_of(optimizer):
     entries = optimizer.state
     every = (param for group in optimizer.param_groups for param in group["params"])
     return [{k: v for k, v in entries[param].items() if not k.startswith("subspace.")} for param in every]
+
+
+class Stream:
+    """What a stream of CUDA is told, in order; there is no device."""
+
+    log: ClassVar[list[str]] = []
+    current: ClassVar[list["Stream"]] = []
+    names: ClassVar[list[str]] = []
+
+    def __init__(self, device):
+        self.name = self.names.pop()
+
+    def wait_stream(self, other):
+        self.log.append(f"{self.name} waits for {other.name}")
+
+    def record_event(self):
+        return self
+
+    def synchronize(self):
+        self.log.append(f"the host waits for {self.name}")
+
+    def __enter__(self):
+        self.current.append(self)
+
+    def __exit__(self, *exception):
+        self.current.pop()
+
+
+def test_streams_of_cuda_wait_for_each_other(monkeypatch):
+    """On fake tensors. A step waits for what it reads; a copy back waits for the step, and the host for that."""
+    Stream.names[:] = ["back", "there", "main"]
+    Stream.log.clear()
+    Stream.current[:] = [Stream("cuda")]
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream.current[-1])
+
+    def to_host(value, memory, *, wait):
+        Stream.log.append(f"{Stream.current[-1].name}: to host")
+        assert not wait
+        return memory if memory is not None else host_like(value)
+
+    def to_device(value, device):
+        Stream.log.append(f"{Stream.current[-1].name}: to device")
+        return torch.empty_like(value, device=device)
+
+    class Momentum(torch.optim.SGD):
+        def step(self, closure=None):
+            Stream.log.append(f"{Stream.current[-1].name}: step")
+            return super().step(closure)
+
+    monkeypatch.setattr(offload, "to_host", to_host)
+    monkeypatch.setattr(offload, "to_device", to_device)
+    kept = offload.Offload(optimizers.find("sgd", {"lr": 0.1, "momentum": 0.9}))
+    with FakeTensorMode():
+        params = [nn.Parameter(torch.empty(12, 9, device="cuda")) for _ in range(2)]
+        for param in params:
+            param.grad = torch.empty(12, 9, device="cuda")
+        optimizer = Momentum(params, lr=0.1, momentum=0.9, foreach=False)
+        kept.step(optimizer)
+        assert all(optimizer.state[param]["momentum_buffer"].device.type == "cpu" for param in params)
+        Stream.log.clear()
+        kept.step(optimizer)
+    assert Stream.log == [
+        "there: to device",  # the first block
+        "there: to device",  # the next one, ahead
+        "main waits for there",
+        "main: step",
+        "back waits for main",
+        "back: to host",
+        "the host waits for back",
+        "main waits for there",
+        "main: step",
+        "back waits for main",
+        "back: to host",
+        "the host waits for back",
+    ]
 
 
 class Counting(torch.optim.SGD):

@@ -24,7 +24,7 @@ State = MutableMapping[Tensor, dict[str, Any]]
 Entry = tuple[int, str]  # the id of a parameter, and the name of an entry of its state
 
 
-class Block(NamedTuple):
+class _Block(NamedTuple):
     """Some parameters of one param group, on one device, which are stepped together."""
 
     group: dict[str, Any]
@@ -172,7 +172,7 @@ class Offload:
         return torch.cuda.stream(self._both(device)[way]) if device.type == "cuda" else nullcontext()
 
 
-def _blocks(groups: Iterable[dict[str, Any]]) -> Iterator[Block]:
+def _blocks(groups: Iterable[dict[str, Any]]) -> Iterator[_Block]:
     """Parameters with a gradient: as many of one group and device as have `BLOCK` elements or fewer, but at least one."""
     for group in groups:
         block: list[Tensor] = []
@@ -181,9 +181,9 @@ def _blocks(groups: Iterable[dict[str, Any]]) -> Iterator[Block]:
             if param.grad is None:
                 continue
             if block and (elements + param.numel() > BLOCK or param.device != block[0].device):
-                yield Block(group, block)
+                yield _Block(group, block)
                 block, elements = [], 0
             block.append(param)
             elements += param.numel()
         if block:
-            yield Block(group, block)
+            yield _Block(group, block)

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any, get_args
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from lingrad import optimizers
 from lingrad.config.cutting import check_cut, check_target
@@ -28,9 +29,8 @@ from lingrad.memory.kernels import answered
 from lingrad.memory.log import CATEGORIES
 from lingrad.memory.tracker import Tracker
 from lingrad.memory.units import readable
-from lingrad.subspaces import trees
 from lingrad.tensors import TensorSpec, distinct, nbytes, storage, wide
-from lingrad.transforms import Transform
+from lingrad.transforms.base import Transform
 
 SHARED = "(shared by all)"
 
@@ -238,7 +238,8 @@ def _offloaded(moments: list[TensorSpec], settings: Settings) -> int:
 def _state_bytes(transform: Transform, shape: tuple[int, int], dtype: torch.dtype) -> int:
     """Bytes of a transform's state, without what is computed from it."""
     with Tracker("meta", answered(set())):  # to answer what the transform reads back
-        return nbytes(*distinct(trees.tensors(transform.init(shape, seed=0, device=torch.device("meta"), dtype=dtype))))
+        state = transform.init(shape, seed=0, device=torch.device("meta"), dtype=dtype)
+    return nbytes(*distinct(leaf for leaf in tree_leaves(state) if isinstance(leaf, Tensor)))
 
 
 def _new(grouped: GroupedTarget, seen: set[int]) -> int:

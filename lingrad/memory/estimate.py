@@ -30,7 +30,6 @@ from lingrad.memory.log import CATEGORIES
 from lingrad.memory.tracker import Tracker
 from lingrad.memory.units import readable
 from lingrad.tensors import TensorSpec, distinct, nbytes, storage, wide
-from lingrad.transforms.base import Transform
 
 SHARED = "(shared by all)"
 
@@ -235,7 +234,7 @@ def _offloaded(moments: list[TensorSpec], settings: Settings) -> int:
 
 
 @lru_cache(maxsize=256)
-def _state_bytes(transform: Transform, shape: tuple[int, int], dtype: torch.dtype) -> int:
+def _state_bytes(transform: Any, shape: tuple[int, int], dtype: torch.dtype) -> int:
     """Bytes of a transform's state, without what is computed from it."""
     with Tracker("meta", answered(set())):  # to answer what the transform reads back
         state = transform.init(shape, seed=0, device=torch.device("meta"), dtype=dtype)

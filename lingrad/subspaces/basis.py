@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from torch import Tensor
 from lingrad.errors import ModeError
 from lingrad.maps import LinearMap
 from lingrad.subspaces import trees
-from lingrad.subspaces.schedule import Cadence, Probes, Schedule
+from lingrad.subspaces.schedule import Cadence, Probes, Proposal, Schedule
 from lingrad.tensors import distinct
 from lingrad.transforms import Probe, Transform, When
 from lingrad.transforms.linalg import derive_seed
@@ -23,13 +23,6 @@ from lingrad.transforms.sketch import test_matrix
 
 HELD_OUT = 16  # test vectors that no transform fits its basis to, from which its captured energy is estimated
 NEVER = 2**62  # steps
-
-
-class Proposal(NamedTuple):
-    """A refresh that is chosen and not yet committed; its map is made anew where the state is in host memory."""
-
-    state: Any
-    map: LinearMap | None
 
 
 class Basis:
@@ -288,11 +281,9 @@ class Basis:
 
     def move(self, device: torch.device) -> None:
         """Follow the weights to a device; the basis keeps its dtype."""
-        if self.device is None:
-            moves = any(t.device != device for t in trees.tensors(self.state))
-        else:
-            moves, self.device = self.device != device, device
-        if moves:
+        used = {t.device for t in trees.tensors(self.state)} if self.device is None else {self.device}
+        self.device = None if self.device is None else device
+        if used - {device}:
             self.replace(trees.moved(self.state, device), self.refreshes)
 
     def warn_once(self, message: str, name: str = "") -> None:

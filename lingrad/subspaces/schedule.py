@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lingrad.errors import CheckpointError
+from lingrad.maps import LinearMap
 from lingrad.tensors import own
 from lingrad.transforms import Probe, Transform
 from lingrad.transforms.schedules import AdaptiveSchedule, OverlapSchedule
@@ -29,6 +30,13 @@ class Probes(NamedTuple):
 
     learned: tuple[Probe, ...]
     held_out: tuple[Probe, ...]
+
+
+class Proposal(NamedTuple):
+    """A refresh that is chosen and not yet committed; its map is made anew where the state is in host memory."""
+
+    state: Any
+    map: LinearMap | None
 
 
 class Schedule(NamedTuple):

@@ -74,6 +74,7 @@ OPTIMIZER = {
     "feedback": {"residual": "feedback", "carry": "rotate", "build": llama},
     "feedback, reset": {"residual": "feedback", "carry": "reset", "build": llama},
     "scaled": {"residual": "scaled", "build": llama},
+    "sampled": {"residual": "sampled", "build": llama},
 }
 ADAPTER = {"merge_every": {"merge_every": 2}}
 EVERY = [

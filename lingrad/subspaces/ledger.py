@@ -138,7 +138,9 @@ class Ledger:
 
     def open(self, coords: Tensor) -> Tensor:
         """All that the basis in use has brought: what was merged through it, and coordinates that are not merged yet."""
-        return coords if self._open is None else self._open.to(coords.device) + coords
+        if self._open is None:
+            return coords
+        return (self._open.to(coords.device) if self.on_host else self._open) + coords
 
     def require_known(self, name: str, *, decays: bool) -> None:
         """Make sure that the change of the weight is recorded.

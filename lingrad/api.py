@@ -41,6 +41,7 @@ def wrap(
     merge: Merge = "auto",
     rounding: RoundingKind = "nearest",
     process_group: Any = None,
+    offload: str | None = None,
     **base_kwargs: Any,
 ) -> SubspaceOptimizer:
     """Train in subspaces as an optimizer: W <- W + S opt(S^T G) (GaLore's form).
@@ -99,6 +100,11 @@ def wrap(
             weights of bitsandbytes in 8 bits too (docs/lowbit.md).
         process_group: The processes that train this model together, each on its part of a batch, where these are not all that
             torch.distributed has: a ``ProcessGroup`` with this process in it. Checkpoints are free of it (docs/sharded.md).
+        offload: What is in host memory between steps, pinned where the weights are on CUDA: ``moments`` of the base, which the
+            step brings to the device a few weights at a time; ``bases``, of which each is brought when a layer, a merge or a
+            refresh uses it; ``ledger``, with ``ledger=True``, what was merged through the basis in use. Several as one string,
+            ``moments, bases``. The numbers are the same to the bit, and checkpoints load with any value of it. Bases that are
+            computed from a seed or from indices are computed again at each use, as with ``store=false`` (docs/memory.md).
         **base_kwargs: Options of the base, such as ``lr``, ``betas``, ``momentum``. Any base also takes ``moments="8bit"``,
             which stores its moments in 8 bits between steps.
 
@@ -133,6 +139,7 @@ def wrap(
         merge=merge,
         rounding=rounding,
         process_group=process_group,
+        offload=offload,
         **base_kwargs,
     )
 
@@ -158,6 +165,7 @@ def adapt(
     merge: Merge = "auto",
     rounding: RoundingKind = "nearest",
     process_group: Any = None,
+    offload: str | None = None,
     merge_every: int | None = None,
     keep_remainder: bool = False,
     rounds: Rounds | None = None,
@@ -185,6 +193,7 @@ def adapt(
         merge: See `wrap`.
         rounding: See `wrap`.
         process_group: See `wrap`.
+        offload: See `wrap`.
         merge_every: Merge coordinates into the weights every so many steps, in addition to each refresh; None merges at
             refreshes only. 1 is optimizer mode's schedule with adapter mode's forward. The trajectory is the same.
         keep_remainder: Where a weight is stored in 4 or 8 bits, add the rounding error of a merge to the new coordinates, as
@@ -215,6 +224,7 @@ def adapt(
         merge=merge,
         rounding=rounding,
         process_group=process_group,
+        offload=offload,
         merge_every=merge_every,
         keep_remainder=keep_remainder,
         rounds=rounds,

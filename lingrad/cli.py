@@ -54,6 +54,7 @@ Logits = Annotated[bool, typer.Option("--logits", help="Load both models and com
 Mode = Annotated[str, typer.Option(help="Mode: optimizer or adapter.")]
 Model = Annotated[str, typer.Option(help="llama-60m ... llama-70b, demo, a config.json of transformers, or a folder with one.")]
 NewAdapter = Annotated[Path, typer.Option(help="Folder of the adapter; must not exist.")]
+Offload = Annotated[str | None, typer.Option(help="In host memory between steps: moments, bases, or 'moments, bases'.")]
 Plot = Annotated[Path | None, typer.Option(help="Write a plot to this file, such as run.png.")]
 Rank = Annotated[int | None, typer.Option(help="At most this many columns for each weight.")]
 Ranks = Annotated[int, typer.Option(min=1, help="Processes over which fully_shard cuts every weight.")]
@@ -129,6 +130,7 @@ def simulate(
     stagger: Stagger = False,
     expandable: Expandable = False,
     ranks: Ranks = 1,
+    offload: Offload = None,
     json: Json = None,
     plot: Plot = None,
     snapshot: Annotated[Path | None, typer.Option(help="Write a snapshot for pytorch.org/memory_viz to this file.")] = None,
@@ -157,6 +159,7 @@ def fit(
     stagger: Stagger = False,
     expandable: Expandable = False,
     ranks: Ranks = 1,
+    offload: Offload = None,
     json: Json = None,
 ) -> None:
     """Find the largest batch that fits in the memory of a device."""
@@ -179,6 +182,7 @@ def compare(
     share: Share = False,
     stagger: Stagger = False,
     expandable: Expandable = False,
+    offload: Offload = None,
     json: Json = None,
     plot: Plot = None,
 ) -> None:
@@ -201,6 +205,7 @@ def estimate(
     layerwise: Layerwise = False,
     share: Share = False,
     ranks: Ranks = 1,
+    offload: Offload = None,
     json: Json = None,
 ) -> None:
     """Compute the memory between steps in closed form. It is counted from shapes and dtypes; nothing is run."""

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
 
 _DTENSOR = "torch.distributed.tensor"  # imported where a DTensor is known to exist: it takes as long as torch itself
 
@@ -103,3 +104,56 @@ def call(method: weakref.WeakMethod[Callable[..., None]] | None, *args: Any) -> 
     found = None if method is None else method()
     if found is not None:
         found(*args)
+
+
+_HOST: dict[int, weakref.ref[Any]] = {}  # storages that `host_like` has made, by `storage`
+
+
+def host_like(tensor: Tensor, device: torch.device | None = None) -> Tensor:
+    """Memory of the host for a copy of a tensor, uninitialized, with its shape, dtype and strides; see `on_host`.
+
+    Args:
+        tensor: The tensor.
+        device: The device that uses it; None is the tensor's. For CUDA the memory is pinned, so that copies need not wait; on
+            the meta device, where a run is simulated, the result is on it too.
+
+    Returns:
+        The memory.
+    """
+    kind = (device or tensor.device).type
+    with _disable_current_modes():  # a memory report would take it for memory of the device, before it is known here
+        made = torch.empty_like(tensor, device=kind if kind == "meta" else "cpu", pin_memory=kind == "cuda")
+    key, held = storage(made), made.untyped_storage()
+    _HOST[key] = weakref.ref(held, lambda _: _HOST.pop(key, None))
+    return made
+
+
+def on_host(tensor: Tensor) -> bool:
+    """Whether a tensor is in memory that `host_like` has made."""
+    return storage(tensor) in _HOST
+
+
+def to_host(tensor: Tensor, memory: Tensor | None = None, device: torch.device | None = None, *, wait: bool = True) -> Tensor:
+    """A copy of a tensor in host memory.
+
+    Args:
+        tensor: The tensor.
+        memory: A result of this function for an earlier tensor, whose memory is used again if it fits.
+        device: The device that uses it; None is the tensor's.
+        wait: Return when the copy is complete; else it may be under way.
+
+    Returns:
+        The copy.
+    """
+    if memory is None or _layout(memory) != _layout(tensor):
+        memory = host_like(tensor, device)
+    return memory.copy_(tensor, non_blocking=not wait)
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """A copy on a device, with the strides of the tensor; the host does not wait for it where that is pinned."""
+    return torch.empty_like(tensor, device=device).copy_(tensor, non_blocking=True)
+
+
+def _layout(tensor: Tensor) -> tuple[torch.Size, torch.dtype, tuple[int, ...]]:
+    return tensor.shape, tensor.dtype, tensor.stride()

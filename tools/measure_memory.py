@@ -132,6 +132,22 @@ def eight_bits() -> str:
     return "\n".join(lines) + "\n"
 
 
+def offloaded() -> str:
+    """7B at rank 1024 with moments of AdamW in full, layerwise, with and without offload."""
+    lines = [
+        "| mode | `offload` | asked for | on the device between steps | in host memory between steps |",
+        "| --- | --- | ---: | ---: | ---: |",
+    ]
+    for mode in ("optimizer", "adapter"):
+        for words in (None, "moments", "moments, bases"):
+            report = commands.simulate(Question(**SEVEN | {"base": "adamw"}, mode=mode, offload=words))
+            host = sum(report.host.values())
+            cells = [mode, f'`"{words}"`' if words else "", readable(report.peak), readable(report.steady)]
+            lines.append(f"| {' | '.join(cells)} | {readable(host) if host else ''} |")
+            print(lines[-1], flush=True)
+    return "\n".join(lines) + "\n"
+
+
 def seventy_billion() -> str:
     """70B, the same, with checkpointing."""
     question = Question(**SEVEN | {"model": "llama-70b"}, length=2048, checkpointing=True)
@@ -227,6 +243,7 @@ SECTIONS = {
     "gpu": gpu_table,
     "7b": seven_billion,
     "int8": eight_bits,
+    "offload": offloaded,
     "70b": seventy_billion,
     "headlines": headlines,
     "paper": papers_table,

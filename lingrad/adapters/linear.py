@@ -233,7 +233,8 @@ class LinearAttachment(LayerAttachment):
             return super()._adapted(*args, **kwargs)
         x, shape = _first(args, kwargs), self.sub.weight.layout.shape
         tokens = x.numel() // max(1, shape[1])
-        forms = coords.dtype == weight.dtype and self.sub.basis.map().lifts_cheaper(tokens, shape)
+        current = self.sub.basis.map()  # kept until the layer has run, so that a basis in host memory is copied once
+        forms = coords.dtype == weight.dtype and current.lifts_cheaper(tokens, shape)
         trains = torch.is_grad_enabled() and coords.requires_grad
         return self._project(x, weight, "sum" if forms else "apply", trains)
 

@@ -52,7 +52,7 @@ class Projection:
         self.gathering = gathering
         self.sharding = sub.weight.sharding
         basis = sub.basis
-        self.traceable = basis.transform.stores_map and not basis.chance and not gathering.layerwise and self.sharding is None
+        self.traceable = basis.stores_map and not basis.chance and not gathering.layerwise and self.sharding is None
         self.sinks: Sinks | None = None
         gathering.join(self)
 

@@ -24,22 +24,30 @@ def check_target(target: Target) -> None:
         )
 
 
-def check_cut(base: str, *, coded: bool, layerwise: bool | str) -> None:
+def check_cut(base: str, *, coded: bool, layerwise: bool | str, offload: str | None) -> None:
     """Refuse options that a run of cut weights does not support.
 
     Args:
         base: The name of the base of the coordinates.
         coded: Whether its moments are stored as 8-bit codes.
         layerwise: Whether weights are stepped inside the backward.
+        offload: What is in host memory between steps.
 
     Raises:
-        SpecError: They are, or moments are coded in blocks, which shards would cut.
+        SpecError: Moments are coded in blocks, which shards would cut; weights are stepped inside the backward; some of the
+            state is offloaded.
     """
     require(
         not coded and base != "adamw8bit",
         "moments",
         "8-bit moments are coded in blocks of 256, which the shards of a weight cut in other places for each number of "
         "processes; leave them out: each process holds its part of the moments only",
+    )
+    require(
+        offload is None,
+        "offload",
+        f"offload='{offload}' copies tensors of one process, and the moments of a sharded weight are spread over all of them; "
+        "leave it out: each process holds its part only",
     )
     if layerwise:
         does = "steps" if layerwise is True else "refreshes"

@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from lingrad.config.offload import offload_text, parse_offload
 from lingrad.config.residual import parse_residual
 from lingrad.config.rounds import Rounds
 from lingrad.errors import did_you_mean, require, require_one_of, shown
@@ -26,7 +27,7 @@ MOVES = ("rotate", "transport")  # of Carry, what takes moments to another basis
 _LARGEST = torch.finfo(torch.float64).max  # of a number
 
 # A checkpoint may be loaded with other values of these; any other option changes what it means.
-_FREE = ("rest_lr", "weight_decay", "scale", "layerwise", "merge", "merge_every", "process_group", "rounds")
+_FREE = ("rest_lr", "weight_decay", "scale", "layerwise", "merge", "merge_every", "process_group", "rounds", "offload")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +53,7 @@ class Settings:
     merge: Merge = "auto"
     rounding: RoundingKind = "nearest"
     process_group: Any = None
+    offload: str | None = None
     merge_every: int | None = None
     keep_remainder: bool = False
     rounds: Rounds | None = None
@@ -85,6 +87,19 @@ class Settings:
                 f"residual='{self.residual}' steps outside of the span of the basis, so that the change of a weight has no low "
                 "rank for the ledger to record; leave ledger or residual out",
             )
+        object.__setattr__(self, "offload", offload_text(self.offloaded))
+        require(
+            self.ledger or "ledger" not in self.offloaded,
+            "offload",
+            f"offload='{self.offload}' names the ledger, and this run records none; make it with ledger=True, or leave the "
+            "word out",
+        )
+        require(
+            self.offload is None or self.rounds is None,
+            "offload",
+            "workers exchange coordinates and start moments again outside of steps, where offloaded state is not on the "
+            "device; leave offload or rounds out",
+        )
         check_not_negative("weight_decay", self.weight_decay)
         check_scale(self.scale)
         if self.rest_lr is not None:
@@ -123,6 +138,11 @@ class Settings:
         )
         fits = steps is None or (type(steps) is int and steps >= 1)
         require(fits, "merge_every", f"merge_every must be a number of steps, 1 or more, or None, not {steps!r}")
+
+    @property
+    def offloaded(self) -> frozenset[str]:
+        """What is in host memory between steps: some of ``moments``, ``bases``, ``ledger``."""
+        return parse_offload(self.offload)
 
     def check_mode(self, mode: Mode) -> None:
         """Make sure that a run with these options can be made in a mode.

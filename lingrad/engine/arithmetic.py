@@ -7,7 +7,7 @@ bias correction, decays after the step, takes the SVD in float32 and leaves the 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -81,3 +81,20 @@ def as_published(compat: Compat | None, transform: Transform) -> Transform:
             f"compat='galore' reproduces galore_torch, which has svd with the exact solver only, not {spec.format(transform)}"
         )
     return replace(transform, precision="float32", align=False)
+
+
+def unfit_rate(groups: list[dict[str, Any]], fits: Callable[[dict[str, Any]], bool]) -> tuple[dict[str, Any] | None, str]:
+    """Find a param group whose learning rate a compiled or captured step could not follow.
+
+    Args:
+        groups: The run's param groups.
+        fits: Whether that of a group is such that it can.
+
+    Returns:
+        The first such group, None where there is none, and the option that gives its learning rate: ``rest_lr`` where it trains
+        in full and the learning rate of coordinates fits.
+    """
+    unfit = [group for group in groups if not fits(group)]
+    coords = [group for group in groups if group["kind"] == "coords"]
+    rest = bool(coords) and all(map(fits, coords))
+    return (unfit[0] if unfit else None), ("rest_lr" if rest else "lr")

@@ -25,6 +25,7 @@ from lingrad.engine.checkpoint import identity
 from lingrad.engine.grouping import make_groups
 from lingrad.engine.layerwise import Layerwise
 from lingrad.engine.moments import known_kinds
+from lingrad.engine.offload import Offload
 from lingrad.engine.refresh import schedule
 from lingrad.engine.refusals import check_base, check_effective, check_equal, check_sharded
 from lingrad.engine.run import Run
@@ -157,7 +158,8 @@ def build(model: Trainable, rules: Rules, base: BaseLike, mode: Mode, options: M
     bases = list(dict.fromkeys(attachment.sub.basis for attachment in attachments))
     for i, basis in enumerate(bases if settings.stagger else ()):
         basis.offset = i * basis.transform.period // len(bases)
-    run = Run(settings, Stepper(found, steps_as, kinds), attachments, bases, gathering, processes)
+    offload = Offload(found) if "moments" in settings.offloaded else None
+    run = Run(settings, Stepper(found, steps_as, kinds, offload), attachments, bases, gathering, processes)
     rounds.begin(run)
     if isinstance(model, nn.Module):
         run.model = model
@@ -196,7 +198,8 @@ def _attachments(
         if first.name not in bases:
             transform, like = as_published(settings.compat, first.transform), first.template
             seed = derive_seed(settings.seed, first.name)
-            basis = Basis(first.name, transform, place.shape, seed=seed, run_seed=settings.seed, like=like)
+            on_host = "bases" in settings.offloaded
+            basis = Basis(first.name, transform, place.shape, seed=seed, run_seed=settings.seed, like=like, on_host=on_host)
             if settings.residual is not None and basis.coords_shape != basis.shape:  # full() drops nothing
                 basis.chance = parse_residual(settings.residual).chance
             names = {member.name for member in place.group}
@@ -204,7 +207,7 @@ def _attachments(
         weight.rounding = _rounding(settings, weight, target.name)
         basis, shared, start = bases[first.name]
         bases[first.name] = basis, shared, start + rows
-        ledger = Ledger(basis.transform, records=settings.ledger)
+        ledger = Ledger(basis.transform, records=settings.ledger, on_host="ledger" in settings.offloaded)
         adds = isinstance(weight.sharding, LayerSharding)
         sub = Subspace(target.name, weight, basis, slice(start, start + rows), ledger, replace(processes, adds=adds))
         found.append(make_attachment(target, Projection(sub, shared, gathering), plain=settings.self_contained))

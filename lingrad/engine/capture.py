@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from lingrad import parallel
+from lingrad.engine.arithmetic import unfit_rate
 from lingrad.engine.refresh import schedule
 from lingrad.engine.run import Run
-from lingrad.engine.stepper import unfit_rate
 from lingrad.errors import ModeError, SpecError
 
 
@@ -126,6 +126,7 @@ def _check(run: Run) -> None:
     settings = run.settings
     followed = {"layerwise": settings.layerwise, "ledger": settings.ledger, "compat": settings.compat is not None}
     followed |= {"residual": settings.residual is not None, "rounding": settings.rounding != "nearest"}
+    followed |= {"offload": settings.offload is not None}
     for option in (option for option, given in followed.items() if given):
         raise SpecError(f"'{option}' is followed in Python at each step, which a graph leaves out; leave it out", option=option)
     if not all(basis.transform.stores_map for basis in run.bases):

@@ -19,7 +19,8 @@ from lingrad.errors import CheckpointError
 from lingrad.optimizers import Base
 from lingrad.optimizers.hooks import without_global_hooks
 from lingrad.subspaces import trees
-from lingrad.subspaces.ledger import Ledger, sealed
+from lingrad.subspaces.ledger import Ledger
+from lingrad.subspaces.sealing import sealed
 from lingrad.subspaces.watched import was_written
 from lingrad.tensors import is_sharded, same_memory
 from lingrad.weights.base import MergeLoss, Weight
@@ -214,7 +215,7 @@ def _unpack(
     single = isinstance(count, int | float) or (isinstance(count, Tensor) and count.numel() == 1)
     if single and not 0 <= float(count) < torch.inf:
         raise CheckpointError(f"'step' of {name} is {float(count)} in the checkpoint; expected 0 or more")
-    found = Entries(trees.placed(moments, fresh, param.device))
+    found = Entries(run.stepper.stowed(trees.placed(moments, fresh, param.device)))
     if attachment is None:
         return found
     sub, basis = attachment.sub, attachment.sub.basis
@@ -235,6 +236,8 @@ def _unpack(
     ledger = Ledger(basis.transform)
     if sub.ledger.records:
         ledger = read_ledger(basis.transform, entries, basis.state, param, name)
+        if sub.ledger.on_host:
+            ledger.stow()
     ledger.merged = merged
     residual = {} if run.residuals is None else run.residuals.entries(sub)
     residual = {key: trees.checked(like, entries, f"{PREFIX}residual.{key}", name) for key, like in residual.items()}

@@ -19,9 +19,11 @@ from lingrad.engine.reading import gathered, nothing, stacked, weights
 from lingrad.engine.run import Run
 from lingrad.gradients import Gradient
 from lingrad.gradients.averaged import averaged
+from lingrad.maps import LinearMap
 from lingrad.subspaces import trees
-from lingrad.subspaces.basis import Basis, Probes, Proposal
+from lingrad.subspaces.basis import Basis
 from lingrad.subspaces.products import in_whole
+from lingrad.subspaces.schedule import Probes
 from lingrad.subspaces.subspace import Subspace
 from lingrad.tensors import cast, whole
 from lingrad.transforms import Sketch
@@ -84,12 +86,12 @@ def renew(run: Run) -> None:
         if not bool(good):
             basis.warn_once(NOT_FINITE)
         elif bool(any_at_all) and not adaptive.keeps_by(run, basis, found[count:], asked.held_out):
-            proposal = _proposed(run, basis, basis.transform.learn(basis.state, found[:count], basis.when))
-            if not _finite(proposal):
+            state, chosen = _proposed(run, basis, basis.transform.learn(basis.fetched(), found[:count], basis.when))
+            if not _finite(chosen):
                 _warn_of_basis(basis)
                 continue
-            measured.append((basis, captured(proposal.map, found[count:], asked.held_out)))
-            basis.proposal = proposal
+            measured.append((basis, captured(chosen, found[count:], asked.held_out)))
+            basis.propose(state, chosen)
             commit(run, basis)
     for basis, energy in measured:
         basis.energy = _number(energy)
@@ -110,11 +112,11 @@ def schedule(run: Run) -> None:
         seen = weights(run, basis) if reads_weight else None
         if reads_weight and seen is None:
             continue
-        proposal = _proposed(run, basis, basis.transform.refresh(basis.state, seen, basis.when))
-        if reads_weight and not _finite(proposal):
+        state, chosen = _proposed(run, basis, basis.transform.refresh(basis.fetched(), seen, basis.when))
+        if reads_weight and not _finite(chosen):
             _warn_of_basis(basis)
             continue
-        basis.proposal = proposal
+        basis.propose(state, chosen)
         commit(run, basis)
 
 
@@ -156,18 +158,19 @@ def commit(run: Run, basis: Basis) -> None:
     """
     if basis.proposal is None:
         return
-    old, new = basis.map(), basis.proposal.map
+    old, new = basis.map(), basis.proposed_map()
     adaptive.refreshed(run, basis, old, new)
     remainders = []
     for attachment in run.of(basis):
         sub = attachment.sub
-        moments = run.stepper.moments(sub, run.settings.carry, run.groups)
-        carried = moments.carried(old, new, sub.name, sub.coords.shape, sub.placed)
-        remainders.append((sub, sub.merge(keep=run.settings.keep_remainder)))
-        sub.ledger.close(basis.state, old.factors)
-        if run.residuals is not None:
-            run.residuals.changed(sub, old, new, moments, carried)
-        moments.replace(carried)
+        with run.stepper.fetched(sub.coords, needed=run.settings.carry != "keep" or run.residuals is not None):
+            moments = run.stepper.moments(sub, run.settings.carry, run.groups)
+            carried = moments.carried(old, new, sub.name, sub.coords.shape, sub.placed)
+            remainders.append((sub, sub.merge(keep=run.settings.keep_remainder)))
+            sub.ledger.close(basis.state, old.factors, sub.coords.device)
+            if run.residuals is not None:
+                run.residuals.changed(sub, old, new, moments, carried)
+            moments.replace(carried)
         sub.pending.proposed = False
     basis.commit()
     for sub, remainder in remainders:
@@ -205,12 +208,11 @@ def _choose(run: Run, basis: Basis, factor: float) -> None:
     grad = averaged(local, processes)
     if adaptive.keeps(run, basis, grad):
         return
-    proposal = _proposed(run, basis, basis.transform.refresh(basis.state, grad, basis.when))
-    if not _finite(proposal):
+    state, chosen = _proposed(run, basis, basis.transform.refresh(basis.fetched(), grad, basis.when))
+    if not _finite(chosen):
         _warn_of_basis(basis)
         return
-    chosen = proposal.map
-    basis.proposal = proposal
+    basis.propose(state, chosen)
     for sub, part in zip(subs, every, strict=True):
         if sub.pending.total is not None or processes.count > 1:
             projected = cast(chosen.project(averaged(part, processes)), sub.coords.dtype)
@@ -230,18 +232,18 @@ def _choose(run: Run, basis: Basis, factor: float) -> None:
         sub.pending.proposed = True
 
 
-def _proposed(run: Run, basis: Basis, state: Any) -> Proposal:
+def _proposed(run: Run, basis: Basis, state: Any) -> tuple[Any, LinearMap]:
     if basis.transform.reads != "nothing":
         run.processes.broadcast(trees.tensors(state))
-    return basis.proposed(state)
+    return state, basis.transform.map(state)
 
 
 def _number(value: Tensor | None) -> float | None:
     return None if value is None else float(value)
 
 
-def _finite(proposal: Proposal) -> bool:
-    return all(bool(t.isfinite().all()) for t in proposal.map.tensors if t.is_floating_point())
+def _finite(chosen: LinearMap) -> bool:
+    return all(bool(t.isfinite().all()) for t in chosen.tensors if t.is_floating_point())
 
 
 def _warn_of_basis(basis: Basis) -> None:

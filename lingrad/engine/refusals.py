@@ -49,6 +49,10 @@ def check_effective(
         "'rest_lr' has no effect where nothing trains in full, or only param groups do that have a learning rate of their own; "
         "leave it out",
     )
+    for part in settings.offloaded - {"moments"} if not attachments else ():
+        require(
+            False, "offload", f"offload='{settings.offload}': where nothing is transformed there is no '{part}'; leave it out"
+        )
     for attachment in attachments:
         attachment.require(mode)
         sub = attachment.sub
@@ -125,7 +129,7 @@ def check_sharded(settings: Settings, base: Base, attachments: Sequence[Attachme
     else:
         for sub in cut:  # raises where the map has no part, which the first merge would find out
             sub.map().part(slice(0, 0), torch.zeros(sub.coords.shape, device=sub.coords.device))
-    check_cut(base.name, coded=base.quantizer is not None, layerwise=settings.layerwise)
+    check_cut(base.name, coded=base.quantizer is not None, layerwise=settings.layerwise, offload=settings.offload)
     try:
         base.state_of(cut[0].coords)
     except Exception as error:  # other code

@@ -21,7 +21,8 @@ from lingrad.config.sharing import GroupedTarget
 from lingrad.errors import CheckpointError, SpecError, shown
 from lingrad.maps.factors import Factors
 from lingrad.subspaces import trees
-from lingrad.subspaces.ledger import Ledger, opened, total
+from lingrad.subspaces.ledger import Ledger, total
+from lingrad.subspaces.sealing import opened
 from lingrad.tensors import wide
 from lingrad.transforms import Transform
 

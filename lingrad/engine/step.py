@@ -209,7 +209,7 @@ def _advance(run: Run, optimizers: Sequence[Built], attachments: Sequence[Attach
         try:
             run.stepper.step(built, run.step + 1)
         except BaseException:
-            if i == 0 and not decay_last:
+            if i == 0 and not decay_last and not run.stepper.has_stepped:
                 _decay(run, stepped, undo=True)  # nothing was stepped: the weights stay as the step found them
             raise
     adaptive.follow(live)
@@ -238,15 +238,17 @@ def _decay(run: Run, stepped: Sequence[tuple[Group, Tensor]], *, undo: bool = Fa
         _, tensors, ledgers = by_group.setdefault(id(group), (group, [], []))
         tensors.extend([own(param)] if attachment is None else attachment.sub.decaying())
         if attachment is not None and attachment.sub.ledger.records:
-            tensors.extend(map(own, attachment.sub.ledger.tensors()))
-            ledgers.append(attachment.sub.ledger)
+            ledger = attachment.sub.ledger
+            tensors.extend(() if ledger.on_host else map(own, ledger.tensors()))
+            ledgers.append(ledger)
     for group, tensors, ledgers in by_group.values():
-        if not tensors:
+        if not tensors and not ledgers:
             continue
         factor = 1.0 - group["lr"] * group["weight_decay"]
         if undo:
             factor = 1.0 / factor if factor else 1.0
-        torch._foreach_mul_(tensors, factor)
+        if tensors:  # else the weights decay elsewhere, and what was merged is in host memory, or is nothing yet
+            torch._foreach_mul_(tensors, factor)
         number = float(factor) if ledgers else 1.0  # of a learning rate that is a tensor, once
         for ledger in ledgers:
             ledger.decayed(number)

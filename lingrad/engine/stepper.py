@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -11,9 +12,10 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lingrad.config.settings import Carry
-from lingrad.engine.arithmetic import Arithmetic
+from lingrad.engine.arithmetic import Arithmetic, unfit_rate
 from lingrad.engine.moments import Moments
-from lingrad.errors import ShapeError, SpecError
+from lingrad.engine.offload import Offload
+from lingrad.errors import ShapeError, SpecError, require
 from lingrad.optimizers import Base
 from lingrad.optimizers.moments import MomentKinds, decay_rates
 from lingrad.subspaces import trees
@@ -49,16 +51,18 @@ class Stepper:
         base: The base of the coordinates; its fallback steps what it cannot.
         arithmetic: Details of the step.
         kinds: Which moments are means and which are squares, where they are to be taken to another basis.
+        offload: What keeps moments in host memory; None where they are on the device.
 
     Attributes:
         state: What the optimizers keep, by parameter; they share this mapping.
     """
 
-    def __init__(self, base: Base, arithmetic: Arithmetic, kinds: MomentKinds) -> None:
+    def __init__(self, base: Base, arithmetic: Arithmetic, kinds: MomentKinds, offload: Offload | None = None) -> None:
         self.base = base
         self.arithmetic = arithmetic
         self.kinds = kinds
         self.state: defaultdict[Tensor, dict[str, Any]] = defaultdict(dict)
+        self.offload = offload
         self._built: list[Built] = []
         self._single: dict[int, Built] = {}  # of one parameter each, where layerwise
         self._followed: dict[int, _Kind] = {}  # of each parameter, when its state last followed
@@ -119,7 +123,10 @@ class Stepper:
         """
         for own, group in built.pairs:
             _sync_to(own, group, self.arithmetic, step)
-        built.optimizer.step()
+        if self.offload is None:
+            built.optimizer.step()
+        else:
+            self.offload.step(built.optimizer)
         for own, group in built.pairs:
             own.update({key: group[key] for key in group.keys() - _OWN})  # such as a step size that it found
 
@@ -134,6 +141,12 @@ class Stepper:
             SpecError: A learning rate is a plain number, for which torch compiles again at each change of it; or torch cannot
                 compile the base.
         """
+        require(
+            self.offload is None or self.base.quantizer is not None,
+            "offload",
+            "a compiled step is compiled for the parameters that it steps, and with offload='moments' each block has others; "
+            "leave compile_step or offload out",
+        )
         if self.base.name == "adamw8bit":
             raise SpecError("adamw8bit is a kernel of bitsandbytes, which torch cannot compile; it gains nothing: leave it out")
         if self.base.quantizer is not None:  # the step between them has parts, each of which would be compiled again
@@ -195,6 +208,7 @@ class Stepper:
             template = fresh.get(key)
             if isinstance(value, Tensor) and isinstance(template, Tensor) and value.dtype == dtype != template.dtype:
                 entries[key] = value.to(template.dtype)  # not every base keeps its state in the parameter's dtype
+        self.stowed(entries)
 
     def load(self, states: list[tuple[Tensor, dict[str, Any]]]) -> None:
         """Take over the state of every parameter.
@@ -236,6 +250,19 @@ class Stepper:
             self._known_rates[now] = decay_rates(self.base, self.kinds, options)
         return self._known_rates[now]
 
+    def fetched(self, param: Tensor, *, needed: bool = True) -> AbstractContextManager[None]:
+        """Have the state of a parameter on its device, where that is needed and it is not there."""
+        return self.offload.fetched(self.state, param) if self.offload is not None and needed else nullcontext()
+
+    def stowed(self, entries: dict[str, Any]) -> dict[str, Any]:
+        """The state of a parameter where it is kept between steps."""
+        return entries if self.offload is None else self.offload.stow(entries)
+
+    @property
+    def has_stepped(self) -> bool:
+        """Whether a step that failed has stepped some parameters in full."""
+        return self.offload is not None and self.offload.stepped
+
     def restart(self, kind: str, param: Tensor) -> None:
         """Give a parameter the state that it had before its first step.
 
@@ -251,26 +278,9 @@ class Stepper:
         optimizer = base.build([{"params": group["params"]} for group in groups])
         for param, initial in optimizer.state.items():
             if not self.state.get(param):
-                self.state[param] = initial
+                self.state[param] = self.stowed(initial)
         optimizer.state = self.state
         return Built(optimizer, list(zip(groups, optimizer.param_groups, strict=True)))
-
-
-def unfit_rate(groups: list[Group], fits: Callable[[Group], bool]) -> tuple[Group | None, str]:
-    """Find a param group whose learning rate a compiled or captured step could not follow.
-
-    Args:
-        groups: The run's param groups.
-        fits: Whether that of a group is such that it can.
-
-    Returns:
-        The first such group, None where there is none, and the option that gives its learning rate: ``rest_lr`` where it trains
-        in full and the learning rate of coordinates fits.
-    """
-    unfit = [group for group in groups if not fits(group)]
-    coords = [group for group in groups if group["kind"] == "coords"]
-    rest = bool(coords) and all(map(fits, coords))
-    return (unfit[0] if unfit else None), ("rest_lr" if rest else "lr")
 
 
 def _sync_to(own: Mapping[str, Any], group: Group, arithmetic: Arithmetic, step: int) -> None:

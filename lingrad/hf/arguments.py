@@ -110,7 +110,8 @@ def trainer_kwargs(
     _check_args(args, base, translated=isinstance(rules, GaloreTargets))
     _check_layerwise(args, given.get("layerwise", False))
     check_parallel(args)
-    _, of_base = Settings.split(given)
+    records = mode == "adapter" if ledger is None else ledger
+    _, of_base = Settings.split({**given, "ledger": records})
     optimizers.find(base, {**_of_the_base(args, base), **of_base}, decay=False, others=Settings.names())
     settings = {"args": args, "rules": rules, "mode": mode, "base": base, "ledger": ledger, "options": given | {"seed": seed}}
     return {"optimizer_cls_and_kwargs": (Factory, settings)}

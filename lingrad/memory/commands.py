@@ -50,6 +50,7 @@ class Question:
         share: Share right bases among layers that read the same input.
         stagger: Refresh weights in turns.
         ranks: Processes over which ``fully_shard`` cuts every weight, each with a batch of its own.
+        offload: What of the state is in host memory between steps, such as ``moments, bases``.
     """
 
     model: str
@@ -66,6 +67,7 @@ class Question:
     share: bool = False
     stagger: bool = False
     ranks: int = 1
+    offload: str | None = None
 
     def __post_init__(self) -> None:
         """Check the values: raise `SpecError` for the first one that is wrong."""
@@ -77,7 +79,7 @@ class Question:
     @property
     def method(self) -> Method:
         """The run as a method of lingrad."""
-        options = {"lr": 1e-4, "stagger": self.stagger, "share": "input" if self.share else None}
+        options = {"lr": 1e-4, "stagger": self.stagger, "share": "input" if self.share else None, "offload": self.offload}
         return Lingrad(self.rules, self.base, cast("Mode", self.mode), options)
 
 
@@ -200,6 +202,7 @@ def estimate(question: Question) -> Estimate:
         layerwise=question.layerwise,
         share="input" if question.share else None,
         ranks=question.ranks,
+        offload=question.offload,
         lr=1e-4,
         **({} if question.base is None else {"base": question.base}),
     )

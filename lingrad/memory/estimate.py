@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 from collections import Counter
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from math import prod
 from pathlib import Path
 from typing import Any, get_args
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from lingrad import optimizers
 from lingrad.config.cutting import check_cut, check_target
@@ -23,9 +25,11 @@ from lingrad.config.targets import Target, resolve_model
 from lingrad.console import columns
 from lingrad.errors import require, require_one_of
 from lingrad.files.atomic import write_whole
+from lingrad.memory.kernels import answered
 from lingrad.memory.log import CATEGORIES
+from lingrad.memory.tracker import Tracker
 from lingrad.memory.units import readable
-from lingrad.tensors import TensorSpec, nbytes, storage, wide
+from lingrad.tensors import TensorSpec, distinct, nbytes, storage, wide
 
 SHARED = "(shared by all)"
 
@@ -50,6 +54,8 @@ class ParameterBytes:
         activations: What its layer saves for the backward, outside refresh steps, and steps in which ``residual="sampled"``
             draws it: r numbers per token with a right basis. 0 if no number of tokens was given, or if a hook projects the
             gradient.
+        host_basis: What of the basis ``offload`` has put in host memory; in no other column.
+        host_moments: The same of the moments.
     """
 
     name: str
@@ -62,6 +68,8 @@ class ParameterBytes:
     basis: int = 0
     moments: int = 0
     activations: int = 0
+    host_basis: int = 0
+    host_moments: int = 0
 
 
 COLUMNS = tuple(name for name in ParameterBytes.__dataclass_fields__ if name != "name")
@@ -95,11 +103,18 @@ class Estimate:
         """Bytes between steps, gradients included: everything except activations."""
         return sum(n for category, n in self.totals.items() if category != "activations")
 
+    @property
+    def host(self) -> dict[str, int]:
+        """Bytes in host memory, by category; only of a run with ``offload``."""
+        found = {part: sum(getattr(row, f"host_{part}") for row in self.rows) for part in ("basis", "moments")}
+        return {category: size for category, size in found.items() if size}
+
     def __str__(self) -> str:
         totals = self.totals
         rows = [("", "bytes", "")]
         rows += [(category, f"{n:,}", readable(n)) for category, n in totals.items() if category != "activations"]
         rows.append(("between steps", f"{self.steady:,}", readable(self.steady)))
+        rows += [(f"in host memory: {category}", f"{n:,}", readable(n)) for category, n in self.host.items()]
         if "activations" in totals:
             rows.append(("saved by transformed layers", f"{totals['activations']:,}", readable(totals["activations"])))
         text = [f"{self.parameters:,} parameters, {self.trained:,} elements are stepped by the base optimizer", ""]
@@ -115,6 +130,7 @@ class Estimate:
             The JSON text.
         """
         plain: dict[str, Any] = {"parameters": self.parameters, "trained": self.trained, "totals": self.totals}
+        plain["host"] = self.host
         text = json.dumps(plain | {"rows": [asdict(row) for row in self.rows]}, indent=1)
         if path is not None:
             write_whole(Path(path), text.encode())
@@ -146,7 +162,8 @@ def estimate(
         share: As for `lingrad.wrap`.
         ranks: Processes over which ``fully_shard`` cuts every parameter by rows; the estimate is that of the first, which holds
             as much as any.
-        **options: Options of the base; options of `lingrad.wrap` are accepted and change nothing.
+        **options: Options of the base; those of `lingrad.wrap` are accepted, of which ``offload``, ``residual`` and
+            ``rounding`` count.
 
     Returns:
         The estimate, exact to the byte. Raises the errors of `lingrad.wrap`.
@@ -158,7 +175,7 @@ def estimate(
     found = optimizers.find(base, base_options, decay=False, others=Settings.names())
     fallback = found.fallback or found
     if ranks > 1:
-        check_cut(found.name, coded=found.quantizer is not None, layerwise=settings.layerwise)
+        check_cut(found.name, coded=found.quantizer is not None, layerwise=settings.layerwise, offload=settings.offload)
     plan = resolve_model(model, rules)
     grouped = {id(each.target.param): each for each in group_targets(plan.targets, settings.share)}
     full = {id(param) for _, param in plan.full}
@@ -175,9 +192,8 @@ def estimate(
         elif id(param) in full:
             shape = cut(tuple(param.shape), ranks)
             size, moments = prod(shape) * param.element_size(), fallback.moments(shape, param.dtype)
-            rows.append(
-                ParameterBytes(name, weight=size, gradient=0 if settings.layerwise is True else size, moments=_sum(moments))
-            )
+            gradient, host = 0 if settings.layerwise is True else size, _offloaded(moments, settings)
+            rows.append(ParameterBytes(name, weight=size, gradient=gradient, moments=_sum(moments) - host, host_moments=host))
             trained += param.numel()
         else:
             rows.append(ParameterBytes(name, frozen=prod(cut(tuple(param.shape), ranks)) * param.element_size()))
@@ -212,6 +228,19 @@ def _sum(tensors: list[TensorSpec]) -> int:
     return sum(tensor.nbytes for tensor in tensors)
 
 
+def _offloaded(moments: list[TensorSpec], settings: Settings) -> int:
+    """Bytes of moments that are in host memory: of all but scalars, such as counts of steps."""
+    return _sum([one for one in moments if prod(one.shape) > 1]) if "moments" in settings.offloaded else 0
+
+
+@lru_cache(maxsize=256)
+def _state_bytes(transform: Any, shape: tuple[int, int], dtype: torch.dtype) -> int:
+    """Bytes of a transform's state, without what is computed from it."""
+    with Tracker("meta", answered(set())):  # to answer what the transform reads back
+        state = transform.init(shape, seed=0, device=torch.device("meta"), dtype=dtype)
+    return nbytes(*distinct(leaf for leaf in tree_leaves(state) if isinstance(leaf, Tensor)))
+
+
 def _new(grouped: GroupedTarget, seen: set[int]) -> int:
     """Bytes of a weight that are not in `seen` yet: quantised weights may share code books."""
     fresh = {storage(tensor): tensor for tensor in grouped.target.stored if storage(tensor) not in seen}
@@ -236,13 +265,19 @@ def _transformed(
     error = rounds * _cut_elements(target, ranks) * target.param.element_size()
     decider = target.transform.rule
     followed = [] if decider is None else decider.storage((p, q), template.dtype)
+    basis = target.transform.storage(grouped.shape, template.dtype) if grouped.is_first else []
+    host, host_basis = _offloaded(moments, settings), 0
+    if "bases" in settings.offloaded:
+        basis, host_basis = [], _state_bytes(target.transform, grouped.shape, template.dtype) if grouped.is_first else 0
     kept = {"scaled": dtype.itemsize, "feedback": m * n * template.element_size()}.get(rule.kind if rule else "", 0)
     return ParameterBytes(
         target.name,
         weight=weight,
         coords=size if mode == "adapter" or ranks > 1 else dtype.itemsize,
         coords_gradient=0 if settings.layerwise is True else size,
-        basis=_sum([*(target.transform.storage(grouped.shape, template.dtype) if grouped.is_first else ()), *followed]),
-        moments=_sum(moments) + kept + error,
+        basis=_sum([*basis, *followed]),
+        moments=_sum(moments) - host + kept + error,
         activations=saved,
+        host_basis=host_basis,
+        host_moments=host,
     )

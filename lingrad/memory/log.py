@@ -75,12 +75,14 @@ class Log:
         before: Events for what existed when the log began.
         during: Events since then, in order: (index of the storage, bytes allocated or, if negative, freed, phase).
         marks: (name, number of events of ``during`` before it): named positions in the run, such as ``end of step``.
+        host: The same of what a run with ``offload`` has in host memory; None in that log itself.
     """
 
     storages: list[Storage] = field(default_factory=list)
     before: list[tuple[int, int, str]] = field(default_factory=list)
     during: list[tuple[int, int, str]] = field(default_factory=list)
     marks: list[tuple[str, int]] = field(default_factory=list)
+    host: Log | None = None
 
     @property
     def events(self) -> list[tuple[int, int, str]]:

@@ -66,6 +66,7 @@ class MemoryReport:
         steady: The same sum between steps, gradients included (they have not been zeroed yet).
         breakdown: The peak by category; sums to ``peak``.
         steady_breakdown: ``steady`` by category; sums to ``steady``.
+        host: What ``offload`` has put in host memory, at the end of the run, by category; in no other figure.
         by_phase: The peak within each phase.
         timeline: The run from start to end, at most about 1000 points.
         top: The largest storages at the peak.
@@ -91,6 +92,7 @@ class MemoryReport:
     capacity: int | None = None
     fits: bool | None = None
     assumptions: Sequence[str] = ()
+    host: Mapping[str, int] = field(default_factory=dict)
     log: Log = field(default_factory=Log, repr=False, compare=False)
 
     def __str__(self) -> str:
@@ -104,6 +106,9 @@ class MemoryReport:
         if self.reserved is not None:
             rounded = "" if self.allocated is None else f", {readable(self.allocated)} of it in use at most"
             text.append(f"the allocator takes {readable(self.reserved)} from the device{rounded}")
+        if self.host:
+            parts = ", ".join(f"{readable(n)} of {category}" for category, n in self.host.items())
+            text.append(f"in host memory between steps: {parts}")
         if self.capacity is not None:
             text.append(f"{'fits' if self.fits else 'does NOT fit'} in {readable(self.capacity)}")
         text += ["", *columns(rows, right=[False, True, True, True], rule=True), ""]
@@ -205,6 +210,7 @@ def summarize(
             peak, position = total, i
     ends = [at for name, at in log.marks if name == END_OF_STEP] or [len(log.during)]
     live, steady = log.live_at(position), log.live_at(ends[-1])
+    host = {} if log.host is None else log.host.breakdown(log.host.live_at(len(log.host.during)))
     largest = sorted(live.items(), key=lambda item: -item[1])[:TOP]
     tops = tuple(Top(n, (s := log.storages[i]).category, s.phase, s.op) for i, n in largest)
     played = replay(log, expandable=expandable, preload=preload) if allocator else None
@@ -228,6 +234,7 @@ def summarize(
         capacity=capacity,
         fits=fits,
         assumptions=tuple(assumptions),
+        host=host,
         log=log,
     )
 

@@ -23,7 +23,7 @@ from lingrad.errors import MemoryModelError, ModeError
 from lingrad.memory import labels
 from lingrad.memory.log import BACKWARD, BEFORE, END_OF_STEP, FORWARD, RECOMPUTE, STEP, Log, Storage
 from lingrad.memory.report import MemoryReport, summarize
-from lingrad.tensors import is_sharded, own
+from lingrad.tensors import is_sharded, on_host, own
 
 Execute = Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]
 
@@ -43,7 +43,7 @@ class Tracker(TorchDispatchMode):
     def __init__(self, device: str, execute: Execute | None = None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.device = device
-        self.log = Log()
+        self.log = Log(host=Log())
         self.operators = 0
         self._execute = execute
         self._live: dict[int, tuple[Storage, weakref.ref[Any]]] = {}
@@ -170,21 +170,22 @@ class Tracker(TorchDispatchMode):
             known = self._live.get(storage._cdata)
             if known is not None:
                 known[0].label = category
-            elif new or part.device.type == self.device:
+            elif new or part.device.type == self.device or on_host(part):
                 self._follow(storage, part, BEFORE if new else self.phase, "", category)
 
     def _follow(self, storage: Any, tensor: Tensor, phase: str, op: str, label: str | None = None) -> None:
-        nbytes = storage.nbytes()
-        if nbytes == 0 or tensor.device.type != self.device:
+        nbytes, host = storage.nbytes(), on_host(tensor)
+        if nbytes == 0 or (tensor.device.type != self.device and not host):
             return
-        recorded = self.log.add(nbytes, phase, op, label)
+        log = self.log if not host or self.log.host is None else self.log.host
+        recorded = log.add(nbytes, phase, op, label)
         key, live, this = storage._cdata, self._live, weakref.ref(self)
 
         def on_free(_: Any) -> None:
             live.pop(key, None)
             tracker = this()
             if tracker is not None and tracker._active:
-                tracker.log.free(recorded, tracker.phase)
+                log.free(recorded, tracker.phase)
 
         self._live[key] = (recorded, weakref.ref(storage, on_free))
 

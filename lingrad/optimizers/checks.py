@@ -163,6 +163,17 @@ def check_no_shared_state(base: Base, option: str = "layerwise=True") -> None:
             )
 
 
+def shared_entries(base: Base) -> set[str]:
+    """The entries of a base's state that are one tensor for all parameters, such as a code book of bitsandbytes."""
+    params = [nn.Parameter(torch.zeros(SHAPE, device="cpu")) for _ in range(2)]
+    optimizer = base.build_dry(params)
+    for param in params:
+        param.grad = _windows(param, 1, seed=1)[0].clone()
+    optimizer.step()
+    one, other = (optimizer.state[param] for param in params)
+    return {key for key, value in one.items() if isinstance(value, Tensor) and value is other.get(key)}
+
+
 def _group_options(optimizer: Optimizer) -> dict[str, Any]:
     """The options of a param group, tensors copied."""
     group = optimizer.param_groups[0].items()

@@ -6,7 +6,8 @@ It knows no weight and no gradient: a run asks it what a refresh needs, and give
 from __future__ import annotations
 
 import warnings
-from typing import Any, NamedTuple
+import weakref
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from torch import Tensor
 from lingrad.errors import ModeError
 from lingrad.maps import LinearMap
 from lingrad.subspaces import trees
-from lingrad.subspaces.schedule import Cadence
+from lingrad.subspaces.schedule import Cadence, Probes, Proposal, Schedule
 from lingrad.tensors import distinct
 from lingrad.transforms import Probe, Transform, When
 from lingrad.transforms.linalg import derive_seed
@@ -22,37 +23,6 @@ from lingrad.transforms.sketch import test_matrix
 
 HELD_OUT = 16  # test vectors that no transform fits its basis to, from which its captured energy is estimated
 NEVER = 2**62  # steps
-
-
-class Proposal(NamedTuple):
-    """A refresh that is chosen and not yet committed."""
-
-    state: Any
-    map: LinearMap
-
-
-class Probes(NamedTuple):
-    """The products that a refresh asks of the gradient.
-
-    Args:
-        learned: Those that the transform learns from.
-        held_out: Test vectors of one or both sides, by which the new basis is judged.
-    """
-
-    learned: tuple[Probe, ...]
-    held_out: tuple[Probe, ...]
-
-
-class Schedule(NamedTuple):
-    """What the next step means for a basis.
-
-    Args:
-        redraw: It must be drawn again before the step's forward.
-        changes: A gradient that is left from before now would belong to another basis in the step.
-    """
-
-    redraw: bool
-    changes: bool
 
 
 class Basis:
@@ -65,9 +35,11 @@ class Basis:
         seed: The seed of this basis.
         run_seed: The seed of the run.
         like: A weight, for device and dtype.
+        on_host: Keep it in host memory, and copy it to the device where it is used, for as long as it is used.
 
     Attributes:
-        state: The transform's state.
+        state: The transform's state, where it is kept; see `fetched`.
+        device: The device that uses it, where it is kept in host memory; else None.
         when: The step that is being prepared, as its refresh would see it.
         refreshes: Refreshes committed.
         cadence: When it is refreshed, where its transform has a ``schedule``; else None.
@@ -83,11 +55,20 @@ class Basis:
     """
 
     def __init__(
-        self, name: str, transform: Transform, shape: tuple[int, int], *, seed: int, run_seed: int, like: Tensor
+        self,
+        name: str,
+        transform: Transform,
+        shape: tuple[int, int],
+        *,
+        seed: int,
+        run_seed: int,
+        like: Tensor,
+        on_host: bool = False,
     ) -> None:
         self.name = name
         self.transform = transform
-        self.state = transform.init(shape, seed=seed, device=like.device, dtype=like.dtype)
+        self.device = like.device if on_host else None
+        self.state = trees.stowed(transform.init(shape, seed=seed, device=like.device, dtype=like.dtype), self.device)
         self.when = When(0, 0, seed, shape, run_seed)
         self.refreshes = 0
         self.cadence = Cadence.of(transform)
@@ -99,6 +80,7 @@ class Basis:
         self.idle = False
         self.seal: Tensor | None = None
         self._map: LinearMap | None = None
+        self._lent: weakref.ref[LinearMap] | None = None  # made of a copy on the device, while it is used
         self._said: set[str] = set()
 
     @property
@@ -124,12 +106,23 @@ class Basis:
 
     def map(self) -> LinearMap:
         """The map S."""
-        if self._map is not None:
-            return self._map
-        current = self.transform.map(self.state)
-        if self.transform.stores_map:
-            self._map = current
+        current = self._map if self._lent is None else self._lent()
+        if current is None:
+            current = self.transform.map(self.fetched())
+            if self.stores_map:
+                self._map = current
+            elif self.device is not None:
+                self._lent = weakref.ref(current)
         return current
+
+    @property
+    def stores_map(self) -> bool:
+        """Whether the map stays on the device between its uses."""
+        return self.transform.stores_map and self.device is None
+
+    def fetched(self) -> Any:
+        """The state on the device that uses it."""
+        return trees.fetched(self.state, self.device)
 
     def map_after(self, refreshes: int, name: str) -> LinearMap:
         """The map that a forward had, for its backward.
@@ -213,7 +206,7 @@ class Basis:
         Returns:
             The probes, in the shape of the stacked weights.
         """
-        return Probes(self.transform.probes(self.state, self.when), self.held_out(like))
+        return Probes(self.transform.probes(self.fetched(), self.when), self.held_out(like))
 
     def held_out(self, like: Tensor) -> tuple[Probe, ...]:
         """Test vectors for each side on which there is a basis with fewer columns than the weight has rows or columns.
@@ -236,9 +229,14 @@ class Basis:
                 found.append(Probe(None, drawn) if side == "left" else Probe(drawn, None))
         return tuple(found)
 
-    def proposed(self, state: Any) -> Proposal:
-        """A proposal to change to a state; `commit` takes it over."""
-        return Proposal(state, self.transform.map(state))
+    def propose(self, state: Any, chosen: LinearMap) -> None:
+        """Propose to change to a state, whose map is given; `commit` takes it over."""
+        self.proposal = Proposal(trees.stowed(state, self.device), chosen if self.device is None else None)
+
+    def proposed_map(self) -> LinearMap:
+        """The map of the proposal."""
+        assert self.proposal is not None  # noqa: S101 - the caller has looked
+        return self.proposal.map or self.transform.map(trees.fetched(self.proposal.state, self.device))
 
     def commit(self) -> None:
         """Change to the proposal; coordinates and moments are those of the old map, and the caller's to carry over."""
@@ -255,8 +253,8 @@ class Basis:
             refreshes: Refreshes that led to it.
             chosen: Its map, if that was made already.
         """
-        self.state, self.refreshes = state, refreshes
-        self._map = chosen if self.transform.stores_map else None
+        self.state, self.refreshes = trees.stowed(state, self.device), refreshes
+        self._map, self._lent = chosen if self.stores_map else None, None
         if self.seal is not None:
             self.seal.zero_()
 
@@ -283,7 +281,9 @@ class Basis:
 
     def move(self, device: torch.device) -> None:
         """Follow the weights to a device; the basis keeps its dtype."""
-        if any(t.device != device for t in trees.tensors(self.state)):
+        used = {t.device for t in trees.tensors(self.state)} if self.device is None else {self.device}
+        self.device = None if self.device is None else device
+        if used - {device}:
             self.replace(trees.moved(self.state, device), self.refreshes)
 
     def warn_once(self, message: str, name: str = "") -> None:

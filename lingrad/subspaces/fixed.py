@@ -46,6 +46,7 @@ def fixed_basis(name: str, transform: Transform, weight: DenseWeight, seed: int)
             raise ModeError(
                 f"{name} has values that are not finite, and {transform.name} chooses its basis from them; load the model first"
             )
-        basis.proposal = basis.proposed(transform.refresh(basis.state, seen, basis.when))
+        state = transform.refresh(basis.state, seen, basis.when)
+        basis.propose(state, transform.map(state))
         basis.commit()
     return basis

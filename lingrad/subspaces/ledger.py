@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from io import BytesIO
 from typing import Any, NamedTuple
 
 import torch
@@ -18,7 +17,7 @@ from torch import Tensor
 from lingrad.errors import CheckpointError, ModeError, shown
 from lingrad.maps.factors import Factors, stack
 from lingrad.subspaces import trees
-from lingrad.tensors import whole
+from lingrad.tensors import host_like, to_host, whole
 from lingrad.transforms.base import Transform
 from lingrad.weights.layout import Layout
 
@@ -47,6 +46,7 @@ class Ledger:
     Args:
         transform: The transform of the weight; makes the maps of seeds again.
         records: Whether merges are recorded, on the CPU once their basis is replaced.
+        on_host: Keep what was merged through the basis in use in host memory too, and add to it there.
 
     Attributes:
         merged: Whether coordinates that were not zero have been merged.
@@ -55,9 +55,10 @@ class Ledger:
             where merges are recorded.
     """
 
-    def __init__(self, transform: Transform, *, records: bool = False) -> None:
+    def __init__(self, transform: Transform, *, records: bool = False, on_host: bool = False) -> None:
         self.transform = transform
         self.records = records
+        self.on_host = on_host
         self.merged = False
         self.replaced = False
         self.decay = 1.0
@@ -68,9 +69,11 @@ class Ledger:
         """Follow a decoupled decay of the weight.
 
         Args:
-            factor: By which the weight was multiplied, and `tensors` with it.
+            factor: By which the weight was multiplied, and `tensors` with it; what is in host memory is, by this.
         """
         self.decay *= factor
+        if self.on_host and self._open is not None:
+            self._open.mul_(factor)
         if self.decay == 0.0:  # nothing of the start or the earlier merges is left
             self._parts.clear()
 
@@ -81,7 +84,7 @@ class Ledger:
             coords: z [p, q].
         """
         if self.records and self._open is None:
-            self._open = torch.zeros_like(coords)
+            self._open = host_like(coords).zero_() if self.on_host else torch.zeros_like(coords)
 
     def add(self, coords: Tensor) -> None:
         """Record coordinates of the basis in use that were merged.
@@ -91,7 +94,7 @@ class Ledger:
         """
         self.reserve(coords)
         if self._open is not None:
-            self._open += coords
+            self._open += to_host(coords) if self.on_host else coords
 
     def take(self, factors: Callable[[Tensor], Factors], coords: Tensor) -> None:
         """Record a merge through another basis than the one in use.
@@ -106,19 +109,24 @@ class Ledger:
             self._parts.append(Part(self.decay, factors=Factors(found.left.to(CPU), found.right.to(CPU))))
 
     def tensors(self) -> list[Tensor]:
-        """What stays on the weight's device: the sum of the coordinates that were merged through the basis in use."""
+        """The sum of the coordinates that were merged through the basis in use."""
         return [] if self._open is None else [self._open]
 
-    def close(self, state: Any, factors: Callable[[Tensor], Factors]) -> None:
+    def stow(self) -> None:
+        """Move that sum to host memory."""
+        self.on_host, self._open = True, None if self._open is None else to_host(self._open)
+
+    def close(self, state: Any, factors: Callable[[Tensor], Factors], device: torch.device) -> None:
         """The basis in use is about to be replaced.
 
         Args:
             state: The transform's state.
             factors: Gives S z for coordinates z.
+            device: The weight's.
         """
         if self._open is None:
             return
-        coords, self._open = whole(self._open), None
+        coords, self._open = whole(self._open).to(device), None
         if not coords.any():
             return
         if self.transform.reads == "nothing":
@@ -130,7 +138,9 @@ class Ledger:
 
     def open(self, coords: Tensor) -> Tensor:
         """All that the basis in use has brought: what was merged through it, and coordinates that are not merged yet."""
-        return coords if self._open is None else self._open + coords
+        if self._open is None:
+            return coords
+        return (self._open.to(coords.device) if self.on_host else self._open) + coords
 
     def require_known(self, name: str, *, decays: bool) -> None:
         """Make sure that the change of the weight is recorded.
@@ -213,45 +223,6 @@ class Ledger:
         for i in range(parts):
             found._parts.append(_part(transform, flat, i, template, coords, f"merge {i} of {name}"))
         return found
-
-
-def sealed(flat: Mapping[str, Any], coords: Tensor) -> dict[str, Any]:
-    """The entries of `Ledger.pack` as the same two, whatever was recorded.
-
-    torch.distributed.checkpoint loads the entries that a run has already, and one that has just begun has none of merges.
-
-    Args:
-        flat: The entries.
-        coords: Coordinates of the weight.
-
-    Returns:
-        ``open`` and ``record``, which has all others.
-    """
-    rest = BytesIO()
-    torch.save({key: value for key, value in flat.items() if key != "open"}, rest)
-    return {"open": flat.get("open", torch.zeros_like(coords)), "record": rest.getvalue()}
-
-
-def opened(flat: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    """The entries of `Ledger.pack`, sealed or not.
-
-    Args:
-        flat: The entries.
-        name: The weight's name, for messages.
-
-    Returns:
-        The entries.
-
-    Raises:
-        CheckpointError: They are damaged.
-    """
-    if "record" not in flat:
-        return flat
-    try:
-        rest = torch.load(BytesIO(flat["record"]), map_location=CPU, weights_only=True)
-        return {**rest, **({"open": flat["open"]} if "open" in flat else {})}
-    except Exception as error:  # torch has many for a damaged file
-        raise CheckpointError(f"the ledger of {name} is damaged in the checkpoint ({error}); give an earlier one") from error
 
 
 def _part(transform: Transform, flat: Mapping[str, Any], i: int, template: Any, coords: Tensor, owner: str) -> Part:

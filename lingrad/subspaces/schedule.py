@@ -14,9 +14,41 @@ import torch
 from torch import Tensor
 
 from lingrad.errors import CheckpointError
+from lingrad.maps import LinearMap
 from lingrad.tensors import own
-from lingrad.transforms import Transform
+from lingrad.transforms import Probe, Transform
 from lingrad.transforms.schedules import AdaptiveSchedule, OverlapSchedule
+
+
+class Probes(NamedTuple):
+    """The products that a refresh asks of the gradient.
+
+    Args:
+        learned: Those that the transform learns from.
+        held_out: Test vectors of one or both sides, by which the new basis is judged.
+    """
+
+    learned: tuple[Probe, ...]
+    held_out: tuple[Probe, ...]
+
+
+class Proposal(NamedTuple):
+    """A refresh that is chosen and not yet committed; its map is made anew where the state is in host memory."""
+
+    state: Any
+    map: LinearMap | None
+
+
+class Schedule(NamedTuple):
+    """What the next step means for a basis.
+
+    Args:
+        redraw: It must be drawn again before the step's forward.
+        changes: A gradient that is left from before now would belong to another basis in the step.
+    """
+
+    redraw: bool
+    changes: bool
 
 
 class NextRefresh(NamedTuple):

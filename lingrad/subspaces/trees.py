@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lingrad.errors import CheckpointError, shown
+from lingrad.tensors import on_host, to_device, to_host
 
 
 def flatten(value: Any, key: str = "") -> dict[str, Any]:
@@ -130,11 +131,36 @@ def _kind(value: Any) -> str:
 
 def moved(value: Any, device: torch.device) -> Any:
     """The state with its tensors on a device, in the dtypes they have."""
+    return mapped(value, lambda tensor: tensor.to(device))
+
+
+def mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """The state with what a function makes of each of its tensors."""
     if isinstance(value, Tensor):
-        return value.to(device)
+        return change(value)
     if isinstance(value, dict):
-        return {key: moved(item, device) for key, item in value.items()}
-    return type(value)(*(moved(item, device) for item in value)) if hasattr(value, "_asdict") else value
+        return {key: mapped(item, change) for key, item in value.items()}
+    return type(value)(*(mapped(item, change) for item in value)) if hasattr(value, "_asdict") else value
+
+
+def stowed(value: Any, device: torch.device | None) -> Any:
+    """The state in host memory.
+
+    Args:
+        value: A state.
+        device: The device that uses it; None leaves the state as it is.
+
+    Returns:
+        The state; tensors without elements, which stand for a device, stay where they are.
+    """
+    if device is None:
+        return value
+    return mapped(value, lambda one: to_host(one, device=device) if one.numel() and not on_host(one) else one)
+
+
+def fetched(value: Any, device: torch.device | None) -> Any:
+    """What `stowed` gave, copied to the device; None for the device leaves it as it is."""
+    return value if device is None else mapped(value, lambda one: to_device(one, device) if on_host(one) else one)
 
 
 def tensors(value: Any) -> list[Tensor]:

@@ -15,6 +15,7 @@ from torch import nn
 
 import lingrad
 from lingrad import optimizers
+from lingrad.engine import offload
 from lingrad.errors import DependencyError
 from tests.support import cases
 from tests.support.cases import Case
@@ -22,7 +23,7 @@ from tests.support.gpu import ACROSS, DEVICE, RUN, TOLERANCE, assert_lives_on, m
 from tests.support.gpu import pytestmark as pytestmark
 from tests.support.gpu import same_arithmetic as same_arithmetic
 from tests.support.models import gap, llama, text_batches, three_ways, train, zoo, zoo_batches, zoo_loss
-from tests.support.runs import LINEAR, MODES, assert_equal_bits, each_mode, weights_of
+from tests.support.runs import EVERY_KIND, LINEAR, MODES, assert_equal_bits, assert_same, each_mode, through_a_file, weights_of
 
 
 @pytest.fixture
@@ -345,3 +346,50 @@ class TestNoFullGradient:
         model = self.layer()
         backward, _ = self.peak_of(model, torch.optim.SGD(model.parameters(), lr=1e-3))
         assert backward >= model[0].weight.nbytes
+
+
+class TestOffload:
+    """Moments, bases and what was merged in pinned memory of the host, copied on streams of their own."""
+
+    @staticmethod
+    def trained(mode, words, options, loaded=None):
+        """A run of seven steps, of four that are saved, or of the other three after these."""
+        model = zoo(torch.float32).to(DEVICE)
+        optimizer = MODES[mode](model, EVERY_KIND, "adamw", ledger=True, offload=words, **RUN, **options)
+        if loaded is not None:
+            model.load_state_dict(loaded["model"])
+            optimizer.load_state_dict(loaded["optimizer"])
+        batches = moved(zoo_batches(7, micro=1))
+        train(model, optimizer, batches if loaded is None else batches[4:], zoo_loss, schedule=False)
+        return model, optimizer
+
+    @each_mode
+    @pytest.mark.parametrize(
+        "options",
+        [
+            {"carry": "rotate"},
+            {"carry": "reset", "foreach": True},
+            {"layerwise": True},
+            {"moments": "8bit", "min_8bit_size": 16},
+        ],
+        ids=str,
+    )
+    def test_a_run_is_the_same_to_the_bit(self, mode, options, monkeypatch):
+        monkeypatch.setattr(offload, "BLOCK", 100)  # models as small as these would be one block otherwise
+        plain, out = (self.trained(mode, words, options)[1] for words in (None, "moments, bases, ledger"))
+        assert_equal_bits(weights_of(out), weights_of(plain))
+        moments = [value for entries in out._run.stepper.state.values() for value in entries.values() if value.numel() > 1]
+        bases = [tensor for sub in out.subspaces for tensor in sub.basis.tensors()]
+        assert moments
+        assert all(tensor.is_pinned() for tensor in moments + bases)
+
+    @each_mode
+    def test_checkpoints_are_those_of_any_run(self, mode):
+        """What has been copied back is complete when the step has returned: the state is read at once."""
+        saved = {}
+        for words in (None, "moments, bases, ledger"):
+            model, optimizer = self.trained(mode, words, {})
+            saved[words] = through_a_file({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, "cpu")
+        assert_same(saved["moments, bases, ledger"], saved[None])
+        again = [self.trained(mode, words, {}, saved[None])[1] for words in saved]
+        assert_equal_bits(*map(weights_of, again))

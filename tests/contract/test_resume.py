@@ -20,7 +20,7 @@ from lingrad.engine.saved import FORMAT
 from lingrad.errors import CheckpointError
 from tests.support.cases import BASES, SIDED, UNSIDED
 from tests.support.models import every_kind, llama, text_batches, text_loss, token_batches, token_loss, train
-from tests.support.runs import MODES, each_mode, through_a_file
+from tests.support.runs import MODES, assert_same, each_mode, through_a_file
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}
 CARRIES = ("keep", "reset", "rotate", "transport")
@@ -42,24 +42,6 @@ VARIANTS = [
 MODULES = ("embed", "conv", "experts", "middle", "biased", "head")
 # Transforms dealt out to the weights, round by round, so that each is tried on several.
 DEALS = [{name: VARIANTS[(i + 5 * deal) % len(VARIANTS)] for i, name in enumerate(MODULES)} for deal in range(6)]
-
-
-def assert_same(a, b, path=""):
-    """Equal to the bit, in the same dtypes, whatever it is."""
-    assert type(a) is type(b), path
-    if isinstance(a, torch.Tensor):
-        assert a.dtype == b.dtype, path
-        assert torch.equal(a, b), path
-    elif isinstance(a, dict):
-        assert a.keys() == b.keys(), path
-        for key, value in a.items():
-            assert_same(value, b[key], f"{path}/{key}")
-    elif isinstance(a, list | tuple):
-        assert len(a) == len(b), path
-        for i, (left, right) in enumerate(zip(a, b, strict=True)):
-            assert_same(left, right, f"{path}/{i}")
-    else:
-        assert a == b, path
 
 
 class Run:

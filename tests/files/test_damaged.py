@@ -267,7 +267,7 @@ def a_ledger(transform):
     for _ in range(2):
         ledger.add(coords)
         ledger.decayed(0.5)
-        ledger.close(template, mapped.factors)
+        ledger.close(template, mapped.factors, torch.device("cpu"))
     ledger.add(coords)
     return ledger.pack(), template, coords
 

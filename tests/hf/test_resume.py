@@ -61,6 +61,7 @@ def test_bit_for_bit(tmp_path, mode, spec, dtype):
     {"base": "adamw8bit", "min_8bit_size": 16}, {"base": "muon"}, {"moments": "8bit", "min_8bit_size": 16},
     {"share": "input", "spec": "svd(rank=4, every=3, side=right)"},
     {"stagger": True}, {"carry": "rotate"}, {"ledger": False}, {"merge_every": 2}, {"layerwise": True},
+    {"offload": "moments, bases, ledger"},
 ], ids=lambda options: next(iter(options)))  # fmt: skip
 def test_with_other_options(tmp_path, options):
     options = {"spec": "svd(rank=4, every=3)", "mode": "adapter", **options}

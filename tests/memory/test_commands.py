@@ -136,6 +136,7 @@ def test_every_option_of_every_command_reaches_the_question():
         ("estimate", {"batch": 2, "length": 64, "mode": "adapter", "base": "sgd", "dtype": "float32", "rules": "svd(rank=8)"}),
         ("estimate", {"layerwise": True, "share": True, "model": "llama-60m"}),
         ("estimate", {"ranks": 2}),
+        ("estimate", {"offload": "bases"}),
         ("simulate", {"ranks": 2}),
     ],
 )

@@ -33,6 +33,10 @@ METHODS = {
         )
         for mode in ("optimizer", "adapter")
     },
+    **{
+        f"lingrad, offload, {mode}": memory.Lingrad("svd(rank=256)", "adamw", mode, {"lr": 1e-4, "offload": "moments, bases"})
+        for mode in ("optimizer", "adapter")
+    },
 }
 
 

@@ -152,6 +152,17 @@ class TestLedger:
         released = 8 * len(optimizer.subspaces) if mode == "optimizer" else 0  # one zero each
         assert held == 8 * count + released
 
+    @pytest.mark.parametrize("rounding", ["nearest", "compensated"])
+    def test_every_decay_counts_however_weights_round(self, rounding):
+        """Also of steps in which nothing of the basis in use was merged yet: the first one, and each refresh."""
+        model = llama(torch.bfloat16)
+        optimizer = lingrad.wrap(
+            model, "svd(rank=4, every=2)", lr=1e-2, weight_decay=0.1, ledger=True, rounding=rounding, merge="exact"
+        )
+        train(model, optimizer, text_batches(5), schedule=False)
+        expected = pytest.approx((1 - 1e-3) ** 5, rel=1e-12)
+        assert all(change.decay == expected for change in optimizer.changes().values())
+
     def test_decay_that_leaves_nothing(self):
         model = llama()
         start = start_of(model)

@@ -31,6 +31,24 @@ def assert_equal_bits(a, b):
         assert torch.equal(value.cpu(), b[name].cpu()), name
 
 
+def assert_same(a, b, path=""):
+    """Equal to the bit, in the same dtypes, whatever it is."""
+    assert type(a) is type(b), path
+    if isinstance(a, torch.Tensor):
+        assert a.dtype == b.dtype, path
+        assert torch.equal(a, b), path
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys(), path
+        for key, value in a.items():
+            assert_same(value, b[key], f"{path}/{key}")
+    elif isinstance(a, list | tuple):
+        assert len(a) == len(b), path
+        for i, (left, right) in enumerate(zip(a, b, strict=True)):
+            assert_same(left, right, f"{path}/{i}")
+    else:
+        assert a == b, path
+
+
 def through_a_file(state, device=None):
     """Saved and loaded, with the tensors on a device; None leaves them on the one they were saved from."""
     buffer = io.BytesIO()

@@ -11,9 +11,8 @@ import typer
 
 from lingrad import __version__
 from lingrad.config.explain import explain as explain_
-from lingrad.console import example
 from lingrad.convert import commands as convert_commands
-from lingrad.files.results import check_folders, finish, written
+from lingrad.files.results import check_folders, example, finish, written
 from lingrad.memory import commands as memory_commands
 from lingrad.memory import named
 from lingrad.memory.commands import Question

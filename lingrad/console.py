@@ -17,11 +17,6 @@ def layers(name: str) -> str:
     return _NUMBER.sub("*", name)
 
 
-def example(command: str) -> str:
-    """A command as the end of a help text, which is not wrapped."""
-    return f"\b\nExample:\n  {command}"
-
-
 def span(values: Sequence[float], form: str = "{:.6g}", between: str = " to ") -> str:
     """The smallest and the largest value as text, or the one value if all are equal."""
     low, high = form.format(min(values)), form.format(max(values))

@@ -10,6 +10,11 @@ from lingrad.errors import DataError
 from lingrad.files.atomic import write_whole
 
 
+def example(command: str) -> str:
+    """A command as the end of a help text, which is not wrapped."""
+    return f"\b\nExample:\n  {command}"
+
+
 def check_folders(*paths: Path | None) -> None:
     """Make sure, before anything is computed, that the folders of files to write exist.
 

@@ -7,8 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from lingrad.console import example
-from lingrad.files.results import check_folders, finish
+from lingrad.files.results import check_folders, example, finish
 from lingrad.research import commands
 
 studies = typer.Typer()

@@ -8,12 +8,13 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from zlib import crc32
 
+from lingrad.console import Tick
 from lingrad.errors import DataError
 from lingrad.files.atomic import write_whole
 from lingrad.files.reading import read_json
@@ -24,7 +25,6 @@ from lingrad.research.search import PATIENCE, Trials, open_storage
 from lingrad.research.ways import check_entry
 
 PLAN = "plan.json"
-Tick = Callable[[int, int, str], None]
 
 
 @dataclass

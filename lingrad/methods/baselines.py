@@ -127,4 +127,9 @@ def baseline(name: str, **options: Any) -> Method:
     values = {**found.options, **options}
     for key, value in values.items():
         require(value is not None, key, f"baseline '{name}' needs {key}, as in baseline('{name}', {key}=16)")
+    rank = values.get("rank", 1)
+    require(
+        type(rank) is int and rank >= 1, "rank", f"rank of baseline '{name}' must be a whole number, 1 or more, not {rank!r}"
+    )
+    require("rank" in found.options or "rank" not in values, "rank", f"baseline '{name}' has no rank; leave it out")
     return found.make(**values)

@@ -30,10 +30,10 @@ class Axis:
     log: bool = False
     whole: bool = False
 
-    def at_edge(self, value: Any) -> bool:
-        """Whether a value is the least or the largest of what is listed, so that a better one may lie beyond it."""
-        numbers = [item for item in self.values if isinstance(item, int | float) and not isinstance(item, bool)]
-        return len(numbers) == len(self.values) > 1 and value in (min(numbers), max(numbers))
+    @property
+    def lowest(self) -> float | int:
+        """The least of a range."""
+        return int(self.low) if self.whole else self.low
 
 
 Space = Mapping[str, Axis]
@@ -76,6 +76,9 @@ def grid(space: Space) -> list[dict[str, Any]]:
 
 def _axis(value: Any, where: str, key: str) -> Axis:
     if isinstance(value, list):
+        plain = all(isinstance(item, str | int | float | bool | None) for item in value)
+        if not plain or any(isinstance(item, float) and not math.isfinite(item) for item in value):
+            raise SpecError(f"{where}: values must be texts, finite numbers, true or false, not {shown(value)}", option=key)
         if not value or len({repr(item) for item in value}) != len(value):
             raise SpecError(f"{where} needs a list of different values, not {shown(value)}", option=key)
         return Axis(values=tuple(value))

@@ -37,10 +37,11 @@ def report(
     ],
     x: Annotated[str, typer.Option(help="Measure across, such as seconds.")] = "state MB",
     y: Annotated[str, typer.Option(help="Measure upwards; the task's metric by default.")] = "",
+    files: Annotated[Path | None, typer.Option(help="Where the files that the plan names are now, if they were moved.")] = None,
 ) -> None:
     """Write the report of a plan's results again. Markdown, pictures, and one page that needs no network."""
-    files = commands.report_of(folders, x=x, y=y)
-    typer.echo(f"{files[0].read_text()}\nWritten: {', '.join(map(str, files))}")
+    made = commands.report_of(folders, x=x, y=y, files=files)
+    typer.echo(f"{made[0].read_text()}\nWritten: {', '.join(map(str, made))}")
 
 
 @studies.command(epilog=example('lingrad find-lr --text book.txt --rules "random(rank=64, every=50)" --low 1e-5'))

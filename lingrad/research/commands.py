@@ -79,26 +79,40 @@ def run(path: Path, out: Path, *, jobs: int = 1, storage: str | None = None, qui
 
     Returns:
         The files of the report.
+
+    Raises:
+        DataError: Every run failed.
     """
     plan = open_plan(path, quick=quick)
     with progress(plan.name, "run") as tick:
-        execute(plan, out, jobs=jobs, storage=storage, quick=quick, tick=tick)
-    return report_of([out])
+        execute(plan, out, jobs=jobs, storage=storage, tick=tick)
+    files = report_of([out])
+    _, runs = read_results([out])
+    if runs and all(run.failed for run in runs):
+        raise DataError(f"every run failed, the first with: {runs[0].error}\n{files[0]} lists them all")
+    return files
 
 
-def report_of(folders: Sequence[Path], *, x: str = "state MB", y: str = "") -> list[Path]:
+def report_of(folders: Sequence[Path], *, x: str = "state MB", y: str = "", files: Path | None = None) -> list[Path]:
     """Write the report of a plan's results into the first of their folders.
 
     Args:
         folders: The folders; where several machines shared the trials, of all of them.
         x: What the picture of two measures is drawn over.
         y: What is drawn; the task's metric if empty.
+        files: Where the files that the plan names are now; None is where they were.
 
     Returns:
         The files.
+
+    Raises:
+        DataError: The folder cannot be written to.
     """
-    plan, runs = read_results(folders)
-    return write_report(plan, runs, folders[0], x=x, y=y)
+    plan, runs = read_results(folders, files)
+    try:
+        return write_report(plan, runs, folders[0], x=x, y=y)
+    except OSError as error:
+        raise DataError(f"cannot write the report to {folders[0]}: {error.strerror or error}") from error
 
 
 def find_lr(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -15,7 +17,7 @@ from typing import Any
 from zlib import crc32
 
 from lingrad.console import Tick
-from lingrad.errors import DataError
+from lingrad.errors import DataError, in_short
 from lingrad.files.atomic import write_whole
 from lingrad.files.reading import read_json
 from lingrad.research.matching import matched
@@ -50,15 +52,7 @@ class Running:
     beat: float
 
 
-def execute(
-    plan: ResearchPlan,
-    out: Path,
-    *,
-    jobs: int = 1,
-    storage: str | None = None,
-    quick: bool = False,
-    tick: Tick = lambda *_: None,
-) -> None:
+def execute(plan: ResearchPlan, out: Path, *, jobs: int = 1, storage: str | None = None, tick: Tick = lambda *_: None) -> None:
     """Make all trials and final runs of a plan that are not made yet.
 
     Args:
@@ -66,16 +60,24 @@ def execute(
         out: The folder of the results, made if missing; of one plan only.
         jobs: Processes at a time.
         storage: A database that several machines share, which then share the trials; None is a journal in ``out``.
-        quick: Whether the plan was cut down by ``quick``.
         tick: Called after each run, with runs done, all of them, and a note.
 
     Raises:
         DataError: ``out`` is that of another plan, or the disk is full.
     """
     for entry in plan.entries:
-        check_entry(entry, plan.folder)
-    _claim(plan, out, quick=quick)
-    opened = open_storage(out, storage)
+        check_entry(entry, plan.folder, plan.dtype)
+    try:
+        _claim(plan, out)
+        _execute(plan, out, open_storage(out, storage), jobs=jobs, alone=storage is None, tick=tick)
+    except OSError as error:
+        raise DataError(
+            f"cannot write results to {out}: {error.strerror or error}; what has ended is kept: run it again"
+        ) from error
+
+
+def _execute(plan: ResearchPlan, out: Path, opened: Any, *, jobs: int, alone: bool, tick: Tick) -> None:
+    """Do so; ``alone``: whether all records are in ``out``."""
     searches = [Trials(plan, entry, opened) for entry in plan.entries]
     finals: dict[str, Trials | None] = {}
     running: list[Running] = []
@@ -96,11 +98,14 @@ def execute(
                     finals[search.entry.name] = None if best is None else Trials(plan, search.entry, opened, best.values)
             work = [*searches, *(one for one in finals.values() if one is not None)]
             while len(running) < jobs:
-                started = next(_takable(plan, out, work, finals, jobs, quick=quick), None)
+                busy = {one.out for one in running}
+                started = next(_takable(plan, out, work, finals, jobs, busy if alone else None), None)
                 if started is None:
                     break
                 running.append(started)
             if not running and len(finals) == len(plan.entries) and all(one is None or one.done for one in finals.values()):
+                for left in out.glob("runs/*/.*"):  # of processes that were killed
+                    shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
                 return
             time.sleep(0.05 if running else 0.5)
     finally:
@@ -126,24 +131,33 @@ def folder_of(out: Path, entry: str, kind: str, number: int) -> Path:
 
 
 def _takable(
-    plan: ResearchPlan, out: Path, work: list[Trials], finals: Mapping[str, Trials | None], jobs: int, *, quick: bool
+    plan: ResearchPlan, out: Path, work: list[Trials], finals: Mapping[str, Trials | None], jobs: int, busy: set[Path] | None
 ) -> Iterator[Running]:
-    """Start trials that nobody runs, one by one."""
+    """Start trials that nobody runs, one by one, and those again whose record is gone; ``busy``: folders of those that run."""
     for trials in work:
         final = trials.best is not None
-        limits = matched(plan, trials.entry, finals) if final else {}
+        kind = "final" if final else "search"
+        steps = [
+            one.measured["train_time"] / one.measured["steps"]
+            for one in _search(work, trials).outcomes()
+            if one.value is not None
+        ]
+        limits = matched(plan, trials.entry, finals, steps) if final else {}
         if limits is None:  # the entry that it is matched with has not ended
             continue
         found = trials.take()
+        if found is None and busy is not None:
+            ended = [(one.number, one.values, folder_of(out, trials.entry.name, kind, one.number)) for one in trials.outcomes()]
+            found = next(((number, values) for number, values, path in ended if not path.exists() and path not in busy), None)
         if found is None:
             continue
         number, values = found
-        folder = folder_of(out, trials.entry.name, "final" if final else "search", number)
+        folder = folder_of(out, trials.entry.name, kind, number)
         job = {
-            "content": dict(plan.content), "where": PLAN, "folder": str(plan.folder), "quick": quick,
+            "content": dict(plan.content), "where": PLAN, "folder": str(plan.folder), "quick": plan.quick,
             "entry": trials.entry.name, "values": {**values, **limits.get("values", {})},
             "seed": plan.seeds[number] if final else plan.seed, "part": "final" if final else "tuning",
-            "seconds": limits.get("seconds"), "threads": _threads(jobs),
+            "steps": limits.get("steps"), "threads": _threads(jobs),
         }  # fmt: skip
         yield _start(trials, number, job, folder)
 
@@ -169,7 +183,9 @@ def _ended(plan: ResearchPlan, one: Running) -> None:
         file.unlink(missing_ok=True)
     if not (one.out / RESULT).exists():
         code = one.process.returncode
-        status = "disk full" if code == 28 else "killed" if code < 0 else "error"
+        if code == errno.ENOSPC:  # it is tried again by the next run
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        status = "killed" if code < 0 else "error"
         if code == -9:
             message = message or "killed by signal 9, perhaps because the machine's memory was full"
         record = make_record(one.job, {}, status=status, error=message or f"exit status {code}", created=now())
@@ -179,22 +195,46 @@ def _ended(plan: ResearchPlan, one: Running) -> None:
     status = record["train_info"]["status"]
     info = record["train_info"]
     value = info["metrics"].get(plan.task.metric) if status == "success" else None
-    measured = {key: info[key] for key in ("state_bytes", "train_time")}
+    measured = {key: info[key] for key in ("state_bytes", "train_time", "steps")}
     one.trials.finish(one.number, value, "" if value is not None else status, measured)
 
 
-def _claim(plan: ResearchPlan, out: Path, *, quick: bool) -> None:
+def _search(work: list[Trials], trials: Trials) -> Trials:
+    """The search of the same entry."""
+    return next(one for one in work if one.best is None and one.entry is trials.entry)
+
+
+def _claim(plan: ResearchPlan, out: Path) -> None:
     """Make a folder that of a plan, or see that it is."""
     path = out / PLAN
     if path.exists():
-        if read_json(path).get("digest") != plan.digest:
+        if read_claim(path)["digest"] != plan.digest:
             raise DataError(
-                f"{out} holds the results of another plan, or of this one before it was changed; name another folder"
+                f"{out} holds the results of another plan, or of this one before it or its code was changed; name another one"
             )
         return
     out.mkdir(parents=True, exist_ok=True)
-    content = {"digest": plan.digest, "name": plan.name, "folder": str(plan.folder), "quick": quick, "content": plan.content}
-    write_whole(path, (json.dumps(content, indent=1) + "\n").encode())
+    kept = {"digest": plan.digest, "folder": str(plan.folder), "quick": plan.quick, "content": plan.content}
+    write_whole(path, (json.dumps(kept, indent=1) + "\n").encode())
+
+
+def read_claim(path: Path) -> dict[str, Any]:
+    """The plan whose results a folder holds.
+
+    Args:
+        path: The file that says so.
+
+    Returns:
+        ``digest``, ``folder``, ``quick`` and ``content``.
+
+    Raises:
+        DataError: It is damaged.
+    """
+    try:
+        kept = read_json(path)
+        return {key: kept[key] for key in ("digest", "folder", "quick", "content")}
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{path} is damaged ({in_short(error)}); name another folder for the results") from error
 
 
 def _threads(jobs: int) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from statistics import median
 from typing import Any
 
@@ -14,16 +14,19 @@ from lingrad.research.search import Trials
 from lingrad.research.ways import make_method, rank_of
 
 
-def matched(plan: ResearchPlan, entry: PlanEntry, finals: Mapping[str, Trials | None]) -> dict[str, Any] | None:
+def matched(
+    plan: ResearchPlan, entry: PlanEntry, finals: Mapping[str, Trials | None], trials: Sequence[float]
+) -> dict[str, Any] | None:
     """What the final runs of an entry keep to.
 
     Args:
         plan: The plan.
         entry: The entry.
         finals: The final runs of each entry whose search has ended.
+        trials: Seconds that a step took in each trial of this entry.
 
     Returns:
-        ``values``, such as a rank, and ``seconds``; empty where there is nothing to match; None where the entry that others are
+        ``values``, such as a rank, or ``steps``; empty where there is nothing to match; None where the entry that others are
         matched with has not ended yet.
     """
     if plan.match is None or entry.name == plan.match_entry:
@@ -38,9 +41,10 @@ def matched(plan: ResearchPlan, entry: PlanEntry, finals: Mapping[str, Trials | 
     runs = [one.measured for one in reference.outcomes() if one.value is not None]
     if not runs:
         return {}
-    if plan.match == "seconds":
-        return {"seconds": median(run["train_time"] for run in runs)}
     own = finals[entry.name]
+    if plan.match == "seconds":
+        took = median(run["train_time"] for run in runs)
+        return {"steps": max(2, round(took / median(trials)))} if trials else {}
     values = {} if own is None or own.best is None else own.best
     rank = rank_of(entry, values)
     if rank is None:
@@ -51,6 +55,8 @@ def matched(plan: ResearchPlan, entry: PlanEntry, finals: Mapping[str, Trials | 
 
 def _largest(plan: ResearchPlan, entry: PlanEntry, values: Mapping[str, Any], limit: float, rank: int) -> int:
     """The largest rank whose state, after a step, is no more than the limit; at least 1."""
+    weights = [p.shape for p in plan.task.build(plan.seeds[0], getattr(torch, plan.dtype)).parameters() if p.dim() > 1]
+    most = max((min(shape) for shape in weights), default=1)  # none is of a larger rank
 
     def fits(rank: int) -> bool:
         try:
@@ -63,9 +69,10 @@ def _largest(plan: ResearchPlan, entry: PlanEntry, values: Mapping[str, Any], li
             return False
         return sum(state_bytes(one) for one in training.optimizers) <= limit
 
-    low, high = 1, max(2, rank)
-    while fits(high):
+    low, high = 1, max(2, min(rank, most))
+    while high <= most and fits(high):
         low, high = high, 2 * high
+    high = min(high, most + 1)
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if fits(middle) else (low, middle)

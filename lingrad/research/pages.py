@@ -37,7 +37,7 @@ def write_report(plan: ResearchPlan, runs: Sequence[RunResult], out: Path, *, x:
         SpecError: Nobody logs one of them.
     """
     found, y = summarize(plan, runs), y or plan.task.metric
-    for name in {x, y} - {plan.task.metric}:
+    for name in {x, y}:
         check_measure(found, name)
     pictures = {"curves.png": curves(found), "sensitivity.png": sensitivity(plan, found), "pareto.png": pareto(found, x, y)}
     parts = {"report.md": as_markdown(plan, found).encode(), "report.html": as_html(plan, found).encode()}
@@ -55,15 +55,20 @@ def as_markdown(plan: ResearchPlan, found: Sequence[Summary]) -> str:
         Markdown.
     """
     first = plan.entries[0].name
-    rows = [(plan.task.metric, f"less that of {first}", "best values", "state MB", "seconds", "n")]
+    rows = [(plan.task.metric, f"less that of {first}", "best values", "state MB", "seconds", "steps", "n")]
     lines: list[tuple[str, ...]] = [("entry", *rows[0])]
     for one in found:
         own = one.metrics.get(plan.task.metric)
         apart = one.difference
-        less = "" if apart is None else f"{apart.mean.value:+.4g} [{apart.low:.4g}, {apart.high:.4g}]{' *' * apart.different}"
+        between = (
+            "" if apart is None or math.isnan(apart.low) else f" [{apart.low:.4g}, {apart.high:.4g}]{' *' * apart.different}"
+        )
+        less = "" if apart is None else f"{apart.mean.value:+.4g}{between}"
         best = ", ".join(f"{key}={_short(value)}{' (edge)' * (key in one.at_edge)}" for key, value in one.best.items())
-        shown = "failed" if own is None else _mean(own)
-        measures = [_short(one.metrics[name].value) if one.metrics[name].count else "" for name in ("state MB", "seconds")]
+        shown = _mean(own) if own is not None else "not here" if one.missing else "failed"
+        measures = [
+            _short(measure(one, name).value) if measure(one, name).count else "" for name in ("state MB", "seconds", "steps")
+        ]
         lines.append((one.entry.name, shown, less, best, *measures, str(own.count if own else 0)))
     failures = [f"- {text}" for one in found for text in _failures(one)]
     trials = (
@@ -71,6 +76,14 @@ def as_markdown(plan: ResearchPlan, found: Sequence[Summary]) -> str:
         + ", ".join(map(str, plan.seeds))
     )
     text = [f"# {plan.name}", "", f"{trials}. {RULE}", "", markdown(lines)]
+    if plan.match is not None:
+        text += [f"Final runs match {plan.match_entry} in {'time' if plan.match == 'seconds' else 'bytes of state'}.", ""]
+    if any(one.missing for one in found):
+        lost = ", ".join(f"{one.entry.name} ({one.missing})" for one in found if one.missing)
+        text += [
+            f"Runs without a record here: {lost}. They were not made yet, or by another machine: give the folders of all.",
+            "",
+        ]
     if any(one.at_edge for one in found):
         text += ["*(edge)*: the best value is the least or largest that was tried, so that a better one may lie beyond it.", ""]
     return "\n".join([*text, *(["Failures:", "", *failures, ""] if failures else [])])
@@ -175,9 +188,15 @@ def _failures(one: Summary) -> list[str]:
     failed = [run for run in (*one.trials, *one.finals) if run.failed]
     kinds = [f"seed {run.seed}" if run.final else "trial" for run in failed]
     return [
-        f"{run.entry}, {kind} {dict(run.values)}: {run.info['status']}: {run.error[:200]}"
+        f"{run.entry}, {kind} {dict(run.values)}: {run.info['status']}: {_last(run.error)}"
         for run, kind in zip(failed, kinds, strict=True)
     ]
+
+
+def _last(error: str) -> str:
+    """The last line of a message, in which Python says what the error is."""
+    lines = error.strip().splitlines()
+    return lines[-1][:300] if lines else ""
 
 
 def _mean(mean: Mean) -> str:

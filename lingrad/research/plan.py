@@ -29,11 +29,13 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
+import torch
+
 from lingrad.config.settings import Mode
-from lingrad.errors import DataError, SpecError, did_you_mean, optional, require, require_one_of
+from lingrad.errors import DataError, SpecError, did_you_mean, in_short, optional, require, require_one_of, shown
 from lingrad.files.reading import open_plain
 from lingrad.research.axes import Axis, grid, read_space
-from lingrad.research.objects import load_file
+from lingrad.research.objects import is_object, load_file
 from lingrad.research.schema import Table
 from lingrad.research.task import Task
 from lingrad.research.tasks import make_task
@@ -72,7 +74,9 @@ class ResearchPlan:
     Args:
         name: Its name.
         folder: What names of files in it are relative to.
-        content: The file's content, which says what the study is: see `digest`.
+        content: The file's content.
+        code: SHA-256 of each file of code that it names.
+        quick: Whether it was cut down.
         task: What is trained and how it is judged.
         entries: What is compared.
         steps: Steps of a run.
@@ -85,14 +89,16 @@ class ResearchPlan:
         dtype: Of the weights.
         device: Where runs train.
         match: What final runs have equal: ``state_bytes`` sets the rank of every entry that has one to the largest whose
-            bytes of state are no more than those of the entry ``match_entry``; ``seconds`` ends every run after the time that
-            entry's took.
+            bytes of state are no more than those of the entry ``match_entry``; ``seconds`` gives every entry as many steps as
+            take the time of that entry's runs, by what steps took in its trials.
         match_entry: The entry that the others are matched with.
     """
 
     name: str
     folder: Path
     content: Mapping[str, Any]
+    code: Mapping[str, str]
+    quick: bool
     task: Task
     entries: tuple[PlanEntry, ...]
     steps: int
@@ -109,8 +115,8 @@ class ResearchPlan:
 
     @property
     def digest(self) -> str:
-        """Twelve hexadecimal digits of what the study is; the same for the same content."""
-        return sha256(json.dumps(self.content, sort_keys=True).encode()).hexdigest()[:12]
+        """Twelve hexadecimal digits of what the study is; the same for the same content and code."""
+        return sha256(json.dumps([self.content, self.code, self.quick], sort_keys=True).encode()).hexdigest()[:12]
 
     def entry(self, name: str) -> PlanEntry:
         """The entry of a name."""
@@ -161,8 +167,10 @@ def make_plan(content: Mapping[str, Any], where: str, folder: Path, *, quick: bo
     """
     table = Table(content, where)
     name = table.take("name", str)
-    for file in table.take("imports", list, []):  # which may register transforms
-        load_file(str(file), folder)
+    imports = table.take("imports", list, [])
+    for file in imports:  # which may register transforms
+        require(isinstance(file, str), "imports", f"{where}: 'imports' must be names of files, not {shown(file)}")
+        load_file(file, folder)
     task_table, search, run, match = (table.table(key) for key in ("task", "search", "run", "match"))
     steps = task_table.take("steps", int)
     kind = task_table.take("kind", str)
@@ -187,10 +195,10 @@ def make_plan(content: Mapping[str, Any], where: str, folder: Path, *, quick: bo
     _check(values, steps, entries, where)
     if quick:
         steps, values["seeds"] = max(2, steps // 10), values["seeds"][:1]
-    content = {**content, "quick": True} if quick else content
-    return ResearchPlan(
-        name=name, folder=folder, content=content, task=task, entries=entries, steps=steps, trials=trials, **values
-    )
+    files = {*imports, *(text.rpartition(":")[0] for text in (kind, *(one.method for one in entries)) if is_object(text))}
+    code = {file: sha256((folder / file).read_bytes()).hexdigest() for file in sorted(files)}
+    values |= {"name": name, "folder": folder, "content": content, "code": code, "quick": quick}
+    return ResearchPlan(task=task, entries=entries, steps=steps, trials=trials, **values)
 
 
 def _entry(table: Table, shared: Mapping[str, Axis]) -> PlanEntry:
@@ -236,8 +244,14 @@ def _check(values: Mapping[str, Any], steps: int, entries: tuple[PlanEntry, ...]
         require_one_of(values[key], get_args(allowed), key)
     require(0.0 <= values["warmup"] < 1.0, "warmup", f"{where}, [run]: 'warmup' is a share of the steps, 0 or more and below 1")
     seeds = values["seeds"]
-    whole = bool(seeds) and all(type(seed) is int and seed >= 0 for seed in seeds) and len(set(seeds)) == len(seeds)
-    require(whole, "seeds", f"{where}: 'seeds' must be a list of different whole numbers, 0 or more")
+    whole = bool(seeds) and all(type(seed) is int and 0 <= seed < 2**32 for seed in seeds) and len(set(seeds)) == len(seeds)
+    require(whole, "seeds", f"{where}: 'seeds' must be a list of different whole numbers, 0 or more and below 2^32")
+    require(0 <= values["seed"] < 2**32, "seed", f"{where}, [search]: 'seed' must be 0 or more and below 2^32")
+    try:
+        torch.empty(0, device=values["device"])
+    except (RuntimeError, AssertionError) as error:  # AssertionError: a torch without CUDA
+        why = f"{where}, [run]: there is no device '{values['device']}' here: {in_short(error)}"
+        raise SpecError(why, option="device") from None
     require(values["seed"] not in seeds, "seeds", f"{where}: seed {values['seed']} is that of the search; judge by other seeds")
     names = [entry.name for entry in entries]
     require(len({name.lower() for name in names}) == len(names), "name", f"{where}: two entries have one name")
@@ -246,6 +260,9 @@ def _check(values: Mapping[str, Any], steps: int, entries: tuple[PlanEntry, ...]
         return
     require_one_of(values["match"], get_args(Match), "equal")
     near = did_you_mean(values["match_entry"], names)
+    require(
+        bool(values["match_entry"]), "entry", f"{where}, [match]: 'entry' is missing: that which the others are matched with"
+    )
     if values["match_entry"] not in names:
         raise SpecError(f"{where}, [match]: there is no entry '{values['match_entry']}'{near}", option="entry")
 

@@ -7,6 +7,7 @@ Its three parts are PEFT's: ``run_info`` (what was run, by which revision), ``tr
 from __future__ import annotations
 
 import datetime
+import math
 import platform
 import subprocess
 from collections.abc import Mapping
@@ -67,7 +68,7 @@ def make_record(job: Mapping[str, Any], found: Mapping[str, Any], *, status: str
             "gradient_bytes": bytes_.get("gradients", 0),
             "saved_activation_bytes": bytes_.get("saved", 0),
             "accelerator_memory_max": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0,
-            "metrics": dict(found.get("metrics", {})),
+            "metrics": finite(found.get("metrics", {})),
         },
         "meta_info": {
             "package_info": {f"{name}-version": _version(name) for name in PACKAGES},
@@ -81,6 +82,11 @@ def make_record(job: Mapping[str, Any], found: Mapping[str, Any], *, status: str
             },
         },
     }
+
+
+def finite(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Values for JSON, which has no infinite numbers: None for those."""
+    return {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in values.items()}
 
 
 def now() -> str:

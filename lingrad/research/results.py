@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lingrad.errors import DataError, SpecError, did_you_mean
+from lingrad.errors import DataError, SpecError, did_you_mean, in_short
 from lingrad.files.reading import read_json
-from lingrad.research.execution import PLAN
+from lingrad.research.execution import PLAN, read_claim
 from lingrad.research.plan import PlanEntry, ResearchPlan, make_plan
 from lingrad.research.record import RESULT
 from lingrad.research.statistics import Mean, PairedDifference, mean_of, paired
@@ -24,6 +25,7 @@ MEASURES = {  # of a run, by name: where its record has it
     "seconds": ("train_time", 1.0),
     "refresh seconds": ("refresh_time", 1.0),
     "tokens/s": ("tokens_per_second", 1.0),
+    "steps": ("steps", 1.0),
 }
 
 
@@ -69,6 +71,7 @@ class Summary:
         difference: From the plan's first entry, seed by seed; None of itself, or where no seed has both.
         best: What the best trial tried.
         at_edge: Of these the options whose best value is the least or largest that was tried.
+        missing: Of how many trials and final runs there is no record.
     """
 
     entry: PlanEntry
@@ -78,13 +81,16 @@ class Summary:
     difference: PairedDifference | None
     best: Mapping[str, Any]
     at_edge: Sequence[str]
+    missing: int
 
 
-def read_results(folders: Sequence[Path]) -> tuple[ResearchPlan, list[RunResult]]:
+def read_results(folders: Sequence[Path], files: Path | None = None) -> tuple[ResearchPlan, list[RunResult]]:
     """Read the runs of a plan.
 
     Args:
-        folders: Folders of its results; where several machines shared the trials, of all of them.
+        folders: Folders of its results; where several machines shared the trials, of all of them. A run of which two have a
+            record counts once.
+        files: Where the files that the plan names are now; None is where they were.
 
     Returns:
         The plan and its runs, in the order of entries, trials and seeds.
@@ -93,22 +99,25 @@ def read_results(folders: Sequence[Path]) -> tuple[ResearchPlan, list[RunResult]
         DataError: A folder holds no results, or those of another plan; or a record is damaged.
     """
     plan: ResearchPlan | None = None
-    runs: list[RunResult] = []
+    runs: dict[tuple[str, str], RunResult] = {}
     for folder in folders:
         if not (folder / PLAN).is_file():
             raise DataError(
                 f"{folder} holds no results of a plan: there is no {PLAN}. `lingrad run PLAN.toml --out {folder}` makes some"
             )
-        kept = read_json(folder / PLAN)
-        found = make_plan(kept["content"], str(folder / PLAN), Path(kept["folder"]), quick=kept["quick"])
+        kept = read_claim(folder / PLAN)
+        where = Path(kept["folder"]) if files is None else files
+        found = make_plan(kept["content"], str(folder / PLAN), where, quick=kept["quick"])
         if plan is not None and plan.digest != found.digest:
             raise DataError(f"{folder} holds the results of another plan than {folders[0]}")
         plan = found
-        runs += [_read(path) for path in sorted(folder.glob(f"runs/*/*/{RESULT}"))]
+        for path in sorted(folder.glob(f"runs/*/*/{RESULT}")):
+            run = _read(path, found.task.metric)
+            runs.setdefault((run.entry, path.parent.name), run)
     if plan is None:
         raise DataError("no folder was given")
     order = {entry.name: i for i, entry in enumerate(plan.entries)}
-    return plan, sorted(runs, key=lambda run: (order[run.entry], run.final, run.seed))
+    return plan, sorted(runs.values(), key=lambda run: (order[run.entry], run.final, run.seed))
 
 
 def summarize(plan: ResearchPlan, runs: Sequence[RunResult]) -> list[Summary]:
@@ -132,16 +141,20 @@ def summarize(plan: ResearchPlan, runs: Sequence[RunResult]) -> list[Summary]:
         own = [run for run in runs if run.entry == entry.name]
         finals = [run for run in own if run.final]
         good = [run for run in finals if not run.failed]
+        means = {name: mean_of([run.info[key] * factor for run in good]) for name, (key, factor) in MEASURES.items()}
         names = dict.fromkeys(name for run in good for name in run.info["metrics"])
-        means = {name: mean_of([run.info["metrics"][name] for run in good if name in run.info["metrics"]]) for name in names}
-        means |= {name: mean_of([run.info[key] * factor for run in good]) for name, (key, factor) in MEASURES.items()}
+        logged = {name: [run.info["metrics"].get(name) for run in good] for name in names}
+        means |= {key: mean_of([math.nan if value is None else value for value in values]) for key, values in logged.items()}
         both = [run for run in good if run.seed in first]
         apart = None
         if both and entry is not plan.entries[0]:
             apart = paired([run.info["metrics"][metric] for run in both], [first[run.seed] for run in both])
         best = next((run.values for run in finals), {})
-        edges = [key for key, axis in entry.space.items() if key in best and axis.at_edge(best[key])]
-        found.append(Summary(entry, [run for run in own if not run.final], finals, means, apart, best, edges))
+        trials = [run for run in own if not run.final]
+        edges = [key for key in entry.space if key in best and _at_edge(best[key], [run.values.get(key) for run in trials])]
+        tried = any(not run.failed for run in trials)
+        missing = plan.trials - len(trials) + (len(plan.seeds) - len(finals)) * (tried or bool(finals))
+        found.append(Summary(entry, trials, finals, means if good else {}, apart, best, edges, missing))
     return found
 
 
@@ -165,19 +178,29 @@ def measure(summary: Summary, name: str) -> Mean:
     return summary.metrics.get(name, mean_of([]))
 
 
-def _read(path: Path) -> RunResult:
+def _at_edge(value: Any, tried: Sequence[Any]) -> bool:
+    """Whether a value is the least or the largest number that was tried, so that a better one may lie beyond it."""
+    numbers = {item for item in tried if isinstance(item, int | float) and not isinstance(item, bool)}
+    return len(numbers) > 1 and value in (min(numbers), max(numbers))
+
+
+def _read(path: Path, metric: str) -> RunResult:
     try:
         record = read_json(path)
         job, info = record["run_info"]["job"], record["train_info"]
+        if info["status"] == "success":
+            float(info["metrics"][metric])
         curve, energy = _curves(path.parent / METRICS)
         final = job["part"] == "final"
         return RunResult(job["entry"], final, job["seed"], job["values"], info, record["run_info"]["error_msg"], curve, energy)
     except (ValueError, KeyError, TypeError, OSError) as error:
-        raise DataError(f"the record {path} is damaged ({error}); remove its folder and run the plan again") from error
+        why = f"the record {path} is damaged ({in_short(error)}); remove its folder and run the plan again"
+        raise DataError(why) from error
 
 
 def _curves(path: Path) -> tuple[list[tuple[int, float]], list[tuple[int, float]]]:
     lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    every = max(1, len(lines) // POINTS)
-    curve = [(line["step"], line["loss"]) for i, line in enumerate(lines) if i % every == 0 or i == len(lines) - 1]
+    finite = [line for line in lines if line["loss"] is not None]
+    every = max(1, len(finite) // POINTS)
+    curve = [(line["step"], line["loss"]) for i, line in enumerate(finite) if i % every == 0 or i == len(finite) - 1]
     return curve, [(line["step"], line["energy"]) for line in lines if "energy" in line]

@@ -40,7 +40,7 @@ class Outcome:
         values: What it tried.
         value: What it is compared by; None where it failed.
         failure: The kind of failure; empty where there was none.
-        measured: Its ``state_bytes`` and ``train_time``.
+        measured: Its ``state_bytes``, ``train_time`` and ``steps``.
     """
 
     number: int
@@ -129,7 +129,7 @@ class Trials:
             number: Its number.
             value: Its value; None where it failed.
             failure: The kind of failure; empty where there was none.
-            measured: Its ``state_bytes`` and ``train_time``.
+            measured: Its ``state_bytes``, ``train_time`` and ``steps``.
         """
         state = _optuna().trial.TrialState
         self._set(number, _FAILURE, failure)

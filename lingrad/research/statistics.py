@@ -22,7 +22,7 @@ class Mean:
     """A mean.
 
     Args:
-        value: The mean; NaN of nothing.
+        value: The mean; NaN of nothing, or where a value is not finite.
         error: Its standard error; NaN of fewer than two values.
         count: Of how many values.
     """
@@ -60,6 +60,8 @@ def mean_of(values: Sequence[float]) -> Mean:
     """
     if not values:
         return Mean(math.nan, math.nan, 0)
+    if not all(map(math.isfinite, values)):
+        return Mean(math.nan, math.nan, len(values))
     error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else math.nan
     return Mean(statistics.fmean(values), error, len(values))
 

@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
@@ -17,6 +18,7 @@ from lingrad.engine.optimizer import SubspaceOptimizer
 from lingrad.errors import LingradError, SpecError
 from lingrad.methods import Method, Training
 from lingrad.research.plan import ResearchPlan, Schedule
+from lingrad.research.record import finite
 from lingrad.research.runner import gradient_bytes, state_bytes
 from lingrad.research.task import Part
 from lingrad.tensors import distinct, nbytes
@@ -49,9 +51,7 @@ def rate(step: int, steps: int, warmup: float, schedule: Schedule) -> float:
     return 1.0 - progress if schedule == "linear" else 0.1 + 0.45 * (1 + math.cos(math.pi * progress))
 
 
-def train(
-    plan: ResearchPlan, method: Method, *, seed: int, part: Part, out: Path, seconds: float | None = None
-) -> dict[str, Any]:
+def train(plan: ResearchPlan, method: Method, *, seed: int, part: Part, out: Path) -> dict[str, Any]:
     """Train once, and judge.
 
     Args:
@@ -60,7 +60,6 @@ def train(
         seed: Of everything random.
         part: What the model is judged by.
         out: A folder; gets `METRICS`, a line for every step.
-        seconds: The time after which training ends, whatever steps are left; None is never.
 
     Returns:
         ``metrics`` of the task, ``steps``, ``tokens``, ``seconds``, bytes of ``state``,
@@ -83,7 +82,7 @@ def train(
     refreshing: list[float] = []
     found = {"gradients": 0, "saved": 0}
     with (out / METRICS).open("w") as file:
-        for batch in task.batches(plan.steps, seed):
+        for batch in islice(task.batches(plan.steps, seed), plan.steps):
             batch = _to(batch, plan.device)
             before, start = _refreshes(training), time.perf_counter()
             training.zero_grad()
@@ -92,6 +91,7 @@ def train(
             loss.backward()
             found["gradients"] = max(found["gradients"], *(gradient_bytes(model, one) for one in training.optimizers))
             training.step()
+            used = schedulers[0].get_last_lr()[0]
             for scheduler in schedulers:
                 scheduler.step()
             value, took = float(loss.detach()), time.perf_counter() - start
@@ -99,14 +99,12 @@ def train(
             done, tokens, spent = done + 1, tokens + task.tokens(batch), spent + took
             refreshed = _refreshes(training) - before
             (refreshing if refreshed else plain).append(took)
-            _line(file, {"step": done, "loss": value, "lr": schedulers[0].get_last_lr()[0], "seconds": took, "tokens": tokens,
+            _line(file, {"step": done, "loss": value, "lr": used, "seconds": took, "tokens": tokens,
                          **_energy(training, refreshed)})  # fmt: skip
             if not math.isfinite(value):
                 raise DivergedError(f"the loss of step {done} is {value}")
-            if seconds is not None and spent >= seconds:
-                break
-    if done == 0:
-        raise SpecError("the task gave no batch")
+    if done < plan.steps:
+        raise SpecError(f"the task gave {done} batches where {plan.steps} steps were asked for")
     model.eval()
     with torch.no_grad():
         metrics = {key: float(value) for key, value in task.judge(model, part).items()}
@@ -168,11 +166,15 @@ def _nothing() -> Iterator[list[int]]:
 
 
 def _to(batch: Any, device: str) -> Any:
-    return {key: value.to(device) for key, value in batch.items()} if isinstance(batch, Mapping) else batch.to(device)
+    if isinstance(batch, Mapping):
+        return {key: _to(value, device) for key, value in batch.items()}
+    if isinstance(batch, tuple | list):
+        return type(batch)(_to(value, device) for value in batch)
+    return batch.to(device) if isinstance(batch, Tensor) else batch
 
 
 def _line(file: IO[str], values: Mapping[str, Any]) -> None:
-    file.write(json.dumps(values) + "\n")
+    file.write(json.dumps(finite(values)) + "\n")
 
 
 def _median(values: list[float]) -> float:

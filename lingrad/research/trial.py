@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ def run_job(job: Mapping[str, Any], out: Path) -> dict[str, Any]:
 
     Args:
         job: ``content``, ``where``, ``folder`` and ``quick`` of the plan; ``entry``, its name; ``values`` that are tried;
-            ``seed``; ``part``, what it is judged by; ``seconds``, after which it ends, or None; ``threads``.
+            ``seed``; ``part``, what it is judged by; ``steps``, or None for those of the plan; ``threads``.
         out: The folder, which must not exist.
 
     Returns:
@@ -47,8 +48,9 @@ def run_job(job: Mapping[str, Any], out: Path) -> dict[str, Any]:
         status, error = "success", ""
         try:
             plan = make_plan(job["content"], job["where"], Path(job["folder"]), quick=job["quick"])
+            plan = plan if job["steps"] is None else replace(plan, steps=job["steps"])
             method = make_method(plan.entry(job["entry"]), job["values"], seed=job["seed"], folder=plan.folder)
-            found = train(plan, method, seed=job["seed"], part=job["part"], out=folder, seconds=job["seconds"])
+            found = train(plan, method, seed=job["seed"], part=job["part"], out=folder)
         except Exception as caught:  # a failure is a result
             status, error = kind_of(caught), in_short(caught)
             if status == "disk full":
@@ -103,9 +105,14 @@ def main(job: str, out: str, parent: str = "") -> int:
         run_job(content.get("run_info", {}).get("job", content), Path(out))
     except (OSError, DataError) as error:
         sys.stderr.write(f"lingrad: {error}\n")
-        return 28 if kind_of(error) == "disk full" else 2
+        return errno.ENOSPC if kind_of(error) == "disk full" else 2
+    except (ValueError, KeyError, AttributeError) as error:
+        sys.stderr.write(f"lingrad: {job} is neither a job nor the record of a run: {in_short(error)}\n")
+        return 2
     return 0
 
 
 if __name__ == "__main__":
+    if len(sys.argv) not in (3, 4):
+        sys.exit("usage: python -m lingrad.research.trial RESULT.json FOLDER")
     sys.exit(main(*sys.argv[1:]))

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from lingrad import optimizers
+import torch
+from torch import nn
+
 from lingrad.config import spec
-from lingrad.config.methods import method_of
+from lingrad.config.methods import long_rules, method_of
 from lingrad.config.published import METHODS
 from lingrad.config.rules import parse_rules
 from lingrad.config.settings import Settings
-from lingrad.errors import LingradError, SpecError, require, shown
+from lingrad.errors import LingradError, ShapeError, SpecError, in_short, require, shown
 from lingrad.methods import Lingrad, Method, baseline
 from lingrad.research.objects import is_object, load_object
 from lingrad.research.plan import PlanEntry
 from lingrad.transforms import Transform, registry
+
+SMALL = 64  # the side of the layers that values are tried on
 
 
 def make_method(entry: PlanEntry, values: Mapping[str, Any], *, seed: int, folder: Path) -> Method:
@@ -38,11 +43,11 @@ def make_method(entry: PlanEntry, values: Mapping[str, Any], *, seed: int, folde
     """
     given = {**entry.options, **values}
     if entry.baseline:
-        name, own = _choice(entry.baseline, entry.name)
+        name, own = _choice(entry.baseline)
         return baseline(name, **{**own, **given})
     if is_object(entry.method):
         return _of_object(load_object(entry.method, folder), entry, given, seed)
-    name, own = _choice(entry.method, entry.name)
+    name, own = _choice(entry.method)
     inside = _options_of(name)
     text = written(name, {**own, **{key: value for key, value in given.items() if key in inside}})
     options = {key: value for key, value in given.items() if key not in inside}
@@ -70,8 +75,9 @@ def _of_object(found: Any, entry: PlanEntry, given: dict[str, Any], seed: int) -
 def rank_of(entry: PlanEntry, values: Mapping[str, Any]) -> int | None:
     """The rank of an entry; None where it has none."""
     text = entry.baseline or entry.method
-    own = {} if is_object(text) else _choice(text, entry.name)[1]
-    found = {**own, **entry.options, **values}.get("rank")
+    name, own = ("", {}) if is_object(text) else _choice(text)
+    defaults = METHODS[name].options if name in METHODS and not entry.baseline else {}
+    found = {**defaults, **own, **entry.options, **values}.get("rank")
     return found if isinstance(found, int) else None
 
 
@@ -87,14 +93,14 @@ def _value(value: Any) -> str:
     return value if isinstance(value, str) else repr(value)
 
 
-def _choice(text: str, entry: str) -> tuple[str, dict[str, Any]]:
+def _choice(text: str) -> tuple[str, dict[str, Any]]:
     try:
         choice = spec.parse_choice(text)
     except SpecError as error:  # such as a transform within another, which no option of a trial reaches into
         name = text.partition("(")[0].strip()
         if name in registry.transform_names():
             return text, {}
-        raise SpecError(f"entry '{entry}': {error}", option="method") from None
+        raise SpecError(str(error), option="method") from None
     return choice.name.lower().replace("-", "_"), dict(choice.options)
 
 
@@ -109,31 +115,35 @@ def _options_of(name: str) -> set[str]:
     return set()
 
 
-def check_entry(entry: PlanEntry, folder: Path) -> None:
-    """Make sure, before anything is trained, that an entry's names and options are known.
+def check_entry(entry: PlanEntry, folder: Path, dtype: str = "float32") -> None:
+    """Try every listed value of an entry on three small layers before anything is trained.
 
     Args:
         entry: The entry.
         folder: What names of files are relative to.
+        dtype: Of the weights.
 
     Raises:
-        SpecError: One is not; the message names the entry.
+        SpecError: A name, an option or a value is wrong, or two of them exclude each other; the message names the entry.
     """
-    values = {
-        key: axis.values[0] if axis.values else (round(axis.low) if axis.whole else axis.low)
-        for key, axis in entry.space.items()
-    }
-    try:
-        method = make_method(entry, values, seed=0, folder=folder)
-    except (SpecError, TypeError) as error:
-        raise SpecError(f"entry '{entry.name}': {error}", option=getattr(error, "option", None)) from error
-    if isinstance(method, Lingrad):
-        named = method_of(method.rules)
-        options = {**({} if named is None else {**named.settings, **named.base_options}), **method.options}
-        base = method.base if method.base is not None else "adamw" if named is None else named.base
+    firsts = {key: axis.values[0] if axis.values else axis.lowest for key, axis in entry.space.items()}
+    others = [{**firsts, key: value} for key, axis in entry.space.items() for value in axis.values[1:]]
+    for values in (firsts, *others):
         try:
-            parse_rules(method.rules if named is None else named.rules)
-            settings, of_base = Settings.split(options)
-            optimizers.find(base, of_base, decay=settings.weight_decay != 0, others=Settings.names())
+            method = make_method(entry, values, seed=0, folder=folder)
+            if isinstance(method, Lingrad):
+                parsed = parse_rules(long_rules(method.rules))
+                if not isinstance(parsed, Transform):  # globs that name the modules of the task's own model
+                    Settings.split(method.options)
+                    continue
+            layers = [nn.Linear(SMALL, SMALL) for _ in range(3)]
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                method.prepare(nn.Sequential(*layers).to(getattr(torch, dtype))).close()
+        except (ShapeError, NotImplementedError):  # of three layers of this shape; the task's may do
+            continue
         except LingradError as error:
             raise SpecError(f"entry '{entry.name}': {error}", option=getattr(error, "option", None)) from error
+        except (TypeError, ValueError, RuntimeError) as error:  # of other packages
+            tried = ", ".join(f"{key}={value!r}" for key, value in {**entry.options, **values}.items())
+            raise SpecError(f"entry '{entry.name}' with {tried}: {in_short(error)}") from error

@@ -1,6 +1,7 @@
 """Runs of plans: what is recorded of them, of those that fail, and of those that were killed and started again."""
 
 import json
+import math
 import os
 import random
 import re
@@ -15,11 +16,11 @@ import pytest
 import torch
 
 from lingrad.errors import DataError, SpecError
-from lingrad.research import commands, trial
+from lingrad.research import commands, execution, trial
 from lingrad.research.execution import PLAN, execute
 from lingrad.research.pages import as_markdown, write_report
 from lingrad.research.plan import open_plan
-from lingrad.research.record import RESULT
+from lingrad.research.record import RESULT, make_record
 from lingrad.research.results import read_results, summarize
 from lingrad.research.search import open_storage
 
@@ -89,7 +90,7 @@ def written(folder, *, trouble="", lr="[0.01, 0.1]", sampler="grid", trials=2, s
 def job(path, **changes):
     plan = open_plan(path)
     of_plan = {"content": dict(plan.content), "where": PLAN, "folder": str(plan.folder), "quick": False, "entry": "svd"}
-    of_run = {"values": {"lr": 0.01}, "seed": 3, "part": "final", "seconds": None, "threads": 1}
+    of_run = {"values": {"lr": 0.01}, "seed": 3, "part": "final", "steps": None, "threads": 1}
     return {**of_plan, **of_run, **changes}
 
 
@@ -146,9 +147,18 @@ class TestOneRun:
         ]
         assert found[0] == pytest.approx(found[1], abs=1e-12)
 
-    def test_it_ends_after_its_time(self, tmp_path):
-        record = trial.run_job(job(written(tmp_path / "plan"), seconds=1e-9), tmp_path / "out")
-        assert record["train_info"]["steps"] == 1
+    def test_of_fewer_batches_than_steps_there_is_no_result(self, tmp_path):
+        path = written(tmp_path / "plan")
+        record = trial.run_job(job(path, steps=3), tmp_path / "three")
+        assert record["train_info"]["steps"] == 3
+        task = path.parent / "line.py"
+        task.write_text(task.read_text().replace("range(steps)", "range(9)"))  # more are not taken
+        assert trial.run_job(job(path), tmp_path / "nine")["train_info"]["steps"] == 4
+
+    def test_what_is_no_job(self, tmp_path, capsys):
+        (tmp_path / "job.json").write_text("{}")
+        assert trial.main(str(tmp_path / "job.json"), str(tmp_path / "out")) == 2
+        assert "is neither a job nor the record of a run" in capsys.readouterr().err
 
 
 def outcome(out):
@@ -174,7 +184,7 @@ def test_failures_do_not_stop_the_rest(tmp_path):
     assert "diverges, trial {}: diverged: DivergedError: the loss of step 2" in text
     files = write_report(plan, runs, tmp_path / "out", x="seconds", y="loss")
     assert {file.name for file in files} == {"report.md", "report.html", "curves.png", "sensitivity.png", "pareto.png"}
-    with pytest.raises(SpecError, match="no run logs 'perplexity'. Logged: loss, state MB"):
+    with pytest.raises(SpecError, match="no run logs 'perplexity'. Logged: .*, loss$"):
         write_report(plan, runs, tmp_path / "out", y="perplexity")
     before = outcome(tmp_path / "out")
     commands.run(path, tmp_path / "out")  # nothing is left to do
@@ -317,14 +327,116 @@ def test_the_commands_say_what_is_wrong(lingrad, tmp_path):
     assert error.startswith(f"lingrad: {tmp_path} holds no results of a plan: there is no plan.json.")
 
 
-def test_a_damaged_record_is_named(tmp_path):
+def results(folder, *losses, values=None, **metrics):
+    """A folder of final runs of the first entry, and one of the other."""
+    path = written(folder / "plan", seeds="[1, 2, 3]", trials=2, sampler="random", lr="{low = 0.001, high = 1.0}")
+    out = folder / "out"
+    plan = open_plan(path)
+    kept = {"digest": plan.digest, "content": dict(plan.content), "folder": str(path.parent), "quick": False}
+    out.mkdir()
+    (out / PLAN).write_text(json.dumps(kept))
+    for number, loss in enumerate(losses):
+        for part, name in (("tuning", f"search-{number:03d}"), ("final", f"final-{number:03d}")):
+            run = job(path, part=part, seed=number + 1, values={"lr": (values or losses)[number]})
+            found = {"metrics": {"loss": loss, **metrics}, "seconds": 1.0, "tokens": 8, "steps": 4}
+            record = make_record(run, found, status="success", error="", created="")
+            (out / "runs" / "svd" / name).mkdir(parents=True)
+            (out / "runs" / "svd" / name / RESULT).write_text(json.dumps(record))
+    return out
+
+
+def test_a_run_counts_once(tmp_path):
+    out = results(tmp_path, 1.0, 2.0)
+    shutil.copytree(out, tmp_path / "other")
+    plan, runs = read_results([out, tmp_path / "other"])
+    (one, _) = summarize(plan, runs)
+    assert one.metrics["loss"].count == 2
+    assert one.missing == 1
+    assert "Runs without a record here: svd (1), random map! (2)." in as_markdown(plan, summarize(plan, runs))
+
+
+def test_the_edge_of_a_range_is_what_was_tried(tmp_path):
+    plan, runs = read_results([results(tmp_path, 1.0, 2.0, values=[0.2, 0.1])])
+    assert summarize(plan, runs)[0].at_edge == ["lr"]
+
+
+def test_a_metric_that_is_not_finite(tmp_path):
+    out = results(tmp_path, 1.0, 2.0, perplexity=float("inf"))
+    assert all("Infinity" not in path.read_text() for path in out.rglob(RESULT))  # which is no JSON
+    plan, runs = read_results([out])
+    assert math.isnan(summarize(plan, runs)[0].metrics["perplexity"].value)
+    assert write_report(plan, runs, out, y="perplexity")
+
+
+def test_files_that_were_moved_are_named(tmp_path):
+    out = results(tmp_path, 1.0)
+    shutil.move(tmp_path / "plan", tmp_path / "moved")
+    with pytest.raises(SpecError, match="there is no file .*plan.line.py"):
+        read_results([out])
+    assert read_results([out], tmp_path / "moved")[1]
+
+
+@pytest.mark.slow
+def test_a_record_that_was_removed_is_made_again(tmp_path):
     path = written(tmp_path / "plan", lr="[0.01]", trials=1, seeds="[1]")
-    out = tmp_path / "out"
-    trial.run_job(job(path), out / "runs" / "svd" / "final-000")
-    (out / PLAN).write_text(json.dumps({"content": dict(open_plan(path).content), "folder": str(path.parent), "quick": False}))
-    assert len(read_results([out])[1]) == 1
+    execute(open_plan(path), tmp_path / "out", jobs=2)
+    before = outcome(tmp_path / "out")
+    for folder in (tmp_path / "out").glob("runs/svd-*/*"):
+        shutil.rmtree(folder)
+    execute(open_plan(path), tmp_path / "out", jobs=2)
+    assert outcome(tmp_path / "out") == before
+    assert not list((tmp_path / "out").glob("runs/*/.*"))
+
+
+@pytest.mark.slow
+def test_what_is_matched(tmp_path):
+    """Bytes: by hand, coordinates' moments and the basis take 20 + 36 numbers of rank 1; time: as many steps as take it."""
+    entry = '[[entries]]\nname = "wide"\nmethod = "svd(rank=1, every=2, clip=true)"\n[match]\nequal = "{}"\nentry = "svd"\n'
+    for equal in ("state_bytes", "seconds"):
+        path = written(tmp_path / equal, lr="[0.01]", trials=1, seeds="[1]", more=entry.format(equal))
+        execute(open_plan(path), tmp_path / equal / "out", jobs=2)
+        plan, runs = read_results([tmp_path / equal / "out"])
+        final = {run.entry: run for run in runs if run.final}
+        if equal == "state_bytes":
+            assert final["wide"].values["rank"] == 2
+            assert final["wide"].info["state_bytes"] == final["svd"].info["state_bytes"]
+        assert "Final runs match svd in " in as_markdown(plan, summarize(plan, runs))
+
+
+@pytest.mark.slow
+def test_where_every_run_failed_the_command_says_so(tmp_path):
+    path = written(tmp_path / "plan", trouble="memory", lr="[0.01]", trials=1, seeds="[1]")
+    with pytest.raises(DataError, match="every run failed, the first with: MemoryError: out of memory"):
+        commands.run(path, tmp_path / "out", jobs=2)
+    assert (tmp_path / "out" / "report.html").exists()
+
+
+def test_a_full_disk_ends_it_and_the_trial_is_made_by_the_next_run(tmp_path, monkeypatch):
+    path = written(tmp_path / "plan", lr="[0.01]", trials=1, seeds="[1]")
+
+    class Full:
+        returncode = 28
+
+        def __init__(self, *_, **__):
+            pass
+
+        def poll(self):
+            return 28
+
+        kill = wait = poll
+
+    monkeypatch.setattr(execution.subprocess, "Popen", Full)
+    with pytest.raises(
+        DataError, match="cannot write results to .*: No space left on device; what has ended is kept: run it again"
+    ):
+        execute(open_plan(path), tmp_path / "out")
+    assert not any(trials_of(tmp_path / "out").values())
+
+
+def test_a_damaged_record_is_named(tmp_path):
+    out = results(tmp_path, 1.0)
     (out / "runs" / "svd" / "final-000" / RESULT).write_text('{"run_info": {}}')
     with pytest.raises(
-        DataError, match=r"the record .*result.json is damaged \('job'\); remove its folder and run the plan again"
+        DataError, match=r"the record .*result.json is damaged \(KeyError: 'job'\); remove its folder and run the plan again"
     ):
         read_results([out])

@@ -48,6 +48,40 @@ def test_what_a_plan_says():
     quick = made(quick=True)
     assert (quick.trials, quick.seeds, quick.steps) == (1, (1,), 2)
     assert quick.digest != plan.digest
+    again = make_plan(quick.content, "plan.json", quick.folder, quick=True)  # as a trial's process reads it
+    assert again.digest == quick.digest
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ({"space": {"carry": ["keep", "wrong"]}}, "carry must be one of"),
+        ({"space": {"rank": [4, "eight"]}}, "rank must be"),
+        ({"space": {"rank": [4, 0]}}, "rank must be"),
+        ({"space": {"lr": [0.1, -1.0]}}, "lr must be a number, 0 or more, not -1.0"),
+        ({"space": {"lr": [0.1, "x"]}}, "lr must be a number, 0 or more, not 'x'"),
+        ({"mode": "adapter", "options": {"residual": "scaled"}}, "residual"),
+        ({"method": "gum(rank=2)", "mode": "adapter"}, "residual"),
+        ({"method": "q_galore(rank=2)"}, "rounding='stochastic' is for weights in 16 or 8 bits"),
+        ({"method": "", "baseline": "lora(rank=2)", "space": {"carry": ["keep"]}}, "base 'adamw' takes no option 'carry'"),
+        ({"method": "", "baseline": "lora(rank=0)"}, "rank of baseline 'lora' must be a whole number, 1 or more, not 0"),
+        ({"method": "", "baseline": "scale(rank=2)"}, "baseline 'scale' has no rank; leave it out"),
+    ],
+)
+def test_every_value_is_tried_before_anything_trains(entry, message):
+    with pytest.raises(SpecError) as caught:
+        made(entries=[{**ENTRY, **entry}], search={"sampler": "random", "trials": 1, "space": {}})
+    assert str(caught.value).startswith("entry 'a': ")
+    assert message in str(caught.value)
+
+
+def test_another_code_is_another_plan(tmp_path):
+    text = (EXAMPLE / "parity.py").read_text()
+    digests = set()
+    for addition in ("", "# changed"):
+        (tmp_path / "own.py").write_text(text + addition)
+        digests.add(made(folder=tmp_path, task={"kind": "own.py:Parity", "steps": 2}).digest)
+    assert len(digests) == 2
 
 
 def test_the_plan_of_the_docs_is_one():
@@ -96,7 +130,12 @@ WRONG = [
         "a grid needs the values of 'lr' in a list, not a range; or take sampler = \"random\"",
     ),
     ({"seeds": [0, 1]}, "plan.toml: seed 0 is that of the search; judge by other seeds"),
-    ({"seeds": [1, 1]}, "plan.toml: 'seeds' must be a list of different whole numbers, 0 or more"),
+    ({"seeds": [1, 1]}, "plan.toml: 'seeds' must be a list of different whole numbers, 0 or more and below 2^32"),
+    ({"seeds": [10**30]}, "plan.toml: 'seeds' must be a list of different whole numbers, 0 or more and below 2^32"),
+    ({"imports": [3]}, "plan.toml: 'imports' must be names of files, not 3"),
+    ({"run": {"device": "gpu"}}, "plan.toml, [run]: there is no device 'gpu' here: "),
+    ({"match": {"equal": "seconds"}}, "plan.toml, [match]: 'entry' is missing: that which the others are matched with"),
+    ({"search": {"space": {"lr": [float("nan")]}}}, f"{SPACE}: values must be texts, finite numbers, true or false, not [nan]"),
     ({"task": {"kind": "text"}}, "plan.toml, [task]: 'steps' is missing, a whole number"),
     (
         {"task": {"kind": "txt", "steps": 2}},

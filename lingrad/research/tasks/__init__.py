@@ -15,6 +15,7 @@ from lingrad.research.tasks.text import Text
 
 TASKS: dict[str, type[Task]] = {"text": Text, "classify": Classify}
 
+_LISTS = (list[str], list[int], list[float], list[Any])
 _KINDS = {"str": str, "int": int, "float": float, "bool": bool, "list": list}
 
 
@@ -42,7 +43,11 @@ def make_task(kind: str, table: Table, folder: Path) -> Task:
         raise SpecError(f"'{kind}' is no task: it must be a dataclass derived from lingrad.research.Task", option="kind")
     hints, values = get_type_hints(found), dict[str, Any]()
     for option in fields(found):
-        kind_of = _KINDS.get(getattr(hints[option.name], "__name__", ""), str)
+        kind_of = _KINDS.get(getattr(hints[option.name], "__name__", ""))
+        if kind_of is None or hints[option.name] not in (*_KINDS.values(), *_LISTS):
+            raise SpecError(
+                f"task '{kind}': its field '{option.name}' is a {hints[option.name]}; expected str, int, float, bool or list"
+            )
         default: dict[str, Any] = {}
         if option.default is not MISSING:
             default = {"default": option.default}

@@ -13,11 +13,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
+from zlib import crc32
 
 import torch
 from torch import Tensor, nn
 
 from lingrad.adapters.base import _MARK, refuse_attached
+from lingrad.config import spec
 from lingrad.config.names import held_parameters
 from lingrad.config.rules import Rules
 from lingrad.config.targets import Plan, Target, resolve_model
@@ -99,6 +101,7 @@ class PerExample:
     def __init__(self, model: nn.Module, plan: Plan, count: int, seed: int) -> None:
         self.count = count
         self._layers = [_Layer(target, count, seed) for target in plan.targets]
+        self._basis = crc32(repr([seed, *((target.name, spec.format(target.transform)) for target in plan.targets)]).encode())
         self._chosen: _Chosen | None = None
         self._trained = [param for param in model.parameters() if param.requires_grad]
         self._hooks: list[Any] = []
@@ -122,8 +125,8 @@ class PerExample:
         return (coords for _, coords in self.named_parameters())
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The coordinates by the names of their weights; not copied. The bases follow from rules, seed and weights."""
-        return {name: coords.detach() for name, coords in self.named_parameters()}
+        """The coordinates by the names of their weights, not copied, and ``basis``, a number that rules and seed decide."""
+        return {"basis": torch.tensor(self._basis), **{name: coords.detach() for name, coords in self.named_parameters()}}
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
@@ -134,13 +137,18 @@ class PerExample:
 
         Raises:
             ShapeError: Names or shapes are others.
+            ModeError: The coordinates belong to other bases.
         """
         own = self.state_dict()
         for name in {**own, **state}:
             given, expected = (tuple(one[name].shape) if name in one else "missing" for one in (state, own))
             if given != expected:
                 raise ShapeError(f"the coordinates of '{name}' are {given} in the state; expected {expected}")
-        for name, coords in own.items():
+        if int(state["basis"]) != self._basis:
+            raise ModeError(
+                "the coordinates belong to bases of other rules or of another seed; make the adapters with those first"
+            )
+        for name, coords in self.named_parameters():
             coords.copy_(state[name])
 
     @contextmanager
@@ -260,6 +268,7 @@ def per_example(model: nn.Module, rules: Rules, *, count: int, seed: int = 0) ->
     """
     require(isinstance(model, nn.Module), "model", f"expected a model, not a {type(model).__name__}")
     require(type(count) is int and count > 0, "count", f"count must be a whole number from 1, not {shown(count)}")
+    require(type(seed) is int and seed >= 0, "seed", f"seed must be a whole number, 0 or more, not {shown(seed)}")
     refuse_wrapped(model)
     for name, param, module, _ in held_parameters(model):
         refuse_attached(name, param, module)

@@ -61,6 +61,7 @@ def ranks_by_energy(
         SpecError: A rule or option is wrong, a transform has no rank, or the budget is below ``least`` columns everywhere.
         ModeError: A weight has no gradient, or one that is not finite.
     """
+    require(isinstance(model, nn.Module), "model", f"expected a model, not a {type(model).__name__}")
     for name, value in (("mean_rank", mean_rank), ("least", least), ("most", most)):
         known = (name == "most" and value is None) or (type(value) is int and value >= 1)
         require(known, name, f"{name} must be a whole number, 1 or more, not {value!r}")

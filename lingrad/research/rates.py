@@ -73,6 +73,8 @@ class RateTest:
             found = "No suggestion: the loss was still falling; try a larger `high`."
         else:
             found = "No suggestion: the loss never fell; try a smaller `low`, or look for a fault in the step."
+            if not self.losses:
+                found = "No suggestion: the first loss was not finite; look for a fault in the step, or in the model as it is."
         return f"{ends[self.ended]} {found}"
 
     def table(self, lines: int = 20) -> list[tuple[str, ...]]:
@@ -193,7 +195,7 @@ def _check(opt: Any, step: Any, *, low: Any, high: Any, steps: Any, smoothing: A
     known = isinstance(opt, SubspaceOptimizer)
     require(known, "opt", f"expected the optimizer of lingrad.wrap or lingrad.adapt, not a {type(opt).__name__}")
     require(callable(step), "step", f"step must be a function that trains on one batch and returns the loss, not {shown(step)}")
-    number = {name: isinstance(value, int | float) and math.isfinite(value) for name, value in (("low", low), ("high", high))}
+    number = {name: type(value) in (int, float) and math.isfinite(value) for name, value in (("low", low), ("high", high))}
     require(number["low"] and low > 0, "low", f"low must be a learning rate above 0, not {shown(low)}")
     require(number["high"] and high > low, "high", f"high must be a learning rate above low = {low}, not {shown(high)}")
     require(type(steps) is int and steps >= 2, "steps", f"steps must be a whole number from 2, not {shown(steps)}")
@@ -232,7 +234,7 @@ def _set(group: dict[str, Any], rate: float) -> float:
 
 def _number(loss: Any) -> float:
     single = isinstance(loss, Tensor) and loss.numel() == 1 and not loss.is_complex()
-    if not single and not isinstance(loss, int | float):
+    if isinstance(loss, bool) or (not single and not isinstance(loss, int | float)):
         raise SpecError(f"step() must return the loss, a number or a tensor of one element, not {shown(loss)}")
     return float(loss.detach() if isinstance(loss, Tensor) else loss)
 

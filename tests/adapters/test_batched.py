@@ -200,6 +200,10 @@ class TestAModel:
             with pytest.raises(ShapeError, match="the coordinates of '.*' are .* in the state; expected "):
                 other.load_state_dict(wrong)
         assert not any(coords.any() for coords in other.parameters())
+        for rules, seed in ((RULES["gpt2"], 5), ("random(rank=2, every=0, kind=rademacher)", 0)):
+            same_shapes = per_example(gpt2(), rules, count=2, seed=seed)
+            with pytest.raises((ModeError, ShapeError), match="bases of other rules or of another seed|the coordinates of"):
+                same_shapes.load_state_dict(state)
         other.load_state_dict(state)
         assert all(torch.equal(coords, state[name]) for name, coords in other.named_parameters())
 

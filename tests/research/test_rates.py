@@ -276,7 +276,7 @@ class TestWhatItFinds:
         [
             ([4.0, 3.0, 2.0, 1.0], "All steps were taken, up to 1. No suggestion: the loss was still falling; try a larger"),
             ([1.0, 2.0, 3.0, 4.0], "All steps were taken, up to 1. No suggestion: the loss never fell; try a smaller `low`"),
-            ([math.nan], "The loss was not finite at 0.001. No suggestion: the loss never fell"),
+            ([math.nan], "The loss was not finite at 0.001. No suggestion: the first loss was not finite"),
         ],
         ids=["falling", "rising", "nan"],
     )

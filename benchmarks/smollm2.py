@@ -60,10 +60,11 @@ def entries() -> Iterator[Entry]:
 
     Yields:
         The entries. Rank 32 with bases on the longer sides, and 21 on the shorter, take the bytes of LoRA's 16 in adapter mode,
-        and less in optimizer mode, which keeps no coordinates between steps.
+        and less in optimizer mode, which keeps no coordinates between steps; there rank 39 takes them.
     """
     yield Entry("LoRA, r 16", 0, "lora", rank=16)
     yield Entry("random r 32, long side, fixed", 1, "random(rank=32, every=0, kind=orthonormal, side=long)")
+    yield Entry("random r 39, long side, fixed", 1, "random(rank=39, every=0, kind=orthonormal, side=long)")
     yield Entry(
         "random r 32, long side, fixed, scale by norms",
         -2,

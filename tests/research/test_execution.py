@@ -223,7 +223,7 @@ def trials_of(out, url=None):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("sampler", ["grid", pytest.param("tpe", marks=pytest.mark.exhaustive)])
-@pytest.mark.parametrize("kills", [4, pytest.param(20, marks=pytest.mark.exhaustive)])
+@pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.exhaustive)])
 def test_killed_at_any_moment_it_ends_as_if_it_had_not_been(tmp_path, sampler, kills):
     lr = "[0.01, 0.1]" if sampler == "grid" else "{low = 0.001, high = 1.0, log = true}"
     path = written(tmp_path / "plan", sampler=sampler, lr=lr)

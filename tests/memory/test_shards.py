@@ -85,8 +85,10 @@ def assert_real(folder, spec, mode, world):
         assert real["between steps"] == expected["between steps"]
         if real == expected:
             return
-        # on a busy machine a buffer may be freed when that of the next layer is there already
-        assert 0 < real["peak"] - expected["peak"] <= expected["at the peak"]["gathered"]
+        # on a busy machine a buffer may be freed when that of the next layer is there already, at the peak or elsewhere
+        for phase, peak in {**expected["by phase"], "any": expected["peak"]}.items():
+            found = real["peak"] if phase == "any" else real["by phase"][phase]
+            assert 0 <= found - peak <= expected["at the peak"]["gathered"], phase
 
 
 @each_mode

@@ -19,9 +19,8 @@ def small(monkeypatch, tmp_path):
     for name, value in (("STEPS", 10), ("ROWS", 2), ("LENGTH", 8), ("HELD", 2)):
         monkeypatch.setattr(smollm2, name, value)
     torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=30, hidden_size=48, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, tie_word_embeddings=True
-    )
+    sizes = {"vocab_size": 30, "hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.LlamaConfig(**sizes, tie_word_embeddings=True)
     text = torch.randint(0, 30, (1000,), generator=torch.Generator().manual_seed(0))
     monkeypatch.setattr(SmolLM2, "_data", lambda self: (transformers.LlamaForCausalLM(config), text))
     return tmp_path / "found.jsonl"

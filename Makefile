@@ -96,13 +96,13 @@ mutants-operators: $(VENV)/.mutants  ## the same of single operators, 60 at rand
 	$(BIN)/python tools/operators.py $(ARGS)
 
 test: $(VENV)/.dev  ## the default test suite
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" --durations 25
 
 coverage: $(VENV)/.dev  ## the default tests, with what they leave out (processes they start are not counted)
 	$(BIN)/python -m pytest -m "not slow" --cov=lingrad --cov-branch --cov-report=term-missing:skip-covered
 
 slow: $(VENV)/.dev  ## the slow tests
-	$(BIN)/python -m pytest -m "slow and not exhaustive"
+	$(BIN)/python -m pytest -m "slow and not exhaustive" --durations 40
 
 exhaustive: $(VENV)/.dev  ## the cases of the large matrices that the slow tests leave out (half an hour)
 	$(BIN)/python -m pytest -m exhaustive

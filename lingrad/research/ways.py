@@ -16,7 +16,7 @@ from lingrad.config.methods import long_rules, method_of
 from lingrad.config.published import METHODS
 from lingrad.config.rules import parse_rules
 from lingrad.config.settings import Settings
-from lingrad.errors import LingradError, ShapeError, SpecError, in_short, require, shown
+from lingrad.errors import DependencyError, LingradError, ShapeError, SpecError, in_short, require, shown
 from lingrad.methods import Lingrad, Method, baseline
 from lingrad.research.objects import is_object, load_object
 from lingrad.research.plan import PlanEntry
@@ -125,6 +125,7 @@ def check_entry(entry: PlanEntry, folder: Path, dtype: str = "float32") -> None:
 
     Raises:
         SpecError: A name, an option or a value is wrong, or two of them exclude each other; the message names the entry.
+        DependencyError: It needs a package that is not installed.
     """
     firsts = {key: axis.values[0] if axis.values else axis.lowest for key, axis in entry.space.items()}
     others = [{**firsts, key: value} for key, axis in entry.space.items() for value in axis.values[1:]]
@@ -142,6 +143,8 @@ def check_entry(entry: PlanEntry, folder: Path, dtype: str = "float32") -> None:
                 method.prepare(nn.Sequential(*layers).to(getattr(torch, dtype))).close()
         except (ShapeError, NotImplementedError):  # of three layers of this shape; the task's may do
             continue
+        except DependencyError as error:
+            raise DependencyError(f"entry '{entry.name}': {error}") from error
         except LingradError as error:
             raise SpecError(f"entry '{entry.name}': {error}", option=getattr(error, "option", None)) from error
         except (TypeError, ValueError, RuntimeError) as error:  # of other packages

@@ -80,6 +80,7 @@ def _execute(plan: ResearchPlan, out: Path, opened: Any, *, jobs: int, alone: bo
     """Do so; ``alone``: whether all records are in ``out``."""
     searches = [Trials(plan, entry, opened) for entry in plan.entries]
     finals: dict[str, Trials | None] = {}
+    limits: dict[str, dict[str, Any]] = {}  # of the final runs of each entry, once they are known
     running: list[Running] = []
     total = len(plan.entries) * (plan.trials + len(plan.seeds))
     try:
@@ -92,14 +93,14 @@ def _execute(plan: ResearchPlan, out: Path, opened: Any, *, jobs: int, alone: bo
                 if time.time() - one.beat > PATIENCE / 4:
                     one.trials.beat(one.number)
                     one.beat = time.time()
-            for search in searches:
-                if search.entry.name not in finals and search.done:
-                    best = search.chosen(greater=plan.task.greater)
-                    finals[search.entry.name] = None if best is None else Trials(plan, search.entry, opened, best.values)
+            if len(running) == jobs:
+                time.sleep(0.05)
+                continue
+            _settle(plan, searches, finals, limits, opened)
             work = [*searches, *(one for one in finals.values() if one is not None)]
             while len(running) < jobs:
                 busy = {one.out for one in running}
-                started = next(_takable(plan, out, work, finals, jobs, busy if alone else None), None)
+                started = next(_takable(plan, out, work, limits, jobs, busy if alone else None), None)
                 if started is None:
                     break
                 running.append(started)
@@ -107,11 +108,25 @@ def _execute(plan: ResearchPlan, out: Path, opened: Any, *, jobs: int, alone: bo
                 for left in out.glob("runs/*/.*"):  # of processes that were killed
                     shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
                 return
-            time.sleep(0.05 if running else 0.5)
+            time.sleep(0.05 if len(running) == jobs else 0.5)
     finally:
         for one in running:
             one.process.kill()
             one.process.wait()
+
+
+def _settle(
+    plan: ResearchPlan, searches: list[Trials], finals: dict[str, Trials | None], limits: dict[str, Any], opened: Any
+) -> None:
+    """Begin the final runs of entries whose search has ended, and find what those that are matched keep to, once."""
+    for search in searches:
+        if search.entry.name not in finals and search.done:
+            best = search.chosen(greater=plan.task.greater)
+            finals[search.entry.name] = None if best is None else Trials(plan, search.entry, opened, best.values)
+    for search in searches:
+        if finals.get(search.entry.name) is not None and search.entry.name not in limits:
+            found = matched(plan, search.entry, finals, search.seconds_of_a_step())
+            limits |= {} if found is None else {search.entry.name: found}
 
 
 def folder_of(out: Path, entry: str, kind: str, number: int) -> Path:
@@ -131,20 +146,15 @@ def folder_of(out: Path, entry: str, kind: str, number: int) -> Path:
 
 
 def _takable(
-    plan: ResearchPlan, out: Path, work: list[Trials], finals: Mapping[str, Trials | None], jobs: int, busy: set[Path] | None
+    plan: ResearchPlan, out: Path, work: list[Trials], limits: Mapping[str, Any], jobs: int, busy: set[Path] | None
 ) -> Iterator[Running]:
     """Start trials that nobody runs, one by one, and those again whose record is gone; ``busy``: folders of those that run."""
     for trials in work:
         final = trials.best is not None
         kind = "final" if final else "search"
-        steps = [
-            one.measured["train_time"] / one.measured["steps"]
-            for one in _search(work, trials).outcomes()
-            if one.value is not None
-        ]
-        limits = matched(plan, trials.entry, finals, steps) if final else {}
-        if limits is None:  # the entry that it is matched with has not ended
+        if final and trials.entry.name not in limits:  # the entry that it is matched with has not ended
             continue
+        own = limits[trials.entry.name] if final else {}
         found = trials.take()
         if found is None and busy is not None:
             ended = [(one.number, one.values, folder_of(out, trials.entry.name, kind, one.number)) for one in trials.outcomes()]
@@ -155,9 +165,9 @@ def _takable(
         folder = folder_of(out, trials.entry.name, kind, number)
         job = {
             "content": dict(plan.content), "where": PLAN, "folder": str(plan.folder), "quick": plan.quick,
-            "entry": trials.entry.name, "values": {**values, **limits.get("values", {})},
+            "entry": trials.entry.name, "values": {**values, **own.get("values", {})},
             "seed": plan.seeds[number] if final else plan.seed, "part": "final" if final else "tuning",
-            "steps": limits.get("steps"), "threads": _threads(jobs),
+            "steps": own.get("steps"), "threads": _threads(jobs),
         }  # fmt: skip
         yield _start(trials, number, job, folder)
 
@@ -197,11 +207,6 @@ def _ended(plan: ResearchPlan, one: Running) -> None:
     value = info["metrics"].get(plan.task.metric) if status == "success" else None
     measured = {key: info[key] for key in ("state_bytes", "train_time", "steps")}
     one.trials.finish(one.number, value, "" if value is not None else status, measured)
-
-
-def _search(work: list[Trials], trials: Trials) -> Trials:
-    """The search of the same entry."""
-    return next(one for one in work if one.best is None and one.entry is trials.entry)
 
 
 def _claim(plan: ResearchPlan, out: Path) -> None:

@@ -17,8 +17,6 @@ from lingrad.research.plan import ResearchPlan
 from lingrad.research.results import MEASURES, RunResult, Summary, check_measure, measure, summarize
 from lingrad.research.statistics import RULE, Mean
 
-FILES = ("report.md", "report.html", "curves.png", "sensitivity.png", "pareto.png")
-
 
 def write_report(plan: ResearchPlan, runs: Sequence[RunResult], out: Path, *, x: str = "state MB", y: str = "") -> list[Path]:
     """Write the report.
@@ -55,8 +53,9 @@ def as_markdown(plan: ResearchPlan, found: Sequence[Summary]) -> str:
         Markdown.
     """
     first = plan.entries[0].name
-    rows = [(plan.task.metric, f"less that of {first}", "best values", "state MB", "seconds", "steps", "n")]
-    lines: list[tuple[str, ...]] = [("entry", *rows[0])]
+    lines: list[tuple[str, ...]] = [
+        ("entry", plan.task.metric, f"less that of {first}", "best values", "state MB", "seconds", "steps", "n")
+    ]
     for one in found:
         own = one.metrics.get(plan.task.metric)
         apart = one.difference

@@ -39,14 +39,12 @@ class Outcome:
         number: Its number.
         values: What it tried.
         value: What it is compared by; None where it failed.
-        failure: The kind of failure; empty where there was none.
         measured: Its ``state_bytes``, ``train_time`` and ``steps``.
     """
 
     number: int
     values: Mapping[str, Any]
     value: float | None
-    failure: str = ""
     measured: Mapping[str, float] = field(default_factory=dict)
 
 
@@ -132,7 +130,7 @@ class Trials:
             measured: Its ``state_bytes``, ``train_time`` and ``steps``.
         """
         state = _optuna().trial.TrialState
-        self._set(number, _FAILURE, failure)
+        self._set(number, _FAILURE, failure)  # for Optuna's dashboard
         self._set(number, _MEASURED, dict(measured))
         if value is None or not math.isfinite(value):
             self._study.tell(number, state=state.FAIL, skip_if_finished=True)
@@ -152,17 +150,16 @@ class Trials:
     def outcomes(self) -> list[Outcome]:
         """Those that have ended, by number."""
         trials = [trial for trial in self._study.get_trials(deepcopy=False)[: self.count] if trial.state.is_finished()]
-        return [
-            Outcome(
-                t.number, dict(self.best or t.params), t.value, t.user_attrs.get(_FAILURE, ""), t.user_attrs.get(_MEASURED, {})
-            )
-            for t in trials
-        ]
+        return [Outcome(t.number, dict(self.best or t.params), t.value, t.user_attrs.get(_MEASURED, {})) for t in trials]
 
     def chosen(self, *, greater: bool) -> Outcome | None:
         """The best of them, of equal ones the first; None where all failed."""
         found = [one for one in self.outcomes() if one.value is not None]
         return min(found, key=lambda one: (-(one.value or 0.0) if greater else one.value, one.number), default=None)
+
+    def seconds_of_a_step(self) -> list[float]:
+        """What a step took in each trial that has a value."""
+        return [one.measured["train_time"] / one.measured["steps"] for one in self.outcomes() if one.value is not None]
 
     def _sign(self, number: int) -> None:
         self._set(number, _OWNER, f"{platform.node()} {os.getpid()}")

@@ -21,6 +21,7 @@ from lingrad.methods import Lingrad, Method, baseline
 from lingrad.research.objects import is_object, load_object
 from lingrad.research.plan import PlanEntry
 from lingrad.transforms import Transform, registry
+from lingrad.transforms.options import format_value
 
 SMALL = 64  # the side of the layers that values are tried on
 
@@ -83,14 +84,8 @@ def rank_of(entry: PlanEntry, values: Mapping[str, Any]) -> int | None:
 
 def written(name: str, options: Mapping[str, Any]) -> str:
     """A name with options, as in config strings."""
-    inner = ", ".join(f"{key}={_value(value)}" for key, value in options.items())
+    inner = ", ".join(f"{key}={value if isinstance(value, str) else format_value(value)}" for key, value in options.items())
     return f"{name}({inner})" if inner else name
-
-
-def _value(value: Any) -> str:
-    if value is None or isinstance(value, bool):
-        return str(value).lower()
-    return value if isinstance(value, str) else repr(value)
 
 
 def _choice(text: str) -> tuple[str, dict[str, Any]]:

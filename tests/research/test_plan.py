@@ -8,11 +8,13 @@ import pytest
 import torch
 
 import lingrad
+from lingrad.config.published import METHODS
 from lingrad.errors import DataError, DependencyError, LingradError, SpecError
 from lingrad.research.axes import Axis, grid
 from lingrad.research.plan import make_plan, open_plan
 from lingrad.research.ways import check_entry, make_method, rank_of
 from lingrad.testing import assert_dual
+from lingrad.transforms.registry import transform_names
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -232,6 +234,17 @@ def test_values_of_a_trial_go_where_they_belong(entry, values, rules, options):
     method = make_method(plan.entries[0], values, seed=5, folder=Path())
     assert (method.rules, dict(method.options)) == (rules, {"seed": 5, **options})
     assert rank_of(plan.entries[0], values) == values.get("rank", None if "kron" in rules else 4 if "rank=4" in rules else None)
+
+
+@pytest.mark.parametrize(
+    "name", [*METHODS, *(name for name in transform_names() if name not in ("kron", "coded", "switch", "experts"))]
+)
+def test_the_learning_rate_of_a_trial_is_that_of_the_run(name):
+    """`pca` has an option of this name too."""
+    plan = made(entries=[{"name": "a", "method": name}])
+    method = make_method(plan.entries[0], {"lr": 0.37}, seed=5, folder=Path())
+    assert method.options["lr"] == 0.37
+    assert "0.37" not in method.rules
 
 
 class TestOwn:

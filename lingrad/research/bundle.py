@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lingrad.errors import DataError, in_short
+from lingrad.errors import DataError, in_short, require
 from lingrad.files.atomic import new_folder, write_whole
 from lingrad.files.reading import read_json
 from lingrad.research.execution import PLAN, read_claim
@@ -80,8 +80,7 @@ def unpack(file: Path, out: Path) -> Path:
         with new_folder(out) as folder:
             (folder / PLAN).write_text(json.dumps(plan, indent=1) + "\n")
             for name, run in content["runs"].items():
-                if not RUN.fullmatch(name):
-                    raise ValueError(f"'{name[:80]}' is no name of a run")
+                require(bool(RUN.fullmatch(name)), "runs", f"'{name[:80]}' is no name of a run")
                 (folder / name).mkdir(parents=True)
                 record = {**run["record"], "meta_info": metas[run["meta"]]}
                 record["run_info"]["job"] |= {"content": plan["content"], "folder": plan["folder"], "quick": plan["quick"]}

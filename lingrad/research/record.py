@@ -91,7 +91,7 @@ def finite(values: Mapping[str, Any]) -> dict[str, Any]:
     return {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in values.items()}
 
 
-def damaged(path: Path, error: BaseException) -> DataError:
+def damaged(path: Path, error: Exception) -> DataError:
     """What to raise where a record cannot be read.
 
     Args:

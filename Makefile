@@ -71,7 +71,7 @@ readme: $(VENV)/.run  ## put the last demo's table and plots into README.md
 	$(BIN)/python tools/update_readme.py runs/demo
 
 studies: $(VENV)/.dev  ## put the tables of the studies into docs/studies/index.md, from their published results
-	$(BIN)/python tools/studies.py
+	$(BIN)/python -m tools.studies
 
 duality: $(VENV)/.dev  ## measure how far the two modes differ, into docs/duality.md
 	$(BIN)/python tools/measure_duality.py

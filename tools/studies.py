@@ -3,7 +3,7 @@
 import tempfile
 from pathlib import Path
 
-from marks import put
+from tools.marks import put
 
 from lingrad.files.atomic import write_whole
 from lingrad.files.reading import read_json

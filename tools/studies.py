@@ -3,13 +3,12 @@
 import tempfile
 from pathlib import Path
 
-from tools.marks import put
-
 from lingrad.files.atomic import write_whole
 from lingrad.files.reading import read_json
 from lingrad.research.bundle import unpack
 from lingrad.research.pages import as_markdown, sensitivity
 from lingrad.research.results import read_results, summarize
+from tools.marks import put
 
 STUDIES = Path(__file__).parents[1] / "docs" / "studies"
 

@@ -76,7 +76,7 @@ def as_markdown(plan: ResearchPlan, found: Sequence[Summary]) -> str:
     )
     text = [f"# {plan.name}", "", f"{trials}. {RULE}", "", markdown(lines)]
     if plan.match is not None:
-        text += [f"Final runs match {plan.match_entry} in {'time' if plan.match == 'seconds' else 'bytes of state'}.", ""]
+        text += [_matched(plan, found), ""]
     if any(one.missing for one in found):
         lost = ", ".join(f"{one.entry.name} ({one.missing})" for one in found if one.missing)
         text += [
@@ -86,6 +86,16 @@ def as_markdown(plan: ResearchPlan, found: Sequence[Summary]) -> str:
     if any(one.at_edge for one in found):
         text += ["*(edge)*: the best value is the least or largest that was tried, so that a better one may lie beyond it.", ""]
     return "\n".join([*text, *(["Failures:", "", *failures, ""] if failures else [])])
+
+
+def _matched(plan: ResearchPlan, found: Sequence[Summary]) -> str:
+    """What final runs have equal, and who does not reach it."""
+    if plan.match == "seconds":
+        return f"Final runs take as many steps as fit into the time of {plan.match_entry}'s, by what steps took in trials."
+    limit = next(measure(one, "state MB").value for one in found if one.entry.name == plan.match_entry)
+    over = [one.entry.name for one in found if measure(one, "state MB").value > limit]
+    told = f"Final runs have no more bytes of state than {plan.match_entry}'s, by the largest rank that fits."
+    return told + (f" More, with no rank to set or none small enough: {', '.join(over)}." if over else "")
 
 
 def curves(found: Sequence[Summary]) -> bytes:

@@ -20,6 +20,7 @@ CONTENT = {
     "seeds": [1, 2, 3],
     "task": {"kind": "text", "data": "moby-dick", "steps": 120},
     "search": {"space": {"lr": [1e-3, 2e-3]}},
+    "match": {"equal": "state_bytes", "entry": "svd"},
     "entries": [{"name": "svd", "method": "svd(rank=4)"}, {"name": "rows", "method": "rows(rank=4)", "mode": "adapter"}],
 }
 
@@ -43,6 +44,7 @@ def results(tmp_path):
                 job.pop("digest")
                 failed = (e, part, number) == (1, "final", 2)
                 found = {} if failed else {"metrics": {"loss": 2 + e + 0.1 * number}, "steps": 120, "tokens": 9, "seconds": 1.5}
+                found |= {} if failed else {"bytes": {"state": 100 + e}}
                 record = make_record(job, found, status="diverged" if failed else "success", error="", created="2026-01-01")
                 (folder / RESULT).write_text(json.dumps(record))
                 lines = [{"step": i + 1, "loss": math.exp(-i), **({"energy": 0.5} if i % 40 == 7 else {})} for i in range(120)]
@@ -57,6 +59,10 @@ def test_the_report_of_the_file_is_that_of_the_folder(results, tmp_path):
     commands.report_of([file], out=again, files=tmp_path)
     assert (again / "report.md").read_text() == (results / "report.md").read_text()
     assert "failures" in (again / "report.html").read_text()
+    assert (
+        "than svd's, by the largest rank that fits. More, with no rank to set or none small enough: rows."
+        in (again / "report.md").read_text()
+    )
     assert str(tmp_path) not in file.read_text()  # no folder of a machine is published
     _, runs = read_results([again], tmp_path)
     finals = [run for run in runs if run.final]

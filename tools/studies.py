@@ -7,9 +7,10 @@ from lingrad.files.atomic import write_whole
 from lingrad.files.reading import read_json
 from lingrad.research.bundle import unpack
 from lingrad.research.pages import as_markdown, sensitivity
-from lingrad.research.results import read_results, summarize
+from lingrad.research.results import against, read_results, summarize
 from tools.marks import put
 
+VERSUS = {"residuals": "dropped"}  # of a study, the entry that others are compared with, where it is not the first
 STUDIES = Path(__file__).parents[1] / "docs" / "studies"
 
 
@@ -29,6 +30,7 @@ def block(file: Path) -> tuple[str, bytes]:
     """
     with tempfile.TemporaryDirectory() as folder:
         plan, runs = read_results([unpack(file, Path(folder) / "results")], file.parent / "plans")
+    plan = against(plan, VERSUS.get(file.stem, plan.entries[0].name))
     found = summarize(plan, runs)
     records = [run["record"]["run_info"] for run in read_json(file)["runs"].values()]
     commits = sorted({str(record["lingrad_git"].get("commit"))[:10] for record in records})

@@ -23,7 +23,7 @@ from lingrad.research.bundle import pack, unpack
 from lingrad.research.execution import execute
 from lingrad.research.pages import write_report
 from lingrad.research.plan import open_plan
-from lingrad.research.results import read_results
+from lingrad.research.results import against, read_results
 
 
 def demo(out: Path, *, steps: int | None = None) -> report.Result:
@@ -99,6 +99,7 @@ def report_of(
     *,
     x: str = "state MB",
     y: str = "",
+    versus: str = "",
     files: Path | None = None,
     out: Path | None = None,
     publish: Path | None = None,
@@ -109,6 +110,7 @@ def report_of(
         folders: The folders; where several machines shared the trials, of all of them. Or one file of published results.
         x: What the picture of two measures is drawn over.
         y: What is drawn; the task's metric if empty.
+        versus: The entry that others are compared with; the plan's first if empty.
         files: Where the files that the plan names are now; None is where they were.
         out: Where published results are unpacked; the report is written there.
         publish: A file that gets all results: see `lingrad.research.bundle`.
@@ -127,6 +129,7 @@ def report_of(
     elif out is not None:
         raise DataError("--out is for published results, one file; the report of folders is written into the first of them")
     plan, runs = read_results(folders, files)
+    plan = against(plan, versus) if versus else plan
     try:
         written = [] if publish is None else [pack(folders, publish)]
         return [*write_report(plan, runs, folders[0], x=x, y=y), *written]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +118,25 @@ def read_results(folders: Sequence[Path], files: Path | None = None) -> tuple[Re
         raise DataError("no folder was given")
     order = {entry.name: i for i, entry in enumerate(plan.entries)}
     return plan, sorted(runs.values(), key=lambda run: (order[run.entry], run.final, run.seed))
+
+
+def against(plan: ResearchPlan, name: str) -> ResearchPlan:
+    """A plan whose first entry, which the others are compared with, is another.
+
+    Args:
+        plan: The plan.
+        name: The entry's name.
+
+    Returns:
+        The plan, its other entries in their order.
+
+    Raises:
+        SpecError: There is no such entry.
+    """
+    names = [entry.name for entry in plan.entries]
+    if name not in names:
+        raise SpecError(f"there is no entry '{name}' to compare with{did_you_mean(name, names)} Known: {', '.join(names)}")
+    return replace(plan, entries=tuple(sorted(plan.entries, key=lambda entry: entry.name != name)))
 
 
 def summarize(plan: ResearchPlan, runs: Sequence[RunResult]) -> list[Summary]:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from lingrad.errors import DataError
+from lingrad.errors import DataError, SpecError
 from lingrad.research import commands
 from lingrad.research.bundle import FORMAT, POINTS, pack, unpack
 from lingrad.research.execution import PLAN
@@ -68,6 +68,18 @@ def test_the_report_of_the_file_is_that_of_the_folder(results, tmp_path):
     finals = [run for run in runs if run.final]
     assert all(POINTS <= len(run.curve) <= 2 * POINTS + 4 for run in finals)
     assert finals[0].curve[-1][0] == 120
+
+
+def test_the_entry_that_others_are_compared_with(results):
+    for name, first, other in (("", "svd", "rows"), ("rows", "rows", "svd")):
+        commands.report_of([results], versus=name)
+        lines = (results / "report.md").read_text().splitlines()
+        table = [[cell.strip() for cell in line.split("|")] for line in lines if line.startswith("|")]
+        assert table[0][3] == f"less that of {first}"
+        assert [row[1] for row in table[2:]] == [first, other]
+        assert [row[3][:2] for row in table[2:]] == ["", "+1" if first == "svd" else "-1"]
+    with pytest.raises(SpecError, match="there is no entry 'row' to compare with; did you mean 'rows'"):
+        commands.report_of([results], versus="row")
 
 
 def test_a_run_that_was_unpacked_is_a_job_again(results, tmp_path):

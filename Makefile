@@ -9,7 +9,7 @@ HAS_CUDA = $(PYTHON) -c 'import einops, torch, transformers; torch.cuda.init()' 
 SOURCES := pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo addresses finetune smollm2 examples readme studies duality structure memory architectures bench gpu mutants mutants-operators test coverage slow exhaustive check lint types layers clean
+.PHONY: help demo addresses finetune smollm2 examples readme studies duality structure memory architectures bench gpu mutants mutants-operators test coverage slow exhaustive lowest check lint types layers dist clean
 
 help:  ## list the targets
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 19
@@ -34,6 +34,11 @@ $(VENV)/.dev: $(SOURCES) examples/transform_package/pyproject.toml | $(BIN)/pyth
 $(VENV)/.bench: $(SOURCES) | $(BIN)/python
 	@echo "Installing lingrad and what it is compared with into $(VENV) (a few minutes the first time)"
 	$(PIP) -e '.[bench]'
+	@touch $@
+
+$(VENV)/.dist: $(SOURCES) | $(BIN)/python
+	@echo "Installing what builds a release into $(VENV)"
+	PIP_CONSTRAINT= $(PIP) 'build>=1.2' 'twine>=6' 'check-wheel-contents>=0.6'
 	@touch $@
 
 $(VENV)/.mutants: $(VENV)/.dev
@@ -110,6 +115,22 @@ slow: $(VENV)/.dev  ## the slow tests
 exhaustive: $(VENV)/.dev  ## the cases of the large matrices that the slow tests leave out (half an hour)
 	$(BIN)/python -m pytest -m exhaustive
 
+LOWEST := .venv-lowest
+# of everything that a floor may break: the engine in both modes, checkpoints, the command line, the Trainer, PEFT, memory, studies
+LOWEST_TESTS := tests/galore tests/cli tests/config/test_spec.py tests/engine/test_run.py tests/engine/test_checkpoint.py tests/hf/test_trainer.py \
+  tests/hf/test_refusals.py tests/peft/test_export.py tests/peft/test_load.py tests/memory/test_estimate.py tests/methods tests/research/test_plan.py
+
+$(LOWEST)/.ready: pyproject.toml constraints-lowest.txt examples/transform_package/pyproject.toml
+	@echo "Installing the lowest versions that are allowed into $(LOWEST)"
+	$(PYTHON) -m venv $(LOWEST)
+	PIP_CONSTRAINT=$(CURDIR)/constraints-lowest.txt $(LOWEST)/bin/python -m pip install --quiet --disable-pip-version-check \
+	  -e '.[all,research,trl,torchft]' pytest pytest-xdist hypothesis expecttest scipy
+	$(LOWEST)/bin/python -m pip install --quiet --no-deps -e examples/transform_package
+	@touch $@
+
+lowest: $(LOWEST)/.ready  ## the lowest versions that pyproject.toml allows, and a part of the tests with them; PYTHON=python3.10
+	$(LOWEST)/bin/python -m pytest -m "not slow and not peers" $(LOWEST_TESTS) $(ARGS)
+
 check: lint types layers  ## lint, types and layering
 
 lint: $(VENV)/.dev
@@ -122,5 +143,12 @@ types: $(VENV)/.dev
 layers: $(VENV)/.dev
 	$(BIN)/lint-imports --no-cache
 
+dist: $(VENV)/.dist  ## build wheel and sdist into dist/, and check them
+	rm -rf dist
+	$(BIN)/python -m build --outdir dist
+	$(BIN)/twine check --strict dist/*
+	$(BIN)/check-wheel-contents dist/*.whl
+	$(BIN)/python tools/check_dist.py dist
+
 clean:  ## remove the environment and the runs
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) $(LOWEST) runs dist

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
+from threading import Timer
 
 from lingrad.errors import optional
+
+quiet = False  # whether a program shows results only, and no progress
+_AFTER = 2.0  # seconds without a word, after which a program says that it is running
+_silent = True  # whether nothing of progress was shown yet
 
 _NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")  # a part of a dotted name that is a number
 
@@ -70,6 +76,39 @@ def markdown(rows: Sequence[Sequence[str]]) -> str:
     return "".join(f"| {' | '.join(row)} |\n" for row in (header, rule, *rest))
 
 
+def say(line: str) -> None:
+    """Show what is being done, on standard error, unless `quiet`."""
+    global _silent
+    if not quiet:
+        _silent = False
+        sys.stderr.write(f"{line}\n")
+
+
+@contextmanager
+def alive(what: str) -> Iterator[None]:
+    """Say on a terminal that something is running, where that takes more than two seconds and shows nothing else by then.
+
+    Args:
+        what: What is running.
+
+    Yields:
+        None.
+    """
+
+    def report() -> None:
+        if _silent:
+            say(f"{what}: running ...")
+
+    timer = Timer(_AFTER, report)
+    timer.daemon = True
+    if sys.stderr.isatty():
+        timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
 Tick = Callable[[int, int, str], None]  # done, total, a note
 
 
@@ -85,6 +124,8 @@ def progress(title: str, unit: str, *, least: int = 1) -> Iterator[Tick]:
     Yields:
         A function to call after each unit. Raises `DependencyError` if rich is not installed.
     """
+    global _silent
+    _silent = False
     console = optional("rich.console", "showing progress", "cli").Console(stderr=True)
     rich = import_module("rich.progress")
     parts = (
@@ -94,7 +135,7 @@ def progress(title: str, unit: str, *, least: int = 1) -> Iterator[Tick]:
         rich.TimeRemainingColumn(),
         rich.TextColumn("{task.fields[note]}"),
     )
-    with rich.Progress(*parts, console=console, transient=True, disable=not console.is_terminal) as bar:
+    with rich.Progress(*parts, console=console, transient=True, disable=quiet or not console.is_terminal) as bar:
         task = bar.add_task(title, total=None, note="")
         printed = 0
 
@@ -102,7 +143,7 @@ def progress(title: str, unit: str, *, least: int = 1) -> Iterator[Tick]:
             nonlocal printed
             bar.update(task, completed=done, total=total, note=note)
             tenth = 10 * done // max(1, total)
-            if not console.is_terminal and tenth > printed and total >= least:
+            if not quiet and not console.is_terminal and tenth > printed and total >= least:
                 printed = tenth
                 console.print(f"{title}: {unit} {done} of {total}, {note}", soft_wrap=True, highlight=False)
 

@@ -167,6 +167,7 @@ _OPTIONS = {
     "convert": {"--decayed-base": "--decayed-start"},
 }
 _MEMORY = ("simulate", "fit", "compare", "estimate")
+_SHARED = ("-h", "--help", "-q", "--quiet", "--import")  # options that may come before them today
 _MODES = {"--compare": "compare", "--max-batch": "fit", "--closed-form": "estimate"}
 # accepted before, without effect
 _IGNORED = {"compare": ("--mode",), "fit": ("--batch",), "estimate": ("--checkpointing", "--stagger", "--expandable")}
@@ -187,7 +188,7 @@ def command_line(given: Sequence[str]) -> list[str]:
     if not words:
         return words
     words = [_renamed_option(words[0], word) for word in words]
-    if words[0] == "memory" and len(words) > 1 and words[1] not in (*_MEMORY, "--help"):
+    if words[0] == "memory" and len(words) > 1 and words[1] not in (*_MEMORY, *_SHARED):
         return ["memory", *_memory(words[1:])]
     if words[0] == "convert" and "--exact" in words:
         return ["export", *_export(words[1:])]

@@ -82,6 +82,9 @@ class Attachment(ABC):
         """Whether gradients of this parameter, found in the model, reach the coordinates."""
         return is_attached(param)
 
+    def leave_gradient(self) -> None:  # noqa: B027 - only a hook on a parameter takes one there
+        """In optimizer mode, leave gradients in ``weight.grad`` for other code to read and change; the step takes them."""
+
     def prepare(self) -> None:  # noqa: B027 - most need nothing
         """Look ahead to the next step, of which the basis has been told."""
 
@@ -128,13 +131,12 @@ class Attachment(ABC):
         """Take the weight of a plain model."""
         if f"{prefix}{attribute}" in state:
             weight, given = self.sub.weight.param, state.pop(f"{prefix}{attribute}")
-            assigned = metadata.get("assign_to_params_buffers", False)  # another parameter is the whole weight
             if not isinstance(given, Tensor) or given.shape != weight.shape:
                 state[f"{prefix}{key}"] = given  # torch refuses it, and the run is as it was
                 return
             # the sum: as where the optimizer's state, which has both parts, was loaded before; W itself: torch fills in so what
-            # a partial state leaves out
-            if not assigned and self._is_known(given):
+            # a partial state leaves out. A parameter that is assigned is the whole weight
+            if not metadata.get("assign_to_params_buffers", False) and self._is_known(given):
                 unwatch(weight)  # it is written over with itself
                 state[f"{prefix}{key}"] = weight.detach()
                 return
@@ -201,8 +203,7 @@ class Coords(nn.Module):
     def _apply_sharded(self, fn: Callable[[Tensor], Tensor]) -> Coords:
         """Refuse moves, and casts of the weight, of which fully_shard makes other parameters."""
         before = own(self.coords).new_empty(0, dtype=self.sub.weight.dtype)
-        after = fn(before)
-        if (after.device, after.dtype) != (before.device, before.dtype):
+        if ((after := fn(before)).device, after.dtype) != (before.device, before.dtype):
             raise ModeError(
                 f"{self.sub.name} is sharded and being trained: move and cast the model before fully_shard and lingrad"
             )

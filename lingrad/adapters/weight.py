@@ -52,6 +52,11 @@ class WeightAttachment(Attachment):
             refuse_hooks(self.sub.name, self.weight.param, "in adapter mode the gradient is that of W + S z", own)
 
     @override
+    def leave_gradient(self) -> None:
+        if self.handle is not None:
+            self.handle.remove()
+
+    @override
     def _connect(self, mode: Mode) -> None:
         if mode == "optimizer":
             weight, trains = self.weight.param, self.weight.param.requires_grad

@@ -1,7 +1,8 @@
 """Reproducing another program's arithmetic to the last digit, where it differs from lingrad's in details.
 
 ``galore`` is galore_torch 1.0. Beside the algorithm (Zhao et al., ICML 2024, arXiv 2403.03507) its AdamW adds eps before the
-bias correction, decays after the step, takes the SVD in float32 and leaves the signs of a new basis as the SVD gave them.
+bias correction, decays after the step, takes the SVD in float32 and leaves the signs of a new basis as the SVD gave them. Its
+8-bit AdamW is bitsandbytes' and decays after the step too; its Adafactor decays before it.
 """
 
 from __future__ import annotations
@@ -38,7 +39,8 @@ class Arithmetic:
 
 
 LINGRAD = Arithmetic()
-GALORE = Arithmetic(decay_last=True, eps_uncorrected=True, default_eps=1e-6)
+_GALORE_ADAMW = Arithmetic(decay_last=True, eps_uncorrected=True, default_eps=1e-6)
+GALORE = {"adamw": _GALORE_ADAMW, "adam": _GALORE_ADAMW, "adamw8bit": Arithmetic(decay_last=True), "adafactor": LINGRAD}
 
 
 def arithmetic(compat: Compat | None, base: str) -> Arithmetic:
@@ -56,9 +58,11 @@ def arithmetic(compat: Compat | None, base: str) -> Arithmetic:
     """
     if compat is None:
         return LINGRAD
-    if base not in ("adamw", "adam"):
-        raise SpecError(f"compat='galore' reproduces galore_torch's AdamW; use base='adamw', not '{base}'")
-    return GALORE
+    if base not in GALORE:
+        raise SpecError(
+            f"compat='galore' reproduces galore_torch's optimizers; use base='adamw', 'adamw8bit' or 'adafactor', not '{base}'"
+        )
+    return GALORE[base]
 
 
 def as_published(compat: Compat | None, transform: Transform) -> Transform:

@@ -39,7 +39,7 @@ def check_effective(
         plans: What happens to the parameters, and the hyper-parameters that were given for them, by param group.
     """
     defaults = Settings()
-    for option in ("scale", "carry", "residual", "compat"):
+    for option in ("scale", "carry", "residual"):
         idle = getattr(settings, option) != getattr(defaults, option) and not attachments
         require(not idle, option, f"'{option}' has no effect where nothing is transformed; leave it out")
     taken = any(plan.full and given.keys().isdisjoint(("lr", "rest_lr")) for plan, given in plans)

@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import json
-import sys
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Literal, cast, get_args
 
 from lingrad.config.methods import long_rules
 from lingrad.config.rules import parse_rules
 from lingrad.config.settings import Mode
-from lingrad.console import columns
+from lingrad.console import say
 from lingrad.errors import DependencyError, MemoryModelError, SpecError, require, require_one_of
 from lingrad.memory import runs
+from lingrad.memory.answers import Fit, MethodComparison
 from lingrad.memory.estimate import Estimate
 from lingrad.memory.estimate import estimate as estimate_
-from lingrad.memory.plots import draw_comparison
+from lingrad.memory.inputs import OwnLoss
 from lingrad.memory.report import MemoryReport
-from lingrad.memory.units import parse_bytes, readable
+from lingrad.memory.units import CONTEXT, parse_bytes
 from lingrad.methods import FullRank, GaloreTorch, Lingrad, Lora, Method
 from lingrad.models import DTYPES, open_in
 
@@ -46,6 +44,7 @@ class Question:
         checkpointing: Recompute layers in the backward.
         layerwise: Step inside the backward.
         capacity: The device's memory, such as ``24GiB``; None if it does not matter.
+        context: What the CUDA context takes of it, besides tensors.
         expandable: Model CUDA's expandable segments.
         share: Share right bases among layers that read the same input.
         stagger: Refresh weights in turns.
@@ -63,6 +62,7 @@ class Question:
     checkpointing: bool = False
     layerwise: bool = False
     capacity: str | None = None
+    context: str = CONTEXT
     expandable: bool = False
     share: bool = False
     stagger: bool = False
@@ -81,76 +81,6 @@ class Question:
         """The run as a method of lingrad."""
         options = {"lr": 1e-4, "stagger": self.stagger, "share": "input" if self.share else None, "offload": self.offload}
         return Lingrad(self.rules, self.base, cast("Mode", self.mode), options)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Fit:
-    """The largest batch that fits.
-
-    Args:
-        method: The label of the method.
-        capacity: The device's memory.
-        length: Tokens of a row.
-        rows: Rows of the largest batch that fits; 0 if not even one row does.
-        reserved: Bytes that the allocator takes for that batch, or for one row if none fits.
-        at_least: Whether no larger batch was tried.
-    """
-
-    method: str
-    capacity: str
-    length: int
-    rows: int
-    reserved: int
-    at_least: bool = False
-
-    def __str__(self) -> str:
-        if self.rows == 0:
-            return f"not even one row of {self.length} tokens fits in {self.capacity}: it takes {readable(self.reserved)}"
-        rows = f"{'at least ' if self.at_least else ''}{self.rows} rows"
-        return f"{rows} of {self.length} tokens fit in {self.capacity} ({self.method}): they take {readable(self.reserved)}"
-
-    def to_json(self) -> str:
-        """All of it as JSON."""
-        return json.dumps(asdict(self), indent=1)
-
-
-@dataclass(frozen=True)
-class MethodComparison:
-    """Several methods under the same conditions.
-
-    Args:
-        reports: Label of a method -> its report.
-        left_out: Label of a method -> why it could not be simulated.
-    """
-
-    reports: Mapping[str, MemoryReport]
-    left_out: Mapping[str, str] = field(default_factory=dict)
-
-    def __str__(self) -> str:
-        rows = [("", "peak", "between steps", "reserved", "verdict")]
-        for label, report in self.reports.items():
-            verdict = "" if report.fits is None else "fits" if report.fits else "does NOT fit"
-            reserved = "-" if report.reserved is None else readable(report.reserved)
-            rows.append((label, readable(report.peak), readable(report.steady), reserved, verdict))
-        lines = columns(rows, right=[False, True, True, True, False])
-        return "\n".join([*lines, *(f"left out: {label} ({why})" for label, why in self.left_out.items())])
-
-    def to_json(self) -> str:
-        """All reports as JSON."""
-        plain = {"reports": {k: r.to_dict() for k, r in self.reports.items()}, "left_out": dict(self.left_out)}
-        return json.dumps(plain, indent=1)
-
-    def plot(self, path: Path) -> Path:
-        """Plot the peaks as bars, stacked by category.
-
-        Args:
-            path: The picture to write; its suffix decides the format.
-
-        Returns:
-            The path.
-        """
-        capacity = next((report.capacity for report in self.reports.values()), None)
-        return draw_comparison({label: report.breakdown for label, report in self.reports.items()}, path, capacity=capacity)
 
 
 def simulate(question: Question, method: Method | None = None) -> MemoryReport:
@@ -172,10 +102,11 @@ def simulate(question: Question, method: Method | None = None) -> MemoryReport:
             question.method if method is None else method,
             batch=question.batch,
             length=question.length,
-            loss=runs.OwnLoss(question.batch, question.length, INSTEAD),
+            loss=OwnLoss(question.batch, question.length, INSTEAD),
             checkpointing=question.checkpointing,
             layerwise=question.layerwise,
             capacity=None if question.capacity is None else parse_bytes(question.capacity),
+            context=parse_bytes(question.context),
             expandable=question.expandable,
             ranks=question.ranks,
         )
@@ -220,7 +151,7 @@ def compare(question: Question) -> MethodComparison:
     reports: dict[str, MemoryReport] = {}
     left_out: dict[str, str] = {}
     for method in methods(question):
-        _say(f"simulating {method.label}")
+        say(f"simulating {method.label}")
         try:
             reports[method.label] = simulate(question, method)
         except (DependencyError, MemoryModelError) as error:
@@ -268,7 +199,7 @@ def fit(question: Question, method: Method | None = None) -> Fit:
     tried: dict[int, MemoryReport] = {}
 
     def fits(batch: int) -> bool:
-        _say(f"simulating a batch of {batch}")
+        say(f"simulating a batch of {batch}")
         tried[batch] = simulate(replace(question, batch=batch), method)
         return bool(tried[batch].fits)
 
@@ -276,6 +207,7 @@ def fit(question: Question, method: Method | None = None) -> Fit:
         rows=(rows := _bisect(fits)),
         method=(method or question.method).label,
         capacity=question.capacity,
+        context=question.context,
         length=question.length,
         reserved=tried[max(rows, 1)].reserved or 0,
         at_least=rows == LARGEST,
@@ -294,7 +226,3 @@ def _bisect(fits: Callable[[int], bool]) -> int:
         middle = (low + high) // 2
         low, high = (middle, high) if fits(middle) else (low, middle)
     return low
-
-
-def _say(line: str) -> None:
-    sys.stderr.write(f"{line}\n")

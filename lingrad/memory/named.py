@@ -16,15 +16,23 @@ from lingrad.methods import BASELINES
 SHAPE, RANK = (4096, 4096), 128  # of the weight whose state the table gives
 
 
+HEADER = ("method", "is", "adapter mode", "reads G", f"state, MB, {SHAPE[0]} x {SHAPE[1]}, r {RANK}", "from", "differs")
+
+
 def table() -> str:
-    """The methods as a table in Markdown.
+    """The methods as a table in Markdown; see `rows`."""
+    return markdown([HEADER, *(tuple(row.values()) for row in rows())]).rstrip()
+
+
+def rows() -> list[dict[str, str]]:
+    """The methods, by what a column of the table says.
 
     Returns:
         For each, and for baselines of other packages, its name and defaults, what it is a combination of, whether adapter mode
         has the same run, when it reads the gradient itself, bytes of bases and state for one weight in bfloat16, and where it
         was published.
     """
-    rows = [("method", "is", "adapter mode", "reads G", f"state, MB, {SHAPE[0]} x {SHAPE[1]}, r {RANK}", "from", "differs")]
+    found: list[tuple[str, ...]] = []
     for name, method in METHODS.items():
         options = ", ".join(key if value is None else f"{key}={value}" for key, value in method.options.items())
         required = [key for key, value in method.options.items() if value is None]  # of a rank, or a number of steps
@@ -34,12 +42,12 @@ def table() -> str:
         shown = str(chosen).replace(f"={RANK}", "=...")
         dual = "only" if "keep_remainder" in chosen.settings else "refused" if residual else "the same run"
         state = f"{_state(chosen):.2f}"
-        rows.append((f"`{name}({options})`", f"`{shown}`", dual, _reads(chosen), state, method.paper, method.differs))
-    for name, found in BASELINES.items():
-        options = ", ".join(key if value is None else f"{key}={value}" for key, value in found.options.items())
+        found.append((f"`{name}({options})`", f"`{shown}`", dual, _reads(chosen), state, method.paper, method.differs))
+    for name, other in BASELINES.items():
+        options = ", ".join(key if value is None else f"{key}={value}" for key, value in other.options.items())
         called = f'`lingrad.methods.baseline("{name}"{", " * bool(options)}{options})`'
-        rows.append((called, f"of {found.package}, to compare with", "no dual", "at every step", "", found.paper, ""))
-    return markdown(rows).rstrip()
+        found.append((called, f"of {other.package}, to compare with", "no dual", "at every step", "", other.paper, ""))
+    return [dict(zip(HEADER, row, strict=True)) for row in found]
 
 
 def _reads(chosen: Chosen) -> str:

@@ -14,12 +14,16 @@ from lingrad.memory.cuda.allocator import replay
 from lingrad.memory.cuda.snapshot import to_snapshot, write_snapshot
 from lingrad.memory.log import CATEGORIES, END_OF_STEP, Log
 from lingrad.memory.plots import draw_timeline
-from lingrad.memory.units import readable
+from lingrad.memory.units import beside, readable
 
 Source = Literal["simulated", "tracked", "measured"]
 
 POINTS = 1000  # of a timeline
 TOP = 10
+WORDS = (
+    "requested: what tensors ask for, as the peak is counted; allocated: the allocator's blocks for them, each rounded up;\n"
+    "reserved: what the allocator takes from the device, which decides whether a run fits"
+)
 
 
 @dataclass(frozen=True)
@@ -73,6 +77,7 @@ class MemoryReport:
         allocated: Peak of the blocks that the allocator hands out; it rounds each request up. None if not known.
         reserved: Peak of what the allocator takes from the device. None if not known.
         capacity: The memory of the device, if it was given.
+        context: What the CUDA context takes of ``capacity``.
         fits: Whether the run fits in ``capacity``; None without a capacity.
         assumptions: What the figures assume, one sentence each.
         log: Every allocation and every free.
@@ -90,6 +95,7 @@ class MemoryReport:
     allocated: int | None = None
     reserved: int | None = None
     capacity: int | None = None
+    context: int = 0
     fits: bool | None = None
     assumptions: Sequence[str] = ()
     host: Mapping[str, int] = field(default_factory=dict)
@@ -102,15 +108,17 @@ class MemoryReport:
             if at or after:
                 rows.append((category, readable(at), f"{at / self.peak:.1%}", readable(after)))
         rows.append(("all", readable(self.peak), "100.0%", readable(self.steady)))
-        text = [f"{self.source} on {self.device}: {readable(self.peak)} at the peak, {readable(self.steady)} between steps"]
+        found = f"{readable(self.peak)} requested at the peak, {readable(self.steady)} between steps"
+        text = [f"{self.source} on {self.device}: {found}"]
         if self.reserved is not None:
-            rounded = "" if self.allocated is None else f", {readable(self.allocated)} of it in use at most"
-            text.append(f"the allocator takes {readable(self.reserved)} from the device{rounded}")
+            allocated = "" if self.allocated is None else f"{readable(self.allocated)} allocated, "
+            text.append(f"{allocated}{readable(self.reserved)} reserved")
         if self.host:
             parts = ", ".join(f"{readable(n)} of {category}" for category, n in self.host.items())
             text.append(f"in host memory between steps: {parts}")
         if self.capacity is not None:
-            text.append(f"{'fits' if self.fits else 'does NOT fit'} in {readable(self.capacity)}")
+            text.append(f"{'fits' if self.fits else 'does NOT fit'} in {readable(self.capacity)}{beside(self.context)}")
+        text += [] if self.reserved is None else ["", WORDS]
         text += ["", *columns(rows, right=[False, True, True, True], rule=True), ""]
         text.append("peak by phase  " + ", ".join(f"{phase} {readable(n)}" for phase, n in self.by_phase.items()))
         text += ["", "largest at the peak"]
@@ -181,6 +189,7 @@ def summarize(
     source: Source,
     device: str,
     capacity: int | None = None,
+    context: int = 0,
     expandable: bool = False,
     allocator: bool = False,
     preload: Sequence[int] = (),
@@ -193,6 +202,7 @@ def summarize(
         source: Where the log comes from.
         device: The device.
         capacity: The device's memory in bytes.
+        context: What the CUDA context takes of it.
         expandable: Model the allocator with expandable segments.
         allocator: Replay the log through the model of CUDA's allocator.
         preload: Bytes of allocations that are not in the log, such as cuBLAS workspaces.
@@ -214,9 +224,10 @@ def summarize(
     largest = sorted(live.items(), key=lambda item: -item[1])[:TOP]
     tops = tuple(Top(n, (s := log.storages[i]).category, s.phase, s.op) for i, n in largest)
     played = replay(log, expandable=expandable, preload=preload) if allocator else None
-    fits = None if capacity is None else peak <= capacity
-    if played is not None and capacity is not None:
-        within = replay(log, capacity=capacity, expandable=expandable, preload=preload)
+    left = None if capacity is None else max(0, capacity - context)
+    fits = None if left is None else peak <= left
+    if played is not None and left is not None:
+        within = replay(log, capacity=left, expandable=expandable, preload=preload)
         fits = within.fits
         played = within if fits else played  # an allocator without a limit does not give back what lies idle
     return MemoryReport(
@@ -232,6 +243,7 @@ def summarize(
         allocated=played.allocated if played else None,
         reserved=played.reserved if played else None,
         capacity=capacity,
+        context=0 if capacity is None else context,
         fits=fits,
         assumptions=tuple(assumptions),
         host=host,

@@ -11,15 +11,15 @@ from torch import Tensor, nn
 from lingrad.config.rules import Rules
 from lingrad.config.settings import InBackward, Mode
 from lingrad.deprecated import renamed_keywords
-from lingrad.errors import DataError, LingradError, MemoryModelError, ModeError, in_short, require, require_one_of
+from lingrad.errors import MemoryModelError, ModeError, require, require_one_of
 from lingrad.memory import kernels
 from lingrad.memory.devices import allocator_of
+from lingrad.memory.inputs import OwnLoss
 from lingrad.memory.log import END_OF_STEP
 from lingrad.memory.report import MemoryReport, summarize
 from lingrad.memory.shards import first_of
 from lingrad.memory.tracker import Tracker
 from lingrad.methods import FullRank, Lingrad, Method, Training
-from lingrad.models import loss_of, make_inputs
 from lingrad.optimizers.base import BaseLike
 
 Build = Callable[[], nn.Module]
@@ -47,6 +47,7 @@ def simulate(
     device: Device = "cuda",
     attention: kernels.Attention = "flash",
     capacity: int | None = None,
+    context: int = 0,
     expandable: bool = False,
     ranks: int = 1,
     **options: Any,
@@ -72,6 +73,7 @@ def simulate(
         device: The device to simulate, ``cuda`` or ``cpu``.
         attention: The attention kernel on CUDA: ``flash``, ``efficient`` or ``math``.
         capacity: Memory of the device in bytes; the report then says whether the run fits.
+        context: Bytes of ``capacity`` that the CUDA context takes, some hundred million; the command line assumes 512 MiB.
         expandable: Model ``expandable_segments:True`` of CUDA's allocator.
         ranks: Processes over which ``fully_shard`` cuts every weight, each with such a batch; the report is that of the first.
         **options: Options of the base and of `lingrad.wrap`; not with a `Method`.
@@ -88,7 +90,8 @@ def simulate(
     require(type(ranks) is int and ranks >= 1, "ranks", f"ranks must be a whole number, 1 or more, not {ranks!r}")
     require_one_of(device, ("cuda", "cpu"), "device")
     require_one_of(attention, get_args(kernels.Attention), "attention")
-    require(capacity is None or type(capacity) is int, "capacity", f"capacity must be a number of bytes, not {capacity!r}")
+    for option, value in (("capacity", 0 if capacity is None else capacity), ("context", context)):
+        require(type(value) is int and value >= 0, option, f"{option} must be a number of bytes, not {value!r}")
     assumed: set[str] = set()
     method = _method(rules, base, mode, options)
     if ranks > 1 and not isinstance(method, (Lingrad, FullRank)):
@@ -125,6 +128,7 @@ def simulate(
         source="simulated",
         device=device,
         capacity=capacity,
+        context=context,
         expandable=expandable,
         allocator=device == "cuda",
         preload=CUBLAS if device == "cuda" else (),
@@ -242,59 +246,3 @@ def _checkpointed(model: nn.Module, checkpointing: bool) -> nn.Module:
             )
         enable({"use_reentrant": False})
     return model
-
-
-class OwnLoss:
-    """The loss that a model of transformers computes on random inputs, or the mean of its first output.
-
-    Args:
-        batch: Rows of a batch.
-        length: Positions of a row.
-        remedy: What to do where no inputs are known, for the message.
-    """
-
-    def __init__(self, batch: int, length: int, remedy: str = "give a function that computes its loss: loss=...") -> None:
-        self.batch, self.length, self.remedy = batch, length, remedy
-        self._device = torch.device("meta")
-        self._inputs: dict[str, Any] = {}  # argument -> True, or the shape, dtype and bound of a tensor
-
-    def prepare(self, model: nn.Module) -> None:
-        """Find the inputs before anything is counted, since a model may be run to find them.
-
-        Args:
-            model: The model, on the device it is to run on.
-
-        Raises:
-            MemoryModelError: None are known.
-        """
-        try:
-            found = make_inputs(model, rows=self.batch, length=self.length, loss=True)
-        except DataError as error:
-            raise MemoryModelError(f"{error}; {self.remedy}") from error
-        self._device = next(model.parameters()).device
-        self._inputs = {name: _described(value) if isinstance(value, Tensor) else value for name, value in found.items()}
-
-    def __call__(self, model: nn.Module) -> Tensor:
-        """The loss of a step; its inputs are made in it, as by a data loader, those that are alike once."""
-        made: dict[Any, Tensor] = {}
-        for described in self._inputs.values():
-            if described is not True and described not in made:
-                shape, dtype, bound = described
-                options: Any = {"dtype": dtype, "device": self._device}
-                made[described] = torch.randint(bound, shape, **options) if bound else torch.randn(shape, **options)
-        try:
-            return loss_of(model(**{name: made.get(described, True) for name, described in self._inputs.items()}))
-        except (LingradError, torch.OutOfMemoryError):
-            raise
-        except Exception as error:  # a model may raise any exception
-            if kernels.of_meta(error):
-                raise
-            raise MemoryModelError(
-                f"{type(model).__name__} does not run on the random {', '.join(self._inputs)} that are made for it: "
-                f"{in_short(error)}; {self.remedy}"
-            ) from error
-
-
-def _described(value: Tensor) -> tuple[tuple[int, ...], torch.dtype, int]:
-    whole = not value.is_floating_point()
-    return tuple(value.shape), value.dtype, (2 if value.is_meta else int(value.max()) + 1) if whole else 0

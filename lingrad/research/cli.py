@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json as json_
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,6 +12,8 @@ from lingrad.files.results import check_folders, example, finish
 from lingrad.research import commands
 
 studies = typer.Typer()
+
+Json = Annotated[Path | None, typer.Option(help="Write the report as JSON to this file; - prints the JSON and nothing else.")]
 
 
 @studies.command(epilog=example("lingrad run plan.toml --out runs/plan --jobs 2"))
@@ -24,10 +27,11 @@ def run(
     quick: Annotated[
         bool, typer.Option("--quick", help="See that the plan runs: a tenth of the steps, one trial, one seed.")
     ] = False,
+    json: Json = None,
 ) -> None:
     """Run a plan. Every entry is tuned with the same number of trials, and its best run with several seeds."""
-    files = commands.run(plan, out, jobs=jobs, storage=storage, quick=quick)
-    typer.echo(f"{files[0].read_text()}\nWritten: {', '.join(map(str, files))}")
+    check_folders(json)
+    _show(commands.run(plan, out, jobs=jobs, storage=storage, quick=quick), json)
 
 
 @studies.command(epilog=example("lingrad report runs/plan --x seconds --y loss"))
@@ -44,10 +48,11 @@ def report(
     files: Annotated[Path | None, typer.Option(help="Where the files that the plan names are now, if they were moved.")] = None,
     out: Annotated[Path | None, typer.Option(help="Of a published file: a new folder for its results and report.")] = None,
     publish: Annotated[Path | None, typer.Option(help="Write all results into this file of JSON, to be published.")] = None,
+    json: Json = None,
 ) -> None:
     """Write the report of a plan's results again. Markdown, pictures, and one page that needs no network."""
-    made = commands.report_of(folders, x=x, y=y, versus=versus, files=files, out=out, publish=publish)
-    typer.echo(f"{made[0].read_text()}\nWritten: {', '.join(map(str, made))}")
+    check_folders(json)
+    _show(commands.report_of(folders, x=x, y=y, versus=versus, files=files, out=out, publish=publish), json)
 
 
 @studies.command(epilog=example('lingrad find-lr --text book.txt --rules "random(rank=64, every=50)" --low 1e-5'))
@@ -65,12 +70,19 @@ def find_lr(
     steps: Annotated[int, typer.Option(min=2, help="Training steps, each at the next learning rate.")] = 100,
     length: Annotated[int, typer.Option(min=2, help="Bytes in a window.")] = 64,
     out: Annotated[Path, typer.Option(help="Folder of the results.")] = Path("runs/find-lr"),
-    json: Annotated[
-        Path | None, typer.Option(help="Write the report as JSON to this file; - prints the JSON and nothing else.")
-    ] = None,
+    json: Json = None,
 ) -> None:
     """Suggest a learning rate, by a range test. The rate rises from step to step; the model is that of lingrad train."""
     check_folders(json)
     options: dict[str, Any] = {"base": base, "mode": mode, "low": low, "high": high, "scale": scale, "carry": carry}
     found = commands.find_lr(text, rules, out, steps=steps, length=length, **options)
     finish(json, found.to_json, lambda: typer.echo(f"{found}\nWritten: {out / 'find-lr.json'}, {out / 'find-lr.png'}"))
+
+
+def _show(files: list[Path], json: Path | None) -> None:
+    names = [str(file) for file in files]
+    finish(
+        json,
+        lambda: json_.dumps({"written": names}),
+        lambda: typer.echo(f"{files[0].read_text()}\nWritten: {', '.join(names)}"),
+    )

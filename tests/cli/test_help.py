@@ -83,7 +83,10 @@ def test_the_exit_codes_are_stated(lingrad):
     status, out, _ = lingrad("--help")
     assert status == 0
     text = " ".join(out.split())
-    for code in ("Exit codes: 0 done", "1 an unexpected error, with a traceback", "2 wrong input", "130 interrupted"):
+    for code in (
+        *("Exit codes: 0 done", "1 an unexpected error, with a traceback", "2 wrong input", "130 interrupted"),
+        "3 what lingrad memory simulate or fit was asked about does not fit in --capacity",
+    ):
         assert code in text
         assert code.removeprefix("Exit codes: ") in " ".join((Path(__file__).parents[2] / "docs/memory.md").read_text().split())
 
@@ -165,15 +168,16 @@ OLD_DEMO = ["--model", "demo", "--seq", "16", "--spec", "svd(rank=8)"]
 )
 @pytest.mark.thinned(3)
 def test_old_command_lines_of_memory_work_and_say_what_to_write(lingrad, old, new, said):
+    fits = 3 if "fit" in new else 0  # not with the memory of a CUDA context
     status, out, errors = lingrad(*old)
-    assert status == 0, errors
+    assert status == fits, errors
     assert errors.splitlines()[:3] == [
         "deprecated: lingrad memory --seq; use --length",
         "deprecated: lingrad memory --spec; use --rules",
         f"deprecated: {said}",
     ]
     status, expected, errors = lingrad(*new)
-    assert status == 0, errors
+    assert status == fits, errors
     assert "deprecated" not in errors
     assert out == expected
 

@@ -10,8 +10,8 @@ from torch.distributed.fsdp import fully_shard
 
 from lingrad import memory
 from lingrad.errors import ModeError, SpecError
+from lingrad.memory.inputs import OwnLoss
 from lingrad.memory.log import END_OF_STEP
-from lingrad.memory.runs import OwnLoss
 from lingrad.methods import FullRank, GaloreTorch, Lora
 from tests.support.models import llama
 from tests.support.processes import each_rank

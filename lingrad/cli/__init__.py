@@ -1,0 +1,112 @@
+"""The command line: parse the arguments, call one function, print its result. No logic."""
+
+from __future__ import annotations
+
+import json as json_
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from lingrad import __version__
+from lingrad.cli.adapters import adapters
+from lingrad.cli.common import EXIT_CODES, Command, group
+from lingrad.cli.memory import memory
+from lingrad.cli.options import Base, Json, Model, Results, Rules, Share
+from lingrad.config.explain import explain as explain_
+from lingrad.files.results import check_folders, example, finish
+from lingrad.memory import named
+from lingrad.models import open_model
+from lingrad.research import commands as research_commands
+from lingrad.research import report as research_report
+from lingrad.research.cli import studies
+
+EPILOG = example('lingrad memory simulate --model llama-7b --rules "svd(rank=1024)" --capacity 24G') + "\n\n" + EXIT_CODES
+app = group(
+    "Train large models in less memory: gradients are mapped to a small space, as GaLore does, or adapters are trained, as "
+    "LoRA does, with one engine. The commands show what a method would take of a GPU and what it does to a model, compare "
+    "methods and learning rates, and turn runs into adapters that PEFT loads. Training itself is Python: lingrad.wrap(model).",
+    EPILOG,
+)
+
+
+def _version(value: bool) -> None:
+    if value:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _program(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_version, help="Print the version, and nothing else.")
+    ] = False,
+) -> None: ...
+
+
+@app.command(epilog=example("lingrad demo --steps 60 --out runs/demo"))
+def demo(
+    out: Results = Path("runs/demo"),
+    steps: Annotated[int | None, typer.Option(min=3, help="Training steps; 200 by default.")] = None,
+    json: Json = None,
+) -> None:
+    """Train a small Llama on Moby-Dick with seven methods. Full AdamW, GaLore in both modes, a random map, online PCA."""
+    check_folders(json)
+    result = research_commands.demo(out, steps=steps)
+    finish(json, lambda: research_report.to_json(result), lambda: research_commands.show(result, out))
+
+
+@app.command(epilog=example('lingrad train --text book.txt --rules "random(rank=64, every=50)" --steps 100'))
+def train(
+    text: Annotated[Path, typer.Option(help="A UTF-8 text to train on.")],
+    rules: Rules = "svd(rank=64, every=50)",
+    base: Base = "adamw",
+    lr: Annotated[float, typer.Option(help="Learning rate.")] = 5e-3,
+    scale: Annotated[float, typer.Option(help="Factor on the learning rate of the coordinates.")] = 0.25,
+    carry: Annotated[str, typer.Option(help="Moments at a refresh: keep, reset, rotate or transport.")] = "keep",
+    steps: Annotated[int, typer.Option(min=3, help="Training steps; two mode switches need three.")] = 200,
+    length: Annotated[int, typer.Option(min=2, help="Bytes in a window.")] = 64,
+    out: Results = Path("runs/train"),
+    json: Json = None,
+) -> None:
+    """Train the demo's model on your own text. One method in both modes is compared with full-rank training."""
+    check_folders(json)
+    options: dict[str, Any] = {"base": base, "lr": lr, "scale": scale, "carry": carry, "steps": steps, "length": length}
+    result = research_commands.train(text, rules, out, **options)
+    finish(json, lambda: research_report.to_json(result), lambda: research_commands.show(result, out))
+
+
+@app.command(epilog=example('lingrad explain "*.mlp.*: svd(rank=64); *: none" --model llama-7b'))
+def explain(
+    rules: Annotated[str, typer.Argument(metavar="RULES", help="Config string, or rules: '*.attn.*: svd(rank=64); *: none'.")],
+    model: Model = "demo",
+    every_parameter: Annotated[bool, typer.Option("--all", help="One line for every parameter.")] = False,
+    share: Share = False,
+    json: Json = None,
+) -> None:
+    """Show which parameters rules transform, and to what sizes."""
+    check_folders(json)
+    found = explain_(open_model(model), rules, share="input" if share else None, every_parameter=every_parameter)
+    finish(json, lambda: json_.dumps(asdict(found), indent=1), lambda: typer.echo(found))
+
+
+@app.command(epilog=example("lingrad methods"))
+def methods(json: Json = None) -> None:
+    """List published methods by name, each a combination of parts. A name may be given as rules."""
+    check_folders(json)
+    finish(json, lambda: json_.dumps(named.rows(), indent=1), lambda: typer.echo(named.table()))
+
+
+@app.command(epilog=example("lingrad version"))
+def version(json: Json = None) -> None:
+    """Print the version."""
+    check_folders(json)
+    finish(json, lambda: json_.dumps({"lingrad": __version__}), lambda: typer.echo(__version__))
+
+
+app.add_typer(memory, name="memory")
+_own = app.registered_commands  # in the order of the list of commands
+app.registered_commands = [*_own[:2], *studies.registered_commands, *_own[2:3], *adapters.registered_commands, *_own[3:]]
+for _info in (*app.registered_commands, *memory.registered_commands):
+    _info.cls = Command

@@ -12,6 +12,7 @@ import typer
 from lingrad import __version__
 from lingrad.config.explain import explain as explain_
 from lingrad.convert import commands as convert_commands
+from lingrad.convert.cli import adapters
 from lingrad.files.results import check_folders, example, finish, written
 from lingrad.memory import commands as memory_commands
 from lingrad.memory import named
@@ -61,6 +62,8 @@ Results = Annotated[Path, typer.Option(help="Folder of the results.")]
 Rules = Annotated[str, typer.Option(help="Config string, or rules: '*.attn.*: svd(rank=64); *: none'.")]
 Share = Annotated[bool, typer.Option("--share", help="Share right bases among layers that read the same input.")]
 Stagger = Annotated[bool, typer.Option("--stagger", help="Refresh weights in turns.")]
+Allow = Annotated[float | None, typer.Option(help="Accept an adapter that leaves this share of a weight's change out.")]
+Target = Annotated[str, typer.Option(help="What is to load the adapter: peft, vllm, llama.cpp or diffusers.")]
 UniformRank = Annotated[bool, typer.Option("--uniform-rank", help="One rank for all weights: the largest that one needs.")]
 
 
@@ -96,7 +99,7 @@ def train(
     finish(json, lambda: research_report.to_json(result), lambda: research_commands.show(result, out))
 
 
-app.registered_commands += studies.registered_commands
+app.registered_commands += [*studies.registered_commands, *adapters.registered_commands]
 
 
 @app.command(epilog=example('lingrad explain "*.mlp.*: svd(rank=64); *: none" --model llama-7b'))
@@ -226,12 +229,15 @@ def convert(
     full_svd: Annotated[bool, typer.Option("--full-svd", help="Full decompositions instead of random projections.")] = False,
     logits: Logits = False,
     decayed_start: Annotated[Path | None, typer.Option(help="Write START with its decay applied to this folder.")] = None,
+    target: Target = "peft",
+    allow_residual: Allow = None,
     json: Json = None,
 ) -> None:
     """Turn the difference of two models into an adapter for PEFT. For a lingrad run with a ledger use lingrad export."""
     check_folders(json)
     options: dict[str, Any] = {"rank": rank, "energy": energy, "max_error": max_error, "dtype": dtype, "logits": logits}
     options |= {"uniform_rank": uniform_rank, "full_svd": full_svd, "decayed_start": decayed_start}
+    options |= {"target": target, "allow_residual": allow_residual}
     report = convert_commands.convert(start, tuned, out, **options)
     finish(json, report.json, lambda: typer.echo(f"{report.table()}\nWritten: {out}"))
 
@@ -246,11 +252,14 @@ def export(
     uniform_rank: UniformRank = False,
     logits: Logits = False,
     decayed_start: Annotated[Path | None, typer.Option(help="Write START with its decay applied to this folder.")] = None,
+    target: Target = "peft",
+    allow_residual: Allow = None,
     json: Json = None,
 ) -> None:
     """Turn a checkpoint of lingrad into an adapter for PEFT. The run needs ledger=True; nothing is searched for."""
     check_folders(json)
     options: dict[str, Any] = {"rank": rank, "dtype": dtype, "uniform_rank": uniform_rank, "logits": logits}
+    options |= {"target": target, "allow_residual": allow_residual}
     report = convert_commands.export(run, out, start=start, decayed_start=decayed_start, **options)
     finish(json, report.json, lambda: typer.echo(f"{report.table()}\nWritten: {out}"))
 

@@ -26,6 +26,7 @@ from lingrad.files.optimizer_file import FILE, identify, load_state
 from lingrad.files.reading import all_finite
 from lingrad.maps.factors import Factors, compress
 from lingrad.models import open_model
+from lingrad.peft.loaders import Target
 from lingrad.peft.report import AdapterReport
 
 
@@ -40,6 +41,8 @@ def convert_run(
     uniform_rank: bool = False,
     logits: bool = False,
     decayed_start: str | Path | None = None,
+    target: Target = "peft",
+    allow_residual: float | None = None,
     tick: Tick | None = None,
 ) -> AdapterReport:
     """Turn a checkpoint of a lingrad run with ``ledger=True`` into an adapter that PEFT loads, exact to rounding.
@@ -57,6 +60,9 @@ def convert_run(
         uniform_rank: Give all weights the largest rank that one needs, by columns of zeros.
         logits: Load both models into memory, and compare their logits through PEFT; needs ``start``.
         decayed_start: Where to write ``start`` with its weights multiplied by the run's decay; the adapter is then for it.
+        target: What is to load the adapter, as for `lingrad.peft.export`.
+        allow_residual: The largest relative residual of any weight to accept, by default 0.02: of TUNED - START where ``start``
+            is given, else of the recorded change.
         tick: Called after each tensor: how many are done, of how many, its name.
 
     Returns:
@@ -72,7 +78,7 @@ def convert_run(
         needed = f"{option} needs the model that the run started from; give its folder as start"
         require(not asked or start is not None, option, needed)
     decayed = None if decayed_start is None else Path(decayed_start)
-    output = Output(Path(out), Goal(rank), dtype, uniform_rank, logits, decayed, tick)
+    output = Output(Path(out), Goal(rank), dtype, uniform_rank, logits, decayed, target, allow_residual, tick)
     tuned = ModelFolder(Path(run))
     was = None if start is None else ModelFolder(Path(start))
     optional("peft", "checking an adapter", "hf")

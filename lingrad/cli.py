@@ -63,6 +63,7 @@ Rules = Annotated[str, typer.Option(help="Config string, or rules: '*.attn.*: sv
 Share = Annotated[bool, typer.Option("--share", help="Share right bases among layers that read the same input.")]
 Stagger = Annotated[bool, typer.Option("--stagger", help="Refresh weights in turns.")]
 Allow = Annotated[float | None, typer.Option(help="Accept an adapter that leaves this share of a weight's change out.")]
+BaseModel = Annotated[str | None, typer.Option(help="What others know the starting model by, such as owner/name.")]
 Target = Annotated[str, typer.Option(help="What is to load the adapter: peft, vllm, llama.cpp or diffusers.")]
 UniformRank = Annotated[bool, typer.Option("--uniform-rank", help="One rank for all weights: the largest that one needs.")]
 
@@ -231,13 +232,14 @@ def convert(
     decayed_start: Annotated[Path | None, typer.Option(help="Write START with its decay applied to this folder.")] = None,
     target: Target = "peft",
     allow_residual: Allow = None,
+    base_model: BaseModel = None,
     json: Json = None,
 ) -> None:
     """Turn the difference of two models into an adapter for PEFT. For a lingrad run with a ledger use lingrad export."""
     check_folders(json)
     options: dict[str, Any] = {"rank": rank, "energy": energy, "max_error": max_error, "dtype": dtype, "logits": logits}
     options |= {"uniform_rank": uniform_rank, "full_svd": full_svd, "decayed_start": decayed_start}
-    options |= {"target": target, "allow_residual": allow_residual}
+    options |= {"target": target, "allow_residual": allow_residual, "base_model": base_model}
     report = convert_commands.convert(start, tuned, out, **options)
     finish(json, report.json, lambda: typer.echo(f"{report.table()}\nWritten: {out}"))
 
@@ -254,12 +256,13 @@ def export(
     decayed_start: Annotated[Path | None, typer.Option(help="Write START with its decay applied to this folder.")] = None,
     target: Target = "peft",
     allow_residual: Allow = None,
+    base_model: BaseModel = None,
     json: Json = None,
 ) -> None:
     """Turn a checkpoint of lingrad into an adapter for PEFT. The run needs ledger=True; nothing is searched for."""
     check_folders(json)
     options: dict[str, Any] = {"rank": rank, "dtype": dtype, "uniform_rank": uniform_rank, "logits": logits}
-    options |= {"target": target, "allow_residual": allow_residual}
+    options |= {"target": target, "allow_residual": allow_residual, "base_model": base_model}
     report = convert_commands.export(run, out, start=start, decayed_start=decayed_start, **options)
     finish(json, report.json, lambda: typer.echo(f"{report.table()}\nWritten: {out}"))
 

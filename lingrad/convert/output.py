@@ -11,6 +11,7 @@ from lingrad.console import Tick
 from lingrad.convert.lowrank import Goal
 from lingrad.errors import require
 from lingrad.files.atomic import refuse_existing
+from lingrad.peft.card import check_base_model
 from lingrad.peft.fit import check_allowed, check_target
 from lingrad.peft.loaders import Target
 
@@ -39,6 +40,7 @@ class Output:
         decayed_start: Where to write the starting model with decay applied.
         target: What is to load the adapter.
         allow_residual: The largest residual of a weight to accept; None for what needs no permission.
+        base_model: What others know the starting model by; None for its folder.
         tick: Called after each tensor.
 
     Raises:
@@ -54,6 +56,7 @@ class Output:
     decayed_start: Path | None = None
     target: Target = "peft"
     allow_residual: float | None = None
+    base_model: str | None = None
     tick: Tick | None = None
 
     def __post_init__(self) -> None:
@@ -63,6 +66,7 @@ class Output:
         )
         check_target(self.target)
         check_allowed(self.allow_residual)
+        check_base_model(self.base_model)
         refuse_existing(self.out)
         if self.decayed_start is None:
             return

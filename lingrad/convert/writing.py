@@ -26,6 +26,7 @@ from lingrad.files.model_folder import ModelFolder
 from lingrad.files.tensorfile import TensorFile
 from lingrad.maps.factors import Factors, padded
 from lingrad.peft import verify
+from lingrad.peft.card import add_tokenizer, unnamed, write_card
 from lingrad.peft.fit import check_written, largest_rank, limited, refuse_full, uniform_rank
 from lingrad.peft.report import AdapterReport, ChangedTensor, Writer
 from lingrad.peft.slots import Slot
@@ -35,7 +36,9 @@ Identity = Callable[[], Mapping[str, Any]]
 Finder = Callable[[TensorPair], tuple[ChangeRecord, Factors | None]]
 
 
-def make_adapter(source: Writer, models: Models, output: Output, find: Finder, identity: Identity) -> AdapterReport:
+def make_adapter(
+    source: Writer, models: Models, output: Output, find: Finder, identity: Identity, transforms: tuple[str, ...] = ()
+) -> AdapterReport:
     """Find the changes that are not found yet, write the adapter, and give it its name.
 
     Args:
@@ -45,6 +48,7 @@ def make_adapter(source: Writer, models: Models, output: Output, find: Finder, i
         find: Gives the record and the factors of one tensor's change.
         identity: Gives what is converted, and how: an unfinished conversion is resumed where this is the same, and the folder
             is published where it still is.
+        transforms: Config strings of the bases, where they are known.
 
     Returns:
         The report.
@@ -57,7 +61,7 @@ def make_adapter(source: Writer, models: Models, output: Output, find: Finder, i
         job = _Job(models, output, work)
         job.find(find)
         with job.start_for() as start:
-            report = job.write(source, start)
+            report = job.write(source, start, transforms)
             changed = [key for key, value in identity().items() if value != was[key]]
             if changed:
                 raise DataError(
@@ -169,12 +173,13 @@ class _Job:
             shutil.rmtree(decayed, ignore_errors=True)
             raise
 
-    def write(self, source: Writer, start: Path | None) -> AdapterReport:
+    def write(self, source: Writer, start: Path | None, transforms: tuple[str, ...]) -> AdapterReport:
         """Write the adapter, read it again, compare, and add the report.
 
         Args:
             source: What is converted.
             start: The folder of the model that the adapter is for.
+            transforms: Config strings of the bases.
 
         Returns:
             The report.
@@ -203,7 +208,7 @@ class _Job:
             models.model,
             Lazy(list(low), lambda param: padded(limited(self.work.factors(index[param]), most), ranks[param])),
             Lazy(full, lambda param: models.tuned.read(files[param]), files),
-            start=str(start or ""),
+            start=(name := output.base_model or str(start or "")),
         )
         slots = verify.check_structure(folder, models.model, list(low))
         rows, norms, lost, norm = [], [], 0.0, 0.0
@@ -234,7 +239,7 @@ class _Job:
                 )
             )
         require_allowed(output, rows, cut)
-        faults = check_written(folder, output.target, output.out)
+        faults = [*check_written(folder, output.target), *unnamed(name)]
         model_bytes = sum(file.path.stat().st_size for file in models.tuned.files.values())
         report = AdapterReport(
             source,
@@ -251,6 +256,8 @@ class _Job:
             notes=(*notes(rows, output.goal, written.nbytes, model_bytes, models.ignored), *faults),
         )
         report.write(folder)
+        add_tokenizer(folder, None, models.tuned.path)
+        write_card(folder, report, written.config, transforms)
         return report
 
     def _record(self, index: int) -> ChangeRecord:

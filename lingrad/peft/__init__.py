@@ -7,6 +7,7 @@ from lingrad.peft.check import AdapterCheck as AdapterCheck
 from lingrad.peft.check import LoaderFinding as LoaderFinding
 from lingrad.peft.check import check_adapter as check_adapter
 from lingrad.peft.export import export as export
+from lingrad.peft.hub import push_to_hub as push_to_hub
 from lingrad.peft.load import load as load
 from lingrad.peft.read import Adapter as Adapter
 from lingrad.peft.read import read_adapter as read_adapter

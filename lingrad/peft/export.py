@@ -13,8 +13,11 @@ from lingrad.deprecated import renamed_keywords
 from lingrad.errors import ExportError, optional, require, warn_caller
 from lingrad.files.atomic import new_folder
 from lingrad.maps.factors import Factors
+from lingrad.peft.card import add_tokenizer, check_base_model, unnamed, write_card
 from lingrad.peft.comparison import Comparison, is_wide
 from lingrad.peft.fit import check_allowed, check_target, check_written, fitted, largest_rank, limited, refuse_full
+from lingrad.peft.hub import check_repository, require_named
+from lingrad.peft.hub import push_to_hub as push_to_hub_
 from lingrad.peft.loaders import Target
 from lingrad.peft.report import AdapterReport, ChangedTensor
 from lingrad.peft.slots import aliases, slots, why_not
@@ -36,6 +39,9 @@ def export(
     whole: bool = False,
     allow_residual: float | None = None,
     target: Target = "peft",
+    base_model: str | None = None,
+    tokenizer: Any = None,
+    push_to_hub: str | None = None,
     quiet: bool = False,
 ) -> AdapterReport:
     """Write the change that a run has made to its model as an adapter that PEFT loads by itself.
@@ -62,6 +68,12 @@ def export(
         target: What is to load the adapter: ``peft``, with which every module may have its own rank, and tensors may be saved
             in full; or ``vllm``, ``llama.cpp`` or ``diffusers``, which read less of an adapter: it then has one rank (by
             columns of zeros, for vLLM at most 512) and nothing but factors.
+        base_model: What others know the starting model by, such as ``owner/name``: PEFT's ``base_model_name_or_path``, by which
+            programs find it. By default the folder given as ``start``, or the name that the model was loaded by.
+        tokenizer: The tokenizer to put into the folder, with its chat template: one of transformers, or a folder with one; by
+            default that of ``start`` where it is a folder that has one.
+        push_to_hub: A repository of the Hugging Face hub, ``owner/name``, to upload the finished folder to; None uses no
+            network.
         quiet: Do not print the report.
 
     Returns:
@@ -76,6 +88,9 @@ def export(
     """
     _check_options(start, dtype, rank, whole, allow_residual)
     check_target(target)
+    check_base_model(base_model)
+    if push_to_hub is not None:
+        check_repository(push_to_hub)
     most = largest_rank(target, rank)
     optional("peft", "exporting to PEFT", "hf")
     with new_folder(Path(path)) as folder:
@@ -91,11 +106,13 @@ def export(
             for name, slot in slots(source.bare, low_rank).items()
             if name in source.bases and changes[name] is source.changes[name]
         }
-        name = str(start) if isinstance(start, str | Path) else _name(starting or source.bare)
+        name = base_model or (str(start) if isinstance(start, str | Path) else _name(starting or source.bare))
+        if push_to_hub is not None:
+            require_named(name)
         written = write_adapter(folder, source.bare, changes, full, start=name, dtype=dtype, frozen=frozen)
         if written.alongside:
             notes.append("PEFT loads what is saved alongside the adapters into the model: disable_adapter() does not remove it")
-        notes += (faults := check_written(folder, target, path))
+        notes += (faults := [*check_written(folder, target), *unnamed(name)])
         lost = {name: why for name in low_rank if (why := _narrowed(changes[name], source.changes[name], most, dtype))}
         comparison = Comparison(source, starting, written, full, folder)
         rows, residual = comparison.weights(allow_residual, lost)
@@ -112,9 +129,13 @@ def export(
             path=str(path),
         )
         report.write(folder)
+        add_tokenizer(folder, tokenizer, Path(start) if isinstance(start, str | Path) else None)
+        write_card(folder, report, written.config, source.transforms)
+    if push_to_hub is not None:
+        push_to_hub_(path, push_to_hub)
     if not quiet:
         sys.stdout.write(f"{report}\n")
-    for fault in faults if quiet and target == "peft" else ():
+    for fault in faults if quiet else ():
         warn_caller(fault, UserWarning)
     return report
 

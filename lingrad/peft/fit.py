@@ -106,13 +106,12 @@ def refuse_full(target: Target, full: Collection[str]) -> None:
     )
 
 
-def check_written(folder: Path, target: Target, path: str | Path) -> list[str]:
+def check_written(folder: Path, target: Target) -> list[str]:
     """Make sure that an adapter's target loads it as PEFT does.
 
     Args:
         folder: The adapter's folder.
         target: What it is for.
-        path: The name that the folder is to get.
 
     Returns:
         Notes: for ``peft``, which other loaders would change it without an error; for others, how to load it.
@@ -124,6 +123,6 @@ def check_written(folder: Path, target: Target, path: str | Path) -> list[str]:
     if target == "peft":
         found = scale_faults(adapter)
         return [f"{sentence}. target={loader!r} writes an adapter that it loads as it is" for loader, sentence in found.items()]
-    finding = judge(LOADERS[target], adapter, str(path))
+    finding = judge(LOADERS[target], adapter, "DIR")
     require_loads(finding, "the adapter", "Leave these weights out by a rule, or export for PEFT, merge and serve the model")
     return [f"for {LOADERS[target].title}: {finding.command}"]

@@ -91,7 +91,7 @@ class TestTargets:
 
     def test_ranks_that_are_equal_are_worth_no_warning(self, tmp_path, recwarn):
         _, opt = mixed_run(rules={"*_proj": "svd(rank=4, every=0)", "*": "frozen"})
-        report = bridge.export(opt, tmp_path / "a", quiet=True)
+        report = bridge.export(opt, tmp_path / "a", base_model="org/model", quiet=True)
         assert not report.notes
         assert not [w for w in recwarn if "multiply" in str(w.message)]
         assert {found.verdict for found in bridge.check_adapter(tmp_path / "a").findings} == {"loads"}

@@ -116,8 +116,8 @@ def resolve_model(model: nn.Module, rules: Rules, train_only: TrainOnly | None =
     plan = _plan(candidates, _frozen_unless_named(candidates, chosen, train_only), ends)
     if not plan.targets and not plan.full:
         raise SpecError(
-            f"nothing to train: every parameter of {type(model).__name__} is frozen, by requires_grad=False or by a rule; "
-            "unfreeze what is to train, or give it another rule"
+            f"nothing to train: every parameter of {type(model).__name__} is frozen, by requires_grad=False, a rule or "
+            "train_only; unfreeze what is to train, or give it another rule"
         )
     return plan
 

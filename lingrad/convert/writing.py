@@ -27,7 +27,7 @@ from lingrad.files.tensorfile import TensorFile
 from lingrad.maps.factors import Factors, padded
 from lingrad.peft import verify
 from lingrad.peft.card import add_tokenizer, unnamed, write_card
-from lingrad.peft.fit import check_written, largest_rank, limited, refuse_full, uniform_rank
+from lingrad.peft.fit import check_written, largest_rank, limited, refuse_full, same_rank
 from lingrad.peft.report import AdapterReport, ChangedTensor, Writer
 from lingrad.peft.slots import Slot
 from lingrad.peft.write import WEIGHTS, write_adapter
@@ -198,7 +198,8 @@ class _Job:
         most = largest_rank(output.target, None)
         ranks = {param: min(record.rank, most or record.rank) for param, record in low.items()}
         cut = {param for param, record in low.items() if record.rank > ranks[param]}
-        ranks = uniform_rank("vllm" if output.uniform_rank else output.target, ranks)
+        if output.uniform_rank or output.target != "peft":
+            ranks = same_rank(ranks)
         index = {pair.param: i for i, pair in enumerate(models.pairs)}
         files = {pair.param: pair.name for pair in models.pairs}
         shutil.rmtree(folder, ignore_errors=True)

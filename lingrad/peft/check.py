@@ -13,7 +13,7 @@ from lingrad.console import columns, span
 from lingrad.errors import DataError, ExportError, require_one_of
 from lingrad.peft import names, patterns
 from lingrad.peft.config import open_config
-from lingrad.peft.loaders import LOADERS, VLLM_RANKS, AdapterFile, Loader, LoaderName
+from lingrad.peft.loaders import LOADERS, TARGETS, VLLM_RANKS, AdapterFile, Loader, LoaderName
 from lingrad.peft.read import open_weights
 from lingrad.peft.slots import PREFIX
 
@@ -89,11 +89,11 @@ def check_adapter(folder: str | Path, loader: str | None = None) -> AdapterCheck
     chosen = [found for name, found in LOADERS.items() if loader in (None, name)]
     findings = tuple(judge(each, adapter, str(folder)) for each in chosen)
     if loader is not None:
-        require_loads(
-            findings[0],
-            f"'{folder}'",
-            f"Export it again with target='{loader}' where lingrad wrote it, or merge it (lingrad merge) and serve the model",
+        target = loader if loader in TARGETS else "vllm"  # one rank, nothing but factors
+        again = (
+            f"Export it again with target='{target}' where lingrad wrote it, or merge it (lingrad merge) and serve the model"
         )
+        require_loads(findings[0], f"'{folder}'", again)
     return AdapterCheck(str(folder), findings)
 
 
@@ -225,7 +225,6 @@ def judge(loader: Loader, adapter: AdapterFile, folder: str) -> LoaderFinding:
     changed += [f"leaves out {what}" for what in loader.loses(adapter)]
     needed = next((rank for rank in VLLM_RANKS if rank >= max(adapter.r, *adapter.ranks.values())), VLLM_RANKS[-1])
     start = str(adapter.config.get("base_model_name_or_path") or "START")
-    command = loader.command
-    for word, value in (("START", start), ("DIR", folder), ("RANK", str(needed))):
-        command = re.sub(rf"\b{word}\b", lambda _, value=value: value, command)  # type: ignore[misc]
+    words = {"START": start, "DIR": folder, "RANK": str(needed)}
+    command = re.sub(rf"\b({'|'.join(words)})\b", lambda found: words[found[0]], loader.command)
     return LoaderFinding(loader.name, tuple(loader.refuses(adapter)), tuple(changed), command)

@@ -45,17 +45,16 @@ def largest_rank(target: Target, rank: int | None) -> int | None:
     return min(limits, default=None)
 
 
-def uniform_rank(target: Target, ranks: Mapping[str, int]) -> dict[str, int]:
-    """The ranks to write: for PEFT each its own, for other loaders the largest of all.
+def same_rank(ranks: Mapping[str, int]) -> dict[str, int]:
+    """One rank for all, the largest.
 
     Args:
-        target: What the adapter is for.
         ranks: Parameter -> rank of its change.
 
     Returns:
         Parameter -> rank of its factors.
     """
-    return dict(ranks) if target == "peft" else dict.fromkeys(ranks, max(ranks.values(), default=0))
+    return dict.fromkeys(ranks, max(ranks.values(), default=0))
 
 
 def limited(factors: Factors, rank: int | None) -> Factors:
@@ -73,7 +72,7 @@ def limited(factors: Factors, rank: int | None) -> Factors:
 
 
 def fitted(target: Target, changes: Mapping[str, Factors]) -> dict[str, Factors]:
-    """Changes with the ranks to write, by columns of zeros.
+    """Changes with the ranks to write: for PEFT each its own, for other loaders one for all, by columns of zeros.
 
     Args:
         target: What the adapter is for.
@@ -82,7 +81,9 @@ def fitted(target: Target, changes: Mapping[str, Factors]) -> dict[str, Factors]
     Returns:
         Parameter -> the same change.
     """
-    ranks = uniform_rank(target, {name: factors.rank for name, factors in changes.items()})
+    if target == "peft":
+        return dict(changes)
+    ranks = same_rank({name: factors.rank for name, factors in changes.items()})
     return {name: padded(factors, ranks[name]) for name, factors in changes.items()}
 
 

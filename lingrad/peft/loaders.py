@@ -80,7 +80,7 @@ class Loader:
         scale: What it multiplies the factors of a module by.
         refuses: Why it stops with an error.
         loses: What it leaves out without an error.
-        command: How to load the adapter; ``DIR`` is its folder, ``START`` the starting model, ``RANK`` the largest rank.
+        command: How to load the adapter; ``DIR`` is its folder, ``START`` the starting model, ``RANK`` what vLLM has room for.
     """
 
     name: LoaderName
@@ -121,9 +121,6 @@ def _vllm_refuses(adapter: AdapterFile) -> Iterator[str]:
     yield from _kinds(adapter, "LoRAs of linear layers and embeddings", lambda path: _FUSED.fullmatch(path) is not None)
     if adapter.ranks and (largest := max(_own_ranks(adapter))) > VLLM_RANKS[-1]:
         yield f"rank {largest:g}, over {VLLM_RANKS[-1]}, the largest --max-lora-rank"
-    wider = [path for path in adapter.ranks if path not in adapter.parameters() and adapter.ranks[path] > adapter.r]
-    if wider:
-        yield f"rank {max(adapter.ranks[path] for path in wider)} where r is {adapter.r:g} (versions that read no rank_pattern)"
 
 
 def _llama_refuses(adapter: AdapterFile) -> Iterator[str]:
@@ -215,7 +212,7 @@ LOADERS: dict[LoaderName, Loader] = {
             "vLLM",
             {
                 "vllm-project/vllm vllm/lora/peft_helper.py": "one r, one lora_alpha; modules_to_save, bias and DoRA are "
-                "refused; rank_pattern and alpha_pattern are read since the second half of 2026",
+                "refused; newer versions read rank_pattern and alpha_pattern",
                 "vllm-project/vllm vllm/lora/lora_model.py": "a tensor that is neither lora_A nor lora_B is refused",
                 "vllm-project/vllm vllm/config/lora.py": "the values of max_lora_rank",
             },
@@ -237,7 +234,7 @@ LOADERS: dict[LoaderName, Loader] = {
             of_own_rank,
             _llama_refuses,
             _llama_loses,
-            "python convert_lora_to_gguf.py DIR --base START --outfile lora.gguf; llama-server -m START.gguf --lora lora.gguf",
+            "python convert_lora_to_gguf.py DIR --base START --outfile lora.gguf; llama-server -m MODEL.gguf --lora lora.gguf",
         ),
         Loader(
             "tgi",

@@ -100,7 +100,8 @@ class ScaledGradients(Optimizer):
             scaled = scaled * (limit / norm.clamp_min(1e-30)).clamp_max(1.0)
             norm = torch.minimum(norm, limit)
         state["norm"], state["step"] = norm, count + 1
-        return scaled.T if tall else scaled
+        found: Tensor = scaled.T if tall else scaled
+        return found
 
 
 @final

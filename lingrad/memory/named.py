@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -16,6 +19,16 @@ from lingrad.methods import BASELINES
 SHAPE, RANK = (4096, 4096), 128  # of the weight whose state the table gives
 
 
+def published() -> dict[str, tuple[str, str]]:
+    """The names of methods and of baselines that were published.
+
+    Returns:
+        Name -> how it is written with its options, and where it was published: authors, year, arXiv number.
+    """
+    found = {name: (_written(name, method.options), method.paper) for name, method in METHODS.items()}
+    return found | {name: (_written(name, one.options), one.paper) for name, one in BASELINES.items() if one.paper}
+
+
 def table() -> str:
     """The methods as a table in Markdown.
 
@@ -26,7 +39,6 @@ def table() -> str:
     """
     rows = [("method", "is", "adapter mode", "reads G", f"state, MB, {SHAPE[0]} x {SHAPE[1]}, r {RANK}", "from", "differs")]
     for name, method in METHODS.items():
-        options = ", ".join(key if value is None else f"{key}={value}" for key, value in method.options.items())
         required = [key for key, value in method.options.items() if value is None]  # of a rank, or a number of steps
         chosen = method_of(f"{name}({', '.join(f'{key}={RANK}' for key in required)})")
         assert chosen is not None  # noqa: S101 - it is in the table
@@ -34,12 +46,20 @@ def table() -> str:
         shown = str(chosen).replace(f"={RANK}", "=...")
         dual = "only" if "keep_remainder" in chosen.settings else "refused" if residual else "the same run"
         state = f"{_state(chosen):.2f}"
-        rows.append((f"`{name}({options})`", f"`{shown}`", dual, _reads(chosen), state, method.paper, method.differs))
+        rows.append(
+            (f"`{_written(name, method.options)}`", f"`{shown}`", dual, _reads(chosen), state, method.paper, method.differs)
+        )
     for name, found in BASELINES.items():
         options = ", ".join(key if value is None else f"{key}={value}" for key, value in found.options.items())
         called = f'`lingrad.methods.baseline("{name}"{", " * bool(options)}{options})`'
         rows.append((called, f"of {found.package}, to compare with", "no dual", "at every step", "", found.paper, ""))
     return markdown(rows).rstrip()
+
+
+def _written(name: str, options: Mapping[str, Any]) -> str:
+    """A name with its options and their defaults in brackets."""
+    inner = ", ".join(key if value is None else f"{key}={value}" for key, value in options.items())
+    return f"{name}({inner})"
 
 
 def _reads(chosen: Chosen) -> str:

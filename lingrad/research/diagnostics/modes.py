@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -19,13 +19,26 @@ from lingrad.research.diagnostics.base import Diagnostic, ObservedRun
 TIMES = 20  # in a run, at most
 
 
-class ModeGap(Diagnostic):
-    """|A - B| / |B| between the weights of the run, A, and those of the same run in the other mode, B.
+class RunBeside(Diagnostic):
+    """|A - B| / |B| between the weights of the run, A, and those of another run that is trained beside it, B.
 
     The largest of any weight, in Frobenius norms, as in docs/duality.md; `TIMES` times in a run at most, and at its end. The
-    other run has the same seed, batches and random state, and takes as long as the run itself, and as much memory. A method
-    without a dual has no gap.
+    other run has the same seed and random state, and takes as long as the run itself, and as much memory. A method of another
+    package has no gap.
+
+    Attributes:
+        name: What the gap is called.
     """
+
+    name: ClassVar[str]
+
+    def method(self, method: Lingrad) -> Lingrad:
+        """The other run's method, of this one's; the same unless a subclass says otherwise."""
+        return method
+
+    def batch(self, batch: Any) -> Any:
+        """What the other run trains on where this one trains on a batch; the same unless a subclass says otherwise."""
+        return batch
 
     @override
     def begin(self, run: ObservedRun) -> None:
@@ -35,10 +48,9 @@ class ModeGap(Diagnostic):
         self._batch: Any = None
         if not isinstance(run.method, Lingrad):
             return
-        other = replace(run.method, mode="adapter" if run.method.mode == "optimizer" else "optimizer")
         torch.manual_seed(run.seed)
         try:
-            self._other = other.prepare(run.task.build(run.seed, run.dtype).to(run.device))
+            self._other = self.method(run.method).prepare(run.task.build(run.seed, run.dtype).to(run.device))
         except LingradError:  # it has no dual
             return
         self._other.model.train()
@@ -47,7 +59,7 @@ class ModeGap(Diagnostic):
     @override
     def before(self, batch: Any) -> None:
         if self._other is not None:  # the random state is the one that the run's own forward begins with
-            self._batch, self._random = deepcopy(batch), _random_state(self.run.device)
+            self._batch, self._random = self.batch(deepcopy(batch)), _random_state(self.run.device)
 
     @override
     def after(self, step: int) -> Mapping[str, float]:
@@ -61,7 +73,19 @@ class ModeGap(Diagnostic):
         self._other.step()
         for scheduler in self._schedulers:
             scheduler.step()
-        return {"gap": largest_gap_of(_weights(self.run.training), _weights(self._other))} if step in self._at else {}
+        if step not in self._at:
+            return {}
+        return {self.name: largest_gap_of(_weights(self.run.training), _weights(self._other))}
+
+
+class ModeGap(RunBeside):
+    """The gap to the same run in the other mode; a method without a dual has none."""
+
+    name = "gap"
+
+    @override
+    def method(self, method: Lingrad) -> Lingrad:
+        return replace(method, mode="adapter" if method.mode == "optimizer" else "optimizer")
 
 
 @torch.no_grad()

@@ -145,7 +145,7 @@ WRONG = [
     (
         {"task": {"kind": "text", "steps": 2, "row": 3}},
         "plan.toml, [task]: unknown key 'row'; did you mean 'rows'? "
-        "Known: steps, kind, data, model, rows, length, hidden, layers, held",
+        "Known: steps, kind, data, column, model, tokenizer, vocabulary, rows, length, hidden, layers, held",
     ),
     ({"task": {"kind": "text", "steps": 2, "rows": 0}}, "task 'text': 'rows' must be 1 or more, not 0"),
     ({"task": {"kind": "classify", "steps": 2}}, "plan.toml, [task]: 'data' is missing, a text"),

@@ -140,7 +140,7 @@ WRONG = [
     ({"task": {"kind": "text"}}, "plan.toml, [task]: 'steps' is missing, a whole number"),
     (
         {"task": {"kind": "txt", "steps": 2}},
-        "plan.toml, [task]: there is no task 'txt'; did you mean 'text'? Known: text, classify, FILE.py:CLASS",
+        "plan.toml, [task]: there is no task 'txt'; did you mean 'text'? Known: text, classify, chat, FILE.py:CLASS",
     ),
     (
         {"task": {"kind": "text", "steps": 2, "row": 3}},

@@ -65,6 +65,7 @@ def execute(plan: ResearchPlan, out: Path, *, jobs: int = 1, storage: str | None
     Raises:
         DataError: ``out`` is that of another plan, or the disk is full.
     """
+    plan.task.check()
     for entry in plan.entries:
         check_entry(entry, plan.folder, plan.dtype)
     try:

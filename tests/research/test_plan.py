@@ -140,7 +140,8 @@ WRONG = [
     ({"task": {"kind": "text"}}, "plan.toml, [task]: 'steps' is missing, a whole number"),
     (
         {"task": {"kind": "txt", "steps": 2}},
-        "plan.toml, [task]: there is no task 'txt'; did you mean 'text'? Known: text, classify, chat, FILE.py:CLASS",
+        "plan.toml, [task]: there is no task 'txt'; did you mean 'text'? "
+        "Known: text, classify, chat, metamathqa, FILE.py:CLASS",
     ),
     (
         {"task": {"kind": "text", "steps": 2, "row": 3}},

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lingrad.errors import SpecError, require
-from lingrad.models import LLAMAS, LlamaShape, build_llama, load_model
+from lingrad.models import LLAMAS, LlamaShape, build_llama, load_model, next_token_loss
 
 PRESETS = ("small", *LLAMAS)
 
@@ -64,3 +65,22 @@ def build_model(task: Any, vocabulary: int, *, seed: int, dtype: torch.dtype) ->
         known = vars(LLAMAS[task.model])
         shape = LlamaShape(**{**known, "vocabulary": max(known["vocabulary"], vocabulary)})
     return build_llama(shape, seed=seed, dtype=dtype)
+
+
+def window_loss(model: nn.Module, ids: Tensor, *, length: int, count: int, rows: int) -> float:
+    """The loss on windows spread evenly over a text.
+
+    Args:
+        model: A causal language model of transformers.
+        ids: The text's token ids, int64 [N], ``length`` or more.
+        length: Tokens of a window.
+        count: How many windows, at most as many as do not overlap.
+        rows: How many at once.
+
+    Returns:
+        Nats per token.
+    """
+    starts = torch.linspace(0, len(ids) - length, min(count, len(ids) // length)).long().tolist()
+    windows = torch.stack([ids[start : start + length] for start in starts])
+    device = next(model.parameters()).device
+    return mean(float(next_token_loss(model, part.to(device))) for part in windows.split(rows))

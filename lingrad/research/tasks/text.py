@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from statistics import mean
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ from lingrad.research import corpus
 from lingrad.research.addresses import find_addresses, read_addresses
 from lingrad.research.rows import SUFFIXES, read_rows
 from lingrad.research.task import Part, Task
-from lingrad.research.tasks.language import PRESETS, build_model, check_task
+from lingrad.research.tasks.language import PRESETS, build_model, check_task, window_loss
 from lingrad.research.tokens import BYTES, Encoder, byte_ids, encoder_of, open_tokenizer, train_bpe
 
 ADDRESSES = "state-of-the-union"
@@ -91,11 +90,7 @@ class Text(Task):
 
     @override
     def judge(self, model: nn.Module, part: Part) -> Mapping[str, float]:
-        text = self._read[0][part]
-        starts = torch.linspace(0, len(text) - self.length, min(self.held, len(text) // self.length)).long().tolist()
-        windows = torch.stack([text[start : start + self.length] for start in starts])
-        device = next(model.parameters()).device
-        return {"loss": mean(float(next_token_loss(model, ids.to(device))) for ids in windows.split(self.rows))}
+        return {"loss": window_loss(model, self._read[0][part], length=self.length, count=self.held, rows=self.rows)}
 
     @cached_property
     def _read(self) -> tuple[Mapping[str, Tensor], int]:

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lingrad.errors import DataError, SpecError, did_you_mean, in_short
+from lingrad.errors import DataError, SpecError, did_you_mean
 from lingrad.files.reading import read_json
 from lingrad.research.execution import PLAN, read_claim
 from lingrad.research.plan import PlanEntry, ResearchPlan, make_plan
-from lingrad.research.record import RESULT
+from lingrad.research.record import RESULT, damaged
 from lingrad.research.statistics import Mean, PairedDifference, mean_of, paired
 from lingrad.research.training import METRICS
 
@@ -194,8 +194,7 @@ def _read(path: Path, metric: str) -> RunResult:
         final = job["part"] == "final"
         return RunResult(job["entry"], final, job["seed"], job["values"], info, record["run_info"]["error_msg"], curve, energy)
     except (ValueError, KeyError, TypeError, OSError) as error:
-        why = f"the record {path} is damaged ({in_short(error)}); remove its folder and run the plan again"
-        raise DataError(why) from error
+        raise damaged(path, error) from error
 
 
 def _curves(path: Path) -> tuple[list[tuple[int, float]], list[tuple[int, float]]]:

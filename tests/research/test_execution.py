@@ -1,5 +1,6 @@
 """Runs of plans: what is recorded of them, of those that fail, and of those that were killed and started again."""
 
+import errno
 import json
 import math
 import os
@@ -415,18 +416,10 @@ def test_where_every_run_failed_the_command_says_so(tmp_path):
 def test_a_full_disk_ends_it_and_the_trial_is_made_by_the_next_run(tmp_path, monkeypatch):
     path = written(tmp_path / "plan", lr="[0.01]", trials=1, seeds="[1]")
 
-    class Full:
-        returncode = 28
+    def full(self, *_):
+        self.returncode = errno.ENOSPC
 
-        def __init__(self, *_, **__):
-            pass
-
-        def poll(self):
-            return 28
-
-        kill = wait = poll
-
-    monkeypatch.setattr(execution.subprocess, "Popen", Full)
+    monkeypatch.setattr(execution.Host, "start", full)
     with pytest.raises(
         DataError, match="cannot write results to .*: No space left on device; what has ended is kept: run it again"
     ):

@@ -241,6 +241,15 @@ def test_values_of_a_trial_go_where_they_belong(entry, values, rules, options):
     assert rank_of(plan.entries[0], values) == values.get("rank", None if "kron" in rules else 4 if "rank=4" in rules else None)
 
 
+@pytest.mark.parametrize("name", ["pca", "online_subspace_descent", "svd", "power", "galore", "finetune", "ldadam", "fira"])
+def test_the_learning_rate_of_a_trial_is_that_of_the_run(name):
+    """`pca` has an option of this name too."""
+    plan = made(entries=[{"name": "a", "method": f"{name}(rank=4)"}])
+    method = make_method(plan.entries[0], {"lr": 0.37}, seed=5, folder=Path())
+    assert method.options["lr"] == 0.37
+    assert "0.37" not in method.rules
+
+
 class TestOwn:
     """The example of a transform and a task of one's own."""
 

@@ -14,7 +14,16 @@ from lingrad import plotting
 from lingrad.console import markdown
 from lingrad.files.atomic import write_whole
 from lingrad.research.plan import ResearchPlan
-from lingrad.research.results import MEASURES, RunResult, Summary, check_measure, measure, summarize
+from lingrad.research.results import (
+    MEASURES,
+    RunResult,
+    Summary,
+    check_measure,
+    diagnosed,
+    diagnosis,
+    measure,
+    summarize,
+)
 from lingrad.research.statistics import RULE, Mean
 
 
@@ -85,7 +94,22 @@ def as_markdown(plan: ResearchPlan, found: Sequence[Summary]) -> str:
         ]
     if any(one.at_edge for one in found):
         text += ["*(edge)*: the best value is the least or largest that was tried, so that a better one may lie beyond it.", ""]
+    text += _diagnoses(found)
     return "\n".join([*text, *(["Failures:", "", *failures, ""] if failures else [])])
+
+
+def _diagnoses(found: Sequence[Summary]) -> list[str]:
+    """A table of what the diagnostics of the final runs have measured; nothing where there is none."""
+    names = diagnosed(found)
+    if not names:
+        return []
+    lines: list[tuple[str, ...]] = [("entry", *names)]
+    for one in found:
+        pairs = [diagnosis(one, name) for name in names]
+        cells = [f"{last.value:.4g} ({mean.value:.4g})" if last.count else "" for last, mean in pairs]
+        lines.append((one.entry.name, *cells))
+    about = "Diagnostics of the final runs: the last number that was measured, in brackets the mean over the run."
+    return [about, "", markdown(lines)]
 
 
 def curves(found: Sequence[Summary]) -> bytes:
@@ -155,6 +179,7 @@ def as_html(plan: ResearchPlan, found: Sequence[Summary]) -> str:
         "name": plan.name, "metric": plan.task.metric, "greater": plan.task.greater, "rule": RULE, "trials": plan.trials,
         "sampler": plan.sampler, "seeds": list(plan.seeds), "first": plan.entries[0].name,
         "measures": list(dict.fromkeys([plan.task.metric, *(name for one in found for name in one.metrics), *MEASURES])),
+        "diagnostics": diagnosed(found),
         "entries": [_plain(plan, one) for one in found],
     }  # fmt: skip
     page = (files("lingrad.research") / "data" / "report.html").read_text()
@@ -179,7 +204,9 @@ def _plain(plan: ResearchPlan, one: Summary) -> dict[str, Any]:
             {"values": dict(run.values), "metric": _number(run.info["metrics"].get(plan.task.metric))} for run in one.trials
         ],
         "curves": [{"seed": run.seed, "points": list(run.curve)} for run in one.finals if not run.failed],
-        "energy": [list(run.energy) for run in one.finals if run.energy],
+        "diagnostics": {
+            name: [list(run.measured[name]) for run in one.finals if name in run.measured] for name in diagnosed([one])
+        },
     }
 
 

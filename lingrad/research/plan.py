@@ -35,6 +35,7 @@ from lingrad.config.settings import Mode
 from lingrad.errors import DataError, SpecError, did_you_mean, in_short, optional, require, require_one_of, shown
 from lingrad.files.reading import open_plain
 from lingrad.research.axes import Axis, grid, read_space
+from lingrad.research.diagnostics import make_diagnostic
 from lingrad.research.objects import is_object, load_file
 from lingrad.research.schema import Table
 from lingrad.research.task import Task
@@ -93,6 +94,7 @@ class ResearchPlan:
             bytes of state are no more than those of the entry ``match_entry``; ``seconds`` gives every entry as many steps as
             take the time of that entry's runs, by what steps took in its trials.
         match_entry: The entry that the others are matched with.
+        diagnostics: What is measured of each run besides its losses; see `lingrad.research.diagnostics`.
     """
 
     name: str
@@ -114,6 +116,7 @@ class ResearchPlan:
     device: str = "cpu"
     match: Match | None = None
     match_entry: str = ""
+    diagnostics: tuple[str, ...] = ("energy",)
 
     @property
     def digest(self) -> str:
@@ -185,6 +188,7 @@ def make_plan(content: Mapping[str, Any], where: str, folder: Path, *, quick: bo
         "schedule": run.take("schedule", str, "cosine"),
         "dtype": run.take("dtype", str, "float32"),
         "device": run.take("device", str, "cpu"),
+        "diagnostics": tuple(run.take("diagnostics", list, ["energy"])),
         "match": match.take("equal", str, None),
         "match_entry": match.take("entry", str, ""),
     }
@@ -199,7 +203,12 @@ def make_plan(content: Mapping[str, Any], where: str, folder: Path, *, quick: bo
     if quick:
         steps, tokens = (None if budget is None else max(2, budget // 10) for budget in (steps, tokens))
         values["seeds"] = values["seeds"][:1]
-    files = {*imports, *(text.rpartition(":")[0] for text in (kind, *(one.method for one in entries)) if is_object(text))}
+    for text in values["diagnostics"]:
+        make_diagnostic(text, folder)  # raises where there is none
+    twice = len(set(values["diagnostics"])) < len(values["diagnostics"])
+    require(not twice, "diagnostics", f"{where}, [run]: 'diagnostics' names one of them twice; leave it out once")
+    objects = (kind, *values["diagnostics"], *(one.method for one in entries))
+    files = {*imports, *(text.rpartition(":")[0] for text in objects if is_object(text))}
     code = {file: sha256((folder / file).read_bytes()).hexdigest() for file in sorted(files)}
     values |= {"name": name, "folder": folder, "content": content, "code": code, "quick": quick}
     return ResearchPlan(task=task, entries=entries, steps=steps or 0, tokens=tokens or 0, trials=trials, **values)

@@ -19,7 +19,7 @@ import torch
 from lingrad.errors import DataError, SpecError
 from lingrad.research import commands, execution, trial
 from lingrad.research.execution import PLAN, execute
-from lingrad.research.pages import as_markdown, write_report
+from lingrad.research.pages import as_html, as_markdown, write_report
 from lingrad.research.plan import open_plan
 from lingrad.research.record import RESULT, make_record
 from lingrad.research.results import read_results, summarize
@@ -355,6 +355,26 @@ def test_a_run_counts_once(tmp_path):
     assert one.metrics["loss"].count == 2
     assert one.missing == 1
     assert "Runs without a record here: svd (1), random map! (2)." in as_markdown(plan, summarize(plan, runs))
+
+
+def test_diagnostics_are_in_the_report(tmp_path):
+    out = results(tmp_path, 1.0, 2.0)
+    of_step = {"loss": 1.0, "lr": 0.1, "seconds": 1.0, "tokens": 8}
+    for number, overlaps in enumerate([(0.5, 0.7), (0.4, 0.6)]):
+        lines = [{"step": step, **of_step, "overlap": value} for step, value in enumerate(overlaps, 1)]
+        lines += [{"step": 3, **of_step, "gap": None}, {"step": 4, **of_step}]
+        folder = out / "runs" / "svd" / f"final-{number:03d}"
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    plan, runs = read_results([out])
+    text = as_markdown(plan, summarize(plan, runs))
+    assert re.search(r"\| entry +\| +overlap \|", text)  # and no gap: it was never finite
+    assert re.search(r"\| svd +\| 0\.65 \(0\.55\) \|", text)  # the last of each run, and the mean of each, by hand
+    assert re.search(r"\| random map! +\| +\|", text)
+    page = as_html(plan, summarize(plan, runs))
+    data = json.loads(page.split('id="data">')[1].split("</script>")[0])
+    assert data["diagnostics"] == ["overlap"]
+    assert data["entries"][0]["diagnostics"] == {"overlap": [[[1, 0.5], [2, 0.7]], [[1, 0.4], [2, 0.6]]]}
+    assert data["entries"][1]["diagnostics"] == {}
 
 
 def test_the_edge_of_a_range_is_what_was_tried(tmp_path):

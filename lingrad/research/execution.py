@@ -20,7 +20,8 @@ from lingrad.files.atomic import write_whole
 from lingrad.files.reading import read_json
 from lingrad.research.host import Host
 from lingrad.research.matching import matched
-from lingrad.research.plan import PlanEntry, ResearchPlan
+from lingrad.research.plan import ResearchPlan
+from lingrad.research.progress import note, runs_done
 from lingrad.research.record import RESULT, make_record, now
 from lingrad.research.search import PATIENCE, Trials, open_storage
 from lingrad.research.ways import check_entry
@@ -40,6 +41,7 @@ class Running:
         process: The process.
         errors: Where its messages go.
         beat: When it gave the last sign of life.
+        started: When it was started; None where it had ended before, and nobody noted it.
     """
 
     trials: Trials
@@ -49,6 +51,7 @@ class Running:
     process: Host
     errors: Path
     beat: float
+    started: float | None
 
 
 def execute(plan: ResearchPlan, out: Path, *, jobs: int = 1, storage: str | None = None, tick: Tick = lambda *_: None) -> None:
@@ -64,6 +67,7 @@ def execute(plan: ResearchPlan, out: Path, *, jobs: int = 1, storage: str | None
     Raises:
         DataError: ``out`` is that of another plan, or the disk is full.
     """
+    plan.task.check()
     for entry in plan.entries:
         check_entry(entry, plan.folder, plan.dtype)
     try:
@@ -88,7 +92,8 @@ def _execute(plan: ResearchPlan, out: Path, opened: Any, *, jobs: int, alone: bo
             for one in [one for one in running if one.process.poll() is not None]:
                 running.remove(one)
                 _ended(plan, one)
-                tick(_done(searches, finals), total, _note(plan, searches))
+                done = runs_done(searches, finals)
+                tick(done, total, note(plan, searches, finals, left=total - done, jobs=jobs))
             for one in running:
                 if time.time() - one.beat > PATIENCE / 4:
                     one.trials.beat(one.number)
@@ -185,9 +190,11 @@ def _start(trials: Trials, number: int, job: Mapping[str, Any], folder: Path, ho
     host = next((host for host in hosts if host.free), None)
     if host is None:
         hosts.append(host := Host())
-    if not folder.exists():  # else it had ended, and nobody noted it
-        host.start(asked, folder, errors)
-    return Running(trials, number, job, folder, host, errors, time.time())
+    began = time.time()
+    if folder.exists():  # it had ended, and nobody noted it
+        return Running(trials, number, job, folder, host, errors, began, None)
+    host.start(asked, folder, errors)
+    return Running(trials, number, job, folder, host, errors, began, began)
 
 
 def _ended(plan: ResearchPlan, one: Running) -> None:
@@ -210,6 +217,7 @@ def _ended(plan: ResearchPlan, one: Running) -> None:
     info = record["train_info"]
     value = info["metrics"].get(plan.task.metric) if status == "success" else None
     measured = {key: info[key] for key in ("state_bytes", "train_time", "steps")}
+    measured |= {} if one.started is None else {"took": time.time() - one.started}
     one.trials.finish(one.number, value, "" if value is not None else status, measured)
 
 
@@ -248,20 +256,3 @@ def read_claim(path: Path) -> dict[str, Any]:
 
 def _threads(jobs: int) -> int:
     return max(1, (os.cpu_count() or 1) // jobs)
-
-
-def _done(searches: list[Trials], finals: Mapping[str, Trials | None]) -> int:
-    return sum(len(trials.outcomes()) for trials in (*searches, *finals.values()) if trials is not None)
-
-
-def _note(plan: ResearchPlan, searches: list[Trials]) -> str:
-    """The best so far."""
-    found: list[tuple[float, PlanEntry]] = []
-    for search in searches:
-        best = search.chosen(greater=plan.task.greater)
-        if best is not None and best.value is not None:
-            found.append((best.value, search.entry))
-    if not found:
-        return "no trial has a value yet"
-    value, entry = (max if plan.task.greater else min)(found, key=lambda pair: pair[0])
-    return f"best {plan.task.metric} so far {value:.4g} ({entry.name})"

@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 
 from lingrad.engine.optimizer import SubspaceOptimizer
-from lingrad.errors import LingradError, SpecError
+from lingrad.errors import LingradError, SpecError, require
 from lingrad.methods import Method, Training
 from lingrad.research.diagnostics import ObservedRun, make_diagnostic
 from lingrad.research.plan import ResearchPlan, Schedule
 from lingrad.research.record import finite
 from lingrad.research.runner import gradient_bytes, state_bytes
-from lingrad.research.task import Part
+from lingrad.research.task import Part, Task
 from lingrad.tensors import distinct, nbytes
 
 METRICS = "metrics.jsonl"
@@ -54,6 +54,35 @@ def rate(step: int, steps: int, warmup: float, schedule: Schedule) -> float:
     return 1.0 - progress if schedule == "linear" else 0.1 + 0.45 * (1 + math.cos(math.pi * progress))
 
 
+def steps_for(task: Task, tokens: int, seed: int) -> int:
+    """How many batches have a number of tokens, the last of them in full.
+
+    Args:
+        task: The task.
+        tokens: The budget.
+        seed: Of the order of the batches.
+
+    Returns:
+        Their number, two or more.
+
+    Raises:
+        SpecError: One batch has as many, batches have none, or there are too few.
+    """
+    asked = 1
+    while True:
+        seen = found = 0
+        for found, batch in enumerate(islice(task.batches(asked, seed), asked), start=1):
+            seen += task.tokens(batch)
+            if seen >= tokens:
+                short = f"a budget of {tokens} tokens is one batch, of {seen}; expected two batches or more"
+                require(found > 1, "tokens", short)
+                return found
+        if seen == 0 or found < asked:
+            why = f"the task gave {found} batches with {seen} tokens, where a budget of {tokens} tokens was asked for"
+            raise SpecError(why, option="tokens")
+        asked = max(asked + 1, math.ceil(1.1 * asked * tokens / seen))
+
+
 def train(plan: ResearchPlan, method: Method, *, seed: int, part: Part, out: Path) -> dict[str, Any]:
     """Train once, and judge.
 
@@ -73,13 +102,14 @@ def train(plan: ResearchPlan, method: Method, *, seed: int, part: Part, out: Pat
         SpecError: The task gives no batch, or not its metric; or two diagnostics measure something of one name.
     """
     task, dtype = plan.task, getattr(torch, plan.dtype)
+    steps = plan.steps or steps_for(task, plan.tokens, seed)
     torch.manual_seed(seed)
     built = task.build(seed, dtype).to(plan.device)
     training = method.prepare(built)
     model = training.model.train()
-    factor = partial(rate, steps=plan.steps, warmup=plan.warmup, schedule=plan.schedule)
+    factor = partial(rate, steps=steps, warmup=plan.warmup, schedule=plan.schedule)
     schedulers = [torch.optim.lr_scheduler.LambdaLR(one, factor) for one in training.optimizers]
-    run = ObservedRun(task, method, built, training, seed, plan.steps, dtype, plan.device, factor)
+    run = ObservedRun(task, method, built, training, seed, steps, dtype, plan.device, factor)
     diagnostics = [make_diagnostic(text, plan.folder) for text in plan.diagnostics]
     with run.aside():
         for diagnostic in diagnostics:
@@ -89,7 +119,7 @@ def train(plan: ResearchPlan, method: Method, *, seed: int, part: Part, out: Pat
     refreshing: list[float] = []
     found = {"gradients": 0, "saved": 0}
     with (out / METRICS).open("w") as file:
-        for batch in islice(task.batches(plan.steps, seed), plan.steps):
+        for batch in islice(task.batches(steps, seed), steps):
             batch = _to(batch, plan.device)
             run.changes.clear()
             with run.aside():
@@ -117,8 +147,8 @@ def train(plan: ResearchPlan, method: Method, *, seed: int, part: Part, out: Pat
             _line(file, line)
             if not math.isfinite(value):
                 raise DivergedError(f"the loss of step {done} is {value}")
-    if done < plan.steps:
-        raise SpecError(f"the task gave {done} batches where {plan.steps} steps were asked for")
+    if done < steps:
+        raise SpecError(f"the task gave {done} batches where {steps} steps were asked for")
     model.eval()
     with torch.no_grad():
         metrics = {key: float(value) for key, value in task.judge(model, part).items()}

@@ -179,6 +179,7 @@ def test_failures_do_not_stop_the_rest(tmp_path):
     execute(open_plan(path), tmp_path / "out", jobs=2, tick=lambda *state: told.append(state))
     assert [status for status, *_ in outcome(tmp_path / "out").values()].count("diverged") == 1
     assert told[-1][:2] == (5, 6)  # no final run of what diverged
+    assert re.fullmatch(r"best loss so far \S+ \((svd|random map!)\), about \d+ s left", told[-1][2])
     plan, runs = read_results([tmp_path / "out"])
     text = as_markdown(plan, summarize(plan, runs))
     assert re.search(r"\| diverges *\| *failed", text)

@@ -137,15 +137,22 @@ WRONG = [
     ({"run": {"device": "gpu"}}, "plan.toml, [run]: there is no device 'gpu' here: "),
     ({"match": {"equal": "seconds"}}, "plan.toml, [match]: 'entry' is missing: that which the others are matched with"),
     ({"search": {"space": {"lr": [float("nan")]}}}, f"{SPACE}: values must be texts, finite numbers, true or false, not [nan]"),
-    ({"task": {"kind": "text"}}, "plan.toml, [task]: 'steps' is missing, a whole number"),
+    ({"task": {"kind": "text"}}, "plan.toml, [task]: 'steps' is missing, a whole number; or 'tokens', a budget"),
+    (
+        {"task": {"kind": "text", "steps": 2, "tokens": 9}},
+        "plan.toml, [task] has both 'steps' and 'tokens'; leave one of them out",
+    ),
+    ({"task": {"kind": "text", "tokens": 0}}, "plan.toml, [task]: 'tokens' must be 1 or more, not 0"),
+    ({"task": {"kind": "text", "stps": 9}}, "plan.toml, [task]: unknown key 'stps'; did you mean 'steps'?"),
     (
         {"task": {"kind": "txt", "steps": 2}},
-        "plan.toml, [task]: there is no task 'txt'; did you mean 'text'? Known: text, classify, FILE.py:CLASS",
+        "plan.toml, [task]: there is no task 'txt'; did you mean 'text'? "
+        "Known: text, classify, chat, metamathqa, FILE.py:CLASS",
     ),
     (
         {"task": {"kind": "text", "steps": 2, "row": 3}},
         "plan.toml, [task]: unknown key 'row'; did you mean 'rows'? "
-        "Known: steps, kind, data, model, rows, length, hidden, layers, held",
+        "Known: steps, tokens, kind, data, column, model, tokenizer, vocabulary, rows, length, hidden, layers, held",
     ),
     ({"task": {"kind": "text", "steps": 2, "rows": 0}}, "task 'text': 'rows' must be 1 or more, not 0"),
     ({"task": {"kind": "classify", "steps": 2}}, "plan.toml, [task]: 'data' is missing, a text"),

@@ -93,7 +93,7 @@ def explain(
 
 @app.command(epilog=example("lingrad methods"))
 def methods(json: Json = None) -> None:
-    """List published methods by name, each a combination of parts. A name may be given as rules."""
+    """List published methods by name. Each is a combination of parts; a name may be given as rules."""
     check_folders(json)
     finish(json, lambda: json_.dumps(named.rows(), indent=1), lambda: typer.echo(named.table()))
 

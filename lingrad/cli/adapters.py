@@ -85,7 +85,7 @@ def merge(
     out: Annotated[Path, typer.Option(help="Folder of the merged model; must not exist.")],
     json: Json = None,
 ) -> None:
-    """Merge an adapter into the model it is for, and write the result."""
+    """Merge an adapter into the model it is for. The result is a plain model."""
     check_folders(json)
     folder = commands.merge(start, adapter, out)
     finish(json, lambda: json_.dumps({"written": [str(folder)]}), lambda: typer.echo(f"Written: {folder}"))

@@ -38,6 +38,7 @@ def test_the_commands():
         "report",
         "find-lr",
         "explain",
+        "check-adapter",
         "memory simulate",
         "memory fit",
         "memory compare",

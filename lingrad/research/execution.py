@@ -10,6 +10,7 @@ import shutil
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 from zlib import crc32
@@ -22,8 +23,10 @@ from lingrad.research.host import Host
 from lingrad.research.matching import matched
 from lingrad.research.plan import ResearchPlan
 from lingrad.research.progress import note, runs_done
+from lingrad.research.pruning import Channel
 from lingrad.research.record import RESULT, make_record, now
 from lingrad.research.search import PATIENCE, Trials, open_storage
+from lingrad.research.trackers import check_trackers
 from lingrad.research.ways import check_entry
 
 PLAN = "plan.json"
@@ -42,6 +45,7 @@ class Running:
         errors: Where its messages go.
         beat: When it gave the last sign of life.
         started: When it was started; None where it had ended before, and nobody noted it.
+        channel: Where it asks whether to stop.
     """
 
     trials: Trials
@@ -52,6 +56,7 @@ class Running:
     errors: Path
     beat: float
     started: float | None
+    channel: Channel
 
 
 def execute(plan: ResearchPlan, out: Path, *, jobs: int = 1, storage: str | None = None, tick: Tick = lambda *_: None) -> None:
@@ -68,6 +73,7 @@ def execute(plan: ResearchPlan, out: Path, *, jobs: int = 1, storage: str | None
         DataError: ``out`` is that of another plan, or the disk is full.
     """
     plan.task.check()
+    check_trackers(plan.trackers)
     for entry in plan.entries:
         check_entry(entry, plan.folder, plan.dtype)
     try:
@@ -95,6 +101,7 @@ def _execute(plan: ResearchPlan, out: Path, opened: Any, *, jobs: int, alone: bo
                 done = runs_done(searches, finals)
                 tick(done, total, note(plan, searches, finals, left=total - done, jobs=jobs))
             for one in running:
+                one.channel.reply(partial(one.trials.stops, one.number))
                 if time.time() - one.beat > PATIENCE / 4:
                     one.trials.beat(one.number)
                     one.beat = time.time()
@@ -113,7 +120,7 @@ def _execute(plan: ResearchPlan, out: Path, opened: Any, *, jobs: int, alone: bo
                 for left in out.glob("runs/*/.*"):  # of processes that were killed
                     shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
                 return
-            time.sleep(0.05 if len(running) == jobs else 0.5)
+            time.sleep(0.05 if len(running) == jobs or plan.pruner != "none" else 0.5)
     finally:
         for host in hosts:
             host.close()
@@ -190,11 +197,12 @@ def _start(trials: Trials, number: int, job: Mapping[str, Any], folder: Path, ho
     host = next((host for host in hosts if host.free), None)
     if host is None:
         hosts.append(host := Host())
-    began = time.time()
+    began, channel = time.time(), Channel(asked)
+    channel.clear()
     if folder.exists():  # it had ended, and nobody noted it
-        return Running(trials, number, job, folder, host, errors, began, None)
+        return Running(trials, number, job, folder, host, errors, began, None, channel)
     host.start(asked, folder, errors)
-    return Running(trials, number, job, folder, host, errors, began, began)
+    return Running(trials, number, job, folder, host, errors, began, began, channel)
 
 
 def _ended(plan: ResearchPlan, one: Running) -> None:
@@ -202,6 +210,7 @@ def _ended(plan: ResearchPlan, one: Running) -> None:
     message = one.errors.read_text(errors="replace").strip()[-2000:] if one.errors.exists() else ""
     for file in (one.errors, one.errors.with_suffix(".json")):
         file.unlink(missing_ok=True)
+    one.channel.clear()
     if not (one.out / RESULT).exists():
         code = one.process.returncode or 0
         if code == errno.ENOSPC:  # it is tried again by the next run

@@ -95,6 +95,14 @@ def as_markdown(plan: ResearchPlan, found: Sequence[Summary]) -> str:
     if any(one.at_edge for one in found):
         text += ["*(edge)*: the best value is the least or largest that was tried, so that a better one may lie beyond it.", ""]
     text += _diagnoses(found)
+    pruned = [f"- {text}" for one in found for text in _pruned(plan, one)]
+    if pruned:
+        text += [
+            "Pruned, stopped at a rung where others were better; each counts as one of its entry's trials:",
+            "",
+            *pruned,
+            "",
+        ]
     return "\n".join([*text, *(["Failures:", "", *failures, ""] if failures else [])])
 
 
@@ -209,9 +217,10 @@ def _plain(plan: ResearchPlan, one: Summary) -> dict[str, Any]:
         else [_number(apart.mean.value), _number(apart.low), _number(apart.high), apart.different],
         "best": dict(one.best),
         "edge": list(one.at_edge),
-        "failures": _failures(one),
+        "failures": [*_failures(one), *(f"pruned: {text}" for text in _pruned(plan, one))],
         "trials": [
-            {"values": dict(run.values), "metric": _number(run.info["metrics"].get(plan.task.metric))} for run in one.trials
+            {"values": dict(run.values), "metric": None if run.failed else _number(run.info["metrics"][plan.task.metric])}
+            for run in one.trials
         ],
         "curves": [{"seed": run.seed, "points": list(run.curve)} for run in one.finals if not run.failed],
         "diagnostics": {
@@ -220,8 +229,16 @@ def _plain(plan: ResearchPlan, one: Summary) -> dict[str, Any]:
     }
 
 
+def _pruned(plan: ResearchPlan, one: Summary) -> list[str]:
+    found = [(run, run.info["metrics"].get(plan.task.metric)) for run in one.trials if run.pruned]
+    return [
+        f"{run.entry}, trial {dict(run.values)}: {plan.task.metric} {_short(value)} after {run.info['steps']} steps"
+        for run, value in found
+    ]
+
+
 def _failures(one: Summary) -> list[str]:
-    failed = [run for run in (*one.trials, *one.finals) if run.failed]
+    failed = [run for run in (*one.trials, *one.finals) if run.failed and not run.pruned]
     kinds = [f"seed {run.seed}" if run.final else "trial" for run in failed]
     return [
         f"{run.entry}, {kind} {dict(run.values)}: {run.info['status']}: {_last(run.error)}"

@@ -27,23 +27,18 @@ from dataclasses import dataclass, field
 from hashlib import sha256
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal, cast, get_args
-
-import torch
+from typing import Any, cast, get_args
 
 from lingrad.config.settings import Mode
-from lingrad.errors import DataError, SpecError, did_you_mean, in_short, optional, require, require_one_of, shown
+from lingrad.errors import DataError, optional, require, require_one_of, shown
 from lingrad.files.reading import open_plain
 from lingrad.research.axes import Axis, grid, read_space
-from lingrad.research.diagnostics import make_diagnostic
+from lingrad.research.checks import Match, Pruner, Sampler, Schedule, check_budget, check_observers, check_plan
 from lingrad.research.objects import is_object, load_file
 from lingrad.research.schema import Table
 from lingrad.research.task import Task
 from lingrad.research.tasks import make_task
 
-Sampler = Literal["grid", "random", "tpe"]
-Schedule = Literal["constant", "linear", "cosine"]
-Match = Literal["state_bytes", "seconds"]
 LARGEST = 2**20  # bytes of a plan
 
 
@@ -85,16 +80,20 @@ class ResearchPlan:
         warmup: Share of the steps in which the learning rate rises from nothing.
         schedule: What it does afterwards.
         sampler: Which trials are made.
+        pruner: Which trials are stopped on their way; see `lingrad.research.pruning`.
+        rungs: At how many steps they are judged for it.
         trials: How many of every entry.
         seed: Of the search: its trials differ in nothing else but what is searched.
         seeds: Of the final runs of the best trial; none of them is ``seed``.
         dtype: Of the weights.
         device: Where runs train.
+        processes: How many processes a run has, which share every batch.
         match: What final runs have equal: ``state_bytes`` sets the rank of every entry that has one to the largest whose
             bytes of state are no more than those of the entry ``match_entry``; ``seconds`` gives every entry as many steps as
             take the time of that entry's runs, by what steps took in its trials.
         match_entry: The entry that the others are matched with.
         diagnostics: What is measured of each run besides its losses; see `lingrad.research.diagnostics`.
+        trackers: What each run is logged to besides its own files; see `lingrad.research.trackers`.
     """
 
     name: str
@@ -109,14 +108,18 @@ class ResearchPlan:
     warmup: float = 0.1
     schedule: Schedule = "cosine"
     sampler: Sampler = "grid"
+    pruner: Pruner = "none"
+    rungs: int = 3
     trials: int = 1
     seed: int = 0
     seeds: tuple[int, ...] = (1, 2, 3)
     dtype: str = "float32"
     device: str = "cpu"
+    processes: int = 1
     match: Match | None = None
     match_entry: str = ""
     diagnostics: tuple[str, ...] = ("energy",)
+    trackers: tuple[str, ...] = ()
 
     @property
     def digest(self) -> str:
@@ -182,6 +185,8 @@ def make_plan(content: Mapping[str, Any], where: str, folder: Path, *, quick: bo
     shared = read_space(search.table("space"))
     values: dict[str, Any] = {
         "sampler": search.take("sampler", str, "grid"),
+        "pruner": search.take("pruner", str, "none"),
+        "rungs": search.take("rungs", int, 3),
         "seed": search.take("seed", int, 0),
         "seeds": tuple(table.take("seeds", list, [1, 2, 3])),
         "warmup": run.take("warmup", float, 0.1),
@@ -189,6 +194,8 @@ def make_plan(content: Mapping[str, Any], where: str, folder: Path, *, quick: bo
         "dtype": run.take("dtype", str, "float32"),
         "device": run.take("device", str, "cpu"),
         "diagnostics": tuple(run.take("diagnostics", list, ["energy"])),
+        "processes": run.take("processes", int, 1),
+        "trackers": tuple(run.take("trackers", list, [])),
         "match": match.take("equal", str, None),
         "match_entry": match.take("entry", str, ""),
     }
@@ -198,16 +205,13 @@ def make_plan(content: Mapping[str, Any], where: str, folder: Path, *, quick: bo
         left.end()
     task = make_task(kind, task_table, folder)
     trials = 1 if quick else _trials(asked, values["sampler"], entries, where)
-    _check_budget(steps, tokens, where)
-    _check(values, entries, where)
+    check_budget(steps, tokens, where)
+    check_plan(values, [entry.name for entry in entries], where)
     if quick:
         steps, tokens = (None if budget is None else max(2, budget // 10) for budget in (steps, tokens))
         values["seeds"] = values["seeds"][:1]
-    for text in values["diagnostics"]:
-        make_diagnostic(text, folder)  # raises where there is none
-    twice = len(set(values["diagnostics"])) < len(values["diagnostics"])
-    require(not twice, "diagnostics", f"{where}, [run]: 'diagnostics' names one of them twice; leave it out once")
-    objects = (kind, *values["diagnostics"], *(one.method for one in entries))
+    check_observers(values["diagnostics"], values["trackers"], where, folder)
+    objects = (kind, *values["diagnostics"], *values["trackers"], *(one.method for one in entries))
     files = {*imports, *(text.rpartition(":")[0] for text in objects if is_object(text))}
     code = {file: sha256((folder / file).read_bytes()).hexdigest() for file in sorted(files)}
     values |= {"name": name, "folder": folder, "content": content, "code": code, "quick": quick}
@@ -249,42 +253,6 @@ def _trials(asked: int, sampler: str, entries: tuple[PlanEntry, ...], where: str
             'give all grids one size, or take sampler = "random"',
         )  # fmt: skip
     return trials
-
-
-def _check_budget(steps: int | None, tokens: int | None, where: str) -> None:
-    given = f"{where}, [task]: 'steps' is missing, a whole number; or 'tokens', a budget of them"
-    require(steps is not None or tokens is not None, "steps", given)
-    require(steps is None or tokens is None, "tokens", f"{where}, [task] has both 'steps' and 'tokens'; leave one of them out")
-    require(steps is None or steps >= 2, "steps", f"{where}, [task]: 'steps' must be 2 or more, not {steps}")
-    require(tokens is None or tokens >= 1, "tokens", f"{where}, [task]: 'tokens' must be 1 or more, not {tokens}")
-
-
-def _check(values: Mapping[str, Any], entries: tuple[PlanEntry, ...], where: str) -> None:
-    for key, allowed in (("sampler", Sampler), ("schedule", Schedule), ("dtype", Literal["float32", "float64", "bfloat16"])):
-        require_one_of(values[key], get_args(allowed), key)
-    require(0.0 <= values["warmup"] < 1.0, "warmup", f"{where}, [run]: 'warmup' is a share of the steps, 0 or more and below 1")
-    seeds = values["seeds"]
-    whole = bool(seeds) and all(type(seed) is int and 0 <= seed < 2**32 for seed in seeds) and len(set(seeds)) == len(seeds)
-    require(whole, "seeds", f"{where}: 'seeds' must be a list of different whole numbers, 0 or more and below 2^32")
-    require(0 <= values["seed"] < 2**32, "seed", f"{where}, [search]: 'seed' must be 0 or more and below 2^32")
-    try:
-        torch.empty(0, device=values["device"])
-    except (RuntimeError, AssertionError) as error:  # AssertionError: a torch without CUDA
-        why = f"{where}, [run]: there is no device '{values['device']}' here: {in_short(error)}"
-        raise SpecError(why, option="device") from None
-    require(values["seed"] not in seeds, "seeds", f"{where}: seed {values['seed']} is that of the search; judge by other seeds")
-    names = [entry.name for entry in entries]
-    require(len({name.lower() for name in names}) == len(names), "name", f"{where}: two entries have one name")
-    if values["match"] is None:
-        require(not values["match_entry"], "entry", f"{where}, [match]: 'equal' is missing: {' or '.join(get_args(Match))}")
-        return
-    require_one_of(values["match"], get_args(Match), "equal")
-    near = did_you_mean(values["match_entry"], names)
-    require(
-        bool(values["match_entry"]), "entry", f"{where}, [match]: 'entry' is missing: that which the others are matched with"
-    )
-    if values["match_entry"] not in names:
-        raise SpecError(f"{where}, [match]: there is no entry '{values['match_entry']}'{near}", option="entry")
 
 
 def _has_tomllib() -> bool:

@@ -40,7 +40,8 @@ def make_record(job: Mapping[str, Any], found: Mapping[str, Any], *, status: str
     Args:
         job: What was run.
         found: What `lingrad.research.training.train` gave; empty where it failed.
-        status: ``success``, or the kind of failure: ``diverged``, ``out of memory``, ``disk full``, ``killed``, ``error``.
+        status: ``success``, ``pruned``, or the kind of failure: ``diverged``, ``out of memory``, ``disk full``, ``killed``,
+            ``error``.
         error: The message of a failure.
         created: When it began, in ISO 8601.
 

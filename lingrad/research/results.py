@@ -14,6 +14,7 @@ from lingrad.files.reading import read_json
 from lingrad.research.execution import PLAN, read_claim
 from lingrad.research.plan import PlanEntry, ResearchPlan, make_plan
 from lingrad.research.record import RESULT, damaged
+from lingrad.research.search import PRUNED
 from lingrad.research.statistics import Mean, PairedDifference, mean_of, paired
 from lingrad.research.training import METRICS, OF_EACH_STEP
 
@@ -55,8 +56,13 @@ class RunResult:
 
     @property
     def failed(self) -> bool:
-        """Whether it has no value."""
+        """Whether it has no value of a whole run."""
         return bool(self.info["status"] != "success")
+
+    @property
+    def pruned(self) -> bool:
+        """Whether it was stopped at a rung; its metric is the one there."""
+        return bool(self.info["status"] == PRUNED)
 
 
 @dataclass(frozen=True)

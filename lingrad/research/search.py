@@ -24,11 +24,13 @@ from typing_extensions import override
 from lingrad.errors import DataError, optional
 from lingrad.research.axes import grid
 from lingrad.research.plan import PlanEntry, ResearchPlan
+from lingrad.research.pruning import optuna_pruner, resource
 
 JOURNAL = "search.journal"
 ATTEMPTS = 4  # at opening a storage
 PATIENCE = 120.0  # seconds without a sign of life, after which a trial that runs elsewhere is taken over
-_OWNER, _BEAT, _FAILURE, _MEASURED = "owner", "beat", "failure", "measured"
+PRUNED = "pruned"  # the status of a trial that was stopped at a rung
+_OWNER, _BEAT, _FAILURE, _MEASURED, _VERDICTS = "owner", "beat", "failure", "measured", "verdicts"
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,7 @@ class Outcome:
     Args:
         number: Its number.
         values: What it tried.
-        value: What it is compared by; None where it failed.
+        value: What it is compared by; None where it failed or was pruned.
         measured: Its ``state_bytes``, ``train_time`` and ``steps``, and how long all of it ``took``, in seconds.
     """
 
@@ -94,6 +96,7 @@ class Trials:
             study_name=f"{plan.name} {plan.digest}/{entry.name}/{'search' if best is None else 'final'}",
             storage=storage,
             sampler=_sampler(plan, entry) if best is None else None,
+            pruner=optuna_pruner(plan.pruner if best is None else "none"),
             direction="maximize" if plan.task.greater else "minimize",
             load_if_exists=True,
         )
@@ -120,19 +123,41 @@ class Trials:
         self._sign(trial.number)
         return trial.number, self.best if self.best is not None else trial.params
 
+    def stops(self, number: int, rung: int, value: float) -> bool:
+        """Note what a trial has come to at a rung, and say whether it is to be stopped there.
+
+        Args:
+            number: Its number.
+            rung: The rung.
+            value: What it is compared by.
+
+        Returns:
+            What the pruner says; of a rung that was noted before it was interrupted, what was said then.
+        """
+        trial = self._study.get_trials(deepcopy=False)[number]
+        said: dict[str, bool] = dict(trial.user_attrs.get(_VERDICTS, {}))
+        if str(rung) not in said:
+            self._storage.set_trial_intermediate_value(trial._trial_id, resource(rung), value)
+            judged = self._storage.get_trial(trial._trial_id)
+            said[str(rung)] = bool(self._study.pruner.prune(self._study, judged))
+            self._set(number, _VERDICTS, said)
+        return said[str(rung)]
+
     def finish(self, number: int, value: float | None, failure: str, measured: Mapping[str, float]) -> None:
         """Note what became of a trial.
 
         Args:
             number: Its number.
             value: Its value; None where it failed.
-            failure: The kind of failure; empty where there was none.
+            failure: The kind of failure, or `PRUNED`; empty where there was none.
             measured: Its ``state_bytes``, ``train_time`` and ``steps``, and how long all of it ``took``, in seconds.
         """
         state = _optuna().trial.TrialState
         self._set(number, _FAILURE, failure)  # for Optuna's dashboard
         self._set(number, _MEASURED, dict(measured))
-        if value is None or not math.isfinite(value):
+        if failure == PRUNED:
+            self._study.tell(number, state=state.PRUNED, skip_if_finished=True)
+        elif value is None or not math.isfinite(value):
             self._study.tell(number, state=state.FAIL, skip_if_finished=True)
         else:
             self._study.tell(number, value, skip_if_finished=True)
@@ -150,7 +175,13 @@ class Trials:
     def outcomes(self) -> list[Outcome]:
         """Those that have ended, by number."""
         trials = [trial for trial in self._study.get_trials(deepcopy=False)[: self.count] if trial.state.is_finished()]
-        return [Outcome(t.number, dict(self.best or t.params), t.value, t.user_attrs.get(_MEASURED, {})) for t in trials]
+        whole = _optuna().trial.TrialState.COMPLETE  # a pruned one has the value of its last rung, which is no result
+        return [
+            Outcome(
+                t.number, dict(self.best or t.params), t.value if t.state == whole else None, t.user_attrs.get(_MEASURED, {})
+            )
+            for t in trials
+        ]
 
     def chosen(self, *, greater: bool) -> Outcome | None:
         """The best of them, of equal ones the first; None where all failed."""

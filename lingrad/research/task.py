@@ -85,3 +85,14 @@ class Task(ABC):
         """
         parts = batch.values() if isinstance(batch, Mapping) else [batch]
         return max(part.numel() for part in parts if isinstance(part, Tensor))
+
+    def weight(self, batch: Any) -> float:
+        """What the loss of a batch is a mean over; read where several processes share a batch.
+
+        Args:
+            batch: Some rows of one of `batches`.
+
+        Returns:
+            By default 1, which is right where every row counts the same.
+        """
+        return 1.0

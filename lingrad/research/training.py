@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -13,19 +14,24 @@ from pathlib import Path
 from typing import IO, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lingrad.engine.optimizer import SubspaceOptimizer
 from lingrad.errors import LingradError, SpecError, require
 from lingrad.methods import Method, Training
+from lingrad.research import processes
+from lingrad.research.checks import Schedule
 from lingrad.research.diagnostics import ObservedRun, make_diagnostic
-from lingrad.research.plan import ResearchPlan, Schedule
+from lingrad.research.plan import ResearchPlan
+from lingrad.research.pruning import Verdict, rung_steps
 from lingrad.research.record import finite
 from lingrad.research.runner import gradient_bytes, state_bytes
 from lingrad.research.task import Part, Task
+from lingrad.research.trackers import LogValues
 from lingrad.tensors import distinct, nbytes
 
 METRICS = "metrics.jsonl"
+JUDGED = "judged"  # key of a line: the metric at a rung
 OF_EACH_STEP = ("step", "loss", "lr", "seconds", "tokens")  # keys of a line, besides those of diagnostics
 
 
@@ -83,7 +89,16 @@ def steps_for(task: Task, tokens: int, seed: int) -> int:
         asked = max(asked + 1, math.ceil(1.1 * asked * tokens / seen))
 
 
-def train(plan: ResearchPlan, method: Method, *, seed: int, part: Part, out: Path) -> dict[str, Any]:
+def train(
+    plan: ResearchPlan,
+    method: Method,
+    *,
+    seed: int,
+    part: Part,
+    out: Path | None,
+    log: LogValues = lambda values, step: None,
+    verdict: Verdict = lambda rung, value: False,
+) -> dict[str, Any]:
     """Train once, and judge.
 
     Args:
@@ -91,11 +106,15 @@ def train(plan: ResearchPlan, method: Method, *, seed: int, part: Part, out: Pat
         method: The way to train.
         seed: Of everything random.
         part: What the model is judged by.
-        out: A folder; gets `METRICS`, a line for every step, with what the plan's diagnostics have measured in it.
+        out: A folder; gets `METRICS`, a line for every step, with what the plan's diagnostics have measured in it. None for a
+            process that writes nothing.
+        log: Called with the numbers of each line, and with the metrics at the end.
+        verdict: Says at the rungs of a plan with a pruner, in the first process, whether to stop.
 
     Returns:
         ``metrics`` of the task, ``steps``, ``tokens``, ``seconds``, bytes of ``state``,
-        ``gradients`` and ``saved`` activations, ``refresh_seconds``, and numbers of parameters.
+        ``gradients`` and ``saved`` activations, ``refresh_seconds``, numbers of parameters, and ``stopped``, the rung at which
+        it was, or 0.
 
     Raises:
         DivergedError: A loss was not finite.
@@ -103,10 +122,12 @@ def train(plan: ResearchPlan, method: Method, *, seed: int, part: Part, out: Pat
     """
     task, dtype = plan.task, getattr(torch, plan.dtype)
     steps = plan.steps or steps_for(task, plan.tokens, seed)
+    rungs = rung_steps(steps, plan.rungs) if plan.pruner != "none" and part == "tuning" else {}
     torch.manual_seed(seed)
     built = task.build(seed, dtype).to(plan.device)
     training = method.prepare(built)
     model = training.model.train()
+    replica = processes.replicated(model)
     factor = partial(rate, steps=steps, warmup=plan.warmup, schedule=plan.schedule)
     schedulers = [torch.optim.lr_scheduler.LambdaLR(one, factor) for one in training.optimizers]
     run = ObservedRun(task, method, built, training, seed, steps, dtype, plan.device, factor)
@@ -114,13 +135,15 @@ def train(plan: ResearchPlan, method: Method, *, seed: int, part: Part, out: Pat
     with run.aside():
         for diagnostic in diagnostics:
             diagnostic.begin(run)
-    spent, tokens, done = 0.0, 0, 0
+    spent, tokens, done, stopped = 0.0, 0, 0, 0
     plain: list[float] = []
     refreshing: list[float] = []
+    metrics: dict[str, float] = {}
     found = {"gradients": 0, "saved": 0}
-    with (out / METRICS).open("w") as file:
-        for batch in islice(task.batches(steps, seed), steps):
-            batch = _to(batch, plan.device)
+    with (Path(os.devnull) if out is None else out / METRICS).open("w") as file:
+        for whole in islice(task.batches(steps, seed), steps):
+            rows, weight = processes.share(task, whole)
+            batch = _to(rows, plan.device)
             run.changes.clear()
             with run.aside():
                 for diagnostic in diagnostics:
@@ -128,38 +151,43 @@ def train(plan: ResearchPlan, method: Method, *, seed: int, part: Part, out: Pat
             before, start = _refreshes(training), time.perf_counter()
             training.zero_grad()
             with _counted(model) if done == 0 else _nothing() as saved:
-                loss = task.loss(model, batch)
+                loss = task.loss(replica, batch)
+            loss = loss if weight == 1.0 else weight * loss
             loss.backward()
             found["gradients"] = max(found["gradients"], *(gradient_bytes(model, one) for one in training.optimizers))
             training.step()
             used = schedulers[0].get_last_lr()[0]
             for scheduler in schedulers:
                 scheduler.step()
-            value, took = float(loss.detach()), time.perf_counter() - start
+            value, took = processes.mean_of_all(loss), time.perf_counter() - start
             found["saved"] = saved[0] if done == 0 else found["saved"]
-            done, tokens, spent = done + 1, tokens + task.tokens(batch), spent + took
+            done, tokens, spent = done + 1, tokens + task.tokens(whole), spent + took
             refreshed = _refreshes(training) - before
             (refreshing if refreshed else plain).append(took)
             line = dict(zip(OF_EACH_STEP, (done, value, used, took, tokens), strict=True))
             with run.aside():
                 for diagnostic in diagnostics if math.isfinite(value) else ():
                     line |= _measured(diagnostic.after(done), line)
+                if done in rungs and math.isfinite(value):
+                    metrics = _judged(task, model, part, done)
+                    line |= _measured({JUDGED: metrics[task.metric]}, line)
             _line(file, line)
+            log({key: value for key, value in line.items() if key != "step"}, done)
             if not math.isfinite(value):
                 raise DivergedError(f"the loss of step {done} is {value}")
-    if done < steps:
+            if done in rungs and processes.agreed(processes.rank() == 0 and verdict(rungs[done], metrics[task.metric])):
+                stopped = rungs[done]
+                break
+    if done < steps and not stopped:
         raise SpecError(f"the task gave {done} batches where {steps} steps were asked for")
-    model.eval()
-    with torch.no_grad():
-        metrics = {key: float(value) for key, value in task.judge(model, part).items()}
-    if task.metric not in metrics:
-        raise SpecError(f"the task's metric is '{task.metric}', and its judge gives {', '.join(metrics) or 'nothing'}")
-    if not math.isfinite(metrics[task.metric]):
-        raise DivergedError(f"the {task.metric} after {done} steps is {metrics[task.metric]}")
+    if not stopped:
+        metrics = _judged(task, model, part, done)
+    log(metrics, done)
     slower = sum(refreshing) - len(refreshing) * _median(plain) if refreshing and plain else 0.0
     return {
         "metrics": metrics,
         "steps": done,
+        "stopped": stopped,
         "tokens": tokens,
         "seconds": spent,
         "refresh_seconds": max(0.0, slower),
@@ -167,6 +195,19 @@ def train(plan: ResearchPlan, method: Method, *, seed: int, part: Part, out: Pat
         "parameters": sum(p.numel() for p in model.parameters()),
         "trained": sum(p.numel() for p in _trained(training)),
     }
+
+
+def _judged(task: Task, model: nn.Module, part: Part, done: int) -> dict[str, float]:
+    """Judge a model after some steps; it trains on afterwards, or not."""
+    model.eval()
+    with torch.no_grad():
+        metrics = {key: float(value) for key, value in task.judge(model, part).items()}
+    model.train()
+    if task.metric not in metrics:
+        raise SpecError(f"the task's metric is '{task.metric}', and its judge gives {', '.join(metrics) or 'nothing'}")
+    if not math.isfinite(metrics[task.metric]):
+        raise DivergedError(f"the {task.metric} after {done} steps is {metrics[task.metric]}")
+    return metrics
 
 
 def _trained(training: Training) -> list[Tensor]:

@@ -22,42 +22,78 @@ import torch
 from lingrad.errors import DataError, LingradError, in_short
 from lingrad.files.atomic import new_folder
 from lingrad.files.reading import read_json
+from lingrad.research import processes
 from lingrad.research.plan import make_plan
+from lingrad.research.pruning import Channel
 from lingrad.research.record import RESULT, make_record, now
+from lingrad.research.search import PRUNED
+from lingrad.research.trackers import tracked
 from lingrad.research.training import DivergedError, train
 from lingrad.research.ways import make_method
 
 OUT_OF_MEMORY = "out of memory"
+GRACE = 10.0  # seconds in which the first process writes its record where another one has failed
 
 
-def run_job(job: Mapping[str, Any], out: Path) -> dict[str, Any]:
+def run_job(job: Mapping[str, Any], out: Path, channel: Channel | None = None) -> dict[str, Any]:
     """Run a job and write its folder.
 
     Args:
         job: ``content``, ``where``, ``folder`` and ``quick`` of the plan; ``entry``, its name; ``values`` that are tried;
-            ``seed``; ``part``, what it is judged by; ``steps``, or None for those of the plan; ``threads``.
+            ``seed``; ``part``, what it is judged by; ``steps``, or None for those of the plan; ``threads``; and, of a run that
+            was stopped at a rung and is made again, ``stopped``, that rung.
         out: The folder, which must not exist.
+        channel: Where to ask at rungs whether to stop; None is nowhere.
 
     Returns:
-        The record.
+        The record; of a process other than the first one, which writes nothing, what it would be.
+
+    Raises:
+        SystemExit: A process other than the first one has failed.
     """
-    created = now()
-    torch.set_num_threads(job["threads"])
-    with new_folder(out) as folder:
-        found: dict[str, Any] = {}
-        status, error = "success", ""
-        try:
-            plan = make_plan(job["content"], job["where"], Path(job["folder"]), quick=job["quick"])
-            plan = plan if job["steps"] is None else replace(plan, steps=job["steps"], tokens=0)
-            method = make_method(plan.entry(job["entry"]), job["values"], seed=job["seed"], folder=plan.folder)
-            found = train(plan, method, seed=job["seed"], part=job["part"], out=folder)
-        except Exception as caught:  # a failure is a result
-            status, error = kind_of(caught), in_short(caught)
-            if status == "disk full":
-                raise
-        record = make_record(job, found, status=status, error=error, created=created)
-        (folder / RESULT).write_text(json.dumps(record, indent=1) + "\n")
+    created, several = now(), _processes(job)
+    torch.set_num_threads(max(1, job["threads"] // several))
+    with processes.joined(job["content"].get("run", {}).get("device", "cpu")) as device:
+        if processes.rank() > 0:
+            try:
+                return _run(job, None, created, device, None)
+            except Exception as error:  # torchrun ends all processes with this one; the first may have the same to record
+                sys.stderr.write(f"process {processes.rank()}: {in_short(error)}\n")
+                time.sleep(GRACE)
+                raise SystemExit(1) from error
+        with new_folder(out) as folder:
+            record = _run(job, folder, created, device, channel)
+            (folder / RESULT).write_text(json.dumps(record, indent=1) + "\n")
     return record
+
+
+def _run(job: Mapping[str, Any], folder: Path | None, created: str, device: str, channel: Channel | None) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    status, error = "success", ""
+    kept = job.get("stopped")
+    verdict = (lambda rung, value: rung == kept) if channel is None else channel.ask
+    try:
+        plan = make_plan(job["content"], job["where"], Path(job["folder"]), quick=job["quick"])
+        plan = plan if job["steps"] is None else replace(plan, steps=job["steps"], tokens=0)
+        method = make_method(plan.entry(job["entry"]), job["values"], seed=job["seed"], folder=plan.folder)
+        plan = replace(plan, device=device)
+        name = f"{job['entry']}, seed {job['seed']}, {job['part']}"
+        config = {"entry": job["entry"], "part": job["part"], "seed": job["seed"], **job["values"]}
+        trackers = () if folder is None else plan.trackers
+        with tracked(trackers, plan.folder, project=plan.name, run=name, config=config, out=folder or Path()) as log:
+            found = train(plan, method, seed=job["seed"], part=job["part"], out=folder, log=log, verdict=verdict)
+        if found["stopped"]:
+            status, job = PRUNED, {**job, "stopped": found["stopped"]}
+    except Exception as caught:  # a failure is a result
+        status, error = kind_of(caught), in_short(caught)
+        if folder is None or status == "disk full":
+            raise
+    return make_record(job, found, status=status, error=error, created=created)
+
+
+def _processes(job: Mapping[str, Any]) -> int:
+    found = job["content"].get("run", {}).get("processes", 1)
+    return found if type(found) is int and found > 1 else 1
 
 
 def kind_of(error: BaseException) -> str:
@@ -77,14 +113,25 @@ def kind_of(error: BaseException) -> str:
 
 
 def _end_with(parent: int) -> None:
-    """End this process where the one that started it has ended, killed perhaps: nobody would take its result."""
+    """End this process where the one that it works for has ended, killed perhaps: nobody would take its result."""
+    above = os.getppid()  # torchrun, where it has started this one
 
     def watch() -> None:
-        while os.getppid() == parent:
+        while os.getppid() == above and (above == parent or _is_alive(parent)):
             time.sleep(0.5)
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # it is another user's
+        return True
+    return True
 
 
 def main(job: str, out: str, parent: str = "") -> int:
@@ -102,7 +149,10 @@ def main(job: str, out: str, parent: str = "") -> int:
         _end_with(int(parent))
     try:
         content = read_json(Path(job))
-        run_job(content.get("run_info", {}).get("job", content), Path(out))
+        asked = content.get("run_info", {}).get("job", content)
+        if (count := _processes(asked)) > 1 and not processes.is_launched():
+            return processes.launch(job, out, count)
+        run_job(asked, Path(out), Channel(Path(job)) if parent and asked is content else None)
     except (OSError, DataError) as error:
         sys.stderr.write(f"lingrad: {error}\n")
         return errno.ENOSPC if kind_of(error) == "disk full" else 2
@@ -115,4 +165,8 @@ def main(job: str, out: str, parent: str = "") -> int:
 if __name__ == "__main__":
     if len(sys.argv) not in (3, 4):
         sys.exit("usage: python -m lingrad.research.trial RESULT.json FOLDER")
-    sys.exit(main(*sys.argv[1:]))
+    ended = main(*sys.argv[1:])
+    if processes.is_launched():
+        sys.stderr.flush()
+        os._exit(ended)  # gloo's threads sometimes abort a process that ends in the ordinary way
+    sys.exit(ended)

@@ -111,7 +111,7 @@ WRONG = [
     ({"entries": []}, "plan.toml: 'entries' is empty; give one [[entries]] at least"),
     (
         {"search": {"trails": 3}},
-        "plan.toml, [search]: unknown key 'trails'; did you mean 'trials'? Known: space, sampler, seed, trials",
+        "plan.toml, [search]: unknown key 'trails'; did you mean 'trials'? Known: space, sampler, pruner, rungs, seed, trials",
     ),
     (
         {"search": {"sampler": "gird", "trials": 1}},
@@ -142,6 +142,15 @@ WRONG = [
         {"task": {"kind": "text", "steps": 2, "tokens": 9}},
         "plan.toml, [task] has both 'steps' and 'tokens'; leave one of them out",
     ),
+    ({"search": {"pruner": "hyperband"}}, "pruner must be one of none, median, halving, not 'hyperband'"),
+    ({"search": {"rungs": 0}}, "plan.toml, [search]: 'rungs' must be from 1 to 10, not 0"),
+    ({"run": {"processes": 0}}, "plan.toml, [run]: 'processes' must be 1 or more, not 0"),
+    (
+        {"run": {"processes": 2, "diagnostics": ["energy", "gap"]}},
+        "plan.toml, [run]: the diagnostics gap are for runs of one process; leave them out, or 'processes'",
+    ),
+    ({"run": {"trackers": [3]}}, "plan.toml, [run]: 'trackers' must be texts, not 3"),
+    ({"run": {"trackers": ["a", "a"]}}, "plan.toml, [run]: 'trackers' names one of them twice; leave it out once"),
     ({"task": {"kind": "text", "tokens": 0}}, "plan.toml, [task]: 'tokens' must be 1 or more, not 0"),
     ({"task": {"kind": "text", "stps": 9}}, "plan.toml, [task]: unknown key 'stps'; did you mean 'steps'?"),
     (

@@ -1,6 +1,8 @@
-"""One run of a plan: when it ends, and what progress says of the others."""
+"""One run of a plan: when it ends, where it may be stopped, what of it several processes do; and the time left of others."""
 
 import json
+import threading
+import time
 from dataclasses import dataclass, field
 
 import pytest
@@ -8,12 +10,17 @@ import torch
 from torch import nn
 
 from lingrad.errors import SpecError
+from lingrad.research import processes
 from lingrad.research.plan import make_plan
+from lingrad.research.processes import rows_of
 from lingrad.research.progress import time_left
+from lingrad.research.pruning import Channel, rung_steps
 from lingrad.research.task import Task
+from lingrad.research.tasks.chat import IGNORED, Chat, Example, pad
 from lingrad.research.training import METRICS, steps_for, train
 from lingrad.research.ways import make_method
 from tests.research.test_execution import TASK
+from tests.support.models import llama
 
 
 @dataclass(frozen=True)
@@ -90,3 +97,76 @@ def test_a_run_by_tokens_is_that_by_steps(tmp_path):
 )
 def test_the_time_left(took, left, jobs, text):
     assert time_left(took, left, jobs) == text
+
+
+class TestRungs:
+    @pytest.mark.parametrize(
+        ("steps", "rungs", "found"), [(80, 3, {10: 1, 20: 2, 40: 3}), (4, 3, {1: 2, 2: 3}), (2, 1, {1: 1}), (100, 1, {50: 1})]
+    )
+    def test_each_is_at_half_of_the_next_ones_steps(self, steps, rungs, found):
+        assert rung_steps(steps, rungs) == found
+
+    def test_a_run_that_is_judged_on_its_way_is_the_same_run(self, tmp_path):
+        straight, _ = trained(line_plan(tmp_path), tmp_path / "straight")
+        plan = line_plan(tmp_path, search={"pruner": "median", "rungs": 2})
+        asked = []
+        judged, lines = trained(plan, tmp_path / "judged", verdict=lambda *found: asked.append(found))
+        assert [rung for rung, _ in asked] == [1, 2]
+        assert [line.get("judged") for line in lines] == [asked[0][1], asked[1][1], None, None]
+        assert judged["metrics"] == straight["metrics"]
+        assert judged["stopped"] == 0
+
+    def test_it_stops_where_it_is_told_to(self, tmp_path):
+        plan = line_plan(tmp_path, search={"pruner": "halving", "rungs": 2})
+        found, lines = trained(plan, tmp_path / "out", verdict=lambda rung, value: rung == 2)
+        assert (found["stopped"], found["steps"], len(lines)) == (2, 2, 2)
+        assert found["metrics"] == {"loss": lines[-1]["judged"]}
+
+
+def test_question_and_answer_go_through_files(tmp_path):
+    channel = Channel(tmp_path / ".search-000.1.job.json")
+    said = []
+
+    def answer(rung, value):
+        said.append((rung, value))
+        return rung == 2
+
+    def serve():
+        while len(said) < 2:
+            channel.reply(answer)
+            time.sleep(0.001)
+
+    server = threading.Thread(target=serve)
+    server.start()
+    assert [channel.ask(1, 0.5), channel.ask(2, 0.25)] == [False, True]
+    server.join()
+    assert said == [(1, 0.5), (2, 0.25)]
+    assert not list(tmp_path.iterdir())
+
+
+class TestParts:
+    def test_parts_of_a_batch_are_the_batch(self):
+        batch = {"ids": torch.arange(12).view(4, 3), "more": [torch.arange(4), "text"]}
+        parts = [rows_of(batch, number, 2) for number in (0, 1)]
+        assert torch.equal(torch.cat([part["ids"] for part in parts]), batch["ids"])
+        assert [part["more"][0].tolist() for part in parts] == [[0, 1], [2, 3]]
+        assert parts[1]["more"][1] == "text"
+
+    @pytest.mark.parametrize("tensor", [torch.zeros(3, 2), torch.tensor(1.0)], ids=["three rows", "none"])
+    def test_what_cannot_be_cut(self, tensor):
+        with pytest.raises(SpecError, match="in a batch cannot be cut for 2 processes; expected as many rows, or a multiple"):
+            rows_of({"x": tensor}, 0, 2)
+
+    def test_losses_of_unequal_parts_add_up(self, monkeypatch):
+        """Of conversations, whose loss is a mean over the tokens of the assistant: float64, sums in another order."""
+        examples = [Example([3, 4, 5, 6], [IGNORED, 4, 5, 6]), Example([7, 8, 9], [IGNORED, IGNORED, 9])]
+        whole, model = pad(examples), llama()
+        task = Chat("talk.jsonl", "./model")
+        expected = task.loss(model, whole)
+        monkeypatch.setattr(processes, "count", lambda: 2)
+        found = []
+        for number in (0, 1):
+            monkeypatch.setattr(processes, "rank", lambda number=number: number)
+            part, factor = processes.share(task, whole)
+            found.append(factor * task.loss(model, part) / 2)
+        assert float((sum(found) - expected).detach()) == pytest.approx(0.0, abs=1e-14)

@@ -88,6 +88,10 @@ class Chat(Task):
         return int(batch["attention_mask"].sum())
 
     @override
+    def weight(self, batch: Any) -> float:
+        return label_count(batch)
+
+    @override
     def judge(self, model: nn.Module, part: Part) -> Mapping[str, float]:
         return {"loss": mean_loss(model, self._parts[part][: self.held], self.rows)}
 
@@ -221,7 +225,13 @@ def label_loss(model: nn.Module, batch: Mapping[str, Tensor], reduction: str = "
     """
     logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
     labels = batch["labels"][:, 1:].flatten()
-    return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels, ignore_index=IGNORED, reduction=reduction)
+    total = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels, ignore_index=IGNORED, reduction="sum")
+    return total if reduction == "sum" else total / max(1, label_count(batch))
+
+
+def label_count(batch: Mapping[str, Tensor]) -> int:
+    """How many tokens of a batch have a label, and one before them to be told by."""
+    return int((batch["labels"][:, 1:] != IGNORED).sum())
 
 
 def mean_loss(model: nn.Module, examples: Sequence[Example], rows: int) -> float:
@@ -241,5 +251,5 @@ def mean_loss(model: nn.Module, examples: Sequence[Example], rows: int) -> float
     for start in range(0, len(ordered), rows):
         batch = {key: value.to(device) for key, value in pad(ordered[start : start + rows]).items()}
         total += float(label_loss(model, batch, "sum"))
-        count += int((batch["labels"][:, 1:] != IGNORED).sum())
+        count += label_count(batch)
     return total / count

@@ -18,7 +18,7 @@ from lingrad.errors import DataError, require
 from lingrad.research import corpus
 from lingrad.research.rows import read_rows, shuffled
 from lingrad.research.task import Part, Task
-from lingrad.research.tasks.chat import Example, label_loss, pad, tokenize_row
+from lingrad.research.tasks.chat import Example, label_count, label_loss, pad, tokenize_row
 from lingrad.research.tasks.language import build_model, check_task, window_loss
 from lingrad.research.tokens import encoder_of, open_tokenizer
 
@@ -97,6 +97,10 @@ class MetaMath(Task):
     @override
     def tokens(self, batch: Any) -> int:
         return int(batch["attention_mask"].sum())
+
+    @override
+    def weight(self, batch: Any) -> float:
+        return label_count(batch)
 
     @override
     def judge(self, model: nn.Module, part: Part) -> Mapping[str, float]:

@@ -1,0 +1,53 @@
+"""Runs of two processes of torchrun, compared with one process."""
+
+import json
+
+import pytest
+
+from lingrad.research import trial
+from lingrad.research.record import RESULT
+from lingrad.research.training import METRICS
+
+TASK = {"kind": "text", "steps": 4, "hidden": 32, "layers": 1, "length": 16, "rows": 4, "held": 4}
+
+
+def run_made(folder, processes, entry, **run):
+    folder.mkdir()
+    content = {
+        "name": "two",
+        "task": TASK,
+        "run": {"dtype": "float64", "processes": processes, "diagnostics": [], **run},
+        "entries": [{"name": "a", "options": {"lr": 1e-2}, **entry}],
+    }
+    job = {"content": content, "where": "plan.toml", "folder": str(folder), "quick": False, "entry": "a", "values": {}}
+    job |= {"seed": 1, "part": "final", "steps": None, "threads": 2}
+    (folder / "job.json").write_text(json.dumps(job))
+    assert trial.main(str(folder / "job.json"), str(folder / "out")) == 0
+    lines = [json.loads(line) for line in (folder / "out" / METRICS).read_text().splitlines()]
+    return json.loads((folder / "out" / RESULT).read_text()), lines
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "entry",
+    [{"method": "svd(rank=4, every=2)"}, {"method": "random(rank=4)", "mode": "adapter"}, {"baseline": "lora(rank=4)"}],
+    ids=["optimizer", "adapter", "lora"],
+)
+def test_two_processes_are_one(tmp_path, entry):
+    one, lines = run_made(tmp_path / "one", 1, entry)
+    two, others = run_made(tmp_path / "two", 2, entry)
+    assert two["train_info"]["status"] == "success", two["run_info"]["error_msg"]
+    # float64: sums over the rows of a batch are made in another order, and Adam divides by small second moments
+    assert [line["loss"] for line in others] == pytest.approx([line["loss"] for line in lines], abs=1e-10)
+    assert two["train_info"]["metrics"]["loss"] == pytest.approx(one["train_info"]["metrics"]["loss"], abs=1e-10)
+    assert two["train_info"]["total_tokens"] == one["train_info"]["total_tokens"]
+
+
+@pytest.mark.slow
+def test_rows_that_cannot_be_shared_are_a_failure_in_the_record(tmp_path, monkeypatch):
+    monkeypatch.setitem(TASK, "rows", 3)
+    folder = tmp_path / "three"
+    with pytest.raises(AssertionError):  # torchrun says that a process failed
+        run_made(folder, 2, {"method": "svd(rank=4)"})
+    record = json.loads((folder / "out" / RESULT).read_text())
+    assert "cannot be cut for 2 processes" in record["run_info"]["error_msg"]

@@ -9,7 +9,7 @@ HAS_CUDA = $(PYTHON) -c 'import einops, torch, transformers; torch.cuda.init()' 
 SOURCES := pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo addresses finetune smollm2 examples readme studies duality structure memory architectures bench gpu mutants mutants-operators test coverage slow exhaustive lowest check lint types layers dist clean
+.PHONY: help demo addresses finetune smollm2 examples readme studies duality trajectories structure memory architectures bench gpu mutants mutants-operators test coverage slow exhaustive lowest check lint types layers dist clean
 
 help:  ## list the targets
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 19
@@ -80,6 +80,9 @@ studies: $(VENV)/.dev  ## put the tables of the studies into docs/studies/index.
 
 duality: $(VENV)/.dev  ## measure how far the two modes differ, into docs/duality.md
 	$(BIN)/python tools/measure_duality.py
+
+trajectories: $(VENV)/.dev  ## measure how far the two modes differ after 500 steps, into docs/studies/duality.md
+	$(BIN)/python tools/measure_trajectories.py
 
 structure: $(VENV)/.dev  ## measure how the package is built: files, imports, names; ARGS="v0.1.0" for a revision as well
 	$(BIN)/python tools/structure.py $(ARGS)

@@ -368,7 +368,7 @@ class TestDecayAndFewDigits:
         ):
             bridge.export(opt, tmp_path / "a", quiet=True)
         assert left_in(tmp_path) == []
-        report = bridge.export(opt, tmp_path / "a", allow_residual=0.5, start=llama(), quiet=True)
+        report = bridge.export(opt, tmp_path / "a", allow_residual=0.5, start=llama(), base_model="org/model", quiet=True)
         decay = opt.changes()["model.layers.0.mlp.up_proj.weight"].decay
         row = next(row for row in report.low_rank if row.name == "model.layers.0.mlp.up_proj.weight")
         assert row.decay == decay < 1

@@ -19,7 +19,7 @@ def archives(folder, without=(), extra=()):
     (package / "api.py").write_text("wrap = None\n")
     licences = [f"lingrad-0.1.0.dist-info/licenses/{name}" for name in tool.LICENCES]
     names = {name: name for name in ["lingrad/api.py", *tool.NEEDED, *licences]}
-    names |= {name: text for name, text in extra}
+    names |= dict(extra)
     wheel, sdist = folder / "lingrad-0.1.0-py3-none-any.whl", folder / "lingrad-0.1.0.tar.gz"
     with zipfile.ZipFile(wheel, "w") as file:
         for name, text in names.items():

@@ -9,7 +9,7 @@ HAS_CUDA = $(PYTHON) -c 'import einops, torch, transformers; torch.cuda.init()' 
 SOURCES := pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo addresses finetune smollm2 examples readme duality structure memory architectures bench gpu mutants mutants-operators test coverage slow exhaustive lowest check lint types layers dist clean
+.PHONY: help demo addresses finetune smollm2 examples readme studies duality structure memory architectures bench gpu mutants mutants-operators test coverage slow exhaustive lowest check lint types layers dist clean
 
 help:  ## list the targets
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 19
@@ -74,6 +74,9 @@ examples: $(VENV)/.examples  ## put the last results of finetune and smollm2 int
 
 readme: $(VENV)/.run  ## put the last demo's table and plots into README.md
 	$(BIN)/python tools/update_readme.py runs/demo
+
+studies: $(VENV)/.dev  ## put the tables of the studies into docs/studies/index.md, from their published results
+	$(BIN)/python -m tools.studies
 
 duality: $(VENV)/.dev  ## measure how far the two modes differ, into docs/duality.md
 	$(BIN)/python tools/measure_duality.py

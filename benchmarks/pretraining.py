@@ -8,12 +8,8 @@ tuning is that of `benchmarks.study`: the learning rate is tuned on one half of 
 
 from __future__ import annotations
 
-import hashlib
-import json
-import re
 import statistics
 import sys
-import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,12 +21,13 @@ from typing_extensions import override
 import lingrad
 from benchmarks.study import TUNE, Study, command, linear, taken
 from benchmarks.study import table as study_table
+from lingrad.errors import DataError
 from lingrad.models import LlamaShape, build_llama, next_token_loss
+from lingrad.research.addresses import ARCHIVE, read_addresses
 from lingrad.research.corpus import Corpus, training_batches
+from lingrad.research.tokens import BYTES, byte_ids
 
 RESULTS = Path("docs/studies/pretraining.jsonl")
-ADDRESSES = Path("runs/data/datasets-sotu-0.2.3.tgz")
-SHA256 = "ab03f909e80b99afe2aa74474f7ca53e976982efa9f8c77f2bf3c34f179c85c9"
 SHAPE = LlamaShape(hidden=128, intermediate=344, layers=4, heads=4, length=128)
 STEPS, ROWS, LR, REST = 400, 8, 1e-3, 0.016
 HELD = 128  # windows of each half of the later text
@@ -85,29 +82,6 @@ def entries() -> Iterator[Entry]:
     yield Entry("svd, adapter mode", 2, "svd(rank=32, every=50)", mode="adapter")
 
 
-def read_addresses(path: Path) -> Corpus:
-    """The addresses as bytes.
-
-    Args:
-        path: The package of npm that holds them.
-
-    Returns:
-        Those up to 1999, and the later ones. Exits with what to do where the file is missing or another one.
-    """
-    if not path.exists() or hashlib.sha256(path.read_bytes()).hexdigest() != SHA256:
-        sys.exit(f"{path} is not there, or another file: run `make addresses`, which fetches it")
-    texts: list[tuple[int, str]] = []
-    with tarfile.open(path) as archive:
-        for member in archive.getmembers():
-            year = re.fullmatch(r"package/data/(\d{4})_.*\.json", member.name)
-            file = archive.extractfile(member) if year else None
-            if year and file is not None:
-                texts.append((int(year[1]), json.loads(file.read())["text"]))
-    joined = ["\n".join(text for year, text in sorted(texts) if (year > 1999) == later) for later in (False, True)]
-    train, valid = (torch.tensor(list(text.encode()), dtype=torch.int64) for text in joined)
-    return Corpus("addresses", train, valid, 256)
-
-
 class Pretraining(Study[Entry]):
     """The runs of this study.
 
@@ -121,7 +95,11 @@ class Pretraining(Study[Entry]):
 
     def _corpus(self) -> Corpus:
         if self._read is None:
-            self._read = read_addresses(ADDRESSES)
+            try:
+                train, valid = (byte_ids(text) for text in read_addresses(ARCHIVE))
+            except DataError as error:
+                sys.exit(str(error))
+            self._read = Corpus("addresses", train, valid, BYTES)
         return self._read
 
     @override

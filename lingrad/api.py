@@ -11,7 +11,7 @@ from lingrad.config.methods import takes_methods
 from lingrad.config.published import DEFAULT
 from lingrad.config.rounds import Rounds
 from lingrad.config.rules import Rules
-from lingrad.config.settings import Carry, Compat, InBackward, Merge, RoundingKind, Scale, Share
+from lingrad.config.settings import Carry, Compat, InBackward, Merge, RoundingKind, Scale, Share, TrainOnly
 from lingrad.deprecated import renamed_keywords
 from lingrad.engine.build import Trainable
 from lingrad.engine.optimizer import SubspaceOptimizer
@@ -42,6 +42,7 @@ def wrap(
     rounding: RoundingKind = "nearest",
     process_group: Any = None,
     offload: str | None = None,
+    train_only: TrainOnly | None = None,
     **base_kwargs: Any,
 ) -> SubspaceOptimizer:
     """Train in subspaces as an optimizer: W <- W + S opt(S^T G) (GaLore's form).
@@ -105,6 +106,9 @@ def wrap(
             refresh uses it; ``ledger``, with ``ledger=True``, what was merged through the basis in use. Several as one string,
             ``moments, bases``. The numbers are the same to the bit, and checkpoints load with any value of it. Bases that are
             computed from a seed or from indices are computed again at each use, as with ``store=false`` (docs/memory.md).
+        train_only: ``transformed`` trains what is transformed, and what a rule says ``none`` of; everything else is frozen
+            until ``opt.detach()``, as PEFT has it. None also trains what no rule names, such as norms, embeddings and the
+            head, in full, which few servers load of an adapter (docs/serving.md).
         **base_kwargs: Options of the base, such as ``lr``, ``betas``, ``momentum``. Any base also takes ``moments="8bit"``,
             which stores its moments in 8 bits between steps.
 
@@ -140,6 +144,7 @@ def wrap(
         rounding=rounding,
         process_group=process_group,
         offload=offload,
+        train_only=train_only,
         **base_kwargs,
     )
 
@@ -166,6 +171,7 @@ def adapt(
     rounding: RoundingKind = "nearest",
     process_group: Any = None,
     offload: str | None = None,
+    train_only: TrainOnly | None = None,
     merge_every: int | None = None,
     keep_remainder: bool = False,
     rounds: Rounds | None = None,
@@ -194,6 +200,7 @@ def adapt(
         rounding: See `wrap`.
         process_group: See `wrap`.
         offload: See `wrap`.
+        train_only: See `wrap`.
         merge_every: Merge coordinates into the weights every so many steps, in addition to each refresh; None merges at
             refreshes only. 1 is optimizer mode's schedule with adapter mode's forward. The trajectory is the same.
         keep_remainder: Where a weight is stored in 4 or 8 bits, add the rounding error of a merge to the new coordinates, as
@@ -225,6 +232,7 @@ def adapt(
         rounding=rounding,
         process_group=process_group,
         offload=offload,
+        train_only=train_only,
         merge_every=merge_every,
         keep_remainder=keep_remainder,
         rounds=rounds,

@@ -172,7 +172,18 @@ _MODES = {"--compare": "compare", "--max-batch": "fit", "--closed-form": "estima
 # accepted before, without effect
 _IGNORED = {"compare": ("--mode",), "fit": ("--batch",), "estimate": ("--checkpointing", "--stagger", "--expandable")}
 # options of convert that take a value
-_VALUED = ("--out", "--rank", "--energy", "--max-error", "--dtype", "--decayed-start", "--json")
+_VALUED = (
+    "--out",
+    "--rank",
+    "--energy",
+    "--max-error",
+    "--dtype",
+    "--decayed-start",
+    "--allow-residual",
+    "--target",
+    "--base-model",
+    "--json",
+)
 
 
 def command_line(given: Sequence[str]) -> list[str]:

@@ -10,11 +10,11 @@ from typing import Annotated, Any
 import typer
 
 from lingrad import __version__
+from lingrad import explain as explain_
 from lingrad.cli.adapters import adapters
 from lingrad.cli.common import EXIT_CODES, Command, group
 from lingrad.cli.memory import memory
 from lingrad.cli.options import Base, Json, Model, Results, Rules, Share
-from lingrad.config.explain import explain as explain_
 from lingrad.files.results import check_folders, example, finish
 from lingrad.memory import named
 from lingrad.models import open_model

@@ -10,8 +10,7 @@ from typer.core import TyperCommand, TyperGroup
 from typing_extensions import override
 
 from lingrad import console
-from lingrad.errors import SpecError
-from lingrad.research.objects import load_file
+from lingrad.research.objects import bring
 
 DOES_NOT_FIT = 3  # an exit code
 EXIT_CODES = (
@@ -56,10 +55,7 @@ def _silence(ctx: typer.Context, value: bool) -> None:
 
 
 def _bring(ctx: typer.Context, value: list[Path] | None) -> None:
-    if value and ctx.command_path == "lingrad run":
-        raise SpecError("the runs of a plan have processes of their own: name the file in the plan, imports = ['FILE.py']")
-    for file in value or ():
-        load_file(str(file), Path.cwd())
+    bring(value or (), to_plan=ctx.command_path == "lingrad run")
 
 
 _shared = typer.Typer(add_completion=False)
@@ -68,7 +64,7 @@ _shared = typer.Typer(add_completion=False)
 @_shared.command()
 def _options(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", callback=_silence, help="Show results, and no progress.")] = False,
-    bring: Annotated[
+    files: Annotated[
         list[Path] | None,
         typer.Option(
             "--import",

@@ -22,7 +22,9 @@ def _dtype(value: str | None) -> str | None:
     return next((name for name, known in _SPELLINGS.items() if plain in known), value)
 
 
+Allow = Annotated[float | None, typer.Option(help="Accept an adapter that leaves this share of a weight's change out.")]
 Base = Annotated[str | None, typer.Option(help="Base optimizer, such as adamw8bit or lion; else a method's, or adamw.")]
+BaseModel = Annotated[str | None, typer.Option(help="What others know the starting model by, such as owner/name.")]
 Batch = Annotated[int, typer.Option(help="Rows of a batch.")]
 Capacity = Annotated[str | None, typer.Option(help="Memory of the device, such as 24GiB or 24G: say whether the run fits.")]
 Checkpointing = Annotated[bool, typer.Option("--checkpointing", help="Recompute layers in the backward.")]
@@ -48,4 +50,5 @@ Results = Annotated[Path, typer.Option(help="Folder of the results.")]
 Rules = Annotated[str, typer.Option(help="Config string, or rules: '*.attn.*: svd(rank=64); *: none'.")]
 Share = Annotated[bool, typer.Option("--share", help="Share right bases among layers that read the same input.")]
 Stagger = Annotated[bool, typer.Option("--stagger", help="Refresh weights in turns.")]
+Target = Annotated[str, typer.Option(help="What is to load the adapter: peft, vllm, llama.cpp or diffusers.")]
 UniformRank = Annotated[bool, typer.Option("--uniform-rank", help="One rank for all weights: the largest that one needs.")]

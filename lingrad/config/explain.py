@@ -12,7 +12,7 @@ from lingrad.config.methods import method_of
 from lingrad.config.published import DEFAULT
 from lingrad.config.residual import parse_residual
 from lingrad.config.rules import Rules
-from lingrad.config.settings import Share
+from lingrad.config.settings import Share, TrainOnly
 from lingrad.config.sharing import GroupedTarget, group_targets
 from lingrad.config.targets import resolve_model
 from lingrad.console import columns, layers
@@ -77,7 +77,12 @@ class Explanation:
 
 
 def explain(
-    model: nn.Module, rules: Rules = DEFAULT, *, share: Share | None = None, every_parameter: bool = False
+    model: nn.Module,
+    rules: Rules = DEFAULT,
+    *,
+    share: Share | None = None,
+    every_parameter: bool = False,
+    train_only: TrainOnly | None = None,
 ) -> Explanation:
     """Show what `lingrad.wrap` would do.
 
@@ -85,6 +90,7 @@ def explain(
         model: The model; it may be on the meta device.
         rules: As for `lingrad.wrap`.
         share: As for `lingrad.wrap`.
+        train_only: As for `lingrad.wrap`.
         every_parameter: Give each parameter its own line, instead of one for all that differ in layer numbers only.
 
     Returns:
@@ -94,7 +100,9 @@ def explain(
     known = isinstance(model, nn.Module)  # the text of a model is long, and some can be written only where they have values
     require(known, "model", f"model must be a torch.nn.Module, not {'one' if known else repr(model)}; {instead}")
     chosen = method_of(rules)
-    plan = resolve_model(model, rules if chosen is None else chosen.rules)
+    if chosen is not None and train_only is None:
+        train_only = chosen.settings.get("train_only")
+    plan = resolve_model(model, rules if chosen is None else chosen.rules, train_only)
     rule = None if chosen is None or chosen.settings.get("residual") is None else parse_residual(chosen.settings["residual"])
     linear = "projected" if rule is None else "full" if rule.chance == 1 else "sampled"
     targets = {grouped.target.name: _line(grouped, linear) for grouped in group_targets(plan.targets, share)}

@@ -21,13 +21,25 @@ Carry = Literal["keep", "reset", "rotate", "transport"]  # what a refresh does t
 Share = Literal["input"]  # which weights share a basis: linear layers that read one input
 InBackward = bool | Literal["coordinates"]  # what happens to a weight inside the backward: a step, or a refresh
 Scale = float | Literal["norm"]  # what multiplies the learning rate of coordinates
+TrainOnly = Literal["transformed"]  # what trains, of what no rule names
 Compat = Literal["galore"]  # another program's arithmetic
 
 MOVES = ("rotate", "transport")  # of Carry, what takes moments to another basis
 _LARGEST = torch.finfo(torch.float64).max  # of a number
 
 # A checkpoint may be loaded with other values of these; any other option changes what it means.
-_FREE = ("rest_lr", "weight_decay", "scale", "layerwise", "merge", "merge_every", "process_group", "rounds", "offload")
+_FREE = (
+    "rest_lr",
+    "weight_decay",
+    "scale",
+    "layerwise",
+    "merge",
+    "merge_every",
+    "process_group",
+    "rounds",
+    "offload",
+    "train_only",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +66,7 @@ class Settings:
     rounding: RoundingKind = "nearest"
     process_group: Any = None
     offload: str | None = None
+    train_only: TrainOnly | None = None
     merge_every: int | None = None
     keep_remainder: bool = False
     rounds: Rounds | None = None
@@ -119,7 +132,7 @@ class Settings:
             value = getattr(self, option)
             require(type(value) is bool, option, f"{option} must be True or False, not {value!r}")
         require(type(self.seed) is int, "seed", f"seed must be a whole number, not {self.seed!r}")
-        for option, words in (("compat", get_args(Compat)), ("share", get_args(Share))):
+        for option, words in (("compat", get_args(Compat)), ("share", get_args(Share)), ("train_only", get_args(TrainOnly))):
             value = getattr(self, option)
             expected = " or ".join([*map(repr, words), "None"])
             near = did_you_mean(str(value), words)

@@ -16,6 +16,7 @@ from lingrad.config import spec
 from lingrad.config.matching import Candidate, match
 from lingrad.config.names import held_parameters, require_elements
 from lingrad.config.rules import FROZEN, Rule, Rules, parse_rules
+from lingrad.config.settings import TrainOnly
 from lingrad.errors import ShapeError, SpecError
 from lingrad.transforms.base import Transform
 from lingrad.transforms.experts import Experts
@@ -82,7 +83,7 @@ class Plan:
     frozen: list[tuple[str, nn.Parameter]] = field(default_factory=list)
 
 
-def resolve_model(model: nn.Module, rules: Rules) -> Plan:
+def resolve_model(model: nn.Module, rules: Rules, train_only: TrainOnly | None = None) -> Plan:
     """Decide for every trainable parameter of a model, and for linear layers' weights in 4 or 8 bits.
 
     Args:
@@ -90,6 +91,7 @@ def resolve_model(model: nn.Module, rules: Rules) -> Plan:
         rules: A config string for every Linear (and Conv1D) weight but the output head's, and for every expert's matrix of
             fused experts; or a mapping of globs over module or parameter names to specs, where ``none`` means to train in full
             and ``frozen`` not to train; the first match wins.
+        train_only: ``transformed`` freezes what would train in full without a rule that says ``none`` of it.
 
     Returns:
         The plan.
@@ -111,21 +113,22 @@ def resolve_model(model: nn.Module, rules: Rules) -> Plan:
             )
     else:
         chosen = match(candidates, parsed, [name for name, param in model.named_parameters() if not param.requires_grad])
-    plan = _plan(candidates, chosen, ends)
+    plan = _plan(candidates, _frozen_unless_named(candidates, chosen, train_only), ends)
     if not plan.targets and not plan.full:
         raise SpecError(
-            f"nothing to train: every parameter of {type(model).__name__} is frozen, by requires_grad=False or by a rule; "
-            "unfreeze what is to train, or give it another rule"
+            f"nothing to train: every parameter of {type(model).__name__} is frozen, by requires_grad=False, a rule or "
+            "train_only; unfreeze what is to train, or give it another rule"
         )
     return plan
 
 
-def resolve_parameters(named: Iterable[tuple[str, nn.Parameter]], rules: Rules) -> Plan:
+def resolve_parameters(named: Iterable[tuple[str, nn.Parameter]], rules: Rules, train_only: TrainOnly | None = None) -> Plan:
     """Decide for parameters without their modules; a config string alone means every one with two or more dimensions.
 
     Args:
         named: (name, parameter) pairs.
         rules: As for `resolve_model`, matched against parameter names.
+        train_only: As for `resolve_model`.
 
     Returns:
         The plan; every target takes the ``weight`` route.
@@ -144,7 +147,16 @@ def resolve_parameters(named: Iterable[tuple[str, nn.Parameter]], rules: Rules) 
         chosen = [parsed if c.param.dim() >= 2 else None for c in candidates]
     else:
         chosen = match(candidates, parsed, [name for name, param in named if not param.requires_grad])
-    return _plan(candidates, chosen, [_named_as_end(c.names[0]) for c in candidates])
+    return _plan(
+        candidates, _frozen_unless_named(candidates, chosen, train_only), [_named_as_end(c.names[0]) for c in candidates]
+    )
+
+
+def _frozen_unless_named(candidates: list[Candidate], chosen: list[Rule], train_only: TrainOnly | None) -> list[Rule]:
+    """The rules with what no rule says ``none`` of frozen, where only what is transformed is to train."""
+    if train_only is None:
+        return chosen
+    return [FROZEN if rule is None and not c.ruled else rule for c, rule in zip(candidates, chosen, strict=True)]
 
 
 def _candidates(model: nn.Module) -> list[Candidate]:

@@ -8,6 +8,7 @@ from typing import Any
 from lingrad.console import progress
 from lingrad.convert import models, run
 from lingrad.convert.merge import merge as merge_
+from lingrad.peft.check import check_adapter as check_adapter
 from lingrad.peft.report import AdapterReport
 
 

@@ -5,10 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Generic, TypeVar
 
-import torch
-
-from lingrad.maps.factors import Factors
-
 T = TypeVar("T")
 
 
@@ -38,11 +34,3 @@ class Lazy(Mapping[str, T], Generic[T]):
 
     def __len__(self) -> int:
         return len(self._names)
-
-
-def padded(factors: Factors, rank: int) -> Factors:
-    """The same change with columns of zeros up to a rank."""
-    more = rank - factors.rank
-    left, right = factors.left, factors.right
-    zeros = left.new_zeros(left.shape[0], more), right.new_zeros(more, right.shape[1])
-    return Factors(torch.cat([left, zeros[0]], 1), torch.cat([right, zeros[1]])) if more else factors

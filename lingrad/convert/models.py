@@ -21,6 +21,7 @@ from lingrad.errors import optional, require
 from lingrad.files.model_folder import ModelFolder
 from lingrad.maps.factors import Factors
 from lingrad.models import open_model
+from lingrad.peft.loaders import Target
 from lingrad.peft.report import AdapterReport
 from lingrad.transforms.linalg import derive_seed
 
@@ -39,6 +40,9 @@ def convert(
     full_svd: bool = False,
     logits: bool = False,
     decayed_start: str | Path | None = None,
+    target: Target = "peft",
+    allow_residual: float | None = None,
+    base_model: str | None = None,
     tick: Tick | None = None,
 ) -> AdapterReport:
     """Turn the difference of two models into an adapter that PEFT loads, whatever program trained.
@@ -60,6 +64,10 @@ def convert(
         logits: Load both models into memory, and compare their logits through PEFT.
         decayed_start: Where to write START with its weights multiplied by the decay that was recognised; the adapter is then
             for that model.
+        target: What is to load the adapter, as for `lingrad.peft.export`.
+        allow_residual: The largest relative residual |TUNED - (START + B A)| / |TUNED - START| of any weight to accept. By
+            default 0.02, or what ``energy`` or ``max_error`` says.
+        base_model: What others know the model by that the adapter is for, such as ``owner/name``; by default its folder.
         tick: Called after each tensor: how many are done, of how many, its name.
 
     Returns:
@@ -77,7 +85,7 @@ def convert(
         "decayed_start needs all of a change, from which decay is separated; leave out rank, energy and max_error",
     )
     decayed = None if decayed_start is None else Path(decayed_start)
-    output = Output(Path(out), goal, dtype, uniform_rank, logits, decayed, tick)
+    output = Output(Path(out), goal, dtype, uniform_rank, logits, decayed, target, allow_residual, base_model, tick)
     was, now = ModelFolder(Path(start)), ModelFolder(Path(tuned))
     optional("peft", "checking an adapter", "hf")  # before the search, not after it
     model = open_model(str(Path(start).absolute()))  # a name alone may be that of a built-in model

@@ -11,6 +11,9 @@ from lingrad.console import Tick
 from lingrad.convert.lowrank import Goal
 from lingrad.errors import require
 from lingrad.files.atomic import refuse_existing
+from lingrad.peft.card import check_base_model
+from lingrad.peft.fit import check_allowed, check_target
+from lingrad.peft.loaders import Target
 
 DTYPES = {
     "fp32": torch.float32,
@@ -35,6 +38,9 @@ class Output:
         uniform_rank: Whether all weights get the largest rank.
         logits: Whether to compare logits.
         decayed_start: Where to write the starting model with decay applied.
+        target: What is to load the adapter.
+        allow_residual: The largest residual of a weight to accept; None for what needs no permission.
+        base_model: What others know the starting model by; None for its folder.
         tick: Called after each tensor.
 
     Raises:
@@ -48,6 +54,9 @@ class Output:
     uniform_rank: bool = False
     logits: bool = False
     decayed_start: Path | None = None
+    target: Target = "peft"
+    allow_residual: float | None = None
+    base_model: str | None = None
     tick: Tick | None = None
 
     def __post_init__(self) -> None:
@@ -55,6 +64,9 @@ class Output:
         require(
             self.dtype is None or self.dtype in DTYPES, "dtype", f"dtype must be one of {', '.join(DTYPES)}, not {self.dtype!r}"
         )
+        check_target(self.target)
+        check_allowed(self.allow_residual)
+        check_base_model(self.base_model)
         refuse_existing(self.out)
         if self.decayed_start is None:
             return

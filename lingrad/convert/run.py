@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from lingrad.config.sharing import group_targets
+from lingrad.config.spec import format as format_spec
 from lingrad.config.targets import resolve_model
 from lingrad.console import Tick
 from lingrad.convert.compatibility import refuse_other_model
@@ -26,6 +27,7 @@ from lingrad.files.optimizer_file import FILE, identify, load_state
 from lingrad.files.reading import all_finite
 from lingrad.maps.factors import Factors, compress
 from lingrad.models import open_model
+from lingrad.peft.loaders import Target
 from lingrad.peft.report import AdapterReport
 
 
@@ -40,6 +42,9 @@ def convert_run(
     uniform_rank: bool = False,
     logits: bool = False,
     decayed_start: str | Path | None = None,
+    target: Target = "peft",
+    allow_residual: float | None = None,
+    base_model: str | None = None,
     tick: Tick | None = None,
 ) -> AdapterReport:
     """Turn a checkpoint of a lingrad run with ``ledger=True`` into an adapter that PEFT loads, exact to rounding.
@@ -57,6 +62,10 @@ def convert_run(
         uniform_rank: Give all weights the largest rank that one needs, by columns of zeros.
         logits: Load both models into memory, and compare their logits through PEFT; needs ``start``.
         decayed_start: Where to write ``start`` with its weights multiplied by the run's decay; the adapter is then for it.
+        target: What is to load the adapter, as for `lingrad.peft.export`.
+        allow_residual: The largest relative residual of any weight to accept, by default 0.02: of TUNED - START where ``start``
+            is given, else of the recorded change.
+        base_model: What others know the model by that the adapter is for, such as ``owner/name``; by default its folder.
         tick: Called after each tensor: how many are done, of how many, its name.
 
     Returns:
@@ -72,7 +81,7 @@ def convert_run(
         needed = f"{option} needs the model that the run started from; give its folder as start"
         require(not asked or start is not None, option, needed)
     decayed = None if decayed_start is None else Path(decayed_start)
-    output = Output(Path(out), Goal(rank), dtype, uniform_rank, logits, decayed, tick)
+    output = Output(Path(out), Goal(rank), dtype, uniform_rank, logits, decayed, target, allow_residual, base_model, tick)
     tuned = ModelFolder(Path(run))
     was = None if start is None else ModelFolder(Path(start))
     optional("peft", "checking an adapter", "hf")
@@ -94,7 +103,7 @@ def convert_run(
     def find(pair: TensorPair) -> tuple[ChangeRecord, Factors | None]:
         return saved.find(pair, was, output)
 
-    return make_adapter("checkpoint", models, output, find, identity)
+    return make_adapter("checkpoint", models, output, find, identity, saved.transforms)
 
 
 class _Run:
@@ -144,6 +153,11 @@ class _Run:
             raise CheckpointError(f"{name} is of another model: {error}") from error
         self._saved, self._folder, self._model = saved, tuned, model
         self.targets = {found.target.name: found for found in group_targets(plan.targets, saved.of_run("share"))}
+
+    @property
+    def transforms(self) -> tuple[str, ...]:
+        """Config strings of the run's bases."""
+        return tuple(dict.fromkeys(format_spec(found.target.transform) for found in self.targets.values()))
 
     def require_all(self, found: Sequence[TensorPair]) -> None:
         """Make sure that every weight the run changed is in the model's files, so that no change is left out.

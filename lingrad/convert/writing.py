@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lingrad.convert.lazy import Lazy, padded
+from lingrad.convert.lazy import Lazy
+from lingrad.convert.limits import require_allowed, require_reached, words
 from lingrad.convert.logits import compare_logits
-from lingrad.convert.lowrank import Goal
 from lingrad.convert.merge import decayed_weight, write_model
 from lingrad.convert.notes import notes
 from lingrad.convert.output import Output
@@ -24,8 +24,10 @@ from lingrad.errors import DataError, ExportError
 from lingrad.files.atomic import publish
 from lingrad.files.model_folder import ModelFolder
 from lingrad.files.tensorfile import TensorFile
-from lingrad.maps.factors import Factors
+from lingrad.maps.factors import Factors, padded
 from lingrad.peft import verify
+from lingrad.peft.card import add_tokenizer, unnamed, write_card
+from lingrad.peft.fit import check_written, largest_rank, limited, refuse_full, same_rank
 from lingrad.peft.report import AdapterReport, ChangedTensor, Writer
 from lingrad.peft.slots import Slot
 from lingrad.peft.write import WEIGHTS, write_adapter
@@ -34,7 +36,9 @@ Identity = Callable[[], Mapping[str, Any]]
 Finder = Callable[[TensorPair], tuple[ChangeRecord, Factors | None]]
 
 
-def make_adapter(source: Writer, models: Models, output: Output, find: Finder, identity: Identity) -> AdapterReport:
+def make_adapter(
+    source: Writer, models: Models, output: Output, find: Finder, identity: Identity, transforms: tuple[str, ...] = ()
+) -> AdapterReport:
     """Find the changes that are not found yet, write the adapter, and give it its name.
 
     Args:
@@ -44,6 +48,7 @@ def make_adapter(source: Writer, models: Models, output: Output, find: Finder, i
         find: Gives the record and the factors of one tensor's change.
         identity: Gives what is converted, and how: an unfinished conversion is resumed where this is the same, and the folder
             is published where it still is.
+        transforms: Config strings of the bases, where they are known.
 
     Returns:
         The report.
@@ -56,7 +61,7 @@ def make_adapter(source: Writer, models: Models, output: Output, find: Finder, i
         job = _Job(models, output, work)
         job.find(find)
         with job.start_for() as start:
-            report = job.write(source, start)
+            report = job.write(source, start, transforms)
             changed = [key for key, value in identity().items() if value != was[key]]
             if changed:
                 raise DataError(
@@ -168,12 +173,13 @@ class _Job:
             shutil.rmtree(decayed, ignore_errors=True)
             raise
 
-    def write(self, source: Writer, start: Path | None) -> AdapterReport:
+    def write(self, source: Writer, start: Path | None, transforms: tuple[str, ...]) -> AdapterReport:
         """Write the adapter, read it again, compare, and add the report.
 
         Args:
             source: What is converted.
             start: The folder of the model that the adapter is for.
+            transforms: Config strings of the bases.
 
         Returns:
             The report.
@@ -186,24 +192,27 @@ class _Job:
         changed = {pair: record for pair, record in records.items() if record.kind != "equal"}
         if not changed:
             raise ExportError(f"nothing in '{models.tuned.path}' has changed; there is nothing to convert")
-        low = _as_factors(models, changed)
-        ranks = {param: record.rank for param, record in low.items()}
-        if output.uniform_rank:
-            ranks = dict.fromkeys(ranks, max(ranks.values(), default=0))
+        low = _as_factors(models, changed, output)
+        full = [pair.param for pair in changed if pair.param not in low]
+        refuse_full(output.target, full)
+        most = largest_rank(output.target, None)
+        ranks = {param: min(record.rank, most or record.rank) for param, record in low.items()}
+        cut = {param for param, record in low.items() if record.rank > ranks[param]}
+        if output.uniform_rank or output.target != "peft":
+            ranks = same_rank(ranks)
         index = {pair.param: i for i, pair in enumerate(models.pairs)}
         files = {pair.param: pair.name for pair in models.pairs}
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
-        full = [pair.param for pair in changed if pair.param not in low]
         written = write_adapter(
             folder,
             models.model,
-            Lazy(list(low), lambda param: padded(self.work.factors(index[param]), ranks[param])),
+            Lazy(list(low), lambda param: padded(limited(self.work.factors(index[param]), most), ranks[param])),
             Lazy(full, lambda param: models.tuned.read(files[param]), files),
-            start=str(start or ""),
+            start=(name := output.base_model or str(start or "")),
         )
         slots = verify.check_structure(folder, models.model, list(low))
-        rows, lost, norm = [], 0.0, 0.0
+        rows, norms, lost, norm = [], [], 0.0, 0.0
         for pair, record in changed.items():
             if pair.param not in low:
                 rows.append(ChangedTensor(pair.param, "full", record.shape, models.tuned.entry(pair.name).nbytes))
@@ -213,7 +222,8 @@ class _Job:
                 left = Residuals(record.residual, record.residual, dtype)
             else:
                 left = residuals(folder, slots[pair.param], pair, record, models.start, models.tuned)
-            _require_reached(output.goal, pair, record, left)
+            require_reached(output, pair, record, left)
+            norms.append(record.norm)
             lost, norm = lost + (left.residual * record.norm) ** 2, norm + record.norm**2
             rows.append(
                 ChangedTensor(
@@ -229,6 +239,8 @@ class _Job:
                     full_rank=record.rank >= min(pair.shape or record.shape),
                 )
             )
+        require_allowed(output, rows, cut)
+        faults = [*check_written(folder, output.target), *unnamed(name)]
         model_bytes = sum(file.path.stat().st_size for file in models.tuned.files.values())
         report = AdapterReport(
             source,
@@ -241,10 +253,12 @@ class _Job:
             outputs=compare_logits(folder, start, models.tuned.path) if output.logits and start else None,
             equal=len(records) - len(changed),
             model_bytes=model_bytes,
-            goal=output.goal.words,
-            notes=notes(rows, output.goal, written.nbytes, model_bytes, models.ignored),
+            goal=words(output, [row for row in rows if row.kind == "low_rank"], norms),
+            notes=(*notes(rows, output.goal, written.nbytes, model_bytes, models.ignored), *faults),
         )
         report.write(folder)
+        add_tokenizer(folder, None, models.tuned.path)
+        write_card(folder, report, written.config, transforms)
         return report
 
     def _record(self, index: int) -> ChangeRecord:
@@ -254,25 +268,10 @@ class _Job:
         return found
 
 
-def _as_factors(models: Models, changed: Mapping[TensorPair, ChangeRecord]) -> dict[str, ChangeRecord]:
+def _as_factors(models: Models, changed: Mapping[TensorPair, ChangeRecord], output: Output) -> dict[str, ChangeRecord]:
     """The changes that are saved as factors: all that were found, without those whose layer is smaller saved in full."""
     found = {pair: record for pair, record in changed.items() if record.kind == "low_rank"}
     whole = {p for p, record in found.items() if record.decay == 1.0 and smaller_in_full(models.model, p, record.rank)}
-    if len(whole) == len(found):  # PEFT needs one
+    if len(whole) == len(found) or output.target != "peft":  # PEFT needs one, others take nothing else
         whole = set()
     return {pair.param: record for pair, record in found.items() if pair not in whole}
-
-
-def _require_reached(goal: Goal, pair: TensorPair, record: ChangeRecord, left: Residuals) -> None:
-    """Make sure that what was written reaches the goal, and leaves what was found, but for the rounding of its factors."""
-    reached = left.without_decay if goal.exact else left.residual
-    if goal.lost and not reached <= goal.lost**0.5 * (1 + 1e-6):  # nor NaN
-        raise ExportError(
-            f"'{pair.name}': factors in {left.dtype} leave {reached:.2e} of the change, and at most {goal.lost**0.5:.2e} was "
-            "asked for; write them in fp32 (leave --dtype out), or allow a larger error"
-        )
-    if not reached <= record.residual + 2 * torch.finfo(left.dtype).eps:
-        raise ExportError(
-            f"'{pair.name}': the written file leaves {reached:.2e} of the change, and {record.residual:.2e} was found; "
-            "a folder was changed during the conversion, or the disk is failing"
-        )

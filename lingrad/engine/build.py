@@ -15,7 +15,7 @@ from lingrad.config.coverage import remark
 from lingrad.config.names import held_parameters
 from lingrad.config.residual import parse_residual
 from lingrad.config.rules import Rules
-from lingrad.config.settings import Mode, Settings, check_not_negative
+from lingrad.config.settings import Mode, Settings, TrainOnly, check_not_negative
 from lingrad.config.sharing import GroupedTarget, group_targets, require_shared
 from lingrad.config.targets import Plan, resolve_model, resolve_parameters
 from lingrad.deprecated import renamed_option
@@ -50,12 +50,13 @@ Named = tuple[str, nn.Parameter]
 Trainable = nn.Module | Iterable[Named] | Iterable[dict[str, Any]]
 
 
-def resolve_groups(model: Trainable, rules: Rules) -> list[tuple[Plan, dict[str, Any]]]:
+def resolve_groups(model: Trainable, rules: Rules, train_only: TrainOnly | None = None) -> list[tuple[Plan, dict[str, Any]]]:
     """Resolve what the user passed, group by group.
 
     Args:
         model: A model, named parameters, or dicts with named ``params``, optional ``rules``, and hyper-parameters.
         rules: The config string or rules of groups that bring none of their own.
+        train_only: Whether what no rule names is frozen; see `lingrad.wrap`.
 
     Returns:
         A plan and the hyper-parameters of each group; one group for a model.
@@ -66,7 +67,7 @@ def resolve_groups(model: Trainable, rules: Rules) -> list[tuple[Plan, dict[str,
     if isinstance(model, nn.Module):
         for name, param, module, _ in held_parameters(model):
             refuse_attached(name, param, module)
-        return [(resolve_model(model, rules), {})]
+        return [(resolve_model(model, rules, train_only), {})]
     given: Any = model
     items: list[Any] = [given] if isinstance(given, str) or not isinstance(given, Iterable) else list(given)
     groups = items if items and all(isinstance(item, dict) and "params" in item for item in items) else [{"params": items}]
@@ -88,7 +89,7 @@ def resolve_groups(model: Trainable, rules: Rules) -> list[tuple[Plan, dict[str,
                 if key in seen:
                     raise SpecError(f"the {what} '{item[0]}' is given twice")
                 seen.add(key)
-        resolved.append((resolve_parameters(named, cast("Rules", own_rules)), options))
+        resolved.append((resolve_parameters(named, cast("Rules", own_rules), train_only), options))
     if not any(plan.targets or plan.full for plan, _ in resolved):
         unruled = " and that no rule freezes" if any(plan.frozen for plan, _ in resolved) else ""
         raise SpecError(f"nothing to train: no parameter was given that requires a gradient{unruled}")
@@ -128,7 +129,7 @@ def build(model: Trainable, rules: Rules, base: BaseLike, mode: Mode, options: M
         reshard(model)
     # a worker of a decentralised run shares its rounds with others, not its steps
     processes = Processes(settings.process_group, alone=settings.rounds is not None and settings.process_group is None)
-    plans = resolve_groups(model, rules)
+    plans = resolve_groups(model, rules, settings.train_only)
     placed = [group_targets(plan.targets, settings.share) for plan, _ in plans]
     if settings.share is not None:
         require_shared([place for every in placed for place in every])

@@ -163,6 +163,8 @@ def commit(run: Run, basis: Basis) -> None:
     remainders = []
     for attachment in run.of(basis):
         sub = attachment.sub
+        if sub.on_change is not None:
+            sub.on_change(old, new)
         with run.stepper.fetched(sub.coords, needed=run.settings.carry != "keep" or run.residuals is not None):
             moments = run.stepper.moments(sub, run.settings.carry, run.groups)
             carried = moments.carried(old, new, sub.name, sub.coords.shape, sub.placed)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,21 @@ from lingrad.errors import DataError
 from lingrad.files.reading import open_plain, read_json, stamp
 from lingrad.files.tensorfile import TensorEntry, TensorFile
 
+# what tokenizers of transformers are saved in, chat templates too
+TOKENIZER = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "tokenizer.model",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "chat_template.jinja",
+    "chat_template.json",
+)
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
@@ -64,6 +80,22 @@ class ModelFolder:
         """What identifies the folder as it is now: size, time of change and head of config, index and weight files."""
         files = [self.path / name for name in ("config.json", INDEX, *self.files)]
         return {file.name: _identify(file) for file in sorted(files) if file.exists()}
+
+
+def copy_tokenizer(source: Path, folder: Path) -> list[str]:
+    """Copy a tokenizer from a model's folder.
+
+    Args:
+        source: The model's folder.
+        folder: The folder to copy into.
+
+    Returns:
+        The names of the files; none where there is no tokenizer.
+    """
+    found = [name for name in TOKENIZER if (source / name).is_file()]
+    for name in found:
+        shutil.copyfile(source / name, folder / name)
+    return found
 
 
 def weight_files(folder: Path, single: str = WEIGHTS) -> list[str]:

@@ -12,6 +12,7 @@ from torch import nn
 
 from lingrad.engine.optimizer import SubspaceOptimizer
 from lingrad.errors import LingradError, warn_caller
+from lingrad.files.model_folder import TOKENIZER
 from lingrad.peft.export import export
 from lingrad.peft.source import Changes, Exported
 from lingrad.tensors import is_sharded
@@ -76,7 +77,8 @@ def _write(what: Exported, folder: Path, no_adapter: str, options: Mapping[str, 
         why = f"'{folder}' is not an adapter's folder, and is not overwritten"
     if not why:
         try:
-            export(what, fresh, **{"quiet": True, **options})
+            has_tokenizer = any((folder.parent / name).is_file() for name in TOKENIZER)
+            export(what, fresh, **{"quiet": True, "tokenizer": folder.parent if has_tokenizer else None, **options})
         except LingradError as error:
             why = str(error)
     if (folder / "adapter_config.json").is_file():  # written by an earlier save

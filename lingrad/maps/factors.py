@@ -107,3 +107,19 @@ def compress(factors: Factors, *, rank: int | None = None, tolerance: float = 0.
     total = float(values.norm())
     dropped = float(values[count:].norm()) / total if total else 0.0
     return Factors(((q @ u[:, :count]) * root).to(dtype), (root[:, None] * (s @ vh[:count].t()).t()).to(dtype)), dropped
+
+
+def padded(factors: Factors, rank: int) -> Factors:
+    """The same change with columns of zeros up to a rank.
+
+    Args:
+        factors: The change, of at most that rank.
+        rank: The rank.
+
+    Returns:
+        Factors of the rank; the same object where it has it already.
+    """
+    more = rank - factors.rank
+    left, right = factors.left, factors.right
+    zeros = left.new_zeros(left.shape[0], more), right.new_zeros(more, right.shape[1])
+    return Factors(torch.cat([left, zeros[0]], 1), torch.cat([right, zeros[1]])) if more else factors

@@ -16,7 +16,6 @@ from lingrad.memory.commands import Question, simulate
 from lingrad.memory.report import MemoryReport
 from lingrad.memory.units import readable
 from lingrad.methods import Lora, Method
-from lingrad.transforms import Transform
 
 SECONDS = 60.0  # after which no further simulation begins
 
@@ -114,9 +113,10 @@ def _base(question: Question) -> object:
     return question.base or ("adamw" if named is None else named.base)
 
 
-def _transform(rules: str) -> Transform | None:
+def _transform(rules: str) -> Any:
+    """The one transform of rules; None where they choose among several."""
     parsed = parse_rules(long_rules(rules))
-    return parsed if isinstance(parsed, Transform) else None
+    return None if isinstance(parsed, dict) else parsed
 
 
 def _rank(rules: str) -> int | None:

@@ -162,8 +162,8 @@ def estimate(
         share: As for `lingrad.wrap`.
         ranks: Processes over which ``fully_shard`` cuts every parameter by rows; the estimate is that of the first, which holds
             as much as any.
-        **options: Options of the base; those of `lingrad.wrap` are accepted, of which ``offload``, ``residual`` and
-            ``rounding`` count.
+        **options: Options of the base; those of `lingrad.wrap` are accepted, of which ``offload``, ``residual``,
+            ``rounding`` and ``train_only`` count.
 
     Returns:
         The estimate, exact to the byte. Raises the errors of `lingrad.wrap`.
@@ -176,7 +176,7 @@ def estimate(
     fallback = found.fallback or found
     if ranks > 1:
         check_cut(found.name, coded=found.quantizer is not None, layerwise=settings.layerwise, offload=settings.offload)
-    plan = resolve_model(model, rules)
+    plan = resolve_model(model, rules, settings.train_only)
     grouped = {id(each.target.param): each for each in group_targets(plan.targets, settings.share)}
     full = {id(param) for _, param in plan.full}
     rows = []

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -19,6 +22,16 @@ SHAPE, RANK = (4096, 4096), 128  # of the weight whose state the table gives
 HEADER = ("method", "is", "adapter mode", "reads G", f"state, MB, {SHAPE[0]} x {SHAPE[1]}, r {RANK}", "from", "differs")
 
 
+def published() -> dict[str, tuple[str, str]]:
+    """The names of methods and of baselines that were published.
+
+    Returns:
+        Name -> how it is written with its options, and where it was published: authors, year, arXiv number.
+    """
+    found = {name: (_written(name, method.options), method.paper) for name, method in METHODS.items()}
+    return found | {name: (_written(name, one.options), one.paper) for name, one in BASELINES.items() if one.paper}
+
+
 def table() -> str:
     """The methods as a table in Markdown; see `rows`."""
     return markdown([HEADER, *(tuple(row.values()) for row in rows())]).rstrip()
@@ -34,7 +47,6 @@ def rows() -> list[dict[str, str]]:
     """
     found: list[tuple[str, ...]] = []
     for name, method in METHODS.items():
-        options = ", ".join(key if value is None else f"{key}={value}" for key, value in method.options.items())
         required = [key for key, value in method.options.items() if value is None]  # of a rank, or a number of steps
         chosen = method_of(f"{name}({', '.join(f'{key}={RANK}' for key in required)})")
         assert chosen is not None  # noqa: S101 - it is in the table
@@ -42,12 +54,20 @@ def rows() -> list[dict[str, str]]:
         shown = str(chosen).replace(f"={RANK}", "=...")
         dual = "only" if "keep_remainder" in chosen.settings else "refused" if residual else "the same run"
         state = f"{_state(chosen):.2f}"
-        found.append((f"`{name}({options})`", f"`{shown}`", dual, _reads(chosen), state, method.paper, method.differs))
+        found.append(
+            (f"`{_written(name, method.options)}`", f"`{shown}`", dual, _reads(chosen), state, method.paper, method.differs)
+        )
     for name, other in BASELINES.items():
         options = ", ".join(key if value is None else f"{key}={value}" for key, value in other.options.items())
         called = f'`lingrad.methods.baseline("{name}"{", " * bool(options)}{options})`'
         found.append((called, f"of {other.package}, to compare with", "no dual", "at every step", "", other.paper, ""))
     return [dict(zip(HEADER, row, strict=True)) for row in found]
+
+
+def _written(name: str, options: Mapping[str, Any]) -> str:
+    """A name with its options and their defaults in brackets."""
+    inner = ", ".join(key if value is None else f"{key}={value}" for key, value in options.items())
+    return f"{name}({inner})"
 
 
 def _reads(chosen: Chosen) -> str:

@@ -3,52 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any, final
+from dataclasses import dataclass
+from typing import Any
 
-from torch import nn
-from typing_extensions import override
-
-from lingrad.config.targets import resolve_model
-from lingrad.errors import SpecError, did_you_mean, optional, require
-from lingrad.methods.base import FullRank, Lora, Method, Training
+from lingrad.errors import SpecError, did_you_mean, require
+from lingrad.methods.apollo import Apollo
+from lingrad.methods.base import FullRank, Lora, Method
 from lingrad.methods.column_normalized import ColumnNormalized
 from lingrad.methods.relora import ReLora
-
-
-@final
-@dataclass(frozen=True)
-class Apollo(Method):
-    """APOLLO of pytorch_optimizer: steps of full rank, scaled by what AdamW would do in a random subspace.
-
-    Args:
-        rank: Rank of the subspace.
-        mini: One scale for a whole weight, in place of one for each of its rows or columns.
-        options: Options of the optimizer.
-    """
-
-    rank: int
-    mini: bool = False
-    options: Mapping[str, Any] = field(default_factory=dict)
-
-    @property
-    @override
-    def label(self) -> str:
-        return f"{'APOLLO-Mini' if self.mini else 'APOLLO'} (rank {self.rank})"
-
-    @override
-    def prepare(self, model: nn.Module, *, layerwise: Any = False) -> Training:
-        if layerwise is True:
-            raise SpecError("APOLLO is not stepped inside the backward here; leave layerwise out", option="layerwise")
-        factory = optional("pytorch_optimizer", "APOLLO", "bench").APOLLO
-        low = [target.param for target in resolve_model(model, f"svd(rank={self.rank}, clip=true)").targets]
-        chosen = {id(param) for param in low}
-        rest = [param for param in model.parameters() if param.requires_grad and id(param) not in chosen]
-        # the authors' settings: no scale of channels, the root of 128 for one of tensors
-        scale = {"scale": 128.0**0.5 if self.mini else 1.0, "update_proj_gap": 200, "projection_type": "std"}
-        groups = [{"params": low, "rank": self.rank, **scale}, {"params": rest}]
-        kind = "tensor" if self.mini else "channel"
-        return Training(model, [factory(groups, **{"lr": 1e-4, "scale_type": kind, **self.options})])
 
 
 @dataclass(frozen=True)
@@ -92,6 +54,7 @@ def _scale(**options: Any) -> Method:
     return ColumnNormalized(options)
 
 
+APOLLO = "Zhu et al., MLSys 2025, arXiv 2412.05270, algorithm 1"
 BASELINES: dict[str, Baseline] = {
     "adamw": Baseline(_full("adamw"), {}, "torch", "Loshchilov, Hutter, ICLR 2019, arXiv 1711.05101"),
     "sgd_momentum": Baseline(_full("sgd", momentum=0.9), {}, "torch", ""),
@@ -102,9 +65,9 @@ BASELINES: dict[str, Baseline] = {
     "relora": Baseline(
         _relora, {"rank": None, "every": 5000, "prune": 0.99}, "peft", "Lialin et al., ICLR 2024, arXiv 2307.05695"
     ),
+    "apollo": Baseline(_apollo(mini=False), {"rank": None}, "lingrad.methods", APOLLO),
+    "apollo_mini": Baseline(_apollo(mini=True), {"rank": 1}, "lingrad.methods", APOLLO),
     "scale": Baseline(_scale, {}, "lingrad.methods", "Glentis et al., 2025, arXiv 2506.16659, algorithm 1"),
-    "apollo": Baseline(_apollo(mini=False), {"rank": None}, "pytorch_optimizer", "Zhu et al., MLSys 2025, arXiv 2412.05270"),
-    "apollo_mini": Baseline(_apollo(mini=True), {"rank": 1}, "pytorch_optimizer", "Zhu et al., MLSys 2025, arXiv 2412.05270"),
 }
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lingrad.errors import ExportError
+from lingrad.peft.fit import rounded_up
 from lingrad.peft.report import ChangedTensor, OutputComparison
 from lingrad.peft.source import ExportSource, dense
 from lingrad.peft.verify import LoadedAdapter, compare_outputs, compare_weights, make_inputs
@@ -75,7 +76,7 @@ class Comparison:
             if not row.residual <= limit:
                 raise ExportError(
                     f"the adapter does not reproduce '{row.name}': the residual is {row.residual:.1e} of its change, over "
-                    f"{limit:.1e}, because {self._why(row, lost)}. allow_residual={row.residual:.2g} accepts it"
+                    f"{limit:.1e}, because {self._why(row, lost)}. allow_residual={rounded_up(row.residual)} accepts it"
                 )
         for name, value in self._saved.items():
             if not torch.equal(self._loaded.tensor(name).to(value), value):

@@ -28,14 +28,14 @@ _MORE = (
 _STARTS = (True, False, None, "gaussian", "eva", "orthogonal")  # some of the others subtract the initial B A from W
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """The config of a LoRA that is W + B A and nothing more.
+def open_config(folder: Path) -> dict[str, Any]:
+    """The config of a LoRA, of whatever it is besides W + B A.
 
     Args:
         folder: The adapter's folder.
 
     Returns:
-        Option -> value, those that lingrad reads checked.
+        Option -> value; ranks, alphas and what chooses modules are checked.
 
     Raises:
         DataError: It cannot be read, is of another kind of adapter, or an option has a value that PEFT cannot use.
@@ -50,20 +50,6 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         kind = config.get("peft_type") if isinstance(config, dict) else None
         raise DataError(f"{path} describes an adapter of type {shown(kind)}; only LORA is W + B A")
-    for option in _MORE:
-        if config.get(option):
-            raise DataError(
-                f"the adapter in '{folder}' has {option}={shown(config[option])}, with which it is more than W + B A"
-            )
-    dropout = config.get("lora_dropout") or 0.0
-    if type(dropout) not in (int, float) or not 0 <= dropout < 1:
-        raise DataError(f"{path}: lora_dropout must be a number from 0 to 1, not {shown(dropout)}")
-    start = config.get("init_lora_weights", True)
-    if start not in _STARTS:
-        raise DataError(
-            f"the adapter in '{folder}' has init_lora_weights={shown(start)}, with which PEFT changes the base weights as it "
-            "loads; convert it to a plain LoRA with PEFT (save_pretrained with path_initial_model_for_weight_conversion)"
-        )
     targets = config.get("target_parameters") or []
     if not isinstance(targets, list) or not all(isinstance(target, str) for target in targets):
         raise DataError(f"{path}: target_parameters must be a list of names, not {shown(targets)}")
@@ -83,4 +69,34 @@ def read_config(folder: Path) -> dict[str, Any]:
     for option in ("r", "lora_alpha"):
         if not names.positive(config.get(option)):
             raise DataError(f"{path}: {option} must be a number above 0, not {shown(config.get(option))}")
+    return config
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The config of a LoRA that is W + B A and nothing more.
+
+    Args:
+        folder: The adapter's folder.
+
+    Returns:
+        Option -> value, those that lingrad reads checked.
+
+    Raises:
+        DataError: It cannot be read, is of another kind of adapter, or an option has a value that PEFT cannot use.
+    """
+    config, path = open_config(folder), folder / CONFIG
+    for option in _MORE:
+        if config.get(option):
+            raise DataError(
+                f"the adapter in '{folder}' has {option}={shown(config[option])}, with which it is more than W + B A"
+            )
+    dropout = config.get("lora_dropout") or 0.0
+    if type(dropout) not in (int, float) or not 0 <= dropout < 1:
+        raise DataError(f"{path}: lora_dropout must be a number from 0 to 1, not {shown(dropout)}")
+    start = config.get("init_lora_weights", True)
+    if start not in _STARTS:
+        raise DataError(
+            f"the adapter in '{folder}' has init_lora_weights={shown(start)}, with which PEFT changes the base weights as it "
+            "loads; convert it to a plain LoRA with PEFT (save_pretrained with path_initial_model_for_weight_conversion)"
+        )
     return config

@@ -10,10 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from lingrad.deprecated import renamed_keywords
-from lingrad.errors import ExportError, optional, require
+from lingrad.errors import ExportError, optional, require, warn_caller
 from lingrad.files.atomic import new_folder
-from lingrad.maps.factors import Factors, compress
+from lingrad.maps.factors import Factors
+from lingrad.peft.card import add_tokenizer, check_base_model, unnamed, write_card
 from lingrad.peft.comparison import Comparison, is_wide
+from lingrad.peft.fit import check_allowed, check_target, check_written, fitted, largest_rank, limited, refuse_full
+from lingrad.peft.hub import check_repository, require_named
+from lingrad.peft.hub import push_to_hub as push_to_hub_
+from lingrad.peft.loaders import Target
 from lingrad.peft.report import AdapterReport, ChangedTensor
 from lingrad.peft.slots import aliases, slots, why_not
 from lingrad.peft.source import Exported, ExportSource, open_source, open_start
@@ -33,6 +38,10 @@ def export(
     rank: int | None = None,
     whole: bool = False,
     allow_residual: float | None = None,
+    target: Target = "peft",
+    base_model: str | None = None,
+    tokenizer: Any = None,
+    push_to_hub: str | None = None,
     quiet: bool = False,
 ) -> AdapterReport:
     """Write the change that a run has made to its model as an adapter that PEFT loads by itself.
@@ -56,19 +65,33 @@ def export(
             weights are always saved so.
         allow_residual: The largest relative residual |W - (W_start + B A)| / |W - W_start| of any weight to accept. By default
             1e-3, or what rounding explains in float32 and wider.
+        target: What is to load the adapter: ``peft``, with which every module may have its own rank, and tensors may be saved
+            in full; or ``vllm``, ``llama.cpp`` or ``diffusers``, which read less of an adapter: it then has one rank (by
+            columns of zeros, for vLLM at most 512) and nothing but factors.
+        base_model: What others know the starting model by, such as ``owner/name``: PEFT's ``base_model_name_or_path``, by which
+            programs find it. By default the folder given as ``start``, or the name that the model was loaded by.
+        tokenizer: The tokenizer to put into the folder, with its chat template: one of transformers, or a folder with one; by
+            default that of ``start`` where it is a folder that has one.
+        push_to_hub: A repository of the Hugging Face hub, ``owner/name``, to upload the finished folder to; None uses no
+            network.
         quiet: Do not print the report.
 
     Returns:
         The report, which is also in the folder, as ``lingrad_report.json``.
 
     Raises:
-        ExportError: PEFT cannot express the change, or does not reproduce it; nothing is left.
+        ExportError: PEFT or the target cannot express the change, or PEFT does not reproduce it; nothing is left.
         DataError: The path exists, or the starting model cannot be read.
         ModeError: The run was detached, or has merged without ``ledger=True``.
         SpecError: An option is wrong.
         DependencyError: PEFT is not installed.
     """
     _check_options(start, dtype, rank, whole, allow_residual)
+    check_target(target)
+    check_base_model(base_model)
+    if push_to_hub is not None:
+        check_repository(push_to_hub)
+    most = largest_rank(target, rank)
     optional("peft", "exporting to PEFT", "hf")
     with new_folder(Path(path)) as folder:
         source = open_source(what)
@@ -76,17 +99,21 @@ def export(
         low_rank, full, notes = _divide(source, starting, whole=whole)
         if starting is None:
             _require_start(source, low_rank, allowed=allow_residual is not None)
-        changes = {name: _limited(source.changes[name], rank) for name in low_rank}
+        refuse_full(target, full)
+        changes = fitted(target, {name: limited(source.changes[name], most) for name in low_rank})
         frozen = {
             name: slot.factor_on(source.bases[name])
             for name, slot in slots(source.bare, low_rank).items()
             if name in source.bases and changes[name] is source.changes[name]
         }
-        name = str(start) if isinstance(start, str | Path) else _name(starting or source.bare)
+        name = base_model or (str(start) if isinstance(start, str | Path) else _name(starting or source.bare))
+        if push_to_hub is not None:
+            require_named(name)
         written = write_adapter(folder, source.bare, changes, full, start=name, dtype=dtype, frozen=frozen)
         if written.alongside:
             notes.append("PEFT loads what is saved alongside the adapters into the model: disable_adapter() does not remove it")
-        lost = {name: why for name in low_rank if (why := _narrowed(changes[name], source.changes[name], rank, dtype))}
+        notes += (faults := [*check_written(folder, target), *unnamed(name)])
+        lost = {name: why for name in low_rank if (why := _narrowed(changes[name], source.changes[name], most, dtype))}
         comparison = Comparison(source, starting, written, full, folder)
         rows, residual = comparison.weights(allow_residual, lost)
         report = AdapterReport(
@@ -102,8 +129,14 @@ def export(
             path=str(path),
         )
         report.write(folder)
+        add_tokenizer(folder, tokenizer, Path(start) if isinstance(start, str | Path) else None)
+        write_card(folder, report, written.config, source.transforms)
+    if push_to_hub is not None:
+        push_to_hub_(path, push_to_hub)
     if not quiet:
         sys.stdout.write(f"{report}\n")
+    for fault in faults if quiet else ():
+        warn_caller(fault, UserWarning)
     return report
 
 
@@ -116,10 +149,7 @@ def _check_options(start: Any, dtype: Any, rank: Any, whole: Any, allow_residual
         dtype is None or floating, "dtype", f"dtype must be a floating-point torch.dtype, such as torch.bfloat16, not {dtype!r}"
     )
     require(isinstance(whole, bool), "whole", f"whole must be True or False, not {whole!r}")
-    bounded = type(allow_residual) in (int, float) and allow_residual >= 0
-    require(
-        allow_residual is None or bounded, "allow_residual", f"allow_residual must be a number from 0, not {allow_residual!r}"
-    )
+    check_allowed(allow_residual)
 
 
 def _divide(source: ExportSource, start: nn.Module | None, *, whole: bool) -> tuple[list[str], dict[str, Tensor], list[str]]:
@@ -151,16 +181,10 @@ def _divide(source: ExportSource, start: nn.Module | None, *, whole: bool) -> tu
     return [name for name in source.changes if name not in refused], full, notes
 
 
-def _limited(factors: Factors, rank: int | None) -> Factors:
-    """A change with no more columns than it needs."""
-    most = min(*factors.shape, *([] if rank is None else [rank]))
-    return factors if factors.rank <= most else compress(factors, rank=rank)[0]
-
-
 def _narrowed(written: Factors, change: Factors, rank: int | None, dtype: torch.dtype | None) -> str:
     """Why the rank or the dtype asked for may have lost some of a change; empty where neither can have."""
     if rank is not None and written.rank == rank < min(change.rank, *change.shape):
-        return f"rank={rank} was asked for, and its change has up to {min(change.rank, *change.shape)}"
+        return f"the largest rank is {rank}, and its change has up to {min(change.rank, *change.shape)}"
     if dtype is not None and torch.finfo(dtype).eps > torch.finfo(change.left.dtype).eps:
         return f"factors in {str(dtype).removeprefix('torch.')} were asked for, and are rounded"
     return ""

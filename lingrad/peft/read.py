@@ -129,15 +129,7 @@ def read_adapter(folder: str | Path, model: nn.Module) -> Adapter:
     """
     folder = Path(folder)
     config: Mapping[str, Any] = read_config(folder)
-    if not (folder / WEIGHTS).exists():
-        pickled = next((f.name for f in sorted(folder.glob("*.bin"))), None)
-        if pickled is not None:
-            raise DataError(
-                f"'{folder}' has its weights in {pickled}, a pickle, which may hold code and is not opened; "
-                f"if you trust it, load it with PEFT and save it again as {WEIGHTS}"
-            )
-        raise DataError(f"'{folder}' has no {WEIGHTS}: it is not an adapter's folder, or is incomplete")
-    file = TensorFile(folder / WEIGHTS)
+    file = open_weights(folder)
     frozen = _frozen(file)
     config, keys, read = renamed(model, config, file)
     found, scaling = _find_slots(model, config, set(keys)), _scalings(config)
@@ -169,6 +161,29 @@ def read_adapter(folder: str | Path, model: nn.Module) -> Adapter:
                 raise DataError(f"the factors of '{name}' in '{folder}' are not finite with their scaling of {pair.scaling:g}")
     _require_ties(model, full, bool(config.get("ensure_weight_tying")))
     return Adapter(low_rank, full, config)
+
+
+def open_weights(folder: Path) -> TensorFile:
+    """The file of an adapter's weights.
+
+    Args:
+        folder: The adapter's folder.
+
+    Returns:
+        The file; nothing but its header is read.
+
+    Raises:
+        DataError: There is none, it is damaged, or the weights are in a pickle.
+    """
+    if not (folder / WEIGHTS).exists():
+        pickled = next((f.name for f in sorted(folder.glob("*.bin"))), None)
+        if pickled is not None:
+            raise DataError(
+                f"'{folder}' has its weights in {pickled}, a pickle, which may hold code and is not opened; "
+                f"if you trust it, load it with PEFT and save it again as {WEIGHTS}"
+            )
+        raise DataError(f"'{folder}' has no {WEIGHTS}: it is not an adapter's folder, or is incomplete")
+    return TensorFile(folder / WEIGHTS)
 
 
 def _require_ties(model: nn.Module, full: Mapping[str, Tensor], ties: bool) -> None:

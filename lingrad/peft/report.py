@@ -86,7 +86,8 @@ class AdapterReport:
         outputs: The outputs, where they were compared.
         equal: How many tensors did not change, where all were looked at.
         model_bytes: Bytes of the trained model's weights, where they are in files.
-        goal: How much of the change was asked for, where that is an option.
+        goal: How much of the change was asked for, where that is an option; where that was all of it, and a part is left out,
+            how much that is.
         notes: What else a reader must know, a sentence or two each.
         path: The adapter's folder. It is not in the JSON, which lies in that folder.
     """

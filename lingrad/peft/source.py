@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lingrad.adapters import Attachment
 from lingrad.adapters.base import Coords
+from lingrad.config.spec import format as format_spec
 from lingrad.engine.optimizer import SubspaceOptimizer
 from lingrad.errors import DataError, ExportError, ModeError
 from lingrad.maps import KroneckerMap, SelectionMap
@@ -38,6 +39,7 @@ class ExportSource:
         trained: Parameter -> its value now, of those that were trained in full.
         bases: Parameter -> on which side of its change the basis is.
         attachments: Parameter -> its attachment, in a run.
+        transforms: Config strings of a run's bases.
     """
 
     model: nn.Module
@@ -47,6 +49,7 @@ class ExportSource:
     trained: dict[str, Tensor]
     bases: dict[str, FactorSide]
     attachments: dict[str, Attachment]
+    transforms: tuple[str, ...] = ()
 
     @torch.no_grad()
     def now(self, name: str) -> Tensor:
@@ -160,10 +163,11 @@ def _of_run(optimizer: SubspaceOptimizer) -> ExportSource:
     named = [pair for group in optimizer.param_groups for pair in zip(group["param_names"], group["params"], strict=True)]
     trained = {name: param.detach() for name, param in named if name not in attachments}
     bare = bare_copy(model, optimizer.attachments, optimizer.mode)
+    specs = tuple(dict.fromkeys(format_spec(sub.basis.transform) for sub in optimizer.subspaces))
     bases = {name: basis for name, attachment in attachments.items() if (basis := _basis(attachment)) is not None}
     factors = _with_factors({name: change.factors for name, change in found.items()})
     decay = {name: change.decay for name, change in found.items()}
-    return ExportSource(model, bare, factors, decay, trained, bases, attachments)
+    return ExportSource(model, bare, factors, decay, trained, bases, attachments, specs)
 
 
 def _with_factors(changes: Mapping[str, Factors | None]) -> dict[str, Factors]:

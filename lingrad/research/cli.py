@@ -37,16 +37,22 @@ def run(
 @studies.command(epilog=example("lingrad report runs/plan --x seconds --y loss"))
 def report(
     folders: Annotated[
-        list[Path], typer.Argument(metavar="FOLDER ...", help="Results of lingrad run; of several machines, all.")
+        list[Path],
+        typer.Argument(metavar="FOLDER ...", help="Results of lingrad run; of several machines, all. Or a published file."),
     ],
     x: Annotated[str, typer.Option(help="Measure across, such as seconds.")] = "state MB",
     y: Annotated[str, typer.Option(help="Measure upwards; the task's metric by default.")] = "",
+    versus: Annotated[
+        str, typer.Option("--against", help="Entry that others are compared with; the plan's first by default.")
+    ] = "",
     files: Annotated[Path | None, typer.Option(help="Where the files that the plan names are now, if they were moved.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Of a published file: a new folder for its results and report.")] = None,
+    publish: Annotated[Path | None, typer.Option(help="Write all results into this file of JSON, to be published.")] = None,
     json: Json = None,
 ) -> None:
     """Write the report of a plan's results again. Markdown, pictures, and one page that needs no network."""
     check_folders(json)
-    _show(commands.report_of(folders, x=x, y=y, files=files), json)
+    _show(commands.report_of(folders, x=x, y=y, versus=versus, files=files, out=out, publish=publish), json)
 
 
 @studies.command(epilog=example('lingrad find-lr --text book.txt --rules "random(rank=64, every=50)" --low 1e-5'))

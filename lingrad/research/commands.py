@@ -19,10 +19,11 @@ from lingrad.errors import DataError, optional, require_one_of
 from lingrad.files.atomic import write_whole
 from lingrad.models import build_llama, next_token_loss
 from lingrad.research import corpus, plans, rates, report, runner
+from lingrad.research.bundle import pack, unpack
 from lingrad.research.execution import execute
 from lingrad.research.pages import write_report
 from lingrad.research.plan import open_plan
-from lingrad.research.results import read_results
+from lingrad.research.results import against, read_results
 
 
 def demo(out: Path, *, steps: int | None = None) -> report.Result:
@@ -93,24 +94,45 @@ def run(path: Path, out: Path, *, jobs: int = 1, storage: str | None = None, qui
     return files
 
 
-def report_of(folders: Sequence[Path], *, x: str = "state MB", y: str = "", files: Path | None = None) -> list[Path]:
+def report_of(
+    folders: Sequence[Path],
+    *,
+    x: str = "state MB",
+    y: str = "",
+    versus: str = "",
+    files: Path | None = None,
+    out: Path | None = None,
+    publish: Path | None = None,
+) -> list[Path]:
     """Write the report of a plan's results into the first of their folders.
 
     Args:
-        folders: The folders; where several machines shared the trials, of all of them.
+        folders: The folders; where several machines shared the trials, of all of them. Or one file of published results.
         x: What the picture of two measures is drawn over.
         y: What is drawn; the task's metric if empty.
+        versus: The entry that others are compared with; the plan's first if empty.
         files: Where the files that the plan names are now; None is where they were.
+        out: Where published results are unpacked; the report is written there.
+        publish: A file that gets all results: see `lingrad.research.bundle`.
 
     Returns:
         The files.
 
     Raises:
-        DataError: The folder cannot be written to.
+        DataError: The folder cannot be written to, or published results have no ``out``.
     """
+    if len(folders) == 1 and folders[0].suffix == ".json":
+        if out is None:
+            raise DataError(f"{folders[0]} holds published results: name a new folder for them and their report, --out FOLDER")
+        files = folders[0].absolute().parent if files is None else files
+        folders = [unpack(folders[0], out)]
+    elif out is not None:
+        raise DataError("--out is for published results, one file; the report of folders is written into the first of them")
     plan, runs = read_results(folders, files)
+    plan = against(plan, versus) if versus else plan
     try:
-        return write_report(plan, runs, folders[0], x=x, y=y)
+        written = [] if publish is None else [pack(folders, publish)]
+        return [*write_report(plan, runs, folders[0], x=x, y=y), *written]
     except OSError as error:
         raise DataError(f"cannot write the report to {folders[0]}: {error.strerror or error}") from error
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lingrad.errors import DataError
 from lingrad.files.reading import open_plain
+from lingrad.research.tokens import byte_ids
 
 MOBY_DICK_SHA256 = "fe282a57094ed62e7144fb7c804a9748fc1c909bf3b49d06e7276015f9f67240"
 VALIDATION_SHARE = 0.1
@@ -92,7 +93,7 @@ def tokenize(name: str, text: str) -> Corpus:
     Returns:
         The corpus.
     """
-    tokens = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8).long()
+    tokens = byte_ids(text)
     cut = int(len(tokens) * (1 - VALIDATION_SHARE))
     return Corpus(name, tokens[:cut], tokens[cut:], 256)
 

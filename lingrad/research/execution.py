@@ -7,8 +7,6 @@ import json
 import os
 import re
 import shutil
-import subprocess
-import sys
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -20,8 +18,10 @@ from lingrad.console import Tick
 from lingrad.errors import DataError, in_short
 from lingrad.files.atomic import write_whole
 from lingrad.files.reading import read_json
+from lingrad.research.host import Host
 from lingrad.research.matching import matched
-from lingrad.research.plan import PlanEntry, ResearchPlan
+from lingrad.research.plan import ResearchPlan
+from lingrad.research.progress import note, runs_done
 from lingrad.research.record import RESULT, make_record, now
 from lingrad.research.search import PATIENCE, Trials, open_storage
 from lingrad.research.ways import check_entry
@@ -41,15 +41,17 @@ class Running:
         process: The process.
         errors: Where its messages go.
         beat: When it gave the last sign of life.
+        started: When it was started; None where it had ended before, and nobody noted it.
     """
 
     trials: Trials
     number: int
     job: Mapping[str, Any]
     out: Path
-    process: subprocess.Popen[bytes]
+    process: Host
     errors: Path
     beat: float
+    started: float | None
 
 
 def execute(plan: ResearchPlan, out: Path, *, jobs: int = 1, storage: str | None = None, tick: Tick = lambda *_: None) -> None:
@@ -65,6 +67,7 @@ def execute(plan: ResearchPlan, out: Path, *, jobs: int = 1, storage: str | None
     Raises:
         DataError: ``out`` is that of another plan, or the disk is full.
     """
+    plan.task.check()
     for entry in plan.entries:
         check_entry(entry, plan.folder, plan.dtype)
     try:
@@ -82,13 +85,15 @@ def _execute(plan: ResearchPlan, out: Path, opened: Any, *, jobs: int, alone: bo
     finals: dict[str, Trials | None] = {}
     limits: dict[str, dict[str, Any]] = {}  # of the final runs of each entry, once they are known
     running: list[Running] = []
+    hosts: list[Host] = []  # of the processes of trials, one for each that runs at a time
     total = len(plan.entries) * (plan.trials + len(plan.seeds))
     try:
         while True:
             for one in [one for one in running if one.process.poll() is not None]:
                 running.remove(one)
                 _ended(plan, one)
-                tick(_done(searches, finals), total, _note(plan, searches))
+                done = runs_done(searches, finals)
+                tick(done, total, note(plan, searches, finals, left=total - done, jobs=jobs))
             for one in running:
                 if time.time() - one.beat > PATIENCE / 4:
                     one.trials.beat(one.number)
@@ -100,7 +105,7 @@ def _execute(plan: ResearchPlan, out: Path, opened: Any, *, jobs: int, alone: bo
             work = [*searches, *(one for one in finals.values() if one is not None)]
             while len(running) < jobs:
                 busy = {one.out for one in running}
-                started = next(_takable(plan, out, work, limits, jobs, busy if alone else None), None)
+                started = next(_takable(plan, out, work, limits, jobs, busy if alone else None, hosts), None)
                 if started is None:
                     break
                 running.append(started)
@@ -110,9 +115,8 @@ def _execute(plan: ResearchPlan, out: Path, opened: Any, *, jobs: int, alone: bo
                 return
             time.sleep(0.05 if len(running) == jobs else 0.5)
     finally:
-        for one in running:
-            one.process.kill()
-            one.process.wait()
+        for host in hosts:
+            host.close()
 
 
 def _settle(
@@ -146,7 +150,13 @@ def folder_of(out: Path, entry: str, kind: str, number: int) -> Path:
 
 
 def _takable(
-    plan: ResearchPlan, out: Path, work: list[Trials], limits: Mapping[str, Any], jobs: int, busy: set[Path] | None
+    plan: ResearchPlan,
+    out: Path,
+    work: list[Trials],
+    limits: Mapping[str, Any],
+    jobs: int,
+    busy: set[Path] | None,
+    hosts: list[Host],
 ) -> Iterator[Running]:
     """Start trials that nobody runs, one by one, and those again whose record is gone; ``busy``: folders of those that run."""
     for trials in work:
@@ -169,21 +179,22 @@ def _takable(
             "seed": plan.seeds[number] if final else plan.seed, "part": "final" if final else "tuning",
             "steps": own.get("steps"), "threads": _threads(jobs),
         }  # fmt: skip
-        yield _start(trials, number, job, folder)
+        yield _start(trials, number, job, folder, hosts)
 
 
-def _start(trials: Trials, number: int, job: Mapping[str, Any], folder: Path) -> Running:
+def _start(trials: Trials, number: int, job: Mapping[str, Any], folder: Path, hosts: list[Host]) -> Running:
     folder.parent.mkdir(parents=True, exist_ok=True)
     asked = folder.parent / f".{folder.name}.{os.getpid()}.job.json"
     errors = asked.with_suffix(".err")
     write_whole(asked, json.dumps(job).encode())
-    words = ["-m", "lingrad.research.trial", str(asked), str(folder), str(os.getpid())]
+    host = next((host for host in hosts if host.free), None)
+    if host is None:
+        hosts.append(host := Host())
+    began = time.time()
     if folder.exists():  # it had ended, and nobody noted it
-        words = ["-c", ""]
-    with errors.open("wb") as file:
-        command = [sys.executable, *words]
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=file)  # noqa: S603
-    return Running(trials, number, job, folder, process, errors, time.time())
+        return Running(trials, number, job, folder, host, errors, began, None)
+    host.start(asked, folder, errors)
+    return Running(trials, number, job, folder, host, errors, began, began)
 
 
 def _ended(plan: ResearchPlan, one: Running) -> None:
@@ -192,7 +203,7 @@ def _ended(plan: ResearchPlan, one: Running) -> None:
     for file in (one.errors, one.errors.with_suffix(".json")):
         file.unlink(missing_ok=True)
     if not (one.out / RESULT).exists():
-        code = one.process.returncode
+        code = one.process.returncode or 0
         if code == errno.ENOSPC:  # it is tried again by the next run
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         status = "killed" if code < 0 else "error"
@@ -206,6 +217,7 @@ def _ended(plan: ResearchPlan, one: Running) -> None:
     info = record["train_info"]
     value = info["metrics"].get(plan.task.metric) if status == "success" else None
     measured = {key: info[key] for key in ("state_bytes", "train_time", "steps")}
+    measured |= {} if one.started is None else {"took": time.time() - one.started}
     one.trials.finish(one.number, value, "" if value is not None else status, measured)
 
 
@@ -244,20 +256,3 @@ def read_claim(path: Path) -> dict[str, Any]:
 
 def _threads(jobs: int) -> int:
     return max(1, (os.cpu_count() or 1) // jobs)
-
-
-def _done(searches: list[Trials], finals: Mapping[str, Trials | None]) -> int:
-    return sum(len(trials.outcomes()) for trials in (*searches, *finals.values()) if trials is not None)
-
-
-def _note(plan: ResearchPlan, searches: list[Trials]) -> str:
-    """The best so far."""
-    found: list[tuple[float, PlanEntry]] = []
-    for search in searches:
-        best = search.chosen(greater=plan.task.greater)
-        if best is not None and best.value is not None:
-            found.append((best.value, search.entry))
-    if not found:
-        return "no trial has a value yet"
-    value, entry = (max if plan.task.greater else min)(found, key=lambda pair: pair[0])
-    return f"best {plan.task.metric} so far {value:.4g} ({entry.name})"

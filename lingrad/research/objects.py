@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+from collections.abc import Sequence
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,22 @@ def load_file(file: str, folder: Path) -> Any:
             del sys.modules[key]
             raise SpecError(f"{path} fails: {in_short(error)}") from error
     return sys.modules[key]
+
+
+def bring(files: Sequence[Path], *, to_plan: bool) -> None:
+    """Run the files of ``--import``, relative to the working folder.
+
+    Args:
+        files: The files.
+        to_plan: Whether they are for the runs of a plan.
+
+    Raises:
+        SpecError: A file is missing or fails; or it is for the runs of a plan, which name their own.
+    """
+    if files and to_plan:
+        raise SpecError("the runs of a plan have processes of their own: name the file in the plan, imports = ['FILE.py']")
+    for file in files:
+        load_file(str(file), Path.cwd())
 
 
 def load_object(text: str, folder: Path) -> Any:

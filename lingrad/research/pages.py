@@ -14,7 +14,16 @@ from lingrad import plotting
 from lingrad.console import markdown
 from lingrad.files.atomic import write_whole
 from lingrad.research.plan import ResearchPlan
-from lingrad.research.results import MEASURES, RunResult, Summary, check_measure, measure, summarize
+from lingrad.research.results import (
+    MEASURES,
+    RunResult,
+    Summary,
+    check_measure,
+    diagnosed,
+    diagnosis,
+    measure,
+    summarize,
+)
 from lingrad.research.statistics import RULE, Mean
 
 
@@ -76,7 +85,7 @@ def as_markdown(plan: ResearchPlan, found: Sequence[Summary]) -> str:
     )
     text = [f"# {plan.name}", "", f"{trials}. {RULE}", "", markdown(lines)]
     if plan.match is not None:
-        text += [f"Final runs match {plan.match_entry} in {'time' if plan.match == 'seconds' else 'bytes of state'}.", ""]
+        text += [_matched(plan, found), ""]
     if any(one.missing for one in found):
         lost = ", ".join(f"{one.entry.name} ({one.missing})" for one in found if one.missing)
         text += [
@@ -85,7 +94,32 @@ def as_markdown(plan: ResearchPlan, found: Sequence[Summary]) -> str:
         ]
     if any(one.at_edge for one in found):
         text += ["*(edge)*: the best value is the least or largest that was tried, so that a better one may lie beyond it.", ""]
+    text += _diagnoses(found)
     return "\n".join([*text, *(["Failures:", "", *failures, ""] if failures else [])])
+
+
+def _matched(plan: ResearchPlan, found: Sequence[Summary]) -> str:
+    """What final runs have equal, and who does not reach it."""
+    if plan.match == "seconds":
+        return f"Final runs take as many steps as fit into the time of {plan.match_entry}'s, by what steps took in trials."
+    limit = next(measure(one, "state MB").value for one in found if one.entry.name == plan.match_entry)
+    over = [one.entry.name for one in found if measure(one, "state MB").value > limit]
+    told = f"Final runs have no more bytes of state than {plan.match_entry}'s, by the largest rank that fits."
+    return told + (f" More, with no rank to set or none small enough: {', '.join(over)}." if over else "")
+
+
+def _diagnoses(found: Sequence[Summary]) -> list[str]:
+    """A table of what the diagnostics of the final runs have measured; nothing where there is none."""
+    names = diagnosed(found)
+    if not names:
+        return []
+    lines: list[tuple[str, ...]] = [("entry", *names)]
+    for one in found:
+        pairs = [diagnosis(one, name) for name in names]
+        cells = [f"{last.value:.4g} ({mean.value:.4g})" if last.count else "" for last, mean in pairs]
+        lines.append((one.entry.name, *cells))
+    about = "Diagnostics of the final runs: the last number that was measured, in brackets the mean over the run."
+    return [about, "", markdown(lines)]
 
 
 def curves(found: Sequence[Summary]) -> bytes:
@@ -155,6 +189,7 @@ def as_html(plan: ResearchPlan, found: Sequence[Summary]) -> str:
         "name": plan.name, "metric": plan.task.metric, "greater": plan.task.greater, "rule": RULE, "trials": plan.trials,
         "sampler": plan.sampler, "seeds": list(plan.seeds), "first": plan.entries[0].name,
         "measures": list(dict.fromkeys([plan.task.metric, *(name for one in found for name in one.metrics), *MEASURES])),
+        "diagnostics": diagnosed(found),
         "entries": [_plain(plan, one) for one in found],
     }  # fmt: skip
     page = (files("lingrad.research") / "data" / "report.html").read_text()
@@ -179,7 +214,9 @@ def _plain(plan: ResearchPlan, one: Summary) -> dict[str, Any]:
             {"values": dict(run.values), "metric": _number(run.info["metrics"].get(plan.task.metric))} for run in one.trials
         ],
         "curves": [{"seed": run.seed, "points": list(run.curve)} for run in one.finals if not run.failed],
-        "energy": [list(run.energy) for run in one.finals if run.energy],
+        "diagnostics": {
+            name: [list(run.measured[name]) for run in one.finals if name in run.measured] for name in diagnosed([one])
+        },
     }
 
 

@@ -35,6 +35,7 @@ from lingrad.config.settings import Mode
 from lingrad.errors import DataError, SpecError, did_you_mean, in_short, optional, require, require_one_of, shown
 from lingrad.files.reading import open_plain
 from lingrad.research.axes import Axis, grid, read_space
+from lingrad.research.diagnostics import make_diagnostic
 from lingrad.research.objects import is_object, load_file
 from lingrad.research.schema import Table
 from lingrad.research.task import Task
@@ -79,7 +80,8 @@ class ResearchPlan:
         quick: Whether it was cut down.
         task: What is trained and how it is judged.
         entries: What is compared.
-        steps: Steps of a run.
+        steps: Steps of a run; 0 where ``tokens`` says when it ends.
+        tokens: A budget of tokens: a run ends with the step that reaches it. 0 where ``steps`` says when.
         warmup: Share of the steps in which the learning rate rises from nothing.
         schedule: What it does afterwards.
         sampler: Which trials are made.
@@ -92,6 +94,7 @@ class ResearchPlan:
             bytes of state are no more than those of the entry ``match_entry``; ``seconds`` gives every entry as many steps as
             take the time of that entry's runs, by what steps took in its trials.
         match_entry: The entry that the others are matched with.
+        diagnostics: What is measured of each run besides its losses; see `lingrad.research.diagnostics`.
     """
 
     name: str
@@ -102,6 +105,7 @@ class ResearchPlan:
     task: Task
     entries: tuple[PlanEntry, ...]
     steps: int
+    tokens: int = 0
     warmup: float = 0.1
     schedule: Schedule = "cosine"
     sampler: Sampler = "grid"
@@ -112,6 +116,7 @@ class ResearchPlan:
     device: str = "cpu"
     match: Match | None = None
     match_entry: str = ""
+    diagnostics: tuple[str, ...] = ("energy",)
 
     @property
     def digest(self) -> str:
@@ -172,7 +177,7 @@ def make_plan(content: Mapping[str, Any], where: str, folder: Path, *, quick: bo
         require(isinstance(file, str), "imports", f"{where}: 'imports' must be names of files, not {shown(file)}")
         load_file(file, folder)
     task_table, search, run, match = (table.table(key) for key in ("task", "search", "run", "match"))
-    steps = task_table.take("steps", int)
+    steps, tokens = (task_table.take(key, int, None) for key in ("steps", "tokens"))
     kind = task_table.take("kind", str)
     shared = read_space(search.table("space"))
     values: dict[str, Any] = {
@@ -183,6 +188,7 @@ def make_plan(content: Mapping[str, Any], where: str, folder: Path, *, quick: bo
         "schedule": run.take("schedule", str, "cosine"),
         "dtype": run.take("dtype", str, "float32"),
         "device": run.take("device", str, "cpu"),
+        "diagnostics": tuple(run.take("diagnostics", list, ["energy"])),
         "match": match.take("equal", str, None),
         "match_entry": match.take("entry", str, ""),
     }
@@ -192,13 +198,20 @@ def make_plan(content: Mapping[str, Any], where: str, folder: Path, *, quick: bo
         left.end()
     task = make_task(kind, task_table, folder)
     trials = 1 if quick else _trials(asked, values["sampler"], entries, where)
-    _check(values, steps, entries, where)
+    _check_budget(steps, tokens, where)
+    _check(values, entries, where)
     if quick:
-        steps, values["seeds"] = max(2, steps // 10), values["seeds"][:1]
-    files = {*imports, *(text.rpartition(":")[0] for text in (kind, *(one.method for one in entries)) if is_object(text))}
+        steps, tokens = (None if budget is None else max(2, budget // 10) for budget in (steps, tokens))
+        values["seeds"] = values["seeds"][:1]
+    for text in values["diagnostics"]:
+        make_diagnostic(text, folder)  # raises where there is none
+    twice = len(set(values["diagnostics"])) < len(values["diagnostics"])
+    require(not twice, "diagnostics", f"{where}, [run]: 'diagnostics' names one of them twice; leave it out once")
+    objects = (kind, *values["diagnostics"], *(one.method for one in entries))
+    files = {*imports, *(text.rpartition(":")[0] for text in objects if is_object(text))}
     code = {file: sha256((folder / file).read_bytes()).hexdigest() for file in sorted(files)}
     values |= {"name": name, "folder": folder, "content": content, "code": code, "quick": quick}
-    return ResearchPlan(task=task, entries=entries, steps=steps, trials=trials, **values)
+    return ResearchPlan(task=task, entries=entries, steps=steps or 0, tokens=tokens or 0, trials=trials, **values)
 
 
 def _entry(table: Table, shared: Mapping[str, Axis]) -> PlanEntry:
@@ -238,8 +251,15 @@ def _trials(asked: int, sampler: str, entries: tuple[PlanEntry, ...], where: str
     return trials
 
 
-def _check(values: Mapping[str, Any], steps: int, entries: tuple[PlanEntry, ...], where: str) -> None:
-    require(steps >= 2, "steps", f"{where}, [task]: 'steps' must be 2 or more, not {steps}")
+def _check_budget(steps: int | None, tokens: int | None, where: str) -> None:
+    given = f"{where}, [task]: 'steps' is missing, a whole number; or 'tokens', a budget of them"
+    require(steps is not None or tokens is not None, "steps", given)
+    require(steps is None or tokens is None, "tokens", f"{where}, [task] has both 'steps' and 'tokens'; leave one of them out")
+    require(steps is None or steps >= 2, "steps", f"{where}, [task]: 'steps' must be 2 or more, not {steps}")
+    require(tokens is None or tokens >= 1, "tokens", f"{where}, [task]: 'tokens' must be 1 or more, not {tokens}")
+
+
+def _check(values: Mapping[str, Any], entries: tuple[PlanEntry, ...], where: str) -> None:
     for key, allowed in (("sampler", Sampler), ("schedule", Schedule), ("dtype", Literal["float32", "float64", "bfloat16"])):
         require_one_of(values[key], get_args(allowed), key)
     require(0.0 <= values["warmup"] < 1.0, "warmup", f"{where}, [run]: 'warmup' is a share of the steps, 0 or more and below 1")

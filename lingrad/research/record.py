@@ -18,6 +18,8 @@ from typing import Any
 
 import torch
 
+from lingrad.errors import DataError, in_short
+
 RESULT = "result.json"
 PACKAGES: tuple[str, ...] = (
     "lingrad",
@@ -87,6 +89,19 @@ def make_record(job: Mapping[str, Any], found: Mapping[str, Any], *, status: str
 def finite(values: Mapping[str, Any]) -> dict[str, Any]:
     """Values for JSON, which has no infinite numbers: None for those."""
     return {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in values.items()}
+
+
+def damaged(path: Path, error: Exception) -> DataError:
+    """What to raise where a record cannot be read.
+
+    Args:
+        path: The record.
+        error: Why.
+
+    Returns:
+        The error.
+    """
+    return DataError(f"the record {path} is damaged ({in_short(error)}); remove its folder and run the plan again")
 
 
 def now() -> str:

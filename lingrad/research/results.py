@@ -5,17 +5,17 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from lingrad.errors import DataError, SpecError, did_you_mean, in_short
+from lingrad.errors import DataError, SpecError, did_you_mean
 from lingrad.files.reading import read_json
 from lingrad.research.execution import PLAN, read_claim
 from lingrad.research.plan import PlanEntry, ResearchPlan, make_plan
-from lingrad.research.record import RESULT
+from lingrad.research.record import RESULT, damaged
 from lingrad.research.statistics import Mean, PairedDifference, mean_of, paired
-from lingrad.research.training import METRICS
+from lingrad.research.training import METRICS, OF_EACH_STEP
 
 POINTS = 200  # of a curve, at most
 MEASURES = {  # of a run, by name: where its record has it
@@ -41,7 +41,7 @@ class RunResult:
         info: ``train_info`` of its record.
         error: The message of a failure.
         curve: (step, training loss), thinned.
-        energy: (step, share of the gradients that fresh bases captured).
+        measured: Name -> (step, number), of what its diagnostics have measured.
     """
 
     entry: str
@@ -51,7 +51,7 @@ class RunResult:
     info: Mapping[str, Any]
     error: str
     curve: Sequence[tuple[int, float]]
-    energy: Sequence[tuple[int, float]]
+    measured: Mapping[str, Sequence[tuple[int, float]]]
 
     @property
     def failed(self) -> bool:
@@ -118,6 +118,25 @@ def read_results(folders: Sequence[Path], files: Path | None = None) -> tuple[Re
         raise DataError("no folder was given")
     order = {entry.name: i for i, entry in enumerate(plan.entries)}
     return plan, sorted(runs.values(), key=lambda run: (order[run.entry], run.final, run.seed))
+
+
+def against(plan: ResearchPlan, name: str) -> ResearchPlan:
+    """A plan whose first entry, which the others are compared with, is another.
+
+    Args:
+        plan: The plan.
+        name: The entry's name.
+
+    Returns:
+        The plan, its other entries in their order.
+
+    Raises:
+        SpecError: There is no such entry.
+    """
+    names = [entry.name for entry in plan.entries]
+    if name not in names:
+        raise SpecError(f"there is no entry '{name}' to compare with{did_you_mean(name, names)} Known: {', '.join(names)}")
+    return replace(plan, entries=tuple(sorted(plan.entries, key=lambda entry: entry.name != name)))
 
 
 def summarize(plan: ResearchPlan, runs: Sequence[RunResult]) -> list[Summary]:
@@ -190,17 +209,43 @@ def _read(path: Path, metric: str) -> RunResult:
         job, info = record["run_info"]["job"], record["train_info"]
         if info["status"] == "success":
             float(info["metrics"][metric])
-        curve, energy = _curves(path.parent / METRICS)
+        curve, measured = _curves(path.parent / METRICS)
         final = job["part"] == "final"
-        return RunResult(job["entry"], final, job["seed"], job["values"], info, record["run_info"]["error_msg"], curve, energy)
+        return RunResult(
+            job["entry"], final, job["seed"], job["values"], info, record["run_info"]["error_msg"], curve, measured
+        )
     except (ValueError, KeyError, TypeError, OSError) as error:
-        why = f"the record {path} is damaged ({in_short(error)}); remove its folder and run the plan again"
-        raise DataError(why) from error
+        raise damaged(path, error) from error
 
 
-def _curves(path: Path) -> tuple[list[tuple[int, float]], list[tuple[int, float]]]:
+def _curves(path: Path) -> tuple[list[tuple[int, float]], dict[str, list[tuple[int, float]]]]:
     lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     finite = [line for line in lines if line["loss"] is not None]
     every = max(1, len(finite) // POINTS)
     curve = [(line["step"], line["loss"]) for i, line in enumerate(finite) if i % every == 0 or i == len(finite) - 1]
-    return curve, [(line["step"], line["energy"]) for line in lines if "energy" in line]
+    measured: dict[str, list[tuple[int, float]]] = {}
+    for line in lines:
+        for name in line.keys() - set(OF_EACH_STEP):
+            if line[name] is not None:
+                measured.setdefault(name, []).append((line["step"], line[name]))
+    return curve, {name: measured[name] for name in sorted(measured)}
+
+
+def diagnosis(summary: Summary, name: str) -> tuple[Mean, Mean]:
+    """What a diagnostic has measured in the final runs of an entry.
+
+    Args:
+        summary: The entry.
+        name: What was measured.
+
+    Returns:
+        The mean, over the runs, of their last number, and of the mean of their numbers; of nothing where none was measured.
+    """
+    series = [run.measured[name] for run in summary.finals if not run.failed and name in run.measured]
+    last = mean_of([points[-1][1] for points in series])
+    return last, mean_of([sum(value for _, value in points) / len(points) for points in series])
+
+
+def diagnosed(found: Sequence[Summary]) -> list[str]:
+    """The names of all that the diagnostics of some final runs have measured."""
+    return sorted({name for one in found for run in one.finals if not run.failed for name in run.measured})

@@ -39,7 +39,7 @@ class Outcome:
         number: Its number.
         values: What it tried.
         value: What it is compared by; None where it failed.
-        measured: Its ``state_bytes``, ``train_time`` and ``steps``.
+        measured: Its ``state_bytes``, ``train_time`` and ``steps``, and how long all of it ``took``, in seconds.
     """
 
     number: int
@@ -127,7 +127,7 @@ class Trials:
             number: Its number.
             value: Its value; None where it failed.
             failure: The kind of failure; empty where there was none.
-            measured: Its ``state_bytes``, ``train_time`` and ``steps``.
+            measured: Its ``state_bytes``, ``train_time`` and ``steps``, and how long all of it ``took``, in seconds.
         """
         state = _optuna().trial.TrialState
         self._set(number, _FAILURE, failure)  # for Optuna's dashboard

@@ -26,6 +26,9 @@ class Task(ABC):
     greater: ClassVar[bool] = False  # whether a greater one is better
     folder: Path = Path()  # of the plan, which names of files are relative to
 
+    def check(self) -> None:  # noqa: B027 - a task may have nothing to see to
+        """See that what it needs is there, such as files, before anything trains; raises `DataError` where it is not."""
+
     @abstractmethod
     def build(self, seed: int, dtype: torch.dtype) -> nn.Module:
         """The model before training.

@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import IO, Any
@@ -15,15 +16,17 @@ import torch
 from torch import Tensor
 
 from lingrad.engine.optimizer import SubspaceOptimizer
-from lingrad.errors import LingradError, SpecError
+from lingrad.errors import LingradError, SpecError, require
 from lingrad.methods import Method, Training
+from lingrad.research.diagnostics import ObservedRun, make_diagnostic
 from lingrad.research.plan import ResearchPlan, Schedule
 from lingrad.research.record import finite
 from lingrad.research.runner import gradient_bytes, state_bytes
-from lingrad.research.task import Part
+from lingrad.research.task import Part, Task
 from lingrad.tensors import distinct, nbytes
 
 METRICS = "metrics.jsonl"
+OF_EACH_STEP = ("step", "loss", "lr", "seconds", "tokens")  # keys of a line, besides those of diagnostics
 
 
 class DivergedError(LingradError):
@@ -51,6 +54,35 @@ def rate(step: int, steps: int, warmup: float, schedule: Schedule) -> float:
     return 1.0 - progress if schedule == "linear" else 0.1 + 0.45 * (1 + math.cos(math.pi * progress))
 
 
+def steps_for(task: Task, tokens: int, seed: int) -> int:
+    """How many batches have a number of tokens, the last of them in full.
+
+    Args:
+        task: The task.
+        tokens: The budget.
+        seed: Of the order of the batches.
+
+    Returns:
+        Their number, two or more.
+
+    Raises:
+        SpecError: One batch has as many, batches have none, or there are too few.
+    """
+    asked = 1
+    while True:
+        seen = found = 0
+        for found, batch in enumerate(islice(task.batches(asked, seed), asked), start=1):
+            seen += task.tokens(batch)
+            if seen >= tokens:
+                short = f"a budget of {tokens} tokens is one batch, of {seen}; expected two batches or more"
+                require(found > 1, "tokens", short)
+                return found
+        if seen == 0 or found < asked:
+            why = f"the task gave {found} batches with {seen} tokens, where a budget of {tokens} tokens was asked for"
+            raise SpecError(why, option="tokens")
+        asked = max(asked + 1, math.ceil(1.1 * asked * tokens / seen))
+
+
 def train(plan: ResearchPlan, method: Method, *, seed: int, part: Part, out: Path) -> dict[str, Any]:
     """Train once, and judge.
 
@@ -59,7 +91,7 @@ def train(plan: ResearchPlan, method: Method, *, seed: int, part: Part, out: Pat
         method: The way to train.
         seed: Of everything random.
         part: What the model is judged by.
-        out: A folder; gets `METRICS`, a line for every step.
+        out: A folder; gets `METRICS`, a line for every step, with what the plan's diagnostics have measured in it.
 
     Returns:
         ``metrics`` of the task, ``steps``, ``tokens``, ``seconds``, bytes of ``state``,
@@ -67,23 +99,32 @@ def train(plan: ResearchPlan, method: Method, *, seed: int, part: Part, out: Pat
 
     Raises:
         DivergedError: A loss was not finite.
-        SpecError: The task gives no batch, or not its metric.
+        SpecError: The task gives no batch, or not its metric; or two diagnostics measure something of one name.
     """
     task, dtype = plan.task, getattr(torch, plan.dtype)
+    steps = plan.steps or steps_for(task, plan.tokens, seed)
     torch.manual_seed(seed)
-    training = method.prepare(task.build(seed, dtype).to(plan.device))
+    built = task.build(seed, dtype).to(plan.device)
+    training = method.prepare(built)
     model = training.model.train()
-    schedulers = [
-        torch.optim.lr_scheduler.LambdaLR(one, lambda step: rate(step, plan.steps, plan.warmup, plan.schedule))
-        for one in training.optimizers
-    ]
+    factor = partial(rate, steps=steps, warmup=plan.warmup, schedule=plan.schedule)
+    schedulers = [torch.optim.lr_scheduler.LambdaLR(one, factor) for one in training.optimizers]
+    run = ObservedRun(task, method, built, training, seed, steps, dtype, plan.device, factor)
+    diagnostics = [make_diagnostic(text, plan.folder) for text in plan.diagnostics]
+    with run.aside():
+        for diagnostic in diagnostics:
+            diagnostic.begin(run)
     spent, tokens, done = 0.0, 0, 0
     plain: list[float] = []
     refreshing: list[float] = []
     found = {"gradients": 0, "saved": 0}
     with (out / METRICS).open("w") as file:
-        for batch in islice(task.batches(plan.steps, seed), plan.steps):
+        for batch in islice(task.batches(steps, seed), steps):
             batch = _to(batch, plan.device)
+            run.changes.clear()
+            with run.aside():
+                for diagnostic in diagnostics:
+                    diagnostic.before(batch)
             before, start = _refreshes(training), time.perf_counter()
             training.zero_grad()
             with _counted(model) if done == 0 else _nothing() as saved:
@@ -99,12 +140,15 @@ def train(plan: ResearchPlan, method: Method, *, seed: int, part: Part, out: Pat
             done, tokens, spent = done + 1, tokens + task.tokens(batch), spent + took
             refreshed = _refreshes(training) - before
             (refreshing if refreshed else plain).append(took)
-            _line(file, {"step": done, "loss": value, "lr": used, "seconds": took, "tokens": tokens,
-                         **_energy(training, refreshed)})  # fmt: skip
+            line = dict(zip(OF_EACH_STEP, (done, value, used, took, tokens), strict=True))
+            with run.aside():
+                for diagnostic in diagnostics if math.isfinite(value) else ():
+                    line |= _measured(diagnostic.after(done), line)
+            _line(file, line)
             if not math.isfinite(value):
                 raise DivergedError(f"the loss of step {done} is {value}")
-    if done < plan.steps:
-        raise SpecError(f"the task gave {done} batches where {plan.steps} steps were asked for")
+    if done < steps:
+        raise SpecError(f"the task gave {done} batches where {steps} steps were asked for")
     model.eval()
     with torch.no_grad():
         metrics = {key: float(value) for key, value in task.judge(model, part).items()}
@@ -134,13 +178,12 @@ def _refreshes(training: Training) -> int:
     return sum(sum(one.refreshes().values()) for one in ours)
 
 
-def _energy(training: Training, refreshed: int) -> Mapping[str, float]:
-    """The mean share of the gradients that fresh bases capture, where there are any."""
-    if not refreshed:
-        return {}
-    ours = [one for one in training.optimizers if isinstance(one, SubspaceOptimizer)]
-    energies = [value for one in ours for value in one.captured_energy().values()]
-    return {"energy": sum(energies) / len(energies)} if energies else {}
+def _measured(values: Mapping[str, float], line: Mapping[str, Any]) -> dict[str, float]:
+    """What a diagnostic has measured, as plain numbers under names that nothing else has."""
+    for name in values:
+        if name in line:
+            raise SpecError(f"a diagnostic measures '{name}', which the run or another one measures too; give it another name")
+    return {name: float(value) for name, value in values.items()}
 
 
 @contextmanager

@@ -48,7 +48,7 @@ def run_job(job: Mapping[str, Any], out: Path) -> dict[str, Any]:
         status, error = "success", ""
         try:
             plan = make_plan(job["content"], job["where"], Path(job["folder"]), quick=job["quick"])
-            plan = plan if job["steps"] is None else replace(plan, steps=job["steps"])
+            plan = plan if job["steps"] is None else replace(plan, steps=job["steps"], tokens=0)
             method = make_method(plan.entry(job["entry"]), job["values"], seed=job["seed"], folder=plan.folder)
             found = train(plan, method, seed=job["seed"], part=job["part"], out=folder)
         except Exception as caught:  # a failure is a result

@@ -32,7 +32,7 @@ def make_method(entry: PlanEntry, values: Mapping[str, Any], *, seed: int, folde
     Args:
         entry: The entry.
         values: Options that replace the entry's: those of its transform, such as ``rank``, are put into its config string, all
-            others are options of the run.
+            others are options of the run. ``lr`` is the run's, whatever else has one.
         seed: Of the run.
         folder: What names of files are relative to.
 
@@ -49,7 +49,7 @@ def make_method(entry: PlanEntry, values: Mapping[str, Any], *, seed: int, folde
     if is_object(entry.method):
         return _of_object(load_object(entry.method, folder), entry, given, seed)
     name, own = _choice(entry.method)
-    inside = _options_of(name)
+    inside = _options_of(name) - {"lr"}  # a transform's own, pca's, stands in the config string alone
     text = written(name, {**own, **{key: value for key, value in given.items() if key in inside}})
     options = {key: value for key, value in given.items() if key not in inside}
     base = options.pop("base", None)

@@ -43,6 +43,7 @@ class Subspace:
         coords: z [p, q], zero at the start, float32 unless the weight is float64; see `release`.
         pending: The gradient of the coordinates on its way to the step, and what a refresh reads.
         on_gradient: Called when ``coords.grad`` holds the gradient of one more backward.
+        on_change: Called with the old map and the new one at a refresh, before moments and coordinates are carried over.
     """
 
     name: str
@@ -54,14 +55,14 @@ class Subspace:
     coords: nn.Parameter = field(init=False)
     pending: PendingGradient = field(init=False)
     on_gradient: Callable[[], None] | None = None
+    on_change: Callable[[LinearMap, LinearMap], None] | None = None
 
     def __post_init__(self) -> None:
         """Make the coordinates."""
         p, q = self.basis.coords_shape
         if self.weight.layout.shape != self.basis.shape:  # a shared basis is on the right side
             p = self.weight.layout.shape[0]
-        like = self.weight.param
-        zeros = torch.zeros((p, q), device=like.device, dtype=wide(self.weight.dtype))
+        zeros = torch.zeros((p, q), device=self.weight.param.device, dtype=wide(self.weight.dtype))
         self.coords = nn.Parameter(self.placed(zeros))
         self.pending = PendingGradient(self.name, self.processes)
 

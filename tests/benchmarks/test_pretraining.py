@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from benchmarks import pretraining
-from benchmarks.pretraining import RESULTS, Entry, Pretraining, entries, read_addresses, table
+from benchmarks.pretraining import RESULTS, Entry, Pretraining, entries, table
 from lingrad.models import LlamaShape
 from lingrad.research.corpus import Corpus
 
@@ -43,11 +43,10 @@ def test_rates_are_tuned_on_other_text_than_results_are_of(small):
     assert study.train(entry, 1.0, 0)["loss"] != study.train(entry, 1.0, 1)["loss"]
 
 
-def test_the_addresses_are_those_that_were_fetched(tmp_path):
-    other = tmp_path / "other.tgz"
-    other.write_bytes(b"no archive")
+def test_where_there_are_no_addresses_it_says_how_to_fetch_them(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit, match="run `make addresses`"):
-        read_addresses(other)
+        Pretraining(tmp_path / "found.jsonl").train(Entry("x", 0, "full", rest="same"), 1.0, 0)
 
 
 def test_the_table_in_the_docs_is_that_of_the_runs():

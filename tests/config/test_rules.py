@@ -10,7 +10,7 @@ from lingrad.config.targets import resolve_model, resolve_parameters
 from lingrad.errors import ModeError, ShapeError, SpecError
 from lingrad.transforms import SVD, Random
 from lingrad.weights.layout import layout_of
-from tests.support.models import gpt2, llama, zoo
+from tests.support.models import gpt2, llama, text_batches, train, zoo
 
 
 def targets(model, rules):
@@ -170,6 +170,50 @@ class TestFrozen:
         other = lingrad.explain(by_hand, {"*": "svd(rank=4)"})
         assert (explanation.parameters, explanation.trained) == (other.parameters, other.trained)
         assert [line for line in explanation.lines if line not in frozen] == list(other.lines)
+
+
+class TestTrainOnly:
+    def test_what_no_rule_says_none_of_is_frozen(self):
+        names = {name for name, _ in llama().named_parameters()}
+        for rules, full in (
+            ("svd(rank=4)", set()),
+            ({"*norm*": "none", "*_proj": "svd(rank=4)"}, {name for name in names if "norm" in name}),
+            ({"lm_head": "none", "*norm*": "frozen", "*_proj": "svd(rank=4)"}, {"lm_head.weight"}),
+        ):
+            plan = resolve_model(llama(), rules, "transformed")
+            assert {target.name for target in plan.targets} == LLAMA_LINEARS
+            assert {name for name, _ in plan.full} == full
+            assert {name for name, _ in plan.frozen} == names - LLAMA_LINEARS - full
+
+    @pytest.mark.parametrize("make", [lingrad.wrap, lingrad.adapt])
+    def test_the_run_is_that_of_a_model_frozen_by_hand(self, make):
+        weights = []
+        for by_hand in (False, True):
+            model = llama()
+            for name, param in model.named_parameters():
+                param.requires_grad_(not by_hand or name in LLAMA_LINEARS)
+            opt = make(model, "svd(rank=4, every=2)", lr=1e-2, **({} if by_hand else {"train_only": "transformed"}))
+            train(model, opt, text_batches(3, micro=1))
+            assert {name for group in opt.param_groups for name in group["param_names"]} == LLAMA_LINEARS
+            assert not any(param.requires_grad for name, param in model.named_parameters() if "norm" in name)
+            opt.detach()
+            weights.append({name: param.detach().clone() for name, param in model.named_parameters()})
+        assert all(param.requires_grad for param in model.get_submodule("model.layers.0.mlp").parameters())
+        assert all(torch.equal(one, weights[1][name]) for name, one in weights[0].items())
+
+    def test_parameters_without_a_model(self):
+        model = llama()
+        opt = lingrad.wrap(model.named_parameters(), {"*_proj*": "svd(rank=4)"}, lr=1e-2, train_only="transformed")
+        assert {name for group in opt.param_groups for name in group["param_names"]} == LLAMA_LINEARS
+
+    def test_explain_shows_it(self):
+        explanation = lingrad.explain(llama(), "svd(rank=4)", train_only="transformed")
+        assert {line.transform for line in explanation.lines if "_proj" not in line.name} == {"frozen"}
+        assert explanation.trained == sum(line.trained for line in explanation.lines if "_proj" in line.name)
+
+    def test_a_misspelt_value(self):
+        with pytest.raises(SpecError, match="train_only must be 'transformed' or None, not 'transform'; did you mean"):
+            lingrad.wrap(llama(), "svd(rank=4)", train_only="transform")
 
 
 def test_frozen_parameters_are_no_targets():

@@ -187,9 +187,16 @@ class TestContributing:
 class TestReadme:
     TEXT = (ROOT / "README.md").read_text()
 
-    def test_it_opens_with_the_two_commands(self):
-        block = self.TEXT.split("```")[1]
-        assert block.split() == ["sh", "make", "demo", "make", "test"]
+    def test_its_first_screen(self):
+        """What it is in two sentences, how to install it, and a start; then the two commands of the demo."""
+        title, first, install, *_ = self.TEXT.split("\n\n")
+        assert title == "# lingrad"
+        assert first.count(". ") + first.endswith(".") == 2
+        assert install.startswith('```sh\npip install "lingrad[hf,cli] @ git+https://')
+        assert "pip install lingrad" not in self.TEXT  # it is not on the index
+        blocks = [block.split() for block in self.TEXT.split("```")[1::2]]
+        assert [block[0] for block in blocks[:2]] == ["sh", "python"]
+        assert blocks[2] == ["sh", "make", "demo", "make", "test"]
 
     def test_its_example_runs_and_learns(self):
         code = self.TEXT.split("```python\n")[1].split("```")[0]

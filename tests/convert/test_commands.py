@@ -17,12 +17,12 @@ pytest.importorskip("peft", reason="make test installs it (extra: hf)", exc_type
 
 def test_what_is_printed_is_the_report(lingrad, tmp_path):
     base, tuned = make(tmp_path)
-    status, out, _ = lingrad("convert", base, tuned, "--out", tmp_path / "out", "--rank", 3)
+    status, out, _ = lingrad("convert", base, tuned, "--out", tmp_path / "out", "--rank", 3, "--allow-residual", 1)
     assert status == 0
     lines = out.splitlines()
     assert lines[0].split() == ["tensor", "shape", "rank", "kB", "residual", "rounding"]
     assert lines[-1] == f"Written: {tmp_path / 'out'}"
-    report = convert.convert(base, tuned, tmp_path / "again", rank=3)
+    report = convert.convert(base, tuned, tmp_path / "again", rank=3, allow_residual=1)
     assert "\n".join(lines[:-1]) == report.table()
     assert contents(tmp_path / "out") == contents(tmp_path / "again")
     status, out, _ = lingrad("merge", base, tmp_path / "out", "--out", tmp_path / "merged")
@@ -62,11 +62,23 @@ def test_errors_are_one_message_and_status_2(lingrad, tmp_path, monkeypatch, arg
 
 def test_json_to_standard_output_is_all_there_is_on_it(lingrad, tmp_path):
     base, tuned = make(tmp_path)
-    status, out, _ = lingrad("convert", base, tuned, "--out", tmp_path / "out", "--rank", 3, "--json", "-")
+    status, out, _ = lingrad(
+        "convert", base, tuned, "--out", tmp_path / "out", "--rank", 3, "--allow-residual", 1, "--json", "-"
+    )
     assert status == 0
     assert json.loads(out) == json.loads((tmp_path / "out/lingrad_report.json").read_text())
     status, out, _ = lingrad(
-        "convert", base, tuned, "--out", tmp_path / "again", "--rank", 3, "--json", tmp_path / "report.json"
+        "convert",
+        base,
+        tuned,
+        "--out",
+        tmp_path / "again",
+        "--rank",
+        3,
+        "--allow-residual",
+        1,
+        "--json",
+        tmp_path / "report.json",
     )
     assert status == 0
     assert out.splitlines()[-1] == f"Written: {tmp_path / 'again'}"
@@ -91,7 +103,7 @@ def test_export_is_what_convert_exact_was(lingrad, tmp_path):
     assert again == out.replace("NEW", "OLD")
     assert errors.splitlines()[0] == "deprecated: lingrad convert --exact; use lingrad export RUN --start START"
     assert contents(old) == contents(new)
-    status, out, errors = lingrad("convert", run, "--exact", "--rank", 3, "--out", alone, "--json", "-")
+    status, out, errors = lingrad("convert", run, "--exact", "--rank", 3, "--allow-residual", 1, "--out", alone, "--json", "-")
     assert status == 0, errors
     assert {row["rank"] for row in json.loads(out)["rows"] if row["kind"] == "low_rank"} == {3}
 

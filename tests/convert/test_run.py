@@ -78,7 +78,9 @@ def test_without_a_base(tmp_path):
 def test_rank_and_dtype(tmp_path):
     base, folder, _ = run(tmp_path)
     whole = convert.convert_run(folder, tmp_path / "whole", start=base)
-    report = convert.convert_run(folder, tmp_path / "out", start=base, rank=3, dtype="bf16", uniform_rank=True, logits=True)
+    report = convert.convert_run(
+        folder, tmp_path / "out", start=base, rank=3, dtype="bf16", uniform_rank=True, logits=True, allow_residual=1
+    )
     assert {row.rank for row in report.rows if row.kind == "low_rank"} == {3}
     assert whole.residual < 1e-5 < report.residual < 1
     assert report.nbytes < whole.nbytes
@@ -88,8 +90,8 @@ def test_rank_and_dtype(tmp_path):
 def test_it_agrees_with_a_search(tmp_path):
     """The search, which knows nothing of the run, finds the rank and the decay that the ledger has."""
     base, folder, _ = run(tmp_path, spec="svd(rank=2, every=3)", weight_decay=0.3)
-    known = convert.convert_run(folder, tmp_path / "known", start=base)
-    found = convert.convert(base, folder, tmp_path / "found")
+    known = convert.convert_run(folder, tmp_path / "known", start=base, allow_residual=1)
+    found = convert.convert(base, folder, tmp_path / "found", allow_residual=1)
     for a, b in zip(known.rows, found.rows, strict=True):
         assert a.name == b.name
         assert b.rank <= a.rank

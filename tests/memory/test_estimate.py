@@ -266,3 +266,10 @@ def test_errors_are_those_of_wrap():
         memory.estimate(open_model("llama-60m"), "svdd(rank=4)")
     with pytest.raises(SpecError, match="base 'adamw' takes no option 'momentun'"):
         memory.estimate(open_model("llama-60m"), "svd(rank=4)", "adamw", momentun=0.9)
+
+
+def test_what_train_only_freezes_has_no_state():
+    model = open_model("demo")
+    given = memory.estimate(model, "svd(rank=4)", train_only="transformed")
+    assert given == memory.estimate(model, {"*_proj": "svd(rank=4)", "*": "frozen"})
+    assert given.trained < memory.estimate(model, "svd(rank=4)").trained

@@ -17,7 +17,7 @@ def written(name, **options):
 
 @pytest.mark.parametrize("name", BASELINES)
 def test_every_baseline_trains(name):
-    pytest.importorskip("pytorch_optimizer" if "apollo" in name else "peft")
+    pytest.importorskip("peft")
     training = written(name).prepare(llama(torch.float32))
     ((batch,),) = text_batches(1, micro=1)
     losses = []
@@ -67,7 +67,7 @@ def test_what_it_refuses(name, options, message):
         baseline(name, **options)
 
 
-@pytest.mark.parametrize("name", ["relora", "scale"])
+@pytest.mark.parametrize("name", ["relora", "scale", "apollo"])
 def test_no_step_inside_the_backward(name):
     with pytest.raises(SpecError, match="is not stepped inside the backward here; leave layerwise out"):
         written(name).prepare(llama(torch.float32), layerwise=True)

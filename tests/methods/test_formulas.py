@@ -8,6 +8,7 @@ from torch import nn
 from torch.func import functional_call
 
 from lingrad.methods import baseline
+from lingrad.methods.apollo import ScaledGradients
 from tests.support.models import gpt2, llama, text_batches, text_loss
 
 ADAM = 1e-9  # Adam divides rounding errors of 1e-16 by eps, 1e-8
@@ -130,3 +131,47 @@ def test_scale_by_hand(build):
     kept = [param for optimizer in training.optimizers for param in optimizer.state if param.dim() > 1]
     assert len(kept) == 1
     assert kept[0] is model.get_output_embeddings().weight
+
+
+@pytest.mark.parametrize("mini", [False, True])
+@pytest.mark.parametrize("shape", [(6, 10), (10, 6)])
+def test_apollo(shape, mini):
+    """Algorithm 1 with its limit on growth, in columns of a weight that is wider than tall."""
+    torch.manual_seed(0)
+    weight = nn.Parameter(torch.randn(shape, dtype=torch.float64))
+    rank, lr, every, steps = (1 if mini else 3), 0.1, 4, 9
+    optimizer = ScaledGradients([weight], lr, rank=rank, whole=mini, scale=2.0, every=every, weight_decay=0.01, seed=5)
+    turn = shape[0] > shape[1]
+    expected = (weight.detach().T if turn else weight.detach()).clone()
+    m = v = torch.zeros(rank, 10, dtype=torch.float64)
+    before = None
+    limited = 0
+    for t in range(1, steps + 1):
+        grad = torch.randn(6, 10, dtype=torch.float64) * 1.5**t
+        if (t - 1) % every == 0:
+            draw = torch.Generator().manual_seed(5 + 104729 * ((t - 1) // every))
+            p = torch.randn(rank, 6, generator=draw, dtype=torch.float64) / rank**0.5
+        r = p @ grad
+        m, v = 0.9 * m + 0.1 * r, 0.999 * v + 0.001 * r**2
+        stepped = (m / (1 - 0.9**t)) / ((v / (1 - 0.999**t)).sqrt() + 1e-8)
+        if mini:
+            scaled = grad * (stepped.norm() / r.norm())
+        else:
+            scaled = torch.stack([grad[:, j] * stepped[:, j].norm() / r[:, j].norm() for j in range(10)], dim=1)
+        if before is not None and scaled.norm() > 1.01 * before:
+            scaled, limited = scaled * (1.01 * before / scaled.norm()), limited + 1
+        before = scaled.norm()
+        expected = (1 - lr * 0.01) * expected - lr * 2.0 * scaled
+        weight.grad = (grad.T if turn else grad).contiguous()
+        optimizer.step()
+        assert torch.allclose(weight.detach(), expected.T if turn else expected, rtol=0, atol=1e-12)
+    assert 0 < limited < steps - 1  # both are seen
+
+
+def test_apollo_mini_steps_linear_layers_by_one_scale_and_stores_little():
+    model = llama(torch.float32)
+    low, rest = baseline("apollo_mini", lr=1e-2, every=7).prepare(model).optimizers
+    (group,) = low.param_groups
+    assert (group["whole"], group["rank"], group["every"], group["scale"]) == (True, 1, 7, 128.0**0.5)
+    stepped = {id(p) for optimizer in (low, rest) for g in optimizer.param_groups for p in g["params"]}
+    assert stepped == set(map(id, model.parameters()))

@@ -147,7 +147,10 @@ class TestWhatPeftMakesOfIt:
 
     @pytest.mark.parametrize(
         ("options", "why"),
-        [({"rank": 2}, "rank=2 was asked for, and its change has up to 8"), ({"dtype": torch.bfloat16}, "factors in bfloat16")],
+        [
+            ({"rank": 2}, "the largest rank is 2, and its change has up to 8"),
+            ({"dtype": torch.bfloat16}, "factors in bfloat16"),
+        ],
     )
     def test_what_was_asked_for_is_named_as_the_cause(self, options, why, tmp_path):
         _, opt = llama_run()

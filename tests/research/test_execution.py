@@ -1,5 +1,6 @@
 """Runs of plans: what is recorded of them, of those that fail, and of those that were killed and started again."""
 
+import errno
 import json
 import math
 import os
@@ -18,7 +19,7 @@ import torch
 from lingrad.errors import DataError, SpecError
 from lingrad.research import commands, execution, trial
 from lingrad.research.execution import PLAN, execute
-from lingrad.research.pages import as_markdown, write_report
+from lingrad.research.pages import as_html, as_markdown, write_report
 from lingrad.research.plan import open_plan
 from lingrad.research.record import RESULT, make_record
 from lingrad.research.results import read_results, summarize
@@ -178,6 +179,7 @@ def test_failures_do_not_stop_the_rest(tmp_path):
     execute(open_plan(path), tmp_path / "out", jobs=2, tick=lambda *state: told.append(state))
     assert [status for status, *_ in outcome(tmp_path / "out").values()].count("diverged") == 1
     assert told[-1][:2] == (5, 6)  # no final run of what diverged
+    assert re.fullmatch(r"best loss so far \S+ \((svd|random map!)\), about \d+ s left", told[-1][2])
     plan, runs = read_results([tmp_path / "out"])
     text = as_markdown(plan, summarize(plan, runs))
     assert re.search(r"\| diverges *\| *failed", text)
@@ -355,6 +357,26 @@ def test_a_run_counts_once(tmp_path):
     assert "Runs without a record here: svd (1), random map! (2)." in as_markdown(plan, summarize(plan, runs))
 
 
+def test_diagnostics_are_in_the_report(tmp_path):
+    out = results(tmp_path, 1.0, 2.0)
+    of_step = {"loss": 1.0, "lr": 0.1, "seconds": 1.0, "tokens": 8}
+    for number, overlaps in enumerate([(0.5, 0.7), (0.4, 0.6)]):
+        lines = [{"step": step, **of_step, "overlap": value} for step, value in enumerate(overlaps, 1)]
+        lines += [{"step": 3, **of_step, "gap": None}, {"step": 4, **of_step}]
+        folder = out / "runs" / "svd" / f"final-{number:03d}"
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    plan, runs = read_results([out])
+    text = as_markdown(plan, summarize(plan, runs))
+    assert re.search(r"\| entry +\| +overlap \|", text)  # and no gap: it was never finite
+    assert re.search(r"\| svd +\| 0\.65 \(0\.55\) \|", text)  # the last of each run, and the mean of each, by hand
+    assert re.search(r"\| random map! +\| +\|", text)
+    page = as_html(plan, summarize(plan, runs))
+    data = json.loads(page.split('id="data">')[1].split("</script>")[0])
+    assert data["diagnostics"] == ["overlap"]
+    assert data["entries"][0]["diagnostics"] == {"overlap": [[[1, 0.5], [2, 0.7]], [[1, 0.4], [2, 0.6]]]}
+    assert data["entries"][1]["diagnostics"] == {}
+
+
 def test_the_edge_of_a_range_is_what_was_tried(tmp_path):
     plan, runs = read_results([results(tmp_path, 1.0, 2.0, values=[0.2, 0.1])])
     assert summarize(plan, runs)[0].at_edge == ["lr"]
@@ -400,7 +422,12 @@ def test_what_is_matched(tmp_path):
         if equal == "state_bytes":
             assert final["wide"].values["rank"] == 2
             assert final["wide"].info["state_bytes"] == final["svd"].info["state_bytes"]
-        assert "Final runs match svd in " in as_markdown(plan, summarize(plan, runs))
+        told = (
+            "have no more bytes of state than svd's"
+            if equal == "state_bytes"
+            else "take as many steps as fit into the time of svd's"
+        )
+        assert f"Final runs {told}" in as_markdown(plan, summarize(plan, runs))
 
 
 @pytest.mark.slow
@@ -414,18 +441,10 @@ def test_where_every_run_failed_the_command_says_so(tmp_path):
 def test_a_full_disk_ends_it_and_the_trial_is_made_by_the_next_run(tmp_path, monkeypatch):
     path = written(tmp_path / "plan", lr="[0.01]", trials=1, seeds="[1]")
 
-    class Full:
-        returncode = 28
+    def full(self, *_):
+        self.returncode = errno.ENOSPC
 
-        def __init__(self, *_, **__):
-            pass
-
-        def poll(self):
-            return 28
-
-        kill = wait = poll
-
-    monkeypatch.setattr(execution.subprocess, "Popen", Full)
+    monkeypatch.setattr(execution.Host, "start", full)
     with pytest.raises(
         DataError, match="cannot write results to .*: No space left on device; what has ended is kept: run it again"
     ):

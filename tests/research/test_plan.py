@@ -137,15 +137,22 @@ WRONG = [
     ({"run": {"device": "gpu"}}, "plan.toml, [run]: there is no device 'gpu' here: "),
     ({"match": {"equal": "seconds"}}, "plan.toml, [match]: 'entry' is missing: that which the others are matched with"),
     ({"search": {"space": {"lr": [float("nan")]}}}, f"{SPACE}: values must be texts, finite numbers, true or false, not [nan]"),
-    ({"task": {"kind": "text"}}, "plan.toml, [task]: 'steps' is missing, a whole number"),
+    ({"task": {"kind": "text"}}, "plan.toml, [task]: 'steps' is missing, a whole number; or 'tokens', a budget"),
+    (
+        {"task": {"kind": "text", "steps": 2, "tokens": 9}},
+        "plan.toml, [task] has both 'steps' and 'tokens'; leave one of them out",
+    ),
+    ({"task": {"kind": "text", "tokens": 0}}, "plan.toml, [task]: 'tokens' must be 1 or more, not 0"),
+    ({"task": {"kind": "text", "stps": 9}}, "plan.toml, [task]: unknown key 'stps'; did you mean 'steps'?"),
     (
         {"task": {"kind": "txt", "steps": 2}},
-        "plan.toml, [task]: there is no task 'txt'; did you mean 'text'? Known: text, classify, FILE.py:CLASS",
+        "plan.toml, [task]: there is no task 'txt'; did you mean 'text'? "
+        "Known: text, classify, chat, metamathqa, FILE.py:CLASS",
     ),
     (
         {"task": {"kind": "text", "steps": 2, "row": 3}},
         "plan.toml, [task]: unknown key 'row'; did you mean 'rows'? "
-        "Known: steps, kind, data, model, rows, length, hidden, layers, held",
+        "Known: steps, tokens, kind, data, column, model, tokenizer, vocabulary, rows, length, hidden, layers, held",
     ),
     ({"task": {"kind": "text", "steps": 2, "rows": 0}}, "task 'text': 'rows' must be 1 or more, not 0"),
     ({"task": {"kind": "classify", "steps": 2}}, "plan.toml, [task]: 'data' is missing, a text"),
@@ -232,6 +239,15 @@ def test_values_of_a_trial_go_where_they_belong(entry, values, rules, options):
     method = make_method(plan.entries[0], values, seed=5, folder=Path())
     assert (method.rules, dict(method.options)) == (rules, {"seed": 5, **options})
     assert rank_of(plan.entries[0], values) == values.get("rank", None if "kron" in rules else 4 if "rank=4" in rules else None)
+
+
+@pytest.mark.parametrize("name", ["pca", "online_subspace_descent", "svd", "power", "galore", "finetune", "ldadam", "fira"])
+def test_the_learning_rate_of_a_trial_is_that_of_the_run(name):
+    """`pca` has an option of this name too."""
+    plan = made(entries=[{"name": "a", "method": f"{name}(rank=4)"}])
+    method = make_method(plan.entries[0], {"lr": 0.37}, seed=5, folder=Path())
+    assert method.options["lr"] == 0.37
+    assert "0.37" not in method.rules
 
 
 class TestOwn:

@@ -10,10 +10,12 @@ from lingrad.errors import SpecError, did_you_mean, in_short
 from lingrad.research.objects import is_object, load_object
 from lingrad.research.schema import Table
 from lingrad.research.task import Task
+from lingrad.research.tasks.chat import Chat
 from lingrad.research.tasks.classify import Classify
+from lingrad.research.tasks.metamath import MetaMath
 from lingrad.research.tasks.text import Text
 
-TASKS: dict[str, type[Task]] = {"text": Text, "classify": Classify}
+TASKS: dict[str, type[Task]] = {"text": Text, "classify": Classify, "chat": Chat, "metamathqa": MetaMath}
 
 _LISTS = (list[str], list[int], list[float], list[Any])
 _KINDS = {"str": str, "int": int, "float": float, "bool": bool, "list": list}

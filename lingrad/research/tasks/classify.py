@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,8 +12,9 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lingrad.errors import DataError, optional, require
-from lingrad.research import corpus
+from lingrad.research.rows import deal, read_rows, shuffled
 from lingrad.research.task import Part, Task
+from lingrad.research.tokens import open_tokenizer
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Classify(Task):
     """Texts with labels, shuffled once for all runs: a fifth is for results, a tenth for tuning, the rest is trained on.
 
     Args:
-        data: A file of JSON lines, or of Parquet, which `datasets` reads.
+        data: A file of JSON lines, a JSON list, or Parquet.
         model: A folder with a model of transformers and its tokenizer; it gets a new classifier on top.
         text: The key of the text.
         label: The key of the label, a whole number from 0 or a word.
@@ -59,18 +59,12 @@ class Classify(Task):
 
     @override
     def batches(self, steps: int, seed: int) -> Iterator[dict[str, Tensor]]:
-        train = self._part("training")
-        generator = torch.Generator().manual_seed(seed)
-        order: list[int] = []
-        for _ in range(steps):
-            while len(order) < self.rows:
-                order += torch.randperm(len(train), generator=generator).tolist()
-            yield self._batch([train[i] for i in order[: self.rows]])
-            order = order[self.rows :]
+        for rows in shuffled(self._parts["training"], steps=steps, size=self.rows, seed=seed):
+            yield self._batch(rows)
 
     @override
     def judge(self, model: nn.Module, part: Part) -> Mapping[str, float]:
-        held = sorted(self._part(part), key=lambda row: len(row[0]))[: self.held]
+        held = sorted(self._parts[part], key=lambda row: len(row[0]))[: self.held]
         device = next(model.parameters()).device
         right, loss = 0, 0.0
         for start in range(0, len(held), self.rows):
@@ -83,30 +77,21 @@ class Classify(Task):
     @cached_property
     def _rows(self) -> list[tuple[str, int]]:
         path = self.folder / self.data
-        if path.suffix == ".parquet":
-            found: Any = optional("datasets", "reading Parquet", "trl").Dataset.from_parquet(str(path))
-        else:
-            found = [json.loads(line) for line in corpus.read_text(path).splitlines() if line.strip()]
-        try:
-            rows = [(str(row[self.text]), row[self.label]) for row in found]
-        except (KeyError, TypeError) as error:
-            raise DataError(f"{path}: a row has no {error}; expected '{self.text}' and '{self.label}' in each") from error
+        rows = [(str(row[self.text]), row[self.label]) for row in read_rows(path, self.text, self.label)]
         labels = sorted({label for _, label in rows}, key=str)
         numbers = all(type(label) is int and label >= 0 for label in labels)
         code = {label: label if numbers else i for i, label in enumerate(labels)}
-        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0)).tolist()
         if len(rows) < 10 or len(labels) < 2:
             raise DataError(f"{path} has {len(rows)} rows of {len(labels)} labels; expected ten rows and two labels at least")
-        return [(rows[i][0], code[rows[i][1]]) for i in order]
+        return [(text, code[label]) for text, label in rows]
 
-    def _part(self, part: str) -> list[tuple[str, int]]:
-        tenth = max(1, len(self._rows) // 10)
-        bounds = {"final": (0, 2 * tenth), "tuning": (2 * tenth, 3 * tenth), "training": (3 * tenth, len(self._rows))}
-        return self._rows[slice(*bounds[part])]
+    @cached_property
+    def _parts(self) -> dict[str, list[tuple[str, int]]]:
+        return deal(self._rows)
 
     @cached_property
     def _tokenizer(self) -> Any:
-        return optional("transformers", "reading a tokenizer", "hf").AutoTokenizer.from_pretrained(self.folder / self.model)
+        return open_tokenizer(self.folder / self.model)
 
     def _batch(self, rows: list[tuple[str, int]]) -> dict[str, Tensor]:
         texts, labels = zip(*rows, strict=True)

@@ -1,7 +1,7 @@
 """docs/decentralized.md: its program runs as it is printed."""
 
 import lingrad
-from tests.support import pages
+from tests.support.docs import pages
 
 PAGE = "decentralized.md"
 

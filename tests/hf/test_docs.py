@@ -6,7 +6,8 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
-from tests.support import pages, trainers
+from tests.support import trainers
+from tests.support.docs import pages
 from tests.support.trainers import assert_equal
 
 PAGE = "trainer.md"

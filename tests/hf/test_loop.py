@@ -7,7 +7,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from tests.support.pages import blocks, run
+from tests.support.docs.pages import blocks, run
 
 PAGE = "loop.md"
 PLAIN, RESUMED, FINISHED, ACCELERATE, LIGHTNING = range(5)

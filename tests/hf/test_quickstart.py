@@ -7,7 +7,7 @@ from dataclasses import fields
 import pytest
 import torch
 
-from tests.support.pages import DOCS, blocks, run
+from tests.support.docs.pages import DOCS, blocks, run
 
 pytest.importorskip("trl")
 bitsandbytes = pytest.importorskip("bitsandbytes")

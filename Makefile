@@ -9,7 +9,7 @@ HAS_CUDA = $(PYTHON) -c 'import einops, torch, transformers; torch.cuda.init()' 
 SOURCES := pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo addresses finetune smollm2 examples readme studies duality trajectories structure memory architectures bench gpu mutants mutants-operators test coverage slow exhaustive lowest check lint types layers dist clean
+.PHONY: help demo addresses finetune smollm2 examples readme studies duality trajectories structure memory architectures bench gpu docs docs-check reference mutants mutants-operators test coverage slow exhaustive lowest check lint types layers dist clean
 
 help:  ## list the targets
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 19
@@ -39,6 +39,11 @@ $(VENV)/.bench: $(SOURCES) | $(BIN)/python
 $(VENV)/.dist: $(SOURCES) | $(BIN)/python
 	@echo "Installing what builds a release into $(VENV)"
 	PIP_CONSTRAINT= $(PIP) 'build>=1.2' 'twine>=6' 'check-wheel-contents>=0.6'
+	@touch $@
+
+$(VENV)/.docs: $(VENV)/.dev
+	@echo "Installing what builds the documentation into $(VENV)"
+	$(PIP) -e '.[docs]'
 	@touch $@
 
 $(VENV)/.mutants: $(VENV)/.dev
@@ -99,6 +104,15 @@ bench: $(VENV)/.bench  ## compare speed and memory with other implementations, i
 gpu:  ## measure on this machine's GPU in ten minutes, into benchmarks/out/cuda; ARGS=--docs for the docs, ARGS=--dry on a CPU
 	@$(HAS_CUDA) || $(MAKE) $(VENV)/.dev
 	@if $(HAS_CUDA); then $(PYTHON) -m benchmarks.gpu $(ARGS); else $(BIN)/python -m benchmarks.gpu $(ARGS); fi
+
+docs: $(VENV)/.docs  ## build the documentation as a site, into site/; dead links fail
+	$(BIN)/python tools/build_site.py
+
+docs-check: docs  ## open every page of the site in chromium, light and dark, wide and narrow (a minute)
+	$(BIN)/python -m pytest -n 0 tests/docs/test_site.py -m slow
+
+reference: $(VENV)/.dev  ## write docs/reference/ and the tables of docs/support.md anew
+	$(BIN)/python tools/reference.py
 
 mutants: $(VENV)/.dev  ## break what matters in one place at a time, and see that a test notices; ARGS="--only maps"
 	$(BIN)/python tools/mutants.py $(ARGS)

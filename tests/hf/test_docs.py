@@ -1,6 +1,5 @@
 """docs/trainer.md is run as it stands."""
 
-import re
 from pathlib import Path
 
 import torch
@@ -8,15 +7,16 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from tests.support import trainers
+from tests.support.docs import pages
 from tests.support.trainers import assert_equal
 
-PAGE = Path(__file__).parents[2] / "docs/trainer.md"
+PAGE = "trainer.md"
 
 
 def test_every_block_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names = {}
-    first, resumed, finished, galore = re.findall(r"```python\n(.*?)```", PAGE.read_text(), flags=re.DOTALL)
+    first, resumed, finished, galore = pages.blocks(PAGE)
     run(first, names)
     straight = trainers.weights(names["trainer"])
     torch.manual_seed(0)
@@ -36,4 +36,4 @@ def test_every_block_runs(tmp_path, monkeypatch):
 
 
 def run(block, names):
-    exec(compile(block, "docs/trainer.md", "exec"), names)  # noqa: S102 - our own text
+    pages.run(block, names, PAGE)

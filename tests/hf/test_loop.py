@@ -1,0 +1,64 @@
+"""docs/loop.md: the three loops run as printed, resume bit for bit and leave plain models."""
+
+import warnings
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from tests.support.docs.pages import blocks, run
+
+PAGE = "loop.md"
+PLAIN, RESUMED, FINISHED, ACCELERATE, LIGHTNING = range(5)
+
+
+@pytest.fixture(autouse=True)
+def _folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def plain_of(names):
+    return {name for name, _ in names["LlamaForCausalLM"](names["config"]).named_parameters()}
+
+
+def test_every_block_is_run_here():
+    assert len(blocks(PAGE)) == 5
+
+
+def test_plain_pytorch(capsys):
+    page = blocks(PAGE)
+    names = run(page[PLAIN], {}, PAGE)
+    assert names["losses"][-1] < names["losses"][0]
+    assert {a.sub.coords.dtype for a in names["opt"].attachments} == {torch.float32}
+    run(page[RESUMED], names, PAGE)  # it compares the losses itself
+    for weight, expected in zip(names["resumed"].parameters(), names["model"].parameters(), strict=True):
+        assert torch.equal(weight, expected)
+    run(page[FINISHED], names, PAGE)
+    assert {name for name, _ in names["model"].named_parameters()} == plain_of(names)
+    start, final = (AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32) for folder in ("start", "final"))
+    ids = names["data"][0, 0]
+    with torch.no_grad():
+        before, after = start(ids).logits, final(ids).logits
+        adapted = PeftModel.from_pretrained(start, "adapter")(ids).logits
+    # what is left is what bfloat16 merges have rounded away: the page accepts 5% of the change
+    assert (adapted - after).abs().max() < 0.05 * (after - before).abs().max()
+
+
+def test_accelerate():
+    page = blocks(PAGE)
+    names = run(page[ACCELERATE], run(page[PLAIN].partition("model, opt, schedule = build()")[0], {}, PAGE), PAGE)
+    assert len(names["again"]) == 8
+    assert names["losses"][-1] < names["losses"][0]
+    assert {name for name, _ in names["plain"].named_parameters()} == plain_of(names)
+
+
+def test_lightning():
+    pytest.importorskip("lightning")
+    page = blocks(PAGE)
+    setup = page[PLAIN].partition("model, opt, schedule = build()")[0]
+    names = run(setup, {"__name__": "loop"}, PAGE)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Lightning's own, about one worker and about CPUs
+        run(page[LIGHTNING], names, PAGE)  # it compares the weights itself
+    assert {name for name, _ in names["run"].model.named_parameters()} == plain_of(names)

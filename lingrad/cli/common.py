@@ -64,7 +64,7 @@ _shared = typer.Typer(add_completion=False)
 @_shared.command()
 def _options(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", callback=_silence, help="Show results, and no progress.")] = False,
-    files: Annotated[
+    brought: Annotated[
         list[Path] | None,
         typer.Option(
             "--import",

@@ -232,3 +232,10 @@ def test_two_old_modes_are_refused(lingrad):
 def test_the_question_of_the_memory_commands_takes_keywords_only():
     with pytest.raises(TypeError):
         commands.Question("demo")
+
+
+def test_no_command_has_an_option_named_as_one_that_all_have():
+    """Values are given by name: of two options with one name, one gets the other's value."""
+    for path, command in LEAVES.items():
+        names = [param.name for param in command.params]
+        assert len(set(names)) == len(names), path

@@ -26,6 +26,8 @@ from lingrad.research.results import (
 )
 from lingrad.research.statistics import RULE, Mean
 
+COLORS = "blue orange green red purple brown pink gray olive cyan"
+
 
 def write_report(plan: ResearchPlan, runs: Sequence[RunResult], out: Path, *, x: str = "state MB", y: str = "") -> list[Path]:
     """Write the report.
@@ -132,13 +134,13 @@ def _diagnoses(found: Sequence[Summary]) -> list[str]:
 
 def curves(found: Sequence[Summary]) -> bytes:
     """The training losses of the final runs, averaged over seeds, as PNG."""
-    figure, (axes,) = plotting.figure((8, 5))
+    figure, axes = _axes()
     for one in found:
         good = [run for run in one.finals if not run.failed]
         if good:
             steps = [step for step, _ in good[0].curve]
             losses = [sum(run.curve[i][1] for run in good) / len(good) for i in range(min(len(run.curve) for run in good))]
-            axes.plot(steps[: len(losses)], losses, label=one.entry.name)
+            axes.plot(steps[: len(losses)], losses, marker="", label=one.entry.name)
     axes.set(xlabel="step", ylabel="training loss")
     _legend(axes)
     return plotting.picture(figure)
@@ -148,7 +150,7 @@ def sensitivity(plan: ResearchPlan, found: Sequence[Summary]) -> bytes:
     """The metric of each trial over its learning rate, as PNG; nothing where it was not searched."""
     if not any("lr" in one.entry.space for one in found):
         return b""
-    figure, (axes,) = plotting.figure((8, 5))
+    figure, axes = _axes()
     for one in found:
         points = sorted(
             (run.values["lr"], run.info["metrics"][plan.task.metric])
@@ -156,9 +158,7 @@ def sensitivity(plan: ResearchPlan, found: Sequence[Summary]) -> bytes:
             if not run.failed and "lr" in run.values
         )
         if points:
-            axes.plot(
-                *zip(*points, strict=True), marker="o", label=f"{one.entry.name}{' (best at the edge)' * ('lr' in one.at_edge)}"
-            )
+            axes.plot(*zip(*points, strict=True), label=f"{one.entry.name}{' (best at the edge)' * ('lr' in one.at_edge)}")
     axes.set(xlabel="learning rate", ylabel=f"{plan.task.metric} of a trial", xscale="log")
     _legend(axes)
     return plotting.picture(figure)
@@ -166,7 +166,7 @@ def sensitivity(plan: ResearchPlan, found: Sequence[Summary]) -> bytes:
 
 def pareto(found: Sequence[Summary], x: str, y: str) -> bytes:
     """Two measures of the final runs, with standard errors, as PNG."""
-    figure, (axes,) = plotting.figure((8, 5))
+    figure, axes = _axes()
     for one in found:
         across, up = measure(one, x), measure(one, y)
         if across.count and up.count:
@@ -174,7 +174,6 @@ def pareto(found: Sequence[Summary], x: str, y: str) -> bytes:
                 across.value,
                 up.value,
                 yerr=0.0 if math.isnan(up.error) else up.error,
-                marker="o",
                 capsize=3,
                 label=one.entry.name,
             )
@@ -264,6 +263,15 @@ def _number(value: Any) -> float | None:
     return float(value) if value is not None and math.isfinite(value) else None
 
 
+def _axes() -> tuple[Any, Any]:
+    """A figure in which thirty entries differ, by color, line and marker."""
+    figure, (axes,) = plotting.figure((10, 5))
+    kinds = [(line, marker) for line, marker in (("-", "o"), ("--", "s"), (":", "^")) for _ in range(10)]
+    lines, markers = zip(*kinds, strict=True)
+    axes.set_prop_cycle(color=[f"tab:{name}" for name in COLORS.split()] * 3, linestyle=lines, marker=markers)
+    return figure, axes
+
+
 def _legend(axes: Any) -> None:
     if axes.get_legend_handles_labels()[0]:
-        axes.legend()
+        axes.figure.legend(loc="outside right upper", fontsize=8)

@@ -136,12 +136,12 @@ class Trials:
         """
         trial = self._study.get_trials(deepcopy=False)[number]
         said: dict[str, bool] = dict(trial.user_attrs.get(_VERDICTS, {}))
-        if str(rung) not in said:
+        if str(rung) not in said and not trial.state.is_finished():  # else its record was removed, and is made again
             self._storage.set_trial_intermediate_value(trial._trial_id, resource(rung), value)
             judged = self._storage.get_trial(trial._trial_id)
             said[str(rung)] = bool(self._study.pruner.prune(self._study, judged))
             self._set(number, _VERDICTS, said)
-        return said[str(rung)]
+        return said.get(str(rung), False)
 
     def finish(self, number: int, value: float | None, failure: str, measured: Mapping[str, float]) -> None:
         """Note what became of a trial.

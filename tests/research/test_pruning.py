@@ -92,6 +92,12 @@ class TestVerdicts:
         assert found.stops(third, 1, 9.0)
         assert trials(pruner).stops(third, 1, 9.0)
 
+    def test_a_trial_that_has_ended_and_is_made_again_is_not_judged_anew(self, trials):
+        found = trials("median")
+        number, _ = found.take()
+        found.finish(number, None, "error", {})
+        assert not found.stops(number, 1, 9.0)
+
     def test_none(self, trials):
         found = trials("none")
         assert not any(found.stops(found.take()[0], 1, value) for value in (1.0, 2.0, 3.0, 4.0))

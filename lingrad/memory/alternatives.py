@@ -113,19 +113,16 @@ def _base(question: Question) -> object:
     return question.base or ("adamw" if named is None else named.base)
 
 
-def _transform(rules: str) -> Any:
-    """The one transform of rules; None where they choose among several."""
-    parsed = parse_rules(long_rules(rules))
-    return None if isinstance(parsed, dict) else parsed
-
-
 def _rank(rules: str) -> int | None:
-    return getattr(_transform(rules), "rank", None)
+    """The one rank of a config string; None where there is none, or several."""
+    rank = getattr(parse_rules(long_rules(rules)), "rank", None)
+    return rank if isinstance(rank, int) else None
 
 
 def _lower_rank(rules: str) -> str | None:
     """The rules with a quarter of the rank; None where there is no one rank, or it is small already."""
-    found, rank = _transform(rules), _rank(rules)
-    if found is None or rank is None or rank < 8 or method_of(rules) is not None:
+    found: Any = parse_rules(long_rules(rules))
+    rank = _rank(rules)
+    if rank is None or rank < 8 or method_of(rules) is not None:
         return None
-    return spec.format(replace(found, **{"rank": rank // 4}))
+    return spec.format(replace(found, rank=rank // 4))

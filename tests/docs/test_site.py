@@ -1,4 +1,4 @@
-"""The site in a browser, every page: light and wide, dark and as narrow as a telephone; no network. See make docs-check."""
+"""The site in a browser, every page: light and wide, dark and as narrow as a telephone, without a network (make docs-check)."""
 
 import contextlib
 import json

@@ -149,7 +149,6 @@ def long_ones(text):
 
 
 class TestReadme:
-    @pytest.mark.xfail(strict=False, reason="README.md has longer paragraphs")
     def test_a_paragraph_is_short(self):
         found = long_ones(Path(ROOT / "README.md").read_text())
         assert not found, f"more than {LONGEST} words: {found}"

@@ -81,7 +81,7 @@ def metrics(optimizer: SubspaceOptimizer) -> dict[str, float]:
     Returns:
         ``lingrad/refreshes``: changes of basis so far, mean over weights. ``lingrad/captured_energy``: the share of the
         gradient that a basis captured when it was chosen, mean over weights; left out where none was measured.
-        ``lingrad/coords_norm``: the norm of all coordinates together, 0 in optimizer mode, which merges them at every step.
+        ``lingrad/coords_norm``: the norm of all coordinates together, in adapter mode alone; optimizer mode has merged them.
         ``lingrad/state_bytes``: bytes of coordinates, bases and moments.
     """
     subs = optimizer.subspaces
@@ -90,9 +90,10 @@ def metrics(optimizer: SubspaceOptimizer) -> dict[str, float]:
     energy = list(optimizer.captured_energy().values())
     found = {
         "lingrad/refreshes": sum(optimizer.refreshes().values()) / max(1, len(subs)),
-        "lingrad/coords_norm": float(torch.stack(norms).norm()) if norms else 0.0,
         "lingrad/state_bytes": sum(tensor.untyped_storage().nbytes() for tensor in held),
     }
+    if optimizer.mode == "adapter" and norms:
+        found["lingrad/coords_norm"] = float(torch.stack(norms).norm())
     if energy:
         found["lingrad/captured_energy"] = math.fsum(energy) / len(energy)
     return found

@@ -25,6 +25,7 @@ pytestmark = [
 # put into every page: what goes wrong is kept, and the system's theme is that of the address
 WATCH = """<script>
   window.found = [];
+  localStorage.clear();  // the theme of a page before
   addEventListener("error", (e) => found.push(e.message || "cannot load " + (e.target.src || e.target.href)), true);
   addEventListener("unhandledrejection", (e) => found.push("rejected: " + e.reason));
   addEventListener("securitypolicyviolation", (e) => found.push("needs a network: " + e.blockedURI));
@@ -43,9 +44,10 @@ HARNESS = """<!doctype html><body><script>
   const look = (page, theme, width) => new Promise((done) => {
     const frame = document.createElement("iframe");
     frame.style.cssText = `width:${width}px;height:900px;border:0`;
-    frame.onload = () => setTimeout(() => {
+    frame.onload = () => setTimeout(() => { try {
       const inside = frame.contentWindow, html = inside.document.documentElement;
-      const text = inside.document.querySelector("article p, article li");
+      const text = inside.document.querySelector("article p, article li, article td")
+        || inside.document.querySelector("article");
       const style = inside.getComputedStyle(text), back = inside.getComputedStyle(inside.document.body).backgroundColor;
       const [a, b] = [light(style.color), light(back)].sort((x, y) => y - x);
       const wide = [...inside.document.querySelectorAll("article *")].filter((e) => e.getBoundingClientRect().right > width + 1
@@ -55,6 +57,7 @@ HARNESS = """<!doctype html><body><script>
         scroll: html.scrollWidth - html.clientWidth,
         wide: wide.slice(0, 3).map((e) => e.outerHTML.slice(0, 90)),
         words: inside.document.querySelector("article").innerText.length });
+      } catch (error) { done({ page, theme, width, errors: [String(error)] }); }
       frame.remove();
     }, 30);
     frame.src = page + (theme === "dark" ? "?dark" : "?light");
@@ -134,6 +137,8 @@ def visit(pages, folder):
 def faults(one):
     """What is wrong with a page as it was seen."""
     found = list(one["errors"])
+    if "scheme" not in one:  # it could not be looked at
+        return found
     if one["scheme"] != {"dark": "slate", "light": "default"}[one["theme"]]:
         found.append(f"the theme is {one['scheme']}")
     if one["contrast"] < 4.5:  # WCAG 2.2, 1.4.3, of text

@@ -183,9 +183,10 @@ class _Weight:
         squares = squared_singular_values(self.target.layout.matrix(grad.detach()), self.target.transform.blocks)
         if not bool(squares.isfinite().all()):
             raise ModeError(f"the gradient of {name} is not finite; take the gradients of other batches")
-        total = squares.sum()
-        shares: list[float] = (squares / total.clamp_min(torch.finfo(total.dtype).tiny)).tolist()
-        return shares
+        found = torch.finfo(squares.dtype)
+        shares = squares / squares.sum().clamp_min(found.tiny)
+        kept: list[float] = shares.where(shares > found.eps * len(shares), 0.0).tolist()  # the rest is rounding
+        return kept
 
 
 def _ones(rules: Rules) -> Rules:

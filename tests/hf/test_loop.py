@@ -4,6 +4,7 @@ import warnings
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
@@ -46,6 +47,7 @@ def test_plain_pytorch(capsys):
 
 
 def test_accelerate():
+    AcceleratorState._reset_state(reset_partial_state=True)  # another test's, in the same process
     page = blocks(PAGE)
     names = run(page[ACCELERATE], run(page[PLAIN].partition("model, opt, schedule = build()")[0], {}, PAGE), PAGE)
     assert len(names["again"]) == 8

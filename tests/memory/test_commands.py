@@ -113,7 +113,7 @@ def test_every_option_of_every_command_reaches_the_question():
     """An option is a field of the question or names an output; so none is accepted without effect."""
     group = typer.main.get_command(cli.app).commands["memory"]
     questions = set(commands.Question.__dataclass_fields__)
-    shared = {"quiet", "bring"}
+    shared = {"quiet", "brought"}
     outputs = {
         "simulate": {"json", "plot", "snapshot"},
         "fit": {"json"},

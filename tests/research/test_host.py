@@ -30,7 +30,7 @@ def test_trials_one_after_another(host, tmp_path):
         job.write_text(json.dumps({"no": "job"}))
         host.start(job, tmp_path / "out", errors)
         assert host.wait() == host.returncode == 2
-        assert "is neither a job nor the record of a run: KeyError: 'threads'" in errors.read_text()
+        assert "is neither a job nor the record of a run: KeyError: 'content'" in errors.read_text()
 
 
 def test_a_missing_file_and_one_that_is_killed(host, tmp_path):

@@ -115,7 +115,7 @@ ENTRIES = {
         "Moments carried into each new basis, and errors fed back, train near full Adam's loss at a low rank's moments.",
         "contradicted",
         f"in 100 steps: 2.415 ± 0.015 where `svd`, which drops the residual, has 2.320 ± 0.017; {study('residuals', 'names')}. "
-        f"`transport` by itself changes little in {REVIEWS}",
+        f"`transport` by itself changes little in {REVIEWS}, and in {study('carry')}",
     ),
     "sumo": Entry(
         "Orthogonalised momentum inside a subspace converges faster than GaLore.",

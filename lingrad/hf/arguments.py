@@ -123,6 +123,7 @@ class Factory:
     def __call__(
         self,
         model: nn.Module,
+        training_args: Any = None,
         *,
         args: Any,
         rules: AnyRules,
@@ -136,6 +137,7 @@ class Factory:
 
         Args:
             model: The Trainer's model.
+            training_args: Not used. axolotl's trainers pass the arguments after the model, as well as here.
             args: See `trainer_kwargs`.
             rules: See `trainer_kwargs`.
             mode: See `trainer_kwargs`.

@@ -242,6 +242,7 @@ def refused(rank, world):
     return list(messages)
 
 
+@pytest.mark.slow
 def test_what_does_not_work_is_refused(tmp_path):
     power, fixed, local, join = each_rank(refused, 2, tmp_path)[0]
     assert power == (

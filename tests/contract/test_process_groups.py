@@ -78,6 +78,7 @@ def alone(rank, world):
     return found, sent
 
 
+@pytest.mark.slow
 def test_a_run_of_one_process_sends_nothing(tmp_path):
     for rank, (found, sent) in enumerate(each_rank(alone, 2, tmp_path)):
         assert sent == 0

@@ -232,9 +232,10 @@ SAVED = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("world", "sharded"),
-    [(1, False), *(pytest.param(world, True, marks=pytest.mark.slow) for world in (1, 2, 3))],
+    [(1, False), (1, True), (2, True), (3, True)],
 )
 def test_a_checkpoint_of_two_processes_goes_on_with_any_number(tmp_path, world, sharded):
     expected = each_rank(save, 2, tmp_path, SAVED, str(tmp_path))[0]
@@ -428,6 +429,7 @@ def refused(rank, world):
     return list(messages)
 
 
+@pytest.mark.slow
 def test_what_does_not_work_sharded_is_refused(tmp_path):
     embedding, codes, layerwise, residual, adafactor, *late, read, part, flat, blocks, conv = each_rank(refused, 2, tmp_path)[0]
     assert "model.embed_tokens.weight is sharded and not the weight of one linear layer" in embedding

@@ -167,6 +167,7 @@ def run_refused(rank, world):
     return said
 
 
+@pytest.mark.slow
 def test_what_cannot_be_followed_is_refused(tmp_path):
     for said in each_rank(run_refused, 2, tmp_path):
         for message, expected in zip(said, REFUSED.values(), strict=True):
@@ -257,6 +258,7 @@ def frozen(rank, world):
     return found
 
 
+@pytest.mark.slow
 def test_what_a_rule_freezes(tmp_path):
     for found, (expected, *_) in zip(each_rank(frozen, 2, tmp_path)[0], frozen(0, 1), strict=True):
         weights, held, given_back = found

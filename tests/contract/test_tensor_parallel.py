@@ -362,6 +362,7 @@ def refused(rank, world):
     return list(messages)
 
 
+@pytest.mark.slow
 def test_what_does_not_work_is_refused(tmp_path):
     left, right, both, kron, codes, layerwise, embedding, shared, meshes, read, plain, cut = each_rank(refused, 2, tmp_path)[0]
 

@@ -395,6 +395,7 @@ def trained_on(rank, world):
     return found
 
 
+@pytest.mark.slow
 def test_two_processes_are_one(tmp_path):
     """By every rule; to start processes takes longer than what they train."""
     first, second = each_rank(trained_on, 2, tmp_path)

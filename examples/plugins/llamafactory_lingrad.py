@@ -10,8 +10,8 @@ section of its own:
       rules: svd(rank=128)
       mode: adapter
 
-What is under ``lingrad`` goes to `lingrad.hf.trainer_kwargs`. Learning rate, schedule, weight decay, betas, clipping and precision
-are LLaMA-Factory's own settings.
+What is under ``lingrad`` goes to `lingrad.hf.trainer_kwargs`. Learning rate, schedule, weight decay, clipping and precision are
+LLaMA-Factory's own settings.
 """
 
 import lingrad.hf

@@ -32,7 +32,6 @@ class Settings:
     accumulate: int = 2
     clip: float = 1.0
     save_every: int = 50
-    seed: int = 0
     hidden: int = 128
     bf16: bool = False
 
@@ -40,15 +39,14 @@ class Settings:
 def build(s, device):
     """Make the model, the optimizer and the schedule of a run that begins."""
     shape = LlamaShape(hidden=s.hidden, intermediate=2 * s.hidden, layers=2, length=s.length)
-    model = build_llama(shape, seed=s.seed, dtype=torch.bfloat16 if s.bf16 else torch.float32).to(device)
-    opt = (lingrad.adapt if s.mode == "adapter" else lingrad.wrap)(model, s.rules, "adamw", lr=s.lr, seed=s.seed)
-    warm_up = max(1, s.steps // 10)
-    return model, opt, torch.optim.lr_scheduler.LambdaLR(opt, lambda step: min((step + 1) / warm_up, 1 - step / s.steps))
+    model = build_llama(shape, seed=0, dtype=torch.bfloat16 if s.bf16 else torch.float32).to(device)
+    opt = (lingrad.adapt if s.mode == "adapter" else lingrad.wrap)(model, s.rules, "adamw", lr=s.lr, seed=0)
+    return model, opt, torch.optim.lr_scheduler.LambdaLR(opt, lambda step: min((step + 1) / 10, 1 - step / s.steps))
 
 
 def batch(text, s, step, part):
     """Token ids, int64 [rows, length], which depend on nothing but their place in the run."""
-    generator = torch.Generator().manual_seed((s.seed * s.steps + step) * s.accumulate + part)
+    generator = torch.Generator().manual_seed(step * s.accumulate + part)
     starts = torch.randint(len(text) - s.length, (s.rows, 1), generator=generator)
     return text[starts + torch.arange(s.length)].long()
 

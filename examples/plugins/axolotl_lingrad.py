@@ -10,8 +10,8 @@ and add to the config:
       mode: adapter
 
 What is under ``lingrad`` goes to `lingrad.hf.trainer_kwargs`. Learning rate, schedule, weight decay, clipping and precision are
-axolotl's own settings. Leave ``adapter`` out: lingrad trains the model itself. ``optimizer`` stays at its default, or names the base:
-``adamw_8bit`` with ``base: adamw8bit``.
+axolotl's own settings. Leave ``adapter`` out: lingrad trains the model itself. ``optimizer`` stays at its default, or names
+the base: ``adamw_8bit`` with ``base: adamw8bit``.
 """
 
 from typing import Any

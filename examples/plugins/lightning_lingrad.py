@@ -4,8 +4,8 @@
 
     lightning.Trainer(..., callbacks=[LingradCallback("svd(rank=128)", lr=1e-4)]).fit(module)
 
-The optimizer replaces the one of the module's ``configure_optimizers``; ``gradient_clip_val`` clips by lingrad's own method. Checkpoints
-resume bit for bit. When ``fit`` ends, the model is plain again.
+The optimizer replaces the one of the module's ``configure_optimizers``; ``gradient_clip_val`` clips by lingrad's own method.
+Checkpoints resume bit for bit. When ``fit`` ends, the model is plain again.
 """
 
 import lightning

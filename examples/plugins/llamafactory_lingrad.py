@@ -2,15 +2,15 @@
 
     python llamafactory_lingrad.py train.yaml
 
-Several processes: ``torchrun --nproc_per_node 2 llamafactory_lingrad.py train.yaml``. The config is LLaMA-Factory's, with a section
-of its own:
+Several processes: ``torchrun --nproc_per_node 2 llamafactory_lingrad.py train.yaml``. The config is LLaMA-Factory's, with a
+section of its own:
 
     finetuning_type: full
     lingrad:
       rules: svd(rank=128)
       mode: adapter
 
-What is under ``lingrad`` goes to `lingrad.hf.trainer_kwargs`. Learning rate, schedule, weight decay, betas, clipping and precision are
+What is under ``lingrad`` goes to `lingrad.hf.trainer_kwargs`. Learning rate, schedule, weight decay, clipping and precision are
 LLaMA-Factory's own settings.
 """
 
@@ -26,10 +26,9 @@ def optimizer_maker(settings):
     """
 
     def create_custom_optimizer(model, training_args, finetuning_args):
-        if finetuning_args.finetuning_type not in ("full", "freeze"):
-            raise SpecError(
-                f"finetuning_type: {finetuning_args.finetuning_type} and lingrad are two ways to train the same weights; use full"
-            )
+        kind = finetuning_args.finetuning_type
+        if kind not in ("full", "freeze"):
+            raise SpecError(f"finetuning_type: {kind} and lingrad are two ways to train the same weights; use full")
         for name in ("use_galore", "use_apollo", "loraplus_lr_ratio", "use_badam", "use_adam_mini", "use_muon"):
             if getattr(finetuning_args, name, None):
                 raise SpecError(f"{name} would have no effect with lingrad; remove it")

@@ -2,7 +2,8 @@
 
     python examples/plugins/recipe.py --out runs/recipe --steps 200 --bf16
 
-Started again with the same arguments, it continues from ``checkpoint.pt``. To use it for your own model, change ``build`` and ``batch``.
+Started again, it continues from ``checkpoint.pt``. For your own model, change
+``build`` and ``batch``.
 """
 
 import argparse
@@ -31,37 +32,32 @@ class Settings:
     accumulate: int = 2
     clip: float = 1.0
     save_every: int = 50
-    seed: int = 0
     hidden: int = 128
-    layers: int = 2
     bf16: bool = False
 
 
 def build(s, device):
     """Make the model, the optimizer and the schedule of a run that begins."""
-    shape = LlamaShape(hidden=s.hidden, intermediate=2 * s.hidden, layers=s.layers, length=s.length)
-    model = build_llama(shape, seed=s.seed, dtype=torch.bfloat16 if s.bf16 else torch.float32).to(device)
-    opt = (lingrad.adapt if s.mode == "adapter" else lingrad.wrap)(model, s.rules, "adamw", lr=s.lr, seed=s.seed)
-    warm_up = max(1, s.steps // 10)
-    schedule = torch.optim.lr_scheduler.LambdaLR(opt, lambda step: min((step + 1) / warm_up, 1 - step / (s.steps + 1)))
-    return model, opt, schedule
+    shape = LlamaShape(hidden=s.hidden, intermediate=2 * s.hidden, layers=2, length=s.length)
+    model = build_llama(shape, seed=0, dtype=torch.bfloat16 if s.bf16 else torch.float32).to(device)
+    opt = (lingrad.adapt if s.mode == "adapter" else lingrad.wrap)(model, s.rules, "adamw", lr=s.lr, seed=0)
+    return model, opt, torch.optim.lr_scheduler.LambdaLR(opt, lambda step: min((step + 1) / 10, 1 - step / s.steps))
 
 
 def batch(text, s, step, part):
     """Token ids, int64 [rows, length], which depend on nothing but their place in the run."""
-    generator = torch.Generator().manual_seed((s.seed * s.steps + step) * s.accumulate + part)
+    generator = torch.Generator().manual_seed(step * s.accumulate + part)
     starts = torch.randint(len(text) - s.length, (s.rows, 1), generator=generator)
     return text[starts + torch.arange(s.length)].long()
 
 
 def train(s, out, device="cpu", on_step=lambda step, loss: None):
     """Train from the checkpoint in ``out``, or from the start; returns the plain model."""
-    out = Path(out)
-    out.mkdir(parents=True, exist_ok=True)
+    Path(out).mkdir(parents=True, exist_ok=True)
     model, opt, schedule = build(s, device)
     parts = {"model": model, "optimizer": opt, "schedule": schedule}  # in the order in which they are loaded
     text = torch.frombuffer(bytearray(moby_dick().encode()), dtype=torch.uint8)
-    begin, path = 0, out / "checkpoint.pt"
+    begin, path = 0, Path(out) / "checkpoint.pt"
     if path.exists():
         saved = torch.load(path, map_location=device, weights_only=True)
         if saved["settings"] != asdict(s):
@@ -95,9 +91,8 @@ def main():
         parser.add_argument("--" + name.replace("_", "-"), **kind)
     given = vars(parser.parse_args())
     out, device = Path(given.pop("out")), "cuda" if torch.cuda.is_available() else "cpu"
-    train(Settings(**given), out, device, lambda step, loss: print(f"step {step}: loss {loss:.3f}")).save_pretrained(
-        out / "model"
-    )
+    model = train(Settings(**given), out, device, lambda step, loss: print(f"step {step}: loss {loss:.3f}"))
+    model.save_pretrained(out / "model")
 
 
 if __name__ == "__main__":

@@ -4,8 +4,8 @@ Set ``SETTINGS``, and add to the command line:
 
     swift sft --tuner_type full --external_plugins swift_lingrad.py --optimizer lingrad ...
 
-``SETTINGS`` go to `lingrad.hf.trainer_kwargs`. Learning rate, schedule, weight decay, betas, clipping and precision are ms-swift's own
-arguments. Checkpoints are plain models in both modes.
+``SETTINGS`` go to `lingrad.hf.trainer_kwargs`. Learning rate, schedule, weight decay, betas, clipping and precision are
+ms-swift's own arguments. Checkpoints are plain models in both modes.
 """
 
 from swift.optimizers import OptimizerCallback, optimizers_map

@@ -9,7 +9,7 @@ from lingrad.errors import DataError
 from tests.plugins.loading import load
 
 recipe = load("recipe")
-SMALL = recipe.Settings(rules="svd(rank=4, every=2)", steps=5, rows=2, length=16, save_every=2, hidden=16, layers=1)
+SMALL = recipe.Settings(rules="svd(rank=4, every=2)", steps=5, rows=2, length=16, save_every=2, hidden=16)
 
 
 class Killed(BaseException):
@@ -37,7 +37,7 @@ def test_a_killed_run_ends_with_the_same_weights(tmp_path, mode, bf16):
 
 
 def test_a_checkpoint_of_other_settings_is_refused(tmp_path):
-    recipe.train(replace(SMALL, steps=1), tmp_path)
+    recipe.train(replace(SMALL, steps=2), tmp_path)
     with pytest.raises(DataError, match="belongs to a run with other settings; repeat those, or name another folder"):
         recipe.train(SMALL, tmp_path)
 

@@ -75,7 +75,8 @@ def check(
     """Say which servers load an adapter as PEFT does. Some refuse one, some change it without an error."""
     check_folders(json)
     found = commands.check_adapter(adapter, loader)
-    finish(json, lambda: json_.dumps(asdict(found), indent=1), lambda: typer.echo(found))
+    plain = {"folder": found.folder, "findings": [{**asdict(one), "verdict": one.verdict} for one in found.findings]}
+    finish(json, lambda: json_.dumps(plain, indent=1), lambda: typer.echo(found))
 
 
 @adapters.command(epilog=example("lingrad merge START LORA --out MERGED"))

@@ -12,7 +12,7 @@ from torch.optim import AdamW, Optimizer
 from typing_extensions import override
 
 from lingrad.config.targets import resolve_model
-from lingrad.errors import SpecError
+from lingrad.errors import SpecError, require
 from lingrad.methods.base import Method, Training
 
 GROWTH = 1.01  # of a step's norm, at most, from one step to the next (section 4.1)
@@ -52,6 +52,11 @@ class ScaledGradients(Optimizer):
         weight_decay: float = 0.0,
         seed: int = 0,
     ) -> None:
+        for name, value in (("rank", rank), ("every", every)):
+            require(
+                type(value) is int and value >= 1, name, f"{name} of APOLLO must be a whole number, 1 or more, not {value!r}"
+            )
+        require(scale > 0, "scale", f"scale of APOLLO must be above 0, not {scale!r}")
         defaults = {"lr": lr, "rank": rank, "whole": whole, "scale": scale, "every": every, "betas": betas, "eps": eps}
         super().__init__(params, {**defaults, "weight_decay": weight_decay, "seed": seed})
 

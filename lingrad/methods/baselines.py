@@ -65,8 +65,8 @@ BASELINES: dict[str, Baseline] = {
     "relora": Baseline(
         _relora, {"rank": None, "every": 5000, "prune": 0.99}, "peft", "Lialin et al., ICLR 2024, arXiv 2307.05695"
     ),
-    "apollo": Baseline(_apollo(mini=False), {"rank": None}, "lingrad.methods", APOLLO),
-    "apollo_mini": Baseline(_apollo(mini=True), {"rank": 1}, "lingrad.methods", APOLLO),
+    "apollo": Baseline(_apollo(mini=False), {"rank": None, "seed": 0}, "lingrad.methods", APOLLO),
+    "apollo_mini": Baseline(_apollo(mini=True), {"rank": 1, "seed": 0}, "lingrad.methods", APOLLO),
     "scale": Baseline(_scale, {}, "lingrad.methods", "Glentis et al., 2025, arXiv 2506.16659, algorithm 1"),
 }
 

@@ -13,7 +13,7 @@ from lingrad.console import columns, span
 from lingrad.errors import DataError, ExportError, require_one_of
 from lingrad.peft import names, patterns
 from lingrad.peft.config import open_config
-from lingrad.peft.loaders import LOADERS, TARGETS, VLLM_RANKS, AdapterFile, Loader, LoaderName
+from lingrad.peft.loaders import LOADERS, TARGETS, VLLM_RANKS, AdapterFile, Loader, LoaderName, more_than_factors
 from lingrad.peft.read import open_weights
 from lingrad.peft.slots import PREFIX
 
@@ -222,7 +222,7 @@ def judge(loader: Loader, adapter: AdapterFile, folder: str) -> LoaderFinding:
     """
     wrong = _wrong_scales(loader, adapter)
     changed = [f"multiplies the change by {wrong}"] if wrong else []
-    changed += [f"leaves out {what}" for what in loader.loses(adapter)]
+    changed += [f"leaves out {what}" for what in (*loader.loses(adapter), *more_than_factors(adapter))]
     needed = next((rank for rank in VLLM_RANKS if rank >= max(adapter.r, *adapter.ranks.values())), VLLM_RANKS[-1])
     start = str(adapter.config.get("base_model_name_or_path") or "START")
     words = {"START": start, "DIR": folder, "RANK": str(needed)}

@@ -25,7 +25,15 @@ VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 _FUSED = re.compile(r".*\.experts(\.base_layer)?")
 _BASE_ENDS = (".embed_tokens.base_layer.weight", ".lm_head.base_layer.weight")
 _INITS = ("gaussian", "eva", "orthogonal", "mica", "lora_ga")  # that leave the weights of the starting model as they are
-_MORE_THAN_LORA = ("use_dora", "lora_bias", "alora_invocation_tokens", "layer_replication", "use_bdlora", "use_qalora")
+_MORE_THAN_LORA = (
+    "use_dora",
+    "lora_bias",
+    "alora_invocation_tokens",
+    "layer_replication",
+    "use_bdlora",
+    "use_qalora",
+    "arrow_config",
+)
 
 
 @dataclass(frozen=True)
@@ -107,16 +115,22 @@ def of_first_rank(adapter: AdapterFile, path: str) -> float:
     return next(iter(adapter.ranks.values())) / adapter.ranks[path]
 
 
+def more_than_factors(adapter: AdapterFile) -> Iterator[str]:
+    """What a config has by which PEFT makes more of a module than W + B A, or changes W as it loads."""
+    config = adapter.config
+    yield from (f"{option}={shown(config[option])}" for option in _MORE_THAN_LORA if config.get(option))
+    start = config.get("init_lora_weights", True)
+    if isinstance(start, str) and start.lower() not in _INITS:
+        yield f"init_lora_weights={shown(start)}, which changes the starting model"
+
+
 def _vllm_refuses(adapter: AdapterFile) -> Iterator[str]:
     config = adapter.config
     if config.get("modules_to_save"):
         yield f"modules saved in full (modules_to_save={shown(list(config['modules_to_save']))})"
     if config.get("bias", "none") != "none":
         yield f"bias={shown(config['bias'])}"
-    yield from (f"{option}={shown(config[option])}" for option in _MORE_THAN_LORA if config.get(option))
-    start = config.get("init_lora_weights", True)
-    if isinstance(start, str) and start.lower() not in _INITS:
-        yield f"init_lora_weights={shown(start)}, which changes the starting model"
+    yield from more_than_factors(adapter)
     yield from _unknown(key for key in adapter.others if not key.endswith(_BASE_ENDS))
     yield from _kinds(adapter, "LoRAs of linear layers and embeddings", lambda path: _FUSED.fullmatch(path) is not None)
     if adapter.ranks and (largest := max(_own_ranks(adapter))) > VLLM_RANKS[-1]:

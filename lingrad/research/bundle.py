@@ -12,11 +12,12 @@ from lingrad.errors import DataError, in_short, require
 from lingrad.files.atomic import new_folder, write_whole
 from lingrad.files.reading import read_json
 from lingrad.research.execution import PLAN, read_claim
-from lingrad.research.record import RESULT
+from lingrad.research.record import RESULT, damaged
 from lingrad.research.training import METRICS
 
 FORMAT = "lingrad results 1"
 POINTS = 50  # of a curve that is kept
+ABSOLUTE = re.compile(r'"((?:/|~|[A-Za-z]:)[^"]*)"')  # a path in a text of JSON
 RUN = re.compile(r"runs/[a-z0-9-]+/(search|final)-[0-9]{3,}")
 
 
@@ -34,15 +35,22 @@ def pack(folders: Sequence[Path], file: Path) -> Path:
         The file.
 
     Raises:
-        DataError: A folder holds no results, those of another plan, or a damaged record.
+        DataError: A folder holds no results, those of another plan, or a damaged record; or the plan names a file by its
+            place on this machine.
     """
     claims = [read_claim(folder / PLAN) for folder in folders]
     if len({claim["digest"] for claim in claims}) != 1:
         raise DataError("the folders hold the results of several plans; publish each by itself")
+    place = ABSOLUTE.search(json.dumps(claims[0]["content"]))
+    if place:
+        why = f"the plan names '{place[1]}', a place on this machine"
+        raise DataError(f"{why}; name files relative to the plan, and run it again")
     runs: dict[str, Any] = {}
     for folder in folders:
+        places = {claims[0]["folder"], str(folder.absolute()), str(Path.home())} - {".", "/"}
+        hidden = sorted(places, key=len, reverse=True)
         for path in sorted(folder.glob(f"runs/*/*/{RESULT}")):
-            runs.setdefault(path.parent.relative_to(folder).as_posix(), _packed(path))
+            runs.setdefault(path.parent.relative_to(folder).as_posix(), _packed(path, hidden))
     if not runs:
         raise DataError(f"{folders[0]} holds no record of a run yet; `lingrad run` makes some")
     metas: list[Any] = []
@@ -86,6 +94,8 @@ def unpack(file: Path, out: Path) -> Path:
                 record["run_info"]["job"] |= {"content": plan["content"], "folder": plan["folder"], "quick": plan["quick"]}
                 (folder / name / RESULT).write_text(json.dumps(record, indent=1) + "\n")
                 (folder / name / METRICS).write_text("".join(json.dumps(line) + "\n" for line in run["lines"]))
+    except DataError:  # no fault of the file's content
+        raise
     except OSError as error:
         raise DataError(f"cannot unpack {file} to {out}: {error.strerror or error}") from error
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
@@ -93,19 +103,19 @@ def unpack(file: Path, out: Path) -> Path:
     return out
 
 
-def _packed(path: Path) -> dict[str, Any]:
+def _packed(path: Path, hidden: Sequence[str]) -> dict[str, Any]:
     try:
         record = read_json(path)
         job = record["run_info"]["job"]
+        for text in hidden:
+            record["run_info"]["error_msg"] = record["run_info"]["error_msg"].replace(text, "...")
         for key in ("content", "folder", "quick"):
             job.pop(key)
         final = job["part"] == "final"
         lines = (path.parent / METRICS).read_text().splitlines() if final and (path.parent / METRICS).exists() else []
         return {"record": record, "lines": _thinned([json.loads(line) for line in lines])}
     except (ValueError, KeyError, TypeError, OSError) as error:
-        raise DataError(
-            f"the record {path} is damaged ({in_short(error)}); remove its folder and run the plan again"
-        ) from error
+        raise damaged(path, error) from error
 
 
 def _thinned(lines: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:

@@ -52,7 +52,9 @@ class Host:
         """
         if self._process is None:
             words = [sys.executable, "-m", "lingrad.research.host", str(os.getpid())]
-            self._process = subprocess.Popen(words, bufsize=0, stdin=subprocess.PIPE, stdout=subprocess.PIPE)  # noqa: S603
+            pipe = subprocess.PIPE
+            # in a session of its own, so that Ctrl-C does not reach it
+            self._process = subprocess.Popen(words, bufsize=0, stdin=pipe, stdout=pipe, start_new_session=True)  # noqa: S603
         self._trial, self.returncode = 0, None
         if self._process.stdin is not None:
             with suppress(BrokenPipeError):  # the host is gone, which `poll` says

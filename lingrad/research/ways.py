@@ -17,7 +17,7 @@ from lingrad.config.published import METHODS
 from lingrad.config.rules import parse_rules
 from lingrad.config.settings import Settings
 from lingrad.errors import DependencyError, LingradError, ShapeError, SpecError, in_short, require, shown
-from lingrad.methods import Lingrad, Method, baseline
+from lingrad.methods import BASELINES, Lingrad, Method, baseline
 from lingrad.research.objects import is_object, load_object
 from lingrad.research.plan import PlanEntry
 from lingrad.transforms import Transform, registry
@@ -45,7 +45,8 @@ def make_method(entry: PlanEntry, values: Mapping[str, Any], *, seed: int, folde
     given = {**entry.options, **values}
     if entry.baseline:
         name, own = _choice(entry.baseline)
-        return baseline(name, **{**own, **given})
+        drawn = {"seed": seed} if "seed" in getattr(BASELINES.get(name), "options", {}) else {}
+        return baseline(name, **{**drawn, **own, **given})
     if is_object(entry.method):
         return _of_object(load_object(entry.method, folder), entry, given, seed)
     name, own = _choice(entry.method)

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
+from lingrad.errors import SpecError
 from lingrad.methods import baseline
 from lingrad.methods.apollo import ScaledGradients
 from tests.support.models import gpt2, llama, text_batches, text_loss
@@ -175,3 +176,15 @@ def test_apollo_mini_steps_linear_layers_by_one_scale_and_stores_little():
     assert (group["whole"], group["rank"], group["every"], group["scale"]) == (True, 1, 7, 128.0**0.5)
     stepped = {id(p) for optimizer in (low, rest) for g in optimizer.param_groups for p in g["params"]}
     assert stepped == set(map(id, model.parameters()))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"every": 0}, "every of APOLLO must be a whole number, 1 or more, not 0"),
+        ({"scale": -1.0}, "scale of APOLLO must be above 0"),
+    ],
+)
+def test_what_apollo_refuses(options, message):
+    with pytest.raises(SpecError, match=message):
+        baseline("apollo_mini", **options).prepare(llama(torch.float32))

@@ -177,6 +177,11 @@ WIDE = {
         ({"bias": "lora_only"}, {}, "vllm", "refused", "bias='lora_only'"),
         ({"use_dora": True}, {}, "vllm", "refused", "use_dora=True"),
         ({"init_lora_weights": "pissa"}, {}, "vllm", "refused", "init_lora_weights='pissa'"),
+        ({"init_lora_weights": "pissa"}, {}, "tgi", "loads another change", "init_lora_weights='pissa', which changes the"),
+        ({"init_lora_weights": "olora"}, {}, "llama.cpp", "loads another change", "leaves out init_lora_weights='olora'"),
+        ({"init_lora_weights": "gaussian"}, {}, "llama.cpp", "loads", ""),
+        ({"use_dora": True}, {}, "diffusers", "loads another change", "leaves out use_dora=True"),
+        ({"arrow_config": {"a": 1}}, {}, "vllm", "refused", "arrow_config"),
         ({"r": 600}, {}, "vllm", "refused", "rank 600, over 512"),
         ({"fan_in_fan_out": True}, {}, "llama.cpp", "refused", "fan_in_fan_out"),
         (

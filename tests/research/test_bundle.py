@@ -110,6 +110,27 @@ def test_a_damaged_file_leaves_nothing(results, tmp_path, change, message):
     assert sorted(tmp_path.iterdir()) == before
 
 
+def test_no_place_of_a_machine_is_published(results, tmp_path):
+    path = next(path for path in results.rglob(RESULT) if "diverged" in path.read_text())
+    record = json.loads(path.read_text())
+    record["run_info"]["error_msg"] = f"{tmp_path}/rows.jsonl, row 1; {results.absolute()}/x; {Path.home()}/y"
+    path.write_text(json.dumps(record))
+    text = pack([results], tmp_path / "all.json").read_text()
+    assert str(tmp_path) not in text
+    assert ".../rows.jsonl, row 1; .../x; .../y" in text
+    claim = json.loads((results / PLAN).read_text())
+    claim["content"]["task"]["data"] = "/home/me/book.txt"
+    (results / PLAN).write_text(json.dumps(claim))
+    with pytest.raises(DataError, match="the plan names '/home/me/book.txt', a place on this machine; name files relative to"):
+        pack([results], tmp_path / "more.json")
+
+
+def test_a_folder_that_exists_is_not_called_a_damaged_file(results, tmp_path):
+    file = pack([results], tmp_path / "all.json")
+    with pytest.raises(DataError, match="exists, and nothing is overwritten"):
+        unpack(file, results)
+
+
 def test_what_cannot_be_published(results, tmp_path):
     with pytest.raises(DataError, match="name a new folder for them and their report, --out FOLDER"):
         commands.report_of([tmp_path / "all.json"])

@@ -309,3 +309,12 @@ def test_the_plans_of_the_studies_are_plans(path):
         with contextlib.suppress(DependencyError):  # of an extra that is not installed here
             check_entry(entry, plan.folder)
     assert f"docs/studies/plans/{path.name} --out runs/studies/{path.stem}" in path.read_text()
+
+
+@pytest.mark.parametrize("baseline", ["apollo(rank=4)", "apollo_mini"])
+def test_what_a_baseline_draws_differs_from_seed_to_seed(baseline):
+    plan = made(entries=[{"name": "a", "baseline": baseline}])
+    methods = [make_method(plan.entries[0], {}, seed=seed, folder=Path()) for seed in (1, 2)]
+    layers = [torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 8)) for _ in methods]
+    found = [method.prepare(model).optimizers[0] for method, model in zip(methods, layers, strict=True)]
+    assert [one.param_groups[0]["seed"] for one in found] == [1, 2]

@@ -14,8 +14,10 @@ from lingrad.research import addresses, tokens
 from lingrad.research.corpus import moby_dick
 from lingrad.research.schema import Table
 from lingrad.research.tasks import make_task
+from lingrad.research.tasks.language import window_loss
 from lingrad.research.tokens import train_bpe
 from tests.support.language import save_language_model, word_tokenizer, write_rows
+from tests.support.models import llama
 
 SMALL = {"hidden": 32, "layers": 1, "length": 8, "rows": 2, "held": 3}
 WORDS = "the cat sat on a mat . how many cats are there ? "
@@ -156,3 +158,10 @@ class TestAddresses:
         archive.write_bytes(b"no archive")
         with pytest.raises(DataError, match="is not there, or another file: run `make addresses` in lingrad's repository"):
             addresses.read_addresses(archive)
+
+
+def test_a_last_batch_that_is_smaller_weighs_less():
+    """The loss of nine windows is their mean, whatever is read at once."""
+    model, ids = llama(), torch.arange(90) % 64
+    found = [window_loss(model, ids, length=10, count=9, rows=rows) for rows in (1, 4, 8, 9)]
+    assert found == pytest.approx(found[:1] * 4, rel=1e-6)  # transformers computes it in float32

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from statistics import mean
 from typing import Any
 
 import torch
@@ -83,4 +82,5 @@ def window_loss(model: nn.Module, ids: Tensor, *, length: int, count: int, rows:
     starts = torch.linspace(0, len(ids) - length, min(count, len(ids) // length)).long().tolist()
     windows = torch.stack([ids[start : start + length] for start in starts])
     device = next(model.parameters()).device
-    return mean(float(next_token_loss(model, part.to(device))) for part in windows.split(rows))
+    parts = windows.split(rows)  # the last may be smaller
+    return sum(len(part) * next_token_loss(model, part.to(device)).item() for part in parts) / len(windows)

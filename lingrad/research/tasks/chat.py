@@ -33,8 +33,24 @@ class Example(NamedTuple):
     labels: list[int]
 
 
+class Labelled(Task):
+    """A task whose batches are tokens with ``labels``, of which some count and some do not: the loss is on those that do."""
+
+    @override
+    def loss(self, model: nn.Module, batch: Any) -> Tensor:
+        return label_loss(model, batch)
+
+    @override
+    def tokens(self, batch: Any) -> int:
+        return int(batch["attention_mask"].sum())
+
+    @override
+    def weight(self, batch: Any) -> float:
+        return label_count(batch)
+
+
 @dataclass(frozen=True)
-class Chat(Task):
+class Chat(Labelled):
     """Conversations, shuffled once for all runs: a fifth is for results, a tenth for tuning, the rest is trained on.
 
     Args:
@@ -78,18 +94,6 @@ class Chat(Task):
     def batches(self, steps: int, seed: int) -> Iterator[dict[str, Tensor]]:
         for examples in shuffled(self._parts["training"], steps=steps, size=self.rows, seed=seed):
             yield pad(examples)
-
-    @override
-    def loss(self, model: nn.Module, batch: Any) -> Tensor:
-        return label_loss(model, batch)
-
-    @override
-    def tokens(self, batch: Any) -> int:
-        return int(batch["attention_mask"].sum())
-
-    @override
-    def weight(self, batch: Any) -> float:
-        return label_count(batch)
 
     @override
     def judge(self, model: nn.Module, part: Part) -> Mapping[str, float]:

@@ -17,8 +17,8 @@ from typing_extensions import override
 from lingrad.errors import DataError, require
 from lingrad.research import corpus
 from lingrad.research.rows import read_rows, shuffled
-from lingrad.research.task import Part, Task
-from lingrad.research.tasks.chat import Example, label_count, label_loss, pad, tokenize_row
+from lingrad.research.task import Part
+from lingrad.research.tasks.chat import Example, Labelled, pad, tokenize_row
 from lingrad.research.tasks.language import build_model, check_task, window_loss
 from lingrad.research.tokens import encoder_of, open_tokenizer
 
@@ -32,7 +32,7 @@ _PUBLISHED = (
 
 
 @dataclass(frozen=True)
-class MetaMath(Task):
+class MetaMath(Labelled):
     """Questions of MetaMathQA with their answers (Yu et al., 2023, arXiv 2309.12284), judged by GSM8K (Cobbe et al., 2021).
 
     A question counts as answered where the last number of what the model writes, greedily, is that of the answer.
@@ -89,18 +89,6 @@ class MetaMath(Task):
         rows = read_rows(self.folder / self.data, "query", "response")
         for drawn in shuffled(rows, steps=steps, size=self.rows, seed=seed):
             yield pad([self._example(str(row["query"]), str(row["response"])) for row in drawn])
-
-    @override
-    def loss(self, model: nn.Module, batch: Any) -> Tensor:
-        return label_loss(model, batch)
-
-    @override
-    def tokens(self, batch: Any) -> int:
-        return int(batch["attention_mask"].sum())
-
-    @override
-    def weight(self, batch: Any) -> float:
-        return label_count(batch)
 
     @override
     def judge(self, model: nn.Module, part: Part) -> Mapping[str, float]:

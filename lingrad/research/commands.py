@@ -17,6 +17,7 @@ from lingrad import api
 from lingrad.console import progress
 from lingrad.errors import DataError, optional, require_one_of
 from lingrad.files.atomic import write_whole
+from lingrad.files.reading import read_text
 from lingrad.models import build_llama, next_token_loss
 from lingrad.research import corpus, plans, rates, report, runner
 from lingrad.research.bundle import pack, unpack
@@ -65,7 +66,7 @@ def train(
         plans.full_rank(lr, scale, base),
         *plans.both_modes(rules, rules, base=base, lr=lr, scale=scale, carry=carry),
     ]
-    return _run(entries, setup, corpus.tokenize(text.name, corpus.read_text(text)), out)
+    return _run(entries, setup, corpus.tokenize(text.name, read_text(text)), out)
 
 
 def run(path: Path, out: Path, *, jobs: int = 1, storage: str | None = None, quick: bool = False) -> list[Path]:
@@ -161,7 +162,7 @@ def find_lr(
     """
     require_one_of(mode, ("optimizer", "adapter"), "mode")
     setup = replace(plans.Setup(), model=replace(plans.Setup().model, length=length))
-    read = corpus.tokenize(text.name, corpus.read_text(text))
+    read = corpus.tokenize(text.name, read_text(text))
     corpus.check_length(read, length)
     report.prepare(out)
     model = build_llama(setup.model, seed=setup.seed)

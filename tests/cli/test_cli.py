@@ -222,7 +222,7 @@ def test_options_of_train_reach_the_run(tiny, tmp_path):
     ("content", "message"),
     [
         (b"", "is empty"),
-        (b"\xff\xfe\x00", "is not a UTF-8 text (byte 0)"),
+        (b"\xff\xfe\x00", "is not in UTF-8 (byte 0)"),
         (b"too short", "mine.txt is too short: its last tenth is 1 tokens, and a window is 64; give a longer text"),
     ],
 )

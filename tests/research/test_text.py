@@ -50,6 +50,13 @@ def test_files_of_every_kind(tmp_path, name):
     assert bytes(ids(task, "final").tolist()) == whole[9 * tenth : 10 * tenth]
 
 
+def test_a_byte_order_mark_is_not_trained_on(tmp_path):
+    for name in ("1.txt", "2.txt"):
+        (tmp_path / name).write_text(WORDS * 9, encoding="utf-8-sig")
+    task = text_task(tmp_path, data=".")
+    assert task._text() == f"{WORDS * 9}\n{WORDS * 9}"
+
+
 def test_another_column(tmp_path):
     path = write_rows(tmp_path / "a.jsonl", [{"content": WORDS * 9, "text": 3}])
     assert len(ids(text_task(tmp_path, data="a.jsonl", column="content"), "tuning")) == len(WORDS * 9) // 10

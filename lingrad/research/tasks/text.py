@@ -122,7 +122,7 @@ class Text(Task):
         if self.tokenizer == "bytes":
             return Encoder(BYTES, byte_ids)
         if self.tokenizer == "bpe":
-            return train_bpe(training, self.vocabulary)
+            return train_bpe(training, self.vocabulary, self.cache_folder)
         return encoder_of(open_tokenizer(self.folder / self.tokenizer))
 
     def _text(self) -> str:

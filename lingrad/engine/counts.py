@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from typing import Any
 
 from torch import Tensor
 
 
-def in_parts(groups: list[dict[str, Any]], missed: Mapping[Tensor, int]) -> Iterator[int]:
+def in_parts(groups: list[dict[str, Any]], missed: Mapping[Tensor, int]) -> Generator[int, None, None]:
     """Have an optimizer step first the parameters that have missed no step of the run, then those that have missed one, ...
+
+    Close it where a step fails: the groups are whole again then.
 
     Args:
         groups: The optimizer's param groups; each holds only the parameters of a part until the next one.

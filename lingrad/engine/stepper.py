@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, closing, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -121,13 +121,14 @@ class Stepper:
             built: The optimizer.
             step: The step, counted from 1.
         """
-        for missed in in_parts(built.optimizer.param_groups, self.missed):
-            for own, group in built.pairs:
-                sync_to(own, group, self.arithmetic, step - missed)
-            if self.offload is None:
-                built.optimizer.step()
-            else:
-                self.offload.step(built.optimizer)
+        with closing(in_parts(built.optimizer.param_groups, self.missed)) as parts:
+            for missed in parts:
+                for own, group in built.pairs:
+                    sync_to(own, group, self.arithmetic, step - missed)
+                if self.offload is None:
+                    built.optimizer.step()
+                else:
+                    self.offload.step(built.optimizer)
         for own, group in built.pairs:
             own.update({key: group[key] for key in group.keys() - OWN})  # such as a step size that it found
 

@@ -153,6 +153,11 @@ def test_a_step_that_fails_is_missed_by_nothing():
     assert optimizer.state_dict()["galore_counts"] == {"steps": 0, "missed": {}}
     optimizer.step()
     assert optimizer.state_dict()["galore_counts"] == {"steps": 1, "missed": {"0.1": 1}}
+    weights[1].grad = torch.ones(6, 5)  # both are stepped now, one after the other
+    optimizer.run._run.stepper.offload = "none"
+    with pytest.raises(AttributeError) as caught:
+        optimizer.step()
+    assert [len(group["params"]) for group in optimizer.run.bases()[0].param_groups] == [2], caught
 
 
 @pytest.mark.parametrize("counts", [None, {}, {"steps": 1.0, "missed": {}}, {"steps": 1, "missed": {"0.0": 2}}])

@@ -1,14 +1,12 @@
-"""Texts to train on: the one in the package, or a file."""
+"""The text in the package that can be trained on."""
 
 from __future__ import annotations
 
 import hashlib
 import lzma
 from importlib.resources import files
-from pathlib import Path
 
 from lingrad.errors import DataError
-from lingrad.files.reading import open_plain
 
 MOBY_DICK_SHA256 = "fe282a57094ed62e7144fb7c804a9748fc1c909bf3b49d06e7276015f9f67240"
 
@@ -30,27 +28,3 @@ def moby_dick() -> str:
     if hashlib.sha256(raw).hexdigest() != MOBY_DICK_SHA256:
         raise DataError("the packaged text moby-dick.txt.xz is not the original one; install lingrad again")
     return raw.decode()
-
-
-def read_text(path: Path) -> str:
-    """Read a text file.
-
-    Args:
-        path: A UTF-8 text file.
-
-    Returns:
-        Its contents.
-
-    Raises:
-        DataError: It is missing, empty, or not UTF-8.
-    """
-    try:
-        with open_plain(path) as file:
-            text = file.read().decode()
-    except OSError as error:
-        raise DataError(f"cannot read the text {path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not a UTF-8 text (byte {error.start}); convert it first") from error
-    if not text.strip():
-        raise DataError(f"the text {path} is empty")
-    return text

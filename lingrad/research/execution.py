@@ -30,6 +30,7 @@ from lingrad.research.trackers import check_trackers
 from lingrad.research.ways import check_entry
 
 PLAN = "plan.json"
+CACHE = "cache"  # folder of what every run computes alike, in that of the results
 
 
 @dataclass
@@ -78,6 +79,7 @@ def execute(plan: ResearchPlan, out: Path, *, jobs: int = 1, storage: str | None
         check_entry(entry, plan.folder, plan.of(entry).dtype)
     try:
         _claim(plan, out)
+        plan.task.use_cache(out.absolute() / CACHE)  # for what is found out between the runs
         _execute(plan, out, open_storage(out, storage), jobs=jobs, alone=storage is None, tick=tick)
     except OSError as error:
         raise DataError(
@@ -187,14 +189,14 @@ def _takable(
             "seed": plan.seeds[number] if final else plan.seed, "part": "final" if final else "tuning",
             "steps": own.get("steps"), "threads": _threads(jobs),
         }  # fmt: skip
-        yield _start(trials, number, job, folder, hosts)
+        yield _start(trials, number, job, folder, hosts, out.absolute() / CACHE)
 
 
-def _start(trials: Trials, number: int, job: Mapping[str, Any], folder: Path, hosts: list[Host]) -> Running:
+def _start(trials: Trials, number: int, job: Mapping[str, Any], folder: Path, hosts: list[Host], cache: Path) -> Running:
     folder.parent.mkdir(parents=True, exist_ok=True)
     asked = folder.parent / f".{folder.name}.{os.getpid()}.job.json"
     errors = asked.with_suffix(".err")
-    write_whole(asked, json.dumps(job).encode())
+    write_whole(asked, json.dumps({**job, "cache": str(cache)}).encode())
     host = next((host for host in hosts if host.free), None)
     if host is None:
         hosts.append(host := Host())

@@ -31,7 +31,7 @@ from typing import Any, cast, get_args
 
 from lingrad.config.settings import Mode
 from lingrad.errors import DataError, optional, require, require_one_of, shown
-from lingrad.files.reading import open_plain
+from lingrad.files.reading import read_text
 from lingrad.research.axes import Axis, grid, read_space
 from lingrad.research.checks import Dtype, Match, Pruner, Sampler, Schedule, check_budget, check_observers, check_plan
 from lingrad.research.objects import is_object, load_file
@@ -172,12 +172,7 @@ def read_plan(path: Path) -> dict[str, Any]:
     """
     toml = optional("tomllib", "reading a plan", "") if _has_tomllib() else optional("tomli", "reading a plan", "research")
     try:
-        with open_plain(path) as file:
-            content = toml.loads(file.read(LARGEST).decode())
-    except OSError as error:
-        raise DataError(f"cannot read the plan {path}: {error.strerror or error}") from error
-    except UnicodeDecodeError as error:
-        raise DataError(f"the plan {path} is not in UTF-8 (byte {error.start})") from error
+        content = toml.loads(read_text(path, "plan", largest=LARGEST))
     except toml.TOMLDecodeError as error:
         raise DataError(f"the plan {path} is no TOML: {error}") from error
     return dict(content)

@@ -7,6 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from lingrad.errors import DataError, SpecError, did_you_mean
@@ -111,7 +112,8 @@ def read_results(folders: Sequence[Path], files: Path | None = None) -> tuple[Re
     for folder in folders:
         if not (folder / PLAN).is_file():
             raise DataError(
-                f"{folder} holds no results of a plan: there is no {PLAN}. `lingrad run PLAN.toml --out {folder}` makes some"
+                f"{folder} holds no results of a plan: there is no {PLAN}. `lingrad run PLAN.toml --out "
+                f"{quote(str(folder))}` makes some"
             )
         kept = read_claim(folder / PLAN)
         where = Path(kept["folder"]) if files is None else files

@@ -275,7 +275,7 @@ class BroughtToTrain(SideTransform):
     ("content", "message"),
     [
         (b"", "is empty"),
-        (b"\xff\xfe\x00", "is not a UTF-8 text (byte 0)"),
+        (b"\xff\xfe\x00", "is not in UTF-8 (byte 0)"),
         (b"too short", "mine.txt is too short: its shortest part has 0 tokens, and a window 64; expected more in each"),
     ],
 )

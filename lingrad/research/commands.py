@@ -19,6 +19,7 @@ from lingrad.research.bundle import pack, unpack
 from lingrad.research.execution import execute
 from lingrad.research.objects import brought
 from lingrad.research.pages import write_report
+from lingrad.research.peak import Simulate, add_peaks
 from lingrad.research.plan import ResearchPlan, make_plan, open_plan, read_plan
 from lingrad.research.results import against, read_results
 from lingrad.research.tasks.text import Text
@@ -28,13 +29,14 @@ SEED = 1  # of `find_lr`
 GAPS = ("gap", "gap_switched", "gap_control")  # the diagnostics that compare modes
 
 
-def demo(out: Path, *, steps: int | None = None, jobs: int = 1) -> list[Path]:
+def demo(out: Path, *, steps: int | None = None, jobs: int = 1, simulate: Simulate | None = None) -> list[Path]:
     """Run the plan of the demo: a small Llama on Moby-Dick, trained by several methods.
 
     Args:
         out: Folder of the results; made if missing.
         steps: Training steps; None is the plan's.
         jobs: Runs at a time, each in a process.
+        simulate: `lingrad.memory.simulate`, by which the peaks of final runs on a GPU are simulated; None leaves them out.
 
     Returns:
         The files of the report.
@@ -43,7 +45,7 @@ def demo(out: Path, *, steps: int | None = None, jobs: int = 1) -> list[Path]:
         content = read_plan(file)
     given = {} if steps is None else {"steps": steps}
     content = {**content, "task": {**content["task"], **given}}
-    return _run(make_plan(content, "the demo", Path.cwd()), out, jobs=jobs)
+    return _run(make_plan(content, "the demo", Path.cwd()), out, jobs=jobs, simulate=simulate)
 
 
 def train(
@@ -58,6 +60,7 @@ def train(
     steps: int,
     length: int,
     jobs: int = 1,
+    simulate: Simulate | None = None,
 ) -> list[Path]:
     """Compare one method in both modes with full rank, on the user's own text.
 
@@ -72,6 +75,7 @@ def train(
         steps: Training steps.
         length: Bytes in a window.
         jobs: Runs at a time, each in a process.
+        simulate: `lingrad.memory.simulate`, by which the peaks of final runs on a GPU are simulated; None leaves them out.
 
     Returns:
         The files of the report.
@@ -92,16 +96,25 @@ def train(
             {"name": "float64", **own, "dtype": "float64", "diagnostics": list(GAPS)},
         ],
     }
-    return _run(make_plan(content, "lingrad train", Path.cwd()), out, jobs=jobs)
+    return _run(make_plan(content, "lingrad train", Path.cwd()), out, jobs=jobs, simulate=simulate)
 
 
-def run(path: Path, out: Path, *, jobs: int = 1, storage: str | None = None, quick: bool = False) -> list[Path]:
+def run(
+    path: Path,
+    out: Path,
+    *,
+    jobs: int = 1,
+    storage: str | None = None,
+    quick: bool = False,
+    simulate: Simulate | None = None,
+) -> list[Path]:
     """Make all trials and final runs of a plan that are not made yet, and the report.
 
     Args:
         path: The plan.
         out: Folder of the results; made if missing.
         jobs: Runs at a time, each in a process.
+        simulate: `lingrad.memory.simulate`, by which the peaks of final runs on a GPU are simulated; None leaves them out.
         storage: A database that several machines share; None is a journal in ``out``.
         quick: Cut the plan down to see that it runs: a tenth of the steps, one trial, one seed.
 
@@ -111,7 +124,7 @@ def run(path: Path, out: Path, *, jobs: int = 1, storage: str | None = None, qui
     Raises:
         DataError: Every run failed.
     """
-    return _run(open_plan(path, quick=quick), out, jobs=jobs, storage=storage)
+    return _run(open_plan(path, quick=quick), out, jobs=jobs, storage=storage, simulate=simulate)
 
 
 def _make_writable(out: Path) -> None:
@@ -124,7 +137,7 @@ def _make_writable(out: Path) -> None:
         raise DataError(f"cannot write the results to {out}: {error.strerror}") from error
 
 
-def _run(plan: ResearchPlan, out: Path, *, jobs: int, storage: str | None = None) -> list[Path]:
+def _run(plan: ResearchPlan, out: Path, *, jobs: int, simulate: Simulate | None, storage: str | None = None) -> list[Path]:
     optional("matplotlib", "plotting", "plot")  # before anything trains
     made = 0
 
@@ -137,6 +150,8 @@ def _run(plan: ResearchPlan, out: Path, *, jobs: int, storage: str | None = None
         execute(plan, out, jobs=jobs, storage=storage, tick=tick)
     if not made:
         console.say(f"{out} holds all runs of this plan already; to make them again, name another folder, or remove this one")
+    if simulate is not None:
+        add_peaks(plan, out, simulate)
     written = report_of([out])
     _, runs = read_results([out])
     if runs and all(run.failed for run in runs):

@@ -26,7 +26,7 @@ from lingrad.research.results import (
 )
 from lingrad.research.statistics import RULE, Mean
 
-COLUMNS = ("state MB", "gradients MB", "ms/step", "seconds", "steps")  # of measures
+COLUMNS = ("state MB", "gradients MB", "peak MB", "ms/step", "seconds", "steps")  # of measures
 USUALLY = {"gradients MB": "gradients between refreshes MB"}  # the same measure of most steps
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
@@ -164,7 +164,6 @@ def find_lr(
     setup = replace(plans.Setup(), model=replace(plans.Setup().model, length=length))
     read = corpus.tokenize(text.name, read_text(text))
     corpus.check_length(read, length)
-    report.prepare(out)
     model = build_llama(setup.model, seed=setup.seed)
     make, steps = api.adapt if mode == "adapter" else api.wrap, limits["steps"]
     opt = make(model, rules, base, lr=limits["low"], scale=scale, carry=carry, seed=setup.seed)  # type: ignore[arg-type]
@@ -177,7 +176,7 @@ def find_lr(
         opt.step()
         return loss
 
-    with progress("learning rates", "step") as tick:
+    with _results_in(out), progress("learning rates", "step") as tick:
         found = rates.find_lr(opt, step, on_step=lambda done, loss: tick(done, steps, f"loss {loss:.3g}"), **limits)
     try:
         write_whole(out / "find-lr.json", found.to_json().encode())
@@ -212,15 +211,29 @@ def show(result: report.Result, out: Path) -> None:
 def _run(entries: list[plans.Entry], setup: plans.Setup, text: corpus.Corpus, out: Path) -> report.Result:
     exact, short = plans.in_float64(entries, setup)
     corpus.check_length(text, setup.model.length)
-    report.prepare(out)
     started = time.perf_counter()
-    with _progress(setup.steps, f"{len(entries)} methods, float32") as tick:
-        records = runner.compare(entries, setup, text, on_step=tick)
-    with _progress(short.steps, f"{len(exact)} of them, float64") as tick:
-        double = runner.compare(exact, short, text, dtype=torch.float64, on_step=tick)
+    with _results_in(out):
+        with _progress(setup.steps, f"{len(entries)} methods, float32") as tick:
+            records = runner.compare(entries, setup, text, on_step=tick)
+        with _progress(short.steps, f"{len(exact)} of them, float64") as tick:
+            double = runner.compare(exact, short, text, dtype=torch.float64, on_step=tick)
     result = report.make_result(text.name, setup, records, double, time.perf_counter() - started)
     report.save(result, out)
     return result
+
+
+@contextmanager
+def _results_in(out: Path) -> Iterator[None]:
+    """Make a folder of results before anything is trained; where that is refused or fails, an empty one does not stay."""
+    is_new = not out.exists()
+    report.prepare(out)
+    try:
+        yield
+    except BaseException:
+        if is_new:
+            with suppress(OSError):  # it holds something by now
+                out.rmdir()
+        raise
 
 
 @contextmanager

@@ -76,7 +76,7 @@ def execute(plan: ResearchPlan, out: Path, *, jobs: int = 1, storage: str | None
     plan.task.check()
     check_trackers(plan.trackers)
     for entry in plan.entries:
-        check_entry(entry, plan.folder, plan.dtype)
+        check_entry(entry, plan.folder, plan.of(entry).dtype)
     try:
         _claim(plan, out)
         plan.task.use_cache(out.absolute() / CACHE)  # for what is found out between the runs
@@ -135,7 +135,8 @@ def _settle(
     for search in searches:
         if search.entry.name not in finals and search.done:
             best = search.chosen(greater=plan.task.greater)
-            finals[search.entry.name] = None if best is None else Trials(plan, search.entry, opened, best.values)
+            values = {} if plan.trials == 0 else None if best is None else best.values
+            finals[search.entry.name] = None if values is None else Trials(plan, search.entry, opened, values)
     for search in searches:
         if finals.get(search.entry.name) is not None and search.entry.name not in limits:
             found = matched(plan, search.entry, finals, search.seconds_of_a_step())

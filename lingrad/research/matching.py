@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from lingrad.methods.largest import largest
+from lingrad.research.accounting import state_bytes
 from lingrad.research.plan import PlanEntry, ResearchPlan
-from lingrad.research.runner import state_bytes
 from lingrad.research.search import Trials
 from lingrad.research.ways import make_method, rank_of
 
@@ -51,7 +51,7 @@ def matched(
     if rank is None:
         return {}
     limit = max(run["state_bytes"] for run in runs)
-    return {"values": {"rank": _largest(plan, entry, values, limit, rank)}}
+    return {"values": {"rank": _largest(plan.of(entry), entry, values, limit, rank)}}
 
 
 def _largest(plan: ResearchPlan, entry: PlanEntry, values: Mapping[str, Any], limit: float, rank: int) -> int:

@@ -80,8 +80,9 @@ def _run(
         plan = plan if job["steps"] is None else replace(plan, steps=job["steps"], tokens=0)
         if cache is not None:
             plan.task.use_cache(cache)
-        method = make_method(plan.entry(job["entry"]), job["values"], seed=job["seed"], folder=plan.folder)
-        plan = replace(plan, device=device)
+        entry = plan.entry(job["entry"])
+        method = make_method(entry, job["values"], seed=job["seed"], folder=plan.folder)
+        plan = replace(plan.of(entry), device=device)
         name = f"{job['entry']}, seed {job['seed']}, {job['part']}"
         config = {"entry": job["entry"], "part": job["part"], "seed": job["seed"], **job["values"]}
         trackers = () if folder is None else plan.trackers

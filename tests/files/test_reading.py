@@ -230,7 +230,8 @@ edits = {
     "cut": st.sampled_from([0, 0, 0, 1, 7, 8, 40]),
 }
 quick = settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-thorough = settings(max_examples=10_000, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+slow = settings(quick, max_examples=2_000)
+thorough = settings(quick, max_examples=10_000)
 
 
 @quick
@@ -246,6 +247,21 @@ def test_any_change_of_bytes_is_read_as_by_safetensors_or_refused(file, edits, c
 
 
 @pytest.mark.slow
+@slow
+@given(**headers)
+def test_two_thousand_changes_of_a_header(file, place, key, value):
+    check_headers(file, place, key, value)
+
+
+@pytest.mark.slow
+@slow
+@given(**edits)
+def test_two_thousand_changes_of_bytes(file, edits, cut):
+    check_bytes(file, edits, cut)
+
+
+@pytest.mark.slow
+@pytest.mark.exhaustive
 @thorough
 @given(**headers)
 def test_ten_thousand_changes_of_a_header(file, place, key, value):
@@ -253,6 +269,7 @@ def test_ten_thousand_changes_of_a_header(file, place, key, value):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 @thorough
 @given(**edits)
 def test_ten_thousand_changes_of_bytes(file, edits, cut):

@@ -73,6 +73,13 @@ class Text(Task):
         )  # fmt: skip
 
     @override
+    def check(self) -> None:
+        if self.tokenizer == "bpe":  # which each run trains
+            self._text() if self.data != ADDRESSES else find_addresses(self.folder)
+        else:
+            _ = self._read
+
+    @override
     def build(self, seed: int, dtype: torch.dtype) -> nn.Module:
         vocabulary = BYTES if self.tokenizer == "bytes" else self._read[1]
         return build_model(self, vocabulary, seed=seed, dtype=dtype)

@@ -95,7 +95,7 @@ structure: $(VENV)/.dev  ## measure how the package is built: files, imports, na
 memory: $(VENV)/.dev  ## simulate the runs of docs/memory.md and fill its tables
 	$(BIN)/python tools/measure_memory.py
 
-hardware: $(VENV)/.dev  ## simulate what fits on which card, into docs/hardware.md (12 minutes on one core); goes on where it was stopped
+hardware: $(VENV)/.dev  ## simulate what fits on which card, into docs/hardware.md (a quarter of an hour on one core); goes on where it was stopped
 	$(BIN)/python tools/measure_hardware.py $(ARGS)
 
 architectures: $(VENV)/.dev  ## run tiny models of every architecture of transformers through lingrad (20 to 45 minutes); ARGS="--only NAME", --again faults

@@ -27,8 +27,11 @@ def test_the_page_has_the_figures():
     assert hardware.PICTURE.read_bytes().startswith(b"\x89PNG")
 
 
-def test_every_run_has_its_row():
-    assert [row["command"] for row in RESULT["rows"]] == [case.command for case in CASES]
+def test_every_row_is_of_a_run():
+    order = [case.command for case in CASES]
+    made = [row["command"] for row in RESULT["rows"]]
+    assert made == [command for command in order if command in made]
+    assert set(order[: len(order) // 2]) <= set(made)  # 2 x 2,048, whose commands the page shows
     assert len({case.command for case in CASES}) == len(CASES)
     assert [tuple(card) for card in RESULT["cards"]] == [card[:3] for card in hardware.CARDS]
     for row in RESULT["rows"]:
@@ -43,13 +46,14 @@ def test_every_row_of_the_page_ends_with_its_command():
         assert shown == of_model
 
 
+@pytest.mark.thinned(6)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.question.model}-{case.question.length}-{case.way}")
 def test_the_command_asks_what_was_simulated(case, lingrad, monkeypatch):
     asked = []
 
     def answer(question):
         asked.append(question)
-        return SimpleNamespace(fits=None, to_json=lambda: "{}")
+        return SimpleNamespace(fits=None, plot=None, to_snapshot=None, to_json=lambda: "{}")
 
     name = "compare" if case.method else "simulate"
     monkeypatch.setattr(commands, name, answer)
@@ -118,10 +122,11 @@ def row(model, card, reserved, *, way="AdamW, all weights", setting="2 x 2,048")
 
 def test_the_largest_model_of_a_card():
     rows = [row("llama-1b", "12 GB", 11.5), row("llama-7b", "48 GB", 40), row("llama-13b", hardware.NONE, 99)]
-    table = hardware._largest([*rows, row("llama-13b", "8 GB", 5, setting="1 x 1,024")], hardware.SETTINGS[0])
+    others = [row("llama-13b", "8 GB", 5, setting="1 x 1,024"), row("llama-1b", "8 GB", 5, way=hardware.LORA)]
+    table = hardware._largest([*rows, *others], hardware.SETTINGS[0])
     lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()]
     assert lines[2] == ["AdamW, all weights", "", "1B (tight)", "1B", "1B", "7B", "7B"]
-    assert lines[3][1:] == [""] * 6
+    assert len(lines) == 3  # of LoRA there is one model only
 
 
 def test_it_goes_on_where_it_was_stopped(monkeypatch, tmp_path):

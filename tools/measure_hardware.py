@@ -213,7 +213,7 @@ def _largest(rows: Sequence[Row], setting: Setting) -> str:
             tight = f" {TIGHT}" if fitting and fitting[-1]["card"] == name and _is_tight(fitting[-1]) else ""
             cells.append(f"{_size(fitting[-1]['model'])}{tight}" if fitting else "")
         lines.append([way, *cells])
-    return markdown(lines)
+    return markdown(lines) if len(lines) > 1 else "There are no figures yet.\n"
 
 
 def _left(card: Card) -> int:
@@ -230,11 +230,13 @@ def _size(model: str) -> str:
 
 def _table(rows: Sequence[Row]) -> str:
     """The runs of a model: a line for each method, with both settings."""
-    lines = [["method", *(f"{setting}: {what}" for setting in SETTINGS for what in ("peak", "reserved", "card")), "command"]]
+    made = {row["setting"] for row in rows}
+    settings = [setting for setting in SETTINGS if str(setting) in made]
+    lines = [["method", *(f"{setting}: {what}" for setting in settings for what in ("peak", "reserved", "card")), "command"]]
     for way in WAYS:
         mine = {row["setting"]: row for row in rows if row["way"] == way}
         if str(SETTINGS[0]) in mine:  # its command is shown
-            cells = [cell for setting in SETTINGS for cell in _figures(mine.get(str(setting)))]
+            cells = [cell for setting in settings for cell in _figures(mine.get(str(setting)))]
             lines.append([way, *cells, f"`{mine[str(SETTINGS[0])]['command']}`"])
     return markdown(lines)
 

@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, replace
 from importlib.metadata import version
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -195,24 +196,29 @@ def blocks(result: Mapping[str, Any]) -> dict[str, str]:
     ]
     found["cards"] = markdown([("card", "such as", "torch finds", "left for tensors", "as reported in"), *cards])
     missing = sum(1 for _ in cases()) - len(rows)
-    others = f"; {missing} more have no figures yet: their cells, or rows of the first tables, are left out" if missing else ""
+    others = (
+        f"; {missing} more have no figures yet: their cells are empty, or `or more` stands where a larger model may fit"
+        if missing
+        else ""
+    )
     found["made"] = f"{len(rows)} runs, simulated with {versions}{others}.\n"
     return found | {"measured": _measured()}
 
 
 def _largest(rows: Sequence[Row], setting: Setting) -> str:
-    """For each method and card, the largest model that fits; methods that lack the figures of a model are left out."""
+    """For each method and card, the largest model that fits; methods without figures of the smallest model are left out."""
     order, lines = [card.name for card in CARDS], [["method", *(card.name for card in CARDS)]]
     for way in WAYS:
         mine = {row["model"]: row for row in rows if (row["way"], row["setting"]) == (way, str(setting))}
-        if len(mine) < len(MODELS):
-            continue
+        known = [mine[model] for model in takewhile(mine.__contains__, MODELS)]
         cells = []
         for number, name in enumerate(order):
-            fitting = [mine[model] for model in MODELS if mine[model]["card"] in order[: number + 1]]
-            tight = f" {TIGHT}" if fitting and fitting[-1]["card"] == name and _is_tight(fitting[-1]) else ""
-            cells.append(f"{_size(fitting[-1]['model'])}{tight}" if fitting else "")
-        lines.append([way, *cells])
+            fitting = [row for row in known if row["card"] in order[: number + 1]]
+            text = _size(fitting[-1]["model"]) if fitting else ""
+            text += " or more" if len(fitting) == len(known) < len(MODELS) else ""
+            text += f" {TIGHT}" if fitting and fitting[-1]["card"] == name and _is_tight(fitting[-1]) else ""
+            cells.append(text)
+        lines += [[way, *cells]] if known else []
     return markdown(lines) if len(lines) > 1 else "There are no figures yet.\n"
 
 

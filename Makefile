@@ -9,7 +9,7 @@ HAS_CUDA = $(PYTHON) -c 'import einops, torch, transformers; torch.cuda.init()' 
 SOURCES := pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo addresses finetune smollm2 examples readme studies duality trajectories structure memory architectures bench gpu docs docs-check reference mutants mutants-operators test coverage slow exhaustive lowest check lint types layers dist clean
+.PHONY: help demo addresses finetune smollm2 examples readme studies duality trajectories structure memory hardware architectures bench gpu docs docs-check reference mutants mutants-operators test coverage slow exhaustive lowest check lint types layers dist clean
 
 help:  ## list the targets
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 19
@@ -94,6 +94,9 @@ structure: $(VENV)/.dev  ## measure how the package is built: files, imports, na
 
 memory: $(VENV)/.dev  ## simulate the runs of docs/memory.md and fill its tables
 	$(BIN)/python tools/measure_memory.py
+
+hardware: $(VENV)/.dev  ## simulate what fits on which card, into docs/hardware.md (a quarter of an hour on one core); goes on where it was stopped
+	$(BIN)/python tools/measure_hardware.py $(ARGS)
 
 architectures: $(VENV)/.dev  ## run tiny models of every architecture of transformers through lingrad (20 to 45 minutes); ARGS="--only NAME", --again faults
 	$(BIN)/python tools/architectures.py $(ARGS)

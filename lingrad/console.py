@@ -136,7 +136,7 @@ def progress(title: str, unit: str, *, least: int = 1) -> Iterator[Tick]:
         rich.TextColumn("{task.fields[note]}"),
     )
     bar = rich.Progress(*parts, console=console, transient=True)
-    with bar if console.is_terminal and not quiet else nullcontext():  # a bar that is disabled ends with an empty line before rich 15
+    with bar if console.is_terminal and not quiet else nullcontext():  # disabled, it may end with an empty line
         task = bar.add_task(title, total=None, note="")
         printed = 0
 

@@ -123,8 +123,8 @@ def check_written(folder: Path, target: Target) -> tuple[list[str], list[str]]:
     """
     adapter = open_adapter_file(folder)
     if target == "peft":
-        found = scale_faults(adapter)
-        return [f"{sentence}. target={loader!r} writes an adapter that it loads as it is" for loader, sentence in found.items()], []
+        found = scale_faults(adapter).items()
+        return [f"{sentence}. target={loader!r} writes an adapter that it loads as it is" for loader, sentence in found], []
     finding = judge(LOADERS[target], adapter, "DIR")
     require_loads(finding, "the adapter", "Leave these weights out by a rule, or export for PEFT, merge and serve the model")
     return [], [f"for {LOADERS[target].title}: {finding.command}"]

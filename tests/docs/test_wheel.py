@@ -1,4 +1,4 @@
-"""The wheel: what a package index shows of it, and the tutorials from an empty folder with nothing of this repository but it."""
+"""The wheel: what a package index shows of it, and the tutorials from an empty folder with nothing else of this repository."""
 
 import email
 import json

@@ -131,7 +131,7 @@ print(json.dumps({result}))
 @pytest.mark.slow
 class TestTutorials:
     def test_readme(self, reader):
-        loss, _ = reader.python(blocks("../README.md"), "float(loss)")
+        loss, _ = reader.python(blocks("../README.md"), "loss.item()")
         assert loss < 1  # 2 is that of a model that gives zeros
         (command,) = re.findall(r"^`(lingrad memory simulate .*?)`", (ROOT / "README.md").read_text(), flags=re.MULTILINE)
         assert re.search(r"^all +19\.5\d GiB", reader.type(command), flags=re.MULTILINE)  # its table says 19.5
@@ -156,9 +156,10 @@ class TestTutorials:
         assert_adapter_is_the_model(reader.folder, torch.arange(64).view(4, 16))
 
     def test_from_galore(self, reader):
-        for block in blocks("from-galore.md"):
-            loss, _ = reader.python([block], "float(loss)")
-            assert loss < 1.5  # as in the readme, after 100 steps
+        replaced, rewritten = blocks("from-galore.md")
+        losses, _ = reader.python([replaced, "first = loss.item()", rewritten], "[first, loss.item()]")
+        assert max(losses) < 1.5  # as in the readme, after 100 steps
+        assert abs(losses[0] - losses[1]) < 0.05  # the same run but for eps and signs
 
     def test_research(self, reader):
         pytest.importorskip("optuna")
@@ -183,11 +184,7 @@ class TestTutorials:
         assert re.search(r"vllm +loads", says[1])
         assert reader.files() == {"START", "served", "RUN", "LORA", "MERGED"}
         assert "vllm serve owner/name --enable-lora --max-lora-rank 8" in says[0]
-        merged, _ = reader.python(
-            ["import torch", "from transformers import AutoModelForCausalLM, AutoConfig"],
-            "AutoModelForCausalLM.from_pretrained('MERGED').num_parameters()",
-        )
-        assert merged > 10_000
+        assert (reader.folder / "MERGED/model.safetensors").is_file()
 
 
 def test_headings_are_called_as_on_github():

@@ -15,7 +15,7 @@ from tests.support.models import gap, three_ways, zoo_batches, zoo_loss
 from tests.support.runs import MODES, each_mode
 from tests.support.small import EVERYTHING, EXACT, inputs, named, squared, stack, teach
 
-pytestmark = [pytest.mark.thinned(3), pytest.mark.rare(2)]
+pytestmark = pytest.mark.thinned(3)
 
 
 class TiedLanguageModel(nn.Module):

@@ -10,7 +10,7 @@ import lingrad
 from lingrad.errors import ModeError
 from tests.support.cases import SIDED, UNSIDED
 from tests.support.models import gap, llama, text_batches, text_loss, zoo, zoo_batches, zoo_loss
-from tests.support.processes import train
+from tests.support.processes import start, train
 from tests.support.runs import MODES
 
 STEPS, EVERY = 7, 3
@@ -50,7 +50,7 @@ def work(rank, folder, specs):
 
 
 def assert_two_processes_are_one(folder, which, specs):
-    torch.multiprocessing.spawn(work, (str(folder), which), nprocs=2)
+    start(work, (str(folder), which), 2)
     first, second = (torch.load(folder / f"{rank}.pt", weights_only=True) for rank in (0, 1))
     for run, one, other in zip(runs(specs), first, second, strict=True):
         assert all(torch.equal(one[name], other[name]) for name in one), run[1]
@@ -99,7 +99,7 @@ def count_bytes(rank, folder):
 
 @pytest.mark.slow
 def test_what_is_sent_is_as_small_as_what_is_trained(tmp_path):
-    torch.multiprocessing.spawn(count_bytes, (str(tmp_path),), nprocs=2)
+    start(count_bytes, (str(tmp_path),), 2)
     for trained, *steps in torch.load(tmp_path / "0.pt", weights_only=True).values():
         for step, sent in enumerate(steps):
             if step % 3:
@@ -134,6 +134,6 @@ def two_ranks(rank, folder):
 
 @pytest.mark.slow
 def test_ranks_that_see_different_layers_agree(tmp_path):
-    torch.multiprocessing.spawn(two_ranks, (str(tmp_path),), nprocs=2)
+    start(two_ranks, (str(tmp_path),), 2)
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
     assert all(torch.equal(first[name], second[name]) for name in first)

@@ -65,7 +65,6 @@ def gap(a, b):
 
 
 @pytest.mark.thinned(3)
-@pytest.mark.rare(2)
 @each_base
 @each_side
 @pytest.mark.parametrize("train", [reference.galore, reference.lora])
@@ -104,7 +103,6 @@ def test_moments_at_a_refresh(carry, side, base):
 
 @each_base
 @pytest.mark.thinned(3)
-@pytest.mark.rare(2)
 @pytest.mark.parametrize("side", ["left", "right", "both"])
 @pytest.mark.parametrize("carry", ["keep", "reset", "transport"])
 @pytest.mark.parametrize("clip", [None, 0.1])

@@ -15,7 +15,7 @@ from tests.support.models import gap, train
 from tests.support.runs import MODES, each_mode, weights_of
 from tests.transforms.test_experts import Routed
 
-pytestmark = [pytest.mark.thinned(3), pytest.mark.rare(2)]
+pytestmark = pytest.mark.thinned(3)
 
 STRINGS = {
     "svd(rank=8, schedule=energy())": SVD(rank=8, schedule=EnergySchedule()),

@@ -139,7 +139,6 @@ OPTIONS = (
 
 
 @pytest.mark.thinned(5)
-@pytest.mark.rare(2)
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("side", SIDES)
 @pytest.mark.parametrize("spec", SPECS)

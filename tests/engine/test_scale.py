@@ -10,7 +10,7 @@ from lingrad.errors import CheckpointError, SpecError
 from tests.support.models import gap, llama, text_batches, three_ways, train
 from tests.support.runs import MODES
 
-pytestmark = [pytest.mark.thinned(3), pytest.mark.rare(2)]
+pytestmark = pytest.mark.thinned(3)
 
 GROW = ("sgd",)
 

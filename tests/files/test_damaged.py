@@ -34,11 +34,11 @@ from tests.support.mutations import (
     write_json,
 )
 
-QUICK, SLOW = range(120), range(1_000, 4_000)
+QUICK, SLOW, EXHAUSTIVE = range(120), range(1_000, 1_600), range(1_600, 4_000)
 
 
 def both(name):
-    """A check of one seed as two tests: a few examples by default, thousands of others that are slow."""
+    """A check of some seeds as three tests: a few examples by default, hundreds are slow, thousands exhaustive."""
 
     def add(check):
         def quick(tmp_path):
@@ -49,8 +49,13 @@ def both(name):
             with little_memory():
                 check(tmp_path, SLOW)
 
+        def exhaustive(tmp_path):
+            with little_memory():
+                check(tmp_path, EXHAUSTIVE)
+
         globals()[f"test_{name}"] = quick
-        globals()[f"test_{name}_thousands"] = pytest.mark.slow(slow)
+        globals()[f"test_{name}_hundreds"] = pytest.mark.slow(slow)
+        globals()[f"test_{name}_thousands"] = pytest.mark.slow(pytest.mark.exhaustive(exhaustive))
         return check
 
     return add

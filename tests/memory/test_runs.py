@@ -18,7 +18,6 @@ from tests.support.memory import LEEWAY, METHODS, RECIPES, build
 
 
 @pytest.mark.thinned(7)
-@pytest.mark.rare(2)
 @pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("method", METHODS)
 def test_simulated_tracked_and_measured_agree(method, recipe):

@@ -21,7 +21,7 @@ from tests.support import cases
 from tests.support.models import gap, llama, text_batches, text_loss, train
 from tests.support.runs import MODES, each_mode
 
-pytestmark = [pytest.mark.thinned(3), pytest.mark.rare(2)]
+pytestmark = pytest.mark.thinned(3)
 
 KINDS = ("8bit", "8bit_linear")
 SMALL = {"moments": "8bit", "min_8bit_size": 16}  # so that the moments of the tests' small coordinates are quantised too

@@ -41,6 +41,9 @@ class Line(Task):
 
     def build(self, seed, dtype):
         torch.manual_seed(seed)
+        if self.cache_folder is not None:
+            self.cache_folder.mkdir(exist_ok=True)
+            (self.cache_folder / str(seed)).touch()
         return nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 4)).to(dtype)
 
     def batches(self, steps, seed):
@@ -178,6 +181,7 @@ def test_failures_do_not_stop_the_rest(tmp_path):
     told = []
     execute(open_plan(path), tmp_path / "out", jobs=2, tick=lambda *state: told.append(state))
     assert [status for status, *_ in outcome(tmp_path / "out").values()].count("diverged") == 1
+    assert {path.name for path in (tmp_path / "out/cache").iterdir()} == {"0", "1"}  # one for all runs: a seed each
     assert told[-1][:2] == (5, 6)  # no final run of what diverged
     assert re.fullmatch(r"best loss so far \S+ \((svd|random map!)\), about \d+ s left", told[-1][2])
     plan, runs = read_results([tmp_path / "out"])
@@ -324,9 +328,12 @@ def test_the_commands_say_what_is_wrong(lingrad, tmp_path):
     code, _, error = lingrad("run", path, "--out", tmp_path / "out")
     assert (code, error) == (2, "lingrad: sampler must be one of grid, random, tpe, not 'gird'; did you mean 'grid'?\n")
     assert not (tmp_path / "out").exists()
-    code, _, error = lingrad("report", tmp_path)
+    empty = tmp_path / "no results"
+    empty.mkdir()
+    code, _, error = lingrad("report", empty)
     assert code == 2
-    assert error.startswith(f"lingrad: {tmp_path} holds no results of a plan: there is no plan.json.")
+    assert error.startswith(f"lingrad: {empty} holds no results of a plan: there is no plan.json.")
+    assert f"`lingrad run PLAN.toml --out '{empty}'` makes some" in error
 
 
 def results(folder, *losses, values=None, **metrics):

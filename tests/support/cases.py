@@ -242,17 +242,22 @@ def covering(combinations, size, axes=tuple):
 
     ``axes`` gives the values of a combination.
     """
-    combinations = list(combinations)
-    keys = [[(i, repr(value)) for i, value in enumerate(axes(found))] for found in combinations]
-    tuples = [frozenset(itertools.combinations(key, size)) for key in keys]
-    missing = set().union(*tuples)
+    combinations, held, holders = list(combinations), [], {}
+    for number, found in enumerate(combinations):
+        values = [(i, repr(value)) for i, value in enumerate(axes(found))]
+        held.append([*itertools.combinations(values, size)])
+        for together in held[-1]:
+            holders.setdefault(together, []).append(number)
+    missing = [len(every) for every in held]  # what no chosen one holds, of each
     chosen = []
     order = sorted(range(len(combinations)), key=lambda i: (i * 7919) % len(combinations))  # spread, but the same at every run
-    for wanted in range(len(tuples[0]), 0, -1):
-        for i in order:
-            if len(tuples[i] & missing) >= wanted:
-                chosen.append(combinations[i])
-                missing -= tuples[i]
+    for wanted in range(len(held[0]), 0, -1):
+        for number in order:
+            if missing[number] >= wanted:
+                chosen.append(combinations[number])
+                for together in held[number]:
+                    for other in holders.pop(together, ()):
+                        missing[other] -= 1
     return chosen
 
 

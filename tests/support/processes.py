@@ -1,5 +1,6 @@
 """Several processes of torch.distributed on this machine: what each of them returns, or the error of the first that fails."""
 
+import multiprocessing
 import os
 
 import torch
@@ -8,6 +9,16 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lingrad.errors import LingradError
 from tests.support.runs import MODES
+
+# what most tests import: the processes are forks of one that has it, which starts nothing and computes nothing
+IMPORTED = (
+    "torch.distributed.fsdp",
+    "torch.distributed.tensor.parallel",
+    "transformers.models.llama.modeling_llama",
+    "transformers.pytorch_utils",
+    "lingrad.testing",
+    "lingrad.memory",
+)
 
 
 class Attempts(list):
@@ -23,6 +34,15 @@ class Attempts(list):
             self.append("nothing was raised")
 
 
+def start(function, args, world):
+    """Run ``function(rank, *args)`` in so many processes, until the last has ended.
+
+    What a test changes in the environment after the first of them has started does not reach the later ones.
+    """
+    multiprocessing.set_forkserver_preload(list(IMPORTED))
+    torch.multiprocessing.start_processes(function, args, nprocs=world, start_method="forkserver")
+
+
 def _entry(rank, function, world, folder, args):
     torch.set_num_threads(1)
     distributed.init_process_group("gloo", init_method=f"file://{folder}/store-{world}", rank=rank, world_size=world)
@@ -34,7 +54,7 @@ def _entry(rank, function, world, folder, args):
 
 def each_rank(function, world, folder, *args):
     """Run ``function(rank, world, *args)`` in so many processes; what they return, in the order of ranks."""
-    torch.multiprocessing.spawn(_entry, (function, world, str(folder), args), nprocs=world)
+    start(_entry, (function, world, str(folder), args), world)
     (folder / f"store-{world}").unlink(missing_ok=True)
     return [torch.load(folder / f"found-{rank}.pt", weights_only=True) for rank in range(world)]
 

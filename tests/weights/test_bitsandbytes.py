@@ -17,7 +17,7 @@ from lingrad.weights.bitsandbytes import EightBit, packed_of
 from lingrad.weights.layout import is_packed
 from tests.support.packed import IN, KINDS, MIDDLE, OUT, batches, bnb, each_kind, go, layer, net, rules, twin
 
-pytestmark = [pytest.mark.thinned(3), pytest.mark.rare(2)]
+pytestmark = pytest.mark.thinned(3)
 
 SPECS = ("svd(rank=8, every=3, side={side})", "power(rank=8, every=3, side={side})", "random(rank=8, every=3, side={side})")
 

@@ -20,7 +20,7 @@ BLOB, RAW = "https://github.com/lingrad/lingrad/blob/main/", "https://raw.github
 
 def done(command, folder, **options):
     """Run a command that must succeed; returns what it prints."""
-    found = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=540, **options)
+    found = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=1200, **options)
     assert found.returncode == 0, f"{shlex.join(map(str, command[:5]))}: {found.stdout[-2000:]}{found.stderr[-4000:]}"
     return found.stdout
 

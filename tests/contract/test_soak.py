@@ -72,11 +72,9 @@ def attempt(model, optimizer, i):
 
 @pytest.fixture(autouse=True)
 def others_are_not_counted():
-    """What earlier tests of this process left behind may go away at any time: it's kept out of what is counted."""
+    """What earlier tests of this process left behind may go away at any time: it is kept out of what is counted."""
     gc.collect()
     gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 def living():

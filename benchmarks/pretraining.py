@@ -19,12 +19,12 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 import lingrad
+from benchmarks.corpus import Corpus, training_batches
 from benchmarks.study import TUNE, Study, command, linear, taken
 from benchmarks.study import table as study_table
 from lingrad.errors import DataError
 from lingrad.models import LlamaShape, build_llama, next_token_loss
 from lingrad.research.addresses import ARCHIVE, read_addresses
-from lingrad.research.corpus import Corpus, training_batches
 from lingrad.research.tokens import BYTES, byte_ids
 
 RESULTS = Path("docs/studies/pretraining.jsonl")

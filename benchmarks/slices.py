@@ -21,9 +21,10 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 import lingrad
+from benchmarks.corpus import Corpus, tokenize, training_batches, validation_batches
 from benchmarks.study import Study
 from lingrad.models import LlamaShape, build_llama, next_token_loss
-from lingrad.research.corpus import Corpus, moby_dick, tokenize, training_batches, validation_batches
+from lingrad.research.corpus import moby_dick
 
 RESULTS = Path("docs/studies/slices.jsonl")
 SHAPE = LlamaShape(hidden=64, intermediate=172, layers=2, heads=4, length=32)

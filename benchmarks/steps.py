@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import flops, measure
+from benchmarks.corpus import tokenize, training_batches
 from benchmarks.plan import ENTRIES, PERIOD, Steps, Workload
 from lingrad.methods import Training
 from lingrad.models import build_llama, next_token_loss
-from lingrad.research.corpus import moby_dick, tokenize, training_batches
+from lingrad.research.corpus import moby_dick
 from lingrad.tensors import distinct
 
 WARM_UP = 2

@@ -71,7 +71,7 @@ def markdown(rows: Sequence[Sequence[str]]) -> str:
         Lines with a final newline.
     """
     right = [i > 0 for i in range(len(rows[0]))]
-    header, *rest = align(rows, right)
+    header, *rest = align([[cell.ljust(2) for cell in rows[0]], *rows[1:]], right)  # a rule is a dash and a colon at least
     rule = ["-" * (len(cell) - 1) + (":" if figures else "-") for cell, figures in zip(header, right, strict=True)]
     return "".join(f"| {' | '.join(row)} |\n" for row in (header, rule, *rest))
 

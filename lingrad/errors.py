@@ -157,6 +157,19 @@ def require_one_of(value: object, allowed: Sequence[object], option: str) -> Non
     require(value in allowed, option, f"{option} must be one of {', '.join(words)}, not {value!r}{near}")
 
 
+def require_options(options: Iterable[str], known: Sequence[str], what: str) -> None:
+    """Raise a `SpecError` about the first option that something does not have.
+
+    Args:
+        options: The names of the options given.
+        known: Those that it has.
+        what: What it is, to begin a sentence.
+    """
+    for option in options:
+        near = did_you_mean(option, known)
+        require(option in known, option, f"{what} has no option '{option}'{near} It takes: {', '.join(known)}.")
+
+
 def optional(module: str, what: str, extra: str) -> Any:
     """Import a module of an optional package.
 

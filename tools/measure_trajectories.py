@@ -20,7 +20,7 @@ import torch
 
 from lingrad.console import markdown
 from lingrad.files.atomic import write_whole
-from lingrad.research.diagnostics.modes import ModeGap, RunBeside
+from lingrad.research.diagnostics.modes import ModeGap, RowOrderGap
 from lingrad.research.plan import make_plan
 from lingrad.research.training import METRICS, train
 from lingrad.research.ways import make_method
@@ -49,16 +49,6 @@ ENTRIES = [
 ]
 
 
-class RowOrderGap(RunBeside):
-    """The gap to the same run with the rows of each batch in reverse order."""
-
-    name = "control"
-
-    def batch(self, batch: Any) -> Any:
-        """The rows in reverse order."""
-        return batch.flip(0)
-
-
 def measure(job: tuple[str, str]) -> dict[str, Any]:
     """Make one run with both others beside it.
 
@@ -70,14 +60,15 @@ def measure(job: tuple[str, str]) -> dict[str, Any]:
     """
     name, dtype = job
     torch.set_num_threads(1)
-    run = {"dtype": dtype, "diagnostics": ["gap", f"{__file__}:RowOrderGap"]}
+    run = {"dtype": dtype, "diagnostics": [ModeGap.name, RowOrderGap.name]}
     content = {"name": "duality", "task": TASK, "search": {"trials": 1}, "run": run, "entries": ENTRIES}
     plan = make_plan(content, "the study", ROOT)
     method = make_method(plan.entry(name), {}, seed=SEED, folder=ROOT)
     with tempfile.TemporaryDirectory() as folder:
         found = train(plan, method, seed=SEED, part="final", out=Path(folder))
         lines = [json.loads(line) for line in (Path(folder) / METRICS).read_text().splitlines()]
-    gaps = {key: [(line["step"], line[key]) for line in lines if key in line] for key in (ModeGap.name, RowOrderGap.name)}
+    names = {"gap": ModeGap.name, "control": RowOrderGap.name}
+    gaps = {key: [(line["step"], line[name]) for line in lines if name in line] for key, name in names.items()}
     return {"entry": name, "dtype": dtype, "loss": found["metrics"]["loss"], **gaps}
 
 

@@ -6,7 +6,8 @@ from pathlib import Path
 from lingrad.files.atomic import write_whole
 from lingrad.files.reading import read_json
 from lingrad.research.bundle import unpack
-from lingrad.research.pages import as_markdown, sensitivity
+from lingrad.research.pages import as_markdown
+from lingrad.research.pictures import sensitivity
 from lingrad.research.results import against, read_results, summarize
 from tools.marks import put
 

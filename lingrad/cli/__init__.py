@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json as json_
 from dataclasses import asdict
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -14,12 +13,10 @@ from lingrad import explain as explain_
 from lingrad.cli.adapters import adapters
 from lingrad.cli.common import EXIT_CODES, Command, group
 from lingrad.cli.memory import memory
-from lingrad.cli.options import Base, Json, Model, Results, Rules, Share
+from lingrad.cli.options import Json, Model, Share
 from lingrad.files.results import check_folders, example, finish
 from lingrad.memory import named
 from lingrad.models import open_model
-from lingrad.research import commands as research_commands
-from lingrad.research import report as research_report
 from lingrad.research.cli import studies
 
 EPILOG = example('lingrad memory simulate --model llama-7b --rules "svd(rank=1024)" --capacity 24G') + "\n\n" + EXIT_CODES
@@ -43,38 +40,6 @@ def _program(
         bool, typer.Option("--version", is_eager=True, callback=_version, help="Print the version, and nothing else.")
     ] = False,
 ) -> None: ...
-
-
-@app.command(epilog=example("lingrad demo --steps 60 --out runs/demo"))
-def demo(
-    out: Results = Path("runs/demo"),
-    steps: Annotated[int | None, typer.Option(min=3, help="Training steps; 200 by default.")] = None,
-    json: Json = None,
-) -> None:
-    """Train a small Llama on Moby-Dick with seven methods. Full AdamW, GaLore in both modes, a random map, online PCA."""
-    check_folders(json)
-    result = research_commands.demo(out, steps=steps)
-    finish(json, lambda: research_report.to_json(result), lambda: research_commands.show(result, out))
-
-
-@app.command(epilog=example('lingrad train --text book.txt --rules "random(rank=64, every=50)" --steps 100'))
-def train(
-    text: Annotated[Path, typer.Option(help="A UTF-8 text to train on.")],
-    rules: Rules = "svd(rank=64, every=50)",
-    base: Base = "adamw",
-    lr: Annotated[float, typer.Option(help="Learning rate.")] = 5e-3,
-    scale: Annotated[float, typer.Option(help="Factor on the learning rate of the coordinates.")] = 0.25,
-    carry: Annotated[str, typer.Option(help="Moments at a refresh: keep, reset, rotate or transport.")] = "keep",
-    steps: Annotated[int, typer.Option(min=3, help="Training steps; two mode switches need three.")] = 200,
-    length: Annotated[int, typer.Option(min=2, help="Bytes in a window.")] = 64,
-    out: Results = Path("runs/train"),
-    json: Json = None,
-) -> None:
-    """Train the demo's model on your own text. One method in both modes is compared with full-rank training."""
-    check_folders(json)
-    options: dict[str, Any] = {"base": base, "lr": lr, "scale": scale, "carry": carry, "steps": steps, "length": length}
-    result = research_commands.train(text, rules, out, **options)
-    finish(json, lambda: research_report.to_json(result), lambda: research_commands.show(result, out))
 
 
 @app.command(epilog=example('lingrad explain "*.mlp.*: svd(rank=64); *: none" --model llama-7b'))
@@ -107,6 +72,6 @@ def version(json: Json = None) -> None:
 
 app.add_typer(memory, name="memory")
 _own = app.registered_commands  # in the order of the list of commands
-app.registered_commands = [*_own[:2], *studies.registered_commands, *_own[2:3], *adapters.registered_commands, *_own[3:]]
+app.registered_commands = [*studies.registered_commands, *_own[:1], *adapters.registered_commands, *_own[1:]]
 for _info in (*app.registered_commands, *memory.registered_commands):
     _info.cls = Command

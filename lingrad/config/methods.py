@@ -17,7 +17,7 @@ from lingrad import optimizers
 from lingrad.config import spec
 from lingrad.config.published import DEFAULT, METHODS
 from lingrad.config.settings import Settings
-from lingrad.errors import LingradError, SpecError, did_you_mean, require
+from lingrad.errors import LingradError, SpecError, did_you_mean, require, require_options
 from lingrad.transforms import registry
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -91,9 +91,7 @@ def method_of(rules: object) -> Chosen | None:
     sample: Any = spec.parse(method.spec.format(**any_values))
     own = [option.name for option in fields(getattr(sample, "each", sample))]  # of bases in codes those of the bases
     takes = list(dict.fromkeys([*method.options, *own, "base", "moments", *Settings.names()]))
-    for option in given:
-        near = did_you_mean(option, takes)
-        require(option in takes, option, f"method '{name}' has no option '{option}'{near} It takes: {', '.join(takes)}.")
+    require_options(given, takes, f"method '{name}'")
     filled = {key: given.get(key, value) for key, value in method.options.items()}
     for key, entry in filled.items():
         require(entry is not None, key, f"method '{name}' needs {key}, as in {name}({key}=...)")

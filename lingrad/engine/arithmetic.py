@@ -17,6 +17,9 @@ from lingrad.config.settings import Compat
 from lingrad.errors import SpecError
 from lingrad.transforms import SVD, Transform
 
+# Of a param group, what the base optimizer must not get as it is: the run's own, fixed when it was built, or set in `sync_to`.
+OWN = {"params", "param_names", "name", "kind", "scale", "specs", "weight_decay", "lr", "eps", "fused", "foreach"}
+
 
 @dataclass(frozen=True)
 class Arithmetic:
@@ -102,3 +105,20 @@ def unfit_rate(groups: list[dict[str, Any]], fits: Callable[[dict[str, Any]], bo
     coords = [group for group in groups if group["kind"] == "coords"]
     rest = bool(coords) and all(map(fits, coords))
     return (unfit[0] if unfit else None), ("rest_lr" if rest else "lr")
+
+
+def sync_to(own: Mapping[str, Any], group: dict[str, Any], arithmetic: Arithmetic, step: int) -> None:
+    """Copy a param group's hyper-parameters, which schedulers change, to the base optimizer's.
+
+    Args:
+        own: The run's group.
+        group: The optimizer's, changed in place.
+        arithmetic: Details of the step.
+        step: The step about to be made, counted from 1.
+    """
+    for key in group.keys() - OWN:
+        if key in own:
+            group[key] = own[key]
+    if "eps" in group:
+        group["eps"] = arithmetic.eps(own, step)
+    group["lr"] = own["lr"] * own.get("scale", 1.0)

@@ -19,6 +19,7 @@ from lingrad.engine.refresh import choose, commit, renew, schedule
 from lingrad.engine.run import Run
 from lingrad.engine.stepper import Built, Group
 from lingrad.errors import ModeError
+from lingrad.optimizers.closure import evaluate as evaluate
 from lingrad.optimizers.hooks import without_global_hooks
 from lingrad.subspaces.ledger import Ledger
 from lingrad.subspaces.merging import merge_all
@@ -38,10 +39,7 @@ def step(run: Run, closure: Callable[[], Any] | None = None) -> Any:
         What the closure returned.
     """
     run.require_attached()
-    loss = None
-    if closure is not None:
-        with torch.enable_grad():
-            loss = closure()
+    loss = evaluate(closure)
     _step(run)
     return loss
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, closing, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lingrad.config.settings import Carry
-from lingrad.engine.arithmetic import Arithmetic, unfit_rate
+from lingrad.engine.arithmetic import OWN, Arithmetic, sync_to, unfit_rate
+from lingrad.engine.counts import in_parts
 from lingrad.engine.moments import Moments
 from lingrad.engine.offload import Offload
 from lingrad.errors import ShapeError, SpecError, require
@@ -23,9 +24,6 @@ from lingrad.subspaces.subspace import Subspace
 
 Group = dict[str, Any]
 _Kind = tuple[torch.dtype, torch.device, torch.Size]  # of a parameter: what its state depends on
-
-# Of a param group, what the base optimizer must not get as it is: the run's own, fixed when it was built, or set in `_sync_to`.
-_OWN = {"params", "param_names", "name", "kind", "scale", "specs", "weight_decay", "lr", "eps", "fused", "foreach"}
 
 
 class Built(NamedTuple):
@@ -55,6 +53,7 @@ class Stepper:
 
     Attributes:
         state: What the optimizers keep, by parameter; they share this mapping.
+        missed: Steps of the run that a parameter had no gradient in, where they are counted for each.
     """
 
     def __init__(self, base: Base, arithmetic: Arithmetic, kinds: MomentKinds, offload: Offload | None = None) -> None:
@@ -62,6 +61,7 @@ class Stepper:
         self.arithmetic = arithmetic
         self.kinds = kinds
         self.state: defaultdict[Tensor, dict[str, Any]] = defaultdict(dict)
+        self.missed: dict[Tensor, int] = {}
         self.offload = offload
         self._built: list[Built] = []
         self._single: dict[int, Built] = {}  # of one parameter each, where layerwise
@@ -121,14 +121,16 @@ class Stepper:
             built: The optimizer.
             step: The step, counted from 1.
         """
+        with closing(in_parts(built.optimizer.param_groups, self.missed)) as parts:
+            for missed in parts:
+                for own, group in built.pairs:
+                    sync_to(own, group, self.arithmetic, step - missed)
+                if self.offload is None:
+                    built.optimizer.step()
+                else:
+                    self.offload.step(built.optimizer)
         for own, group in built.pairs:
-            _sync_to(own, group, self.arithmetic, step)
-        if self.offload is None:
-            built.optimizer.step()
-        else:
-            self.offload.step(built.optimizer)
-        for own, group in built.pairs:
-            own.update({key: group[key] for key in group.keys() - _OWN})  # such as a step size that it found
+            own.update({key: group[key] for key in group.keys() - OWN})  # such as a step size that it found
 
     def compile(self, groups: list[Group], options: dict[str, Any]) -> None:
         """Send steps through ``torch.compile``, from the next one on; of quantised moments, encoding and decoding alone.
@@ -244,7 +246,7 @@ class Stepper:
 
     def _rates(self, group: Group) -> Mapping[str, float]:
         """How fast the means forget with the hyper-parameters that a group has now."""
-        options = {key: value for key, value in group.items() if key not in _OWN}
+        options = {key: value for key, value in group.items() if key not in OWN}
         now = repr(sorted(options.items(), key=lambda item: item[0]))
         if now not in self._known_rates:
             self._known_rates[now] = decay_rates(self.base, self.kinds, options)
@@ -281,20 +283,3 @@ class Stepper:
                 self.state[param] = self.stowed(initial)
         optimizer.state = self.state
         return Built(optimizer, list(zip(groups, optimizer.param_groups, strict=True)))
-
-
-def _sync_to(own: Mapping[str, Any], group: Group, arithmetic: Arithmetic, step: int) -> None:
-    """Copy a param group's hyper-parameters, which schedulers change, to the base optimizer's.
-
-    Args:
-        own: The run's group.
-        group: The optimizer's, changed in place.
-        arithmetic: Details of the step.
-        step: The step about to be made, counted from 1.
-    """
-    for key in group.keys() - _OWN:
-        if key in own:
-            group[key] = own[key]
-    if "eps" in group:
-        group["eps"] = arithmetic.eps(own, step)
-    group["lr"] = own["lr"] * own.get("scale", 1.0)

@@ -156,7 +156,7 @@ def _identify(file: Path) -> list[Any]:
 def _listed(index: Path) -> dict[str, str]:
     """Tensor -> file, as an index lists them."""
     try:
-        content = read_json(index)
+        content = read_json(index, foreign=True)
     except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"cannot read {index}: {error}") from error
     where = content.get("weight_map") if isinstance(content, dict) else None

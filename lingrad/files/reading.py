@@ -1,4 +1,4 @@
-"""Opening files of others: what is no plain file, or far too large, is an error before anything is read."""
+"""Reading files of others: what is no plain file, or far too large, is an error before anything is read."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ import errno
 import io
 import json
 import os
+import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,7 +17,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lingrad.errors import DataError
+
 LARGEST_JSON = 64 * 2**20  # bytes; the index of a model with 10^5 tensors has 10 MB
+MARK = "\ufeff"  # some editors, of Windows above all, write it at the start of a text; it is no part of it
+_HALF = re.compile("[\ud800-\udfff]")  # one half of a pair that makes a character; no encoding of Unicode has it alone
+_HALF_ESCAPED = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 def open_plain(path: str | Path) -> io.BufferedReader:
@@ -99,11 +105,74 @@ def memory_of(tensor: Tensor) -> memoryview:
     return memoryview((ctypes.c_ubyte * tensor.nbytes).from_address(tensor.data_ptr())).cast("B")
 
 
-def read_json(path: Path) -> Any:
+def read_text(path: Path, kind: str = "text", *, largest: int | None = None) -> str:
+    """The content of a text file, without a byte order mark.
+
+    Args:
+        path: A UTF-8 text file.
+        kind: What it is, for messages.
+        largest: Bytes that it has at most; None for any number.
+
+    Returns:
+        The text.
+
+    Raises:
+        DataError: It is missing, empty, too large, or not UTF-8.
+    """
+    try:
+        with open_plain(path) as file:
+            data = file.read(-1 if largest is None else largest + 1)
+    except OSError as error:
+        raise DataError(f"cannot read the {kind} {path}: {error.strerror or error}") from error
+    if largest is not None and len(data) > largest:
+        raise DataError(f"the {kind} {path} is larger than {largest:,} bytes")
+    try:
+        text = data.decode().removeprefix(MARK)
+    except UnicodeDecodeError as error:
+        raise DataError(f"the {kind} {path} is not in UTF-8 (byte {error.start}); convert it first") from error
+    if not text.strip():
+        raise DataError(f"the {kind} {path} is empty")
+    return text
+
+
+def parse_json(text: str | bytes, *, pairs: Callable[[list[tuple[str, Any]]], Any] | None = None) -> Any:
+    """The content of a text of JSON, whose strings can all be written again.
+
+    Args:
+        text: The text; bytes are UTF-8, or UTF-16 or UTF-32 where they begin like it, and may begin with a byte order mark.
+        pairs: See ``object_pairs_hook`` of `json.loads`.
+
+    Returns:
+        What it holds. Raises `ValueError` where it is not JSON or a string has half a character, a lone surrogate: JSON can
+        spell it, and no tokenizer and no file takes it. Raises `RecursionError` where it is nested too deeply.
+    """
+    plain = text.decode(json.detect_encoding(text)) if isinstance(text, bytes) else text
+    found = json.loads(plain, object_pairs_hook=pairs)
+    if _HALF_ESCAPED.search(plain):
+        _require_characters(found)
+    return found
+
+
+def _require_characters(found: Any) -> None:
+    rest = [found]
+    while rest:
+        value = rest.pop()
+        if isinstance(value, dict):
+            rest += [*value, *value.values()]
+        elif isinstance(value, list):
+            rest += value
+        elif isinstance(value, str) and (half := _HALF.search(value)):
+            code = f"\\u{ord(half[0]):04x}"
+            raise ValueError(f"a string has {code}, half a character, which no text can hold: write both halves, or none")
+
+
+def read_json(path: Path, *, foreign: bool = False) -> Any:
     """The content of a JSON file.
 
     Args:
         path: The file.
+        foreign: Whether it is read as `parse_json` does. A file of lingrad's own may hold a path that is not in UTF-8, which
+            Python stores as lone surrogates.
 
     Returns:
         What it holds. Raises `ValueError` or `RecursionError` where it is not JSON.
@@ -115,7 +184,7 @@ def read_json(path: Path) -> Any:
         data = file.read(LARGEST_JSON + 1)
     if len(data) > LARGEST_JSON:
         raise OSError(errno.EFBIG, f"it is larger than {LARGEST_JSON:,} bytes", str(path))
-    return json.loads(data)
+    return parse_json(data) if foreign else json.loads(data)
 
 
 def all_finite(tensor: Tensor) -> bool:

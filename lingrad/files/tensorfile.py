@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lingrad.errors import DataError
 from lingrad.files.atomic import new_file
-from lingrad.files.reading import memory_of, open_plain, open_same, stamp
+from lingrad.files.reading import memory_of, open_plain, open_same, parse_json, stamp
 
 DTYPES = {
     "F64": torch.float64,
@@ -195,7 +195,7 @@ def in_memory(tensors: Mapping[str, Tensor]) -> dict[str, Piece]:
 def _parse(path: Path, header: bytes, size: int) -> tuple[dict[str, TensorEntry], dict[str, str]]:
     """Read a header; every byte of the file must belong to exactly one tensor, and every name occur once."""
     try:
-        found = json.loads(header.decode(), object_pairs_hook=_unique)
+        found = parse_json(header.decode(), pairs=_unique)
     except (ValueError, RecursionError) as error:
         raise _damaged(path, f"its header is not JSON that names each tensor once ({error})") from error
     if not isinstance(found, dict):
@@ -206,8 +206,6 @@ def _parse(path: Path, header: bytes, size: int) -> tuple[dict[str, TensorEntry]
     entries: dict[str, TensorEntry] = {}
     extents = []
     for name, value in found.items():
-        if not name.isascii() and any("\ud800" <= char <= "\udfff" for char in name):  # half a character, in no file of UTF-8
-            raise _damaged(path, f"it has a tensor called {name!r}")
         dtype, shape, offsets = _fields(path, name, value)
         # before numbers of any length are multiplied; an empty tensor with a side that large is no tensor of a model
         if len(shape) > _MOST_DIMENSIONS or max(shape, default=0) > max(size, 2**32):

@@ -52,7 +52,7 @@ def translated(index: int, group: dict[str, Any], options: tuple[str, ...]) -> d
     require(not missing, "rank", f"param group {index} has a rank, and lacks {', '.join(missing)}")
     side, gap = group["proj_type"], group["update_proj_gap"]
     require(
-        side in SIDES,
+        isinstance(side, str) and side in SIDES,
         "proj_type",
         f"proj_type must be one of {', '.join(SIDES)}, not {shown(side)}{did_you_mean(str(side), SIDES)}",
     )

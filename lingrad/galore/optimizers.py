@@ -9,153 +9,15 @@ projects it inside the backward and never forms it: less memory, the same steps,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
-import torch
-from torch.optim import Optimizer
-from typing_extensions import override
-
-from lingrad.engine.optimizer import SubspaceOptimizer
-from lingrad.errors import CheckpointError, ModeError, require
-from lingrad.galore.groups import require_only, translated
-
-_GROUPS = "galore_groups"  # in a state: the param groups as the script has them
+from lingrad.errors import require
+from lingrad.galore.base import GaloreOptimizer
+from lingrad.galore.groups import require_only
 
 
-class _GaloreOptimizer(Optimizer):
-    """What the three have in common: the script's param groups outside, a `SubspaceOptimizer` inside.
-
-    Args:
-        params: Parameters, or param groups, of which those with a ``rank`` are projected.
-        base: The base optimizer.
-        defaults: Hyper-parameters of groups that have none of their own.
-        fixed: Options of the base for the whole run.
-
-    Attributes:
-        run: The optimizer inside, with `captured_energy`, `refreshes` and the like; its names are ``group.index``, or the
-            script's own where it passes named parameters.
-    """
-
-    def __init__(self, params: Iterable[Any], base: str, defaults: dict[str, Any], **fixed: Any) -> None:
-        self.run: SubspaceOptimizer | None = None
-        super().__init__(params, defaults)
-        self._options = tuple(defaults)
-        self._frozen = [param for group in self.param_groups for param in group["params"] if not param.requires_grad]
-        groups = [translated(i, group, self._options) for i, group in enumerate(self.param_groups)]
-        self._indices = [i for i, group in enumerate(groups) if group["params"]]
-        self.run = SubspaceOptimizer(
-            [groups[i] for i in self._indices], {"*": "none"}, base, mode="optimizer", compat="galore", **fixed
-        )
-        for attachment in self.run.attachments:
-            attachment.leave_gradient()
-
-    @override
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One step, from the gradients that are in ``weight.grad`` now; they stay there until `zero_grad`.
-
-        Args:
-            closure: Evaluates the model once and returns the loss.
-
-        Returns:
-            What the closure returned.
-
-        Raises:
-            ModeError: A parameter was frozen when the optimizer was made, and has a gradient now.
-        """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        if any(param.grad is not None for param in self._frozen):
-            raise ModeError(
-                "a parameter that was frozen when the optimizer was made has a gradient now, and would not be trained; call "
-                "requires_grad_(True) before the optimizer is made"
-            )
-        run = self._run
-        self._sync()
-        params = [param for group in self.param_groups for param in group["params"]]
-        grads = [param.grad for param in params]
-        run.step()  # takes the gradients that it finds in weights
-        run.zero_grad()
-        for param, grad in zip(params, grads, strict=True):
-            param.grad = grad
-        return loss
-
-    @override
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Drop all gradients.
-
-        Args:
-            set_to_none: Free them instead of filling them with zeros.
-        """
-        super().zero_grad(set_to_none)
-
-    @override
-    def state_dict(self) -> dict[str, Any]:
-        """The state: tensors and plain values only, which torch loads with ``weights_only=True``.
-
-        Returns:
-            The state of the run inside, and the script's param groups without their parameters.
-        """
-        self._sync()
-        groups = [{k: v for k, v in group.items() if k not in ("params", "param_names")} for group in self.param_groups]
-        return {**self._run.state_dict(), _GROUPS: groups}
-
-    @override
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Resume from a saved state; the next steps are those that the saved run would have made, to the bit.
-
-        Args:
-            state_dict: What `state_dict` gave, for the same parameters in the same groups.
-
-        Raises:
-            CheckpointError: It is another program's, or of another run; the first difference is named.
-        """
-        saved = state_dict.get(_GROUPS)
-        if not isinstance(saved, list) or len(saved) != len(self.param_groups):
-            raise CheckpointError(
-                f"expected the state of an optimizer of lingrad.galore with {len(self.param_groups)} param groups, which has "
-                f"them in '{_GROUPS}'. A state of galore_torch itself is resumed by lingrad.convert.from_galore"
-            )
-        self._run.load_state_dict({key: value for key, value in state_dict.items() if key != _GROUPS})
-        for group, given in zip(self.param_groups, saved, strict=True):
-            group.update(given)
-
-    @override
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Used while the optimizer is made.
-
-        Args:
-            param_group: A param group. Raises `ModeError` where the optimizer exists already.
-        """
-        if self.run is not None:
-            raise ModeError("param groups cannot be added to a running optimizer; pass them all when it is made")
-        super().add_param_group(param_group)
-
-    @override
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        raise ModeError("this optimizer cannot be copied or pickled; save and load its state_dict()")
-
-    @property
-    def _run(self) -> SubspaceOptimizer:
-        if self.run is None:
-            raise ModeError("this optimizer is not made yet")
-        return self.run
-
-    def _sync(self) -> None:
-        """Give the run inside the hyper-parameters that schedulers and scripts have set in the groups outside."""
-        several = len(self._indices) > 1
-        for place, index in enumerate(self._indices):
-            group = self.param_groups[index]
-            for own in self._run.param_groups:
-                if not several or own["name"].startswith(f"{place}."):
-                    names = (*self._options, "scale") if own["kind"] == "coords" else self._options
-                    own.update({name: group[name] for name in names if name in own})
-
-
-class GaLoreAdamW(_GaloreOptimizer):
+class GaLoreAdamW(GaloreOptimizer):
     """galore_torch's AdamW, to rounding: 1e-12 in float64 (``compat="galore"``).
 
     Args:
@@ -187,7 +49,7 @@ class GaLoreAdamW(_GaloreOptimizer):
         super().__init__(params, "adamw", {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 
 
-class GaLoreAdamW8bit(_GaloreOptimizer):
+class GaLoreAdamW8bit(GaloreOptimizer):
     """galore_torch's AdamW with moments in 8 bits, by today's bitsandbytes, of which galore_torch needs an old version.
 
     Args:
@@ -234,7 +96,7 @@ class GaLoreAdamW8bit(_GaloreOptimizer):
         super().__init__(params, "adamw8bit", defaults, min_8bit_size=min_8bit_size)
 
 
-class GaLoreAdafactor(_GaloreOptimizer):
+class GaLoreAdafactor(GaloreOptimizer):
     """galore_torch's Adafactor, to rounding, where its update reads only gradients.
 
     Args:

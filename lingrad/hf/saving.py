@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from torch import nn
@@ -85,8 +86,8 @@ def _write(what: Exported, folder: Path, no_adapter: str, options: Mapping[str, 
         shutil.rmtree(folder)
     if why:
         warn_caller(
-            f"'{folder.parent}' has the full model, but no adapter: {why}. 'lingrad convert START {folder.parent} --out DIR' "
-            "makes one from the weights before and after training, and reports how close it is",
+            f"'{folder.parent}' has the full model, but no adapter: {why}. `lingrad convert START {quote(str(folder.parent))} "
+            "--out DIR` makes one from the weights before and after training, and reports how close it is",
             UserWarning,
         )
     else:

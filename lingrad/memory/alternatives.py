@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from shlex import quote
 from time import monotonic
 from typing import Any
 
@@ -90,7 +91,7 @@ def _candidates(question: Question) -> Iterator[tuple[list[str], Question, Metho
     if question.offload is None:
         single["--offload moments"] = {"offload": "moments"}
     if lower is not None:
-        single[f"--rules {lower!r}"] = {"rules": lower}
+        single[f"--rules {quote(lower)}"] = {"rules": lower}
     if question.batch > 1:
         single["--batch 1"] = {"batch": 1}
     most = [always] if len(always) > 1 else []  # first: where it does not fit, less of it does not

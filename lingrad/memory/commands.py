@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Literal, cast, get_args
 
+from torch import nn
+
+from lingrad import optimizers
 from lingrad.config.methods import long_rules
+from lingrad.config.offload import parse_offload
 from lingrad.config.rules import parse_rules
 from lingrad.config.settings import Mode
 from lingrad.console import say
@@ -19,6 +23,7 @@ from lingrad.memory.inputs import OwnLoss
 from lingrad.memory.report import MemoryReport
 from lingrad.memory.units import CONTEXT, parse_bytes
 from lingrad.methods import FullRank, GaloreTorch, Lingrad, Lora, Method
+from lingrad.methods.largest import largest
 from lingrad.models import DTYPES, open_in
 
 INSTEAD = (
@@ -75,6 +80,18 @@ class Question:
         require_one_of(self.dtype, tuple(DTYPES), "dtype")
         require(self.batch >= 1, "batch", f"batch must be at least 1, not {self.batch}")
         require(self.length >= 2, "length", f"length must be at least 2 tokens, not {self.length}")
+        for size in (self.capacity, self.context):
+            parse_bytes("0" if size is None else size)
+        parse_rules(long_rules(self.rules))
+        if self.base is not None:
+            with suppress(DependencyError):  # which a method that needs the package reports
+                optimizers.find(self.base, {})
+        if self.offload is not None:
+            parse_offload(self.offload)
+
+    def open(self) -> nn.Module:
+        """The model, on the meta device; raises `DataError` where there is none."""
+        return open_in(self.model, self.dtype)
 
     @property
     def method(self) -> Method:
@@ -98,7 +115,7 @@ def simulate(question: Question, method: Method | None = None) -> MemoryReport:
     """
     try:
         return runs.simulate(
-            lambda: open_in(question.model, question.dtype),
+            question.open,
             question.method if method is None else method,
             batch=question.batch,
             length=question.length,
@@ -126,7 +143,7 @@ def estimate(question: Question) -> Estimate:
         The estimate.
     """
     return estimate_(
-        open_in(question.model, question.dtype),
+        question.open(),
         question.rules,
         mode=cast("Mode", question.mode),
         tokens=question.batch * question.length,
@@ -150,7 +167,9 @@ def compare(question: Question) -> MethodComparison:
     """
     reports: dict[str, MemoryReport] = {}
     left_out: dict[str, str] = {}
-    for method in methods(question):
+    chosen = methods(question)
+    question.open()  # before anything is said of what is computed
+    for method in chosen:
         say(f"simulating {method.label}")
         try:
             reports[method.label] = simulate(question, method)
@@ -196,6 +215,7 @@ def fit(question: Question, method: Method | None = None) -> Fit:
     """
     if question.capacity is None:
         raise SpecError("the largest batch that fits depends on the device's memory; give it, such as --capacity 24GiB")
+    question.open()  # before anything is said of what is computed
     tried: dict[int, MemoryReport] = {}
 
     def fits(batch: int) -> bool:
@@ -204,7 +224,7 @@ def fit(question: Question, method: Method | None = None) -> Fit:
         return bool(tried[batch].fits)
 
     return Fit(
-        rows=(rows := _bisect(fits)),
+        rows=(rows := largest(fits, LARGEST) if fits(1) else 0),
         method=(method or question.method).label,
         capacity=question.capacity,
         context=question.context,
@@ -212,17 +232,3 @@ def fit(question: Question, method: Method | None = None) -> Fit:
         reserved=tried[max(rows, 1)].reserved or 0,
         at_least=rows == LARGEST,
     )
-
-
-def _bisect(fits: Callable[[int], bool]) -> int:
-    """The largest whole number that fits, if all smaller ones do."""
-    if not fits(1):
-        return 0
-    low, high = 1, 2
-    while high <= LARGEST and fits(high):
-        low, high = high, 2 * high
-    high = min(high, LARGEST + 1)
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
-    return low

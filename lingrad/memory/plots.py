@@ -14,6 +14,15 @@ GIB = 2**30
 SIZE = (9.0, 4.5)  # inches
 
 
+def check_format(path: Path) -> None:
+    """Make sure, before anything is computed, that a picture can be written in the format that a file's suffix names.
+
+    Args:
+        path: The file. Raises ``ValueError`` if matplotlib does not know the format.
+    """
+    plotting.picture(plotting.figure((1.0, 1.0))[0], path.suffix)
+
+
 def draw_timeline(timeline: Sequence[tuple[int, Mapping[str, int]]], path: Path, *, peak: int, title: str) -> Path:
     """Plot the memory in use, stacked by category, over the allocations and frees of a run.
 

@@ -6,7 +6,7 @@ import re
 
 from lingrad.errors import SpecError
 
-CONTEXT = "512MiB"  # what a CUDA context is assumed to take, where nothing else is said
+CONTEXT = "512MiB"  # what a CUDA context is assumed to take, where nothing else is said; docs/memory.md has who reports what
 
 _UNITS = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40, "kB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 

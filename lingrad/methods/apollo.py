@@ -12,10 +12,13 @@ from torch.optim import AdamW, Optimizer
 from typing_extensions import override
 
 from lingrad.config.targets import resolve_model
-from lingrad.errors import SpecError, require
+from lingrad.errors import SpecError, require, require_options
 from lingrad.methods.base import Method, Training
+from lingrad.optimizers.closure import evaluate
 
 GROWTH = 1.01  # of a step's norm, at most, from one step to the next (section 4.1)
+_OF_BOTH = ("lr", "betas", "eps", "weight_decay")  # options of both optimizers
+_OWN = ("every", "scale", "seed")
 
 
 class ScaledGradients(Optimizer):
@@ -70,10 +73,7 @@ class ScaledGradients(Optimizer):
         Returns:
             What the closure returned.
         """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = evaluate(closure)
         for group in self.param_groups:
             for number, param in enumerate(group["params"]):
                 if param.grad is not None:
@@ -117,12 +117,20 @@ class Apollo(Method):
     Args:
         rank: Rank of the subspace.
         mini: APOLLO-Mini: one scale for a whole weight, times the root of 128, in place of one for each row or column.
-        options: ``lr`` (1e-3), ``betas``, ``eps`` and ``weight_decay`` of both, ``every`` and ``scale`` of the former.
+        options: ``lr`` (1e-3), ``betas``, ``eps`` and ``weight_decay`` of both, ``every``, ``scale`` and ``seed`` of
+            the former.
+
+    Raises:
+        SpecError: There is no option of that name.
     """
 
     rank: int
     mini: bool = False
     options: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Check the names of the options."""
+        require_options(self.options, (*_OF_BOTH, *_OWN), "APOLLO-Mini" if self.mini else "APOLLO")
 
     @property
     @override
@@ -137,7 +145,7 @@ class Apollo(Method):
         chosen = {id(param) for param in low}
         rest = [param for param in model.parameters() if param.requires_grad and id(param) not in chosen]
         found = {"lr": 1e-3, "weight_decay": 0.0, **self.options}
-        own = {key: found.pop(key) for key in ("every", "scale", "seed") if key in found}
+        own = {key: found.pop(key) for key in _OWN if key in found}
         own = {"scale": 128.0**0.5 if self.mini else 1.0, **own}
         others: list[Optimizer] = [AdamW(rest, **found)] if rest else []
         return Training(model, [ScaledGradients(low, rank=self.rank, whole=self.mini, **own, **found), *others])

@@ -229,12 +229,13 @@ class GaloreTorch(Method):
         others = [param for param in _trainable(model) if id(param) not in chosen]
         galore = {"rank": self.rank, "update_proj_gap": self.every, "scale": 0.25, "proj_type": "std"}
 
+        found = optimizers.find(factory, {"lr": 1e-4, **self.options})
+
         def build(params: list[Tensor]) -> Optimizer:
             low_rank = [param for param in params if id(param) in chosen]
             full = [param for param in params if id(param) not in chosen]
             groups = [{"params": full}] * bool(full) + [{"params": low_rank, **galore}] * bool(low_rank)
-            optimizer: Optimizer = factory(groups, lr=1e-4, **self.options)
-            return optimizer
+            return found.build(groups)
 
         return _with(model, build, [[param] for param in (*others, *projected)], layerwise)
 

@@ -12,8 +12,9 @@ from torch.optim import AdamW, Optimizer
 from typing_extensions import override
 
 from lingrad.config.targets import resolve_model
-from lingrad.errors import SpecError
+from lingrad.errors import SpecError, require_options
 from lingrad.methods.base import Method, Training
+from lingrad.optimizers.closure import evaluate
 
 
 class ColumnNormalizedSGD(Optimizer):
@@ -54,10 +55,7 @@ class ColumnNormalizedSGD(Optimizer):
         Returns:
             What the closure returned.
         """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = evaluate(closure)
         for group in self.param_groups:
             for param in group["params"]:
                 if param.grad is None:
@@ -81,9 +79,16 @@ class ColumnNormalized(Method):
 
     Args:
         options: ``lr`` (1e-3) and ``weight_decay`` (0) of both, and ``momentum`` (0.9) of the head.
+
+    Raises:
+        SpecError: There is no option of that name.
     """
 
     options: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Check the names of the options."""
+        require_options(self.options, ("lr", "weight_decay", "momentum"), "SCALE")
 
     @property
     @override

@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lingrad.errors import SpecError, require, require_one_of
+from lingrad.optimizers.closure import evaluate
 from lingrad.optimizers.codes import BLOCK, BUCKET, PLAIN, CodeBook, CodeKind, Coding, code_book, dequantize, quantize
 from lingrad.tensors import TensorSpec
 
@@ -131,10 +132,7 @@ class QuantizedOptimizer(Optimizer):
         Returns:
             What the closure returned.
         """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = evaluate(closure)
         books: Books = {}
         for group, params in self._buckets():
             part = {**group, "params": params}

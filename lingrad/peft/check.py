@@ -226,5 +226,5 @@ def judge(loader: Loader, adapter: AdapterFile, folder: str) -> LoaderFinding:
     needed = next((rank for rank in VLLM_RANKS if rank >= max(adapter.r, *adapter.ranks.values())), VLLM_RANKS[-1])
     start = str(adapter.config.get("base_model_name_or_path") or "START")
     words = {"START": start, "DIR": folder, "RANK": str(needed)}
-    command = re.sub(rf"\b({'|'.join(words)})\b", lambda found: words[found[0]], loader.command)
+    command = re.sub(rf"\b({'|'.join(words)})\b", lambda found: loader.quote(words[found[0]]), loader.command)
     return LoaderFinding(loader.name, tuple(loader.refuses(adapter)), tuple(changed), command)

@@ -42,7 +42,7 @@ def open_config(folder: Path) -> dict[str, Any]:
     """
     path = folder / CONFIG
     try:
-        config = read_json(path)
+        config = read_json(path, foreign=True)
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}; expected the folder of a PEFT adapter") from error
     except (ValueError, RecursionError) as error:

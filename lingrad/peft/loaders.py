@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+import shlex
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -89,6 +90,7 @@ class Loader:
         refuses: Why it stops with an error.
         loses: What it leaves out without an error.
         command: How to load the adapter; ``DIR`` is its folder, ``START`` the starting model, ``RANK`` what vLLM has room for.
+        quote: Writes a name so that the command takes it whole.
     """
 
     name: LoaderName
@@ -98,6 +100,7 @@ class Loader:
     refuses: Faults
     loses: Faults
     command: str
+    quote: Callable[[str], str] = shlex.quote
 
 
 def of_one_alpha(adapter: AdapterFile, path: str) -> float:
@@ -274,6 +277,7 @@ LOADERS: dict[LoaderName, Loader] = {
             _diffusers_refuses,
             _nothing,
             "transformer.load_lora_adapter(DIR, weight_name='adapter_model.safetensors', prefix='base_model.model')",
+            repr,
         ),
     )
 }

@@ -15,6 +15,7 @@ from lingrad.research.objects import is_object, load_object
 Sampler = Literal["grid", "random", "tpe"]
 Pruner = Literal["none", "median", "halving"]
 Schedule = Literal["constant", "linear", "cosine"]
+Dtype = Literal["float32", "float64", "bfloat16"]  # of weights
 Match = Literal["state_bytes", "seconds"]
 MOST_RUNGS = 10
 ALONE = ("gap", "reproducible")  # diagnostics of runs of one process
@@ -53,7 +54,7 @@ def check_plan(values: Mapping[str, Any], names: Sequence[str], where: str) -> N
         ("sampler", Sampler),
         ("pruner", Pruner),
         ("schedule", Schedule),
-        ("dtype", Literal["float32", "float64", "bfloat16"]),
+        ("dtype", Dtype),
     ):
         require_one_of(values[key], get_args(allowed), key)
     require(0.0 <= values["warmup"] < 1.0, "warmup", f"{where}, [run]: 'warmup' is a share of the steps, 0 or more and below 1")

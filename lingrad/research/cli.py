@@ -13,14 +13,54 @@ from lingrad.research import commands
 
 studies = typer.Typer()
 
+Base = Annotated[str, typer.Option(help="Base optimizer, such as adamw8bit or lion.")]
+Carry = Annotated[str, typer.Option(help="Moments at a refresh: keep, reset, rotate or transport.")]
+Jobs = Annotated[int, typer.Option(min=1, help="Runs at a time, each in a process.")]
+Length = Annotated[int, typer.Option(min=2, help="Bytes in a window.")]
+Rules = Annotated[str, typer.Option(help="Config string, or rules: '*.attn.*: svd(rank=64); *: none'.")]
+Scale = Annotated[float, typer.Option(help="Factor on the learning rate of the coordinates.")]
 Json = Annotated[Path | None, typer.Option(help="Write the report as JSON to this file; - prints the JSON and nothing else.")]
+
+
+@studies.command(epilog=example("lingrad demo --steps 60 --out runs/demo"))
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder of the results.")] = Path("runs/demo"),
+    steps: Annotated[int | None, typer.Option(min=3, help="Training steps; 200 by default.")] = None,
+    jobs: Jobs = 1,
+    json: Json = None,
+) -> None:
+    """Train a small Llama on Moby-Dick by several methods. Full AdamW, GaLore in both modes, a random map, online PCA."""
+    check_folders(json)
+    _show(commands.demo(out, steps=steps, jobs=jobs), json)
+
+
+@studies.command(epilog=example('lingrad train --text book.txt --rules "random(rank=64, every=50)" --steps 100'))
+def train(
+    text: Annotated[Path, typer.Option(help="A UTF-8 text to train on.")],
+    rules: Rules = "svd(rank=64, every=50)",
+    base: Annotated[
+        str | None, typer.Option(help="Base optimizer, such as adamw8bit or lion; else a method's, or adamw.")
+    ] = "adamw",
+    lr: Annotated[float, typer.Option(help="Learning rate.")] = 5e-3,
+    scale: Scale = 0.25,
+    carry: Carry = "keep",
+    steps: Annotated[int, typer.Option(min=3, help="Training steps; two mode switches need three.")] = 200,
+    length: Length = 64,
+    out: Annotated[Path, typer.Option(help="Folder of the results.")] = Path("runs/train"),
+    jobs: Jobs = 1,
+    json: Json = None,
+) -> None:
+    """Train the demo's model on your own text. One method in both modes is compared with full-rank training."""
+    check_folders(json)
+    options: dict[str, Any] = {"base": base, "lr": lr, "scale": scale, "carry": carry, "steps": steps, "length": length}
+    _show(commands.train(text, rules, out, jobs=jobs, **options), json)
 
 
 @studies.command(epilog=example("lingrad run plan.toml --out runs/plan --jobs 2"))
 def run(
     plan: Annotated[Path, typer.Argument(metavar="PLAN", help="A plan: a file of TOML.")],
     out: Annotated[Path, typer.Option(help="Folder of the results; what it holds already is not run again.")],
-    jobs: Annotated[int, typer.Option(min=1, help="Runs at a time, each in a process.")] = 1,
+    jobs: Jobs = 1,
     storage: Annotated[
         str | None, typer.Option(help="Database of the trials, such as sqlite:///trials.db, for machines to share.")
     ] = None,
@@ -58,17 +98,15 @@ def report(
 @studies.command(epilog=example('lingrad find-lr --text book.txt --rules "random(rank=64, every=50)" --low 1e-5'))
 def find_lr(
     text: Annotated[Path, typer.Option(help="A UTF-8 text to train on.")],
-    rules: Annotated[
-        str, typer.Option(help="Config string, or rules: '*.attn.*: svd(rank=64); *: none'.")
-    ] = "svd(rank=64, every=50)",
-    base: Annotated[str, typer.Option(help="Base optimizer, such as adamw8bit or lion.")] = "adamw",
+    rules: Rules = "svd(rank=64, every=50)",
+    base: Base = "adamw",
     mode: Annotated[str, typer.Option(help="Mode: optimizer or adapter.")] = "optimizer",
     low: Annotated[float, typer.Option(help="The first learning rate.")] = 1e-6,
     high: Annotated[float, typer.Option(help="The last learning rate.")] = 10.0,
-    scale: Annotated[float, typer.Option(help="Factor on the learning rate of the coordinates.")] = 0.25,
-    carry: Annotated[str, typer.Option(help="Moments at a refresh: keep, reset, rotate or transport.")] = "keep",
+    scale: Scale = 0.25,
+    carry: Carry = "keep",
     steps: Annotated[int, typer.Option(min=2, help="Training steps, each at the next learning rate.")] = 100,
-    length: Annotated[int, typer.Option(min=2, help="Bytes in a window.")] = 64,
+    length: Length = 64,
     out: Annotated[Path, typer.Option(help="Folder of the results.")] = Path("runs/find-lr"),
     json: Json = None,
 ) -> None:
@@ -83,6 +121,6 @@ def _show(files: list[Path], json: Path | None) -> None:
     names = [str(file) for file in files]
     finish(
         json,
-        lambda: json_.dumps({"written": names}),
+        lambda: json_.dumps({**json_.loads((files[0].parent / "report.json").read_text()), "written": names}, indent=1),
         lambda: typer.echo(f"{files[0].read_text()}\nWritten: {', '.join(names)}"),
     )

@@ -1,49 +1,65 @@
-"""The comparisons and studies of the command line: train with progress bars, write the results, print the table."""
+"""The comparisons and studies of the command line: train with a progress bar, and write what came of it."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import replace
-from importlib import import_module
+import tempfile
+from collections.abc import Sequence
+from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lingrad import api
-from lingrad.console import progress
+from lingrad import api, console
 from lingrad.errors import DataError, optional, require_one_of
 from lingrad.files.atomic import write_whole
-from lingrad.models import build_llama, next_token_loss
-from lingrad.research import corpus, plans, rates, report, runner
+from lingrad.research import rates
 from lingrad.research.bundle import pack, unpack
 from lingrad.research.execution import execute
+from lingrad.research.objects import brought
 from lingrad.research.pages import write_report
-from lingrad.research.plan import open_plan
+from lingrad.research.plan import ResearchPlan, make_plan, open_plan, read_plan
 from lingrad.research.results import against, read_results
+from lingrad.research.tasks.text import Text
+
+SMALL: dict[str, Any] = {"rows": 4, "hidden": 256, "layers": 3}  # of `train` and `find_lr`, as in the demo
+SEED = 1  # of `find_lr`
+GAPS = ("gap", "gap_switched", "gap_control")  # the diagnostics that compare modes
 
 
-def demo(out: Path, *, steps: int | None = None) -> report.Result:
-    """Train on Moby-Dick with every method of the demo, and write the results.
+def demo(out: Path, *, steps: int | None = None, jobs: int = 1) -> list[Path]:
+    """Run the plan of the demo: a small Llama on Moby-Dick, trained by several methods.
 
     Args:
         out: Folder of the results; made if missing.
-        steps: Training steps; None is the number of `plans.Setup`.
+        steps: Training steps; None is the plan's.
+        jobs: Runs at a time, each in a process.
 
     Returns:
-        The result.
+        The files of the report.
     """
-    setup = plans.Setup() if steps is None else replace(plans.Setup(), steps=steps)
-    return _run(plans.demo_entries(), setup, corpus.tokenize("Moby-Dick", corpus.moby_dick()), out)
+    with as_file(files("lingrad.research") / "data" / "demo.toml") as file:
+        content = read_plan(file)
+    given = {} if steps is None else {"steps": steps}
+    content = {**content, "task": {**content["task"], **given}}
+    return _run(make_plan(content, "the demo", Path.cwd()), out, jobs=jobs)
 
 
 def train(
-    text: Path, rules: str, out: Path, *, base: str, lr: float, scale: float, carry: str, steps: int, length: int
-) -> report.Result:
-    """Train on a text file: one method in both modes, compared with full rank; and write the results.
+    text: Path,
+    rules: str,
+    out: Path,
+    *,
+    base: str,
+    lr: float,
+    scale: float,
+    carry: str,
+    steps: int,
+    length: int,
+    jobs: int = 1,
+) -> list[Path]:
+    """Compare one method in both modes with full rank, on the user's own text.
 
     Args:
         text: A UTF-8 text file.
@@ -55,17 +71,28 @@ def train(
         carry: What happens to moments at a refresh: keep, reset, rotate or transport.
         steps: Training steps.
         length: Bytes in a window.
+        jobs: Runs at a time, each in a process.
 
     Returns:
-        The result.
+        The files of the report.
     """
-    shape = replace(plans.Setup().model, length=length)
-    setup = replace(plans.Setup(), steps=steps, model=shape)
-    entries = [
-        plans.full_rank(lr, scale, base),
-        *plans.both_modes(rules, rules, base=base, lr=lr, scale=scale, carry=carry),
-    ]
-    return _run(entries, setup, corpus.tokenize(text.name, corpus.read_text(text)), out)
+    shared: dict[str, Any] = {"base": base, "lr": lr, "scale": scale}
+    own = {"method": rules, "options": {**shared, "carry": carry}}
+    content = {
+        "name": text.name,
+        "seeds": [1],
+        "imports": list(brought),
+        "task": {"kind": "text", "data": str(text.absolute()), "steps": steps, "length": length, **SMALL},
+        "run": {"diagnostics": []},
+        "entries": [
+            # the base on every weight; the coordinates of the full map are the weight itself
+            {"name": f"{base}, full rank", "method": "full()", "options": shared},
+            {"name": "optimizer mode", **own, "diagnostics": list(GAPS)},
+            {"name": "adapter mode", **own, "mode": "adapter"},
+            {"name": "float64", **own, "dtype": "float64", "diagnostics": list(GAPS)},
+        ],
+    }
+    return _run(make_plan(content, "lingrad train", Path.cwd()), out, jobs=jobs)
 
 
 def run(path: Path, out: Path, *, jobs: int = 1, storage: str | None = None, quick: bool = False) -> list[Path]:
@@ -84,14 +111,37 @@ def run(path: Path, out: Path, *, jobs: int = 1, storage: str | None = None, qui
     Raises:
         DataError: Every run failed.
     """
-    plan = open_plan(path, quick=quick)
-    with progress(plan.name, "run") as tick:
+    return _run(open_plan(path, quick=quick), out, jobs=jobs, storage=storage)
+
+
+def _make_writable(out: Path) -> None:
+    """Make a folder, and see that it can be written to, before anything is trained."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out):
+            pass
+    except OSError as error:
+        raise DataError(f"cannot write the results to {out}: {error.strerror}") from error
+
+
+def _run(plan: ResearchPlan, out: Path, *, jobs: int, storage: str | None = None) -> list[Path]:
+    optional("matplotlib", "plotting", "plot")  # before anything trains
+    made = 0
+
+    def tick(done: int, total: int, note: str) -> None:
+        nonlocal made
+        made += 1
+        show(done, total, note)
+
+    with console.progress(plan.name, "run") as show:
         execute(plan, out, jobs=jobs, storage=storage, tick=tick)
-    files = report_of([out])
+    if not made:
+        console.say(f"{out} holds all runs of this plan already; to make them again, name another folder, or remove this one")
+    written = report_of([out])
     _, runs = read_results([out])
     if runs and all(run.failed for run in runs):
-        raise DataError(f"every run failed, the first with: {runs[0].error}\n{files[0]} lists them all")
-    return files
+        raise DataError(f"every run failed, the first with: {runs[0].error}\n{written[0]} lists them all")
+    return written
 
 
 def report_of(
@@ -160,23 +210,23 @@ def find_lr(
         DataError: The text cannot be read or is too short, or the results cannot be written.
     """
     require_one_of(mode, ("optimizer", "adapter"), "mode")
-    setup = replace(plans.Setup(), model=replace(plans.Setup().model, length=length))
-    read = corpus.tokenize(text.name, corpus.read_text(text))
-    corpus.check_length(read, length)
-    report.prepare(out)
-    model = build_llama(setup.model, seed=setup.seed)
+    task = Text(data=str(text.absolute()), length=length, **SMALL)
+    task.check()
+    optional("matplotlib", "plotting", "plot")
+    _make_writable(out)
+    model = task.build(SEED, torch.float32)
     make, steps = api.adapt if mode == "adapter" else api.wrap, limits["steps"]
-    opt = make(model, rules, base, lr=limits["low"], scale=scale, carry=carry, seed=setup.seed)  # type: ignore[arg-type]
-    batches = corpus.training_batches(read, steps=steps, rows=setup.rows, length=length, seed=setup.seed)
+    opt = make(model, rules, base, lr=limits["low"], scale=scale, carry=carry, seed=SEED)  # type: ignore[arg-type]
+    batches = task.batches(steps, SEED)
 
     def step() -> Tensor:
         opt.zero_grad()
-        loss = next_token_loss(model, next(batches))
+        loss = task.loss(model, next(batches))
         loss.backward()
         opt.step()
         return loss
 
-    with progress("learning rates", "step") as tick:
+    with console.progress("learning rates", "step") as tick:
         found = rates.find_lr(opt, step, on_step=lambda done, loss: tick(done, steps, f"loss {loss:.3g}"), **limits)
     try:
         write_whole(out / "find-lr.json", found.to_json().encode())
@@ -184,50 +234,3 @@ def find_lr(
     except OSError as error:
         raise DataError(f"cannot write the results to {out}: {error.strerror}") from error
     return found
-
-
-def show(result: report.Result, out: Path) -> None:
-    """Print the table of a result, and which files were written.
-
-    Args:
-        result: The result.
-        out: The folder it was written to.
-    """
-    console = optional("rich.console", "printing a table", "cli").Console()
-    if console.is_terminal:
-        title = f"{result.text}: {result.setup['steps']} steps, {result.seconds:.0f} s in total"
-        table = import_module("rich.table").Table(title=title, box=None, padding=(0, 1))
-        for i, header in enumerate(report.HEADERS):
-            table.add_column(header, justify="right" if i else "left", no_wrap=i > 1)
-        for row in report.rows(result):
-            table.add_row(*row)
-        console.print(table)
-    else:
-        console.print(report.markdown(result), soft_wrap=True, highlight=False)
-    files = ", ".join(str(out / name) for name in report.FILES)
-    console.print(f"Written: {files}", soft_wrap=True, highlight=False)
-
-
-def _run(entries: list[plans.Entry], setup: plans.Setup, text: corpus.Corpus, out: Path) -> report.Result:
-    exact, short = plans.in_float64(entries, setup)
-    corpus.check_length(text, setup.model.length)
-    report.prepare(out)
-    started = time.perf_counter()
-    with _progress(setup.steps, f"{len(entries)} methods, float32") as tick:
-        records = runner.compare(entries, setup, text, on_step=tick)
-    with _progress(short.steps, f"{len(exact)} of them, float64") as tick:
-        double = runner.compare(exact, short, text, dtype=torch.float64, on_step=tick)
-    result = report.make_result(text.name, setup, records, double, time.perf_counter() - started)
-    report.save(result, out)
-    return result
-
-
-@contextmanager
-def _progress(steps: int, title: str) -> Iterator[Callable[[int, list[runner.Record]], None]]:
-    """A progress bar with the losses of all methods."""
-    with progress(title, "step") as tick:
-
-        def on_step(step: int, records: list[runner.Record]) -> None:
-            tick(step, steps, "validation loss " + " ".join(f"{record.valid[-1][1]:.2f}" for record in records))
-
-        yield on_step

@@ -1,40 +1,14 @@
-"""Texts to train on, one token per byte: the one in the package or a file, split by position."""
+"""The text in the package that can be trained on."""
 
 from __future__ import annotations
 
 import hashlib
 import lzma
-from collections.abc import Iterator
-from dataclasses import dataclass
 from importlib.resources import files
-from pathlib import Path
-
-import torch
-from torch import Tensor
 
 from lingrad.errors import DataError
-from lingrad.files.reading import open_plain
-from lingrad.research.tokens import byte_ids
 
 MOBY_DICK_SHA256 = "fe282a57094ed62e7144fb7c804a9748fc1c909bf3b49d06e7276015f9f67240"
-VALIDATION_SHARE = 0.1
-
-
-@dataclass(frozen=True)
-class Corpus:
-    """A tokenized text.
-
-    Args:
-        name: Its name in reports.
-        train: Token ids, int64 [N]: the first nine tenths of the text.
-        valid: Token ids, int64 [M]: its last tenth.
-        vocabulary: Number of token ids.
-    """
-
-    name: str
-    train: Tensor
-    valid: Tensor
-    vocabulary: int
 
 
 def moby_dick() -> str:
@@ -54,98 +28,3 @@ def moby_dick() -> str:
     if hashlib.sha256(raw).hexdigest() != MOBY_DICK_SHA256:
         raise DataError("the packaged text moby-dick.txt.xz is not the original one; install lingrad again")
     return raw.decode()
-
-
-def read_text(path: Path) -> str:
-    """Read a text file.
-
-    Args:
-        path: A UTF-8 text file.
-
-    Returns:
-        Its contents.
-
-    Raises:
-        DataError: It is missing, empty, or not UTF-8.
-    """
-    try:
-        with open_plain(path) as file:
-            text = file.read().decode()
-    except OSError as error:
-        raise DataError(f"cannot read the text {path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not a UTF-8 text (byte {error.start}); convert it first") from error
-    if not text.strip():
-        raise DataError(f"the text {path} is empty")
-    return text
-
-
-def tokenize(name: str, text: str) -> Corpus:
-    """Split a text by position and read its UTF-8 bytes as tokens.
-
-    Bytes, because the model sees only some 60,000 tokens: of a vocabulary of thousands, most embeddings would be trained only
-    a few times.
-
-    Args:
-        name: Its name in reports.
-        text: The text.
-
-    Returns:
-        The corpus.
-    """
-    tokens = byte_ids(text)
-    cut = int(len(tokens) * (1 - VALIDATION_SHARE))
-    return Corpus(name, tokens[:cut], tokens[cut:], 256)
-
-
-def training_batches(corpus: Corpus, *, steps: int, rows: int, length: int, seed: int) -> Iterator[Tensor]:
-    """Random windows of the training part; the same seed gives the same windows.
-
-    Args:
-        corpus: The text.
-        steps: Number of batches.
-        rows: Windows in a batch.
-        length: Tokens in a window.
-        seed: Seed of the positions.
-
-    Yields:
-        Token ids, int64 [rows, length].
-    """
-    generator = torch.Generator().manual_seed(seed)
-    for _ in range(steps):
-        starts = torch.randint(len(corpus.train) - length, (rows,), generator=generator).tolist()
-        yield torch.stack([corpus.train[start : start + length] for start in starts])
-
-
-def validation_batches(corpus: Corpus, *, rows: int, length: int, batches: int) -> list[Tensor]:
-    """Windows spread evenly over the validation part.
-
-    Args:
-        corpus: The text.
-        rows: Windows in a batch.
-        length: Tokens in a window.
-        batches: Number of batches.
-
-    Returns:
-        Token ids, int64 [rows, length] each.
-    """
-    starts = torch.linspace(0, len(corpus.valid) - length, rows * batches).long().tolist()
-    windows = torch.stack([corpus.valid[start : start + length] for start in starts])
-    return list(windows.split(rows))
-
-
-def check_length(corpus: Corpus, length: int) -> None:
-    """Check that both parts are longer than a window.
-
-    Args:
-        corpus: The text.
-        length: Tokens in a window.
-
-    Raises:
-        DataError: The text is too short.
-    """
-    if min(len(corpus.train), len(corpus.valid)) <= length:
-        raise DataError(
-            f"{corpus.name} is too short: its last tenth is {len(corpus.valid)} tokens, and a window is {length}; "
-            "give a longer text or a smaller --length"
-        )

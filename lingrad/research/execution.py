@@ -30,6 +30,7 @@ from lingrad.research.trackers import check_trackers
 from lingrad.research.ways import check_entry
 
 PLAN = "plan.json"
+CACHE = "cache"  # folder of what every run computes alike, in that of the results
 
 
 @dataclass
@@ -75,9 +76,10 @@ def execute(plan: ResearchPlan, out: Path, *, jobs: int = 1, storage: str | None
     plan.task.check()
     check_trackers(plan.trackers)
     for entry in plan.entries:
-        check_entry(entry, plan.folder, plan.dtype)
+        check_entry(entry, plan.folder, plan.of(entry).dtype)
     try:
         _claim(plan, out)
+        plan.task.use_cache(out.absolute() / CACHE)  # for what is found out between the runs
         _execute(plan, out, open_storage(out, storage), jobs=jobs, alone=storage is None, tick=tick)
     except OSError as error:
         raise DataError(
@@ -133,7 +135,8 @@ def _settle(
     for search in searches:
         if search.entry.name not in finals and search.done:
             best = search.chosen(greater=plan.task.greater)
-            finals[search.entry.name] = None if best is None else Trials(plan, search.entry, opened, best.values)
+            values = {} if plan.trials == 0 else None if best is None else best.values
+            finals[search.entry.name] = None if values is None else Trials(plan, search.entry, opened, values)
     for search in searches:
         if finals.get(search.entry.name) is not None and search.entry.name not in limits:
             found = matched(plan, search.entry, finals, search.seconds_of_a_step())
@@ -186,14 +189,14 @@ def _takable(
             "seed": plan.seeds[number] if final else plan.seed, "part": "final" if final else "tuning",
             "steps": own.get("steps"), "threads": _threads(jobs),
         }  # fmt: skip
-        yield _start(trials, number, job, folder, hosts)
+        yield _start(trials, number, job, folder, hosts, out.absolute() / CACHE)
 
 
-def _start(trials: Trials, number: int, job: Mapping[str, Any], folder: Path, hosts: list[Host]) -> Running:
+def _start(trials: Trials, number: int, job: Mapping[str, Any], folder: Path, hosts: list[Host], cache: Path) -> Running:
     folder.parent.mkdir(parents=True, exist_ok=True)
     asked = folder.parent / f".{folder.name}.{os.getpid()}.job.json"
     errors = asked.with_suffix(".err")
-    write_whole(asked, json.dumps(job).encode())
+    write_whole(asked, json.dumps({**job, "cache": str(cache)}).encode())
     host = next((host for host in hosts if host.free), None)
     if host is None:
         hosts.append(host := Host())

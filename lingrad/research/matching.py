@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 
+from lingrad.methods.largest import largest
+from lingrad.research.accounting import state_bytes
 from lingrad.research.plan import PlanEntry, ResearchPlan
-from lingrad.research.runner import state_bytes
 from lingrad.research.search import Trials
 from lingrad.research.ways import make_method, rank_of
 
@@ -50,7 +51,7 @@ def matched(
     if rank is None:
         return {}
     limit = max(run["state_bytes"] for run in runs)
-    return {"values": {"rank": _largest(plan, entry, values, limit, rank)}}
+    return {"values": {"rank": _largest(plan.of(entry), entry, values, limit, rank)}}
 
 
 def _largest(plan: ResearchPlan, entry: PlanEntry, values: Mapping[str, Any], limit: float, rank: int) -> int:
@@ -69,11 +70,4 @@ def _largest(plan: ResearchPlan, entry: PlanEntry, values: Mapping[str, Any], li
             return False
         return sum(state_bytes(one) for one in training.optimizers) <= limit
 
-    low, high = 1, max(2, min(rank, most))
-    while high <= most and fits(high):
-        low, high = high, 2 * high
-    high = min(high, most + 1)
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
-    return low
+    return largest(fits, most, start=min(rank, most))

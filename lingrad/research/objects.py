@@ -11,6 +11,8 @@ from typing import Any
 
 from lingrad.errors import SpecError, did_you_mean, in_short
 
+brought: dict[str, None] = {}  # the files of ``--import``, which the processes of a command's own plan need too
+
 
 def is_object(text: str) -> bool:
     """Whether a text names an object in a file."""
@@ -63,6 +65,7 @@ def bring(files: Sequence[Path], *, to_plan: bool) -> None:
         raise SpecError("the runs of a plan have processes of their own: name the file in the plan, imports = ['FILE.py']")
     for file in files:
         load_file(str(file), Path.cwd())
+        brought[str(file.absolute())] = None
 
 
 def load_object(text: str, folder: Path) -> Any:

@@ -10,9 +10,9 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from lingrad import plotting
 from lingrad.console import markdown
 from lingrad.files.atomic import write_whole
+from lingrad.research import pictures
 from lingrad.research.plan import ResearchPlan
 from lingrad.research.results import (
     MEASURES,
@@ -26,7 +26,8 @@ from lingrad.research.results import (
 )
 from lingrad.research.statistics import RULE, Mean
 
-COLORS = "blue orange green red purple brown pink gray olive cyan"
+COLUMNS = ("state MB", "gradients MB", "ms/step", "seconds", "steps")  # of measures
+USUALLY = {"gradients MB": "gradients between refreshes MB"}  # the same measure of most steps
 
 
 def write_report(plan: ResearchPlan, runs: Sequence[RunResult], out: Path, *, x: str = "state MB", y: str = "") -> list[Path]:
@@ -48,9 +49,16 @@ def write_report(plan: ResearchPlan, runs: Sequence[RunResult], out: Path, *, x:
     found, y = summarize(plan, runs), y or plan.task.metric
     for name in {x, y}:
         check_measure(found, name)
-    pictures = {"curves.png": curves(found), "sensitivity.png": sensitivity(plan, found), "pareto.png": pareto(found, x, y)}
-    parts = {"report.md": as_markdown(plan, found).encode(), "report.html": as_html(plan, found).encode()}
-    return [write_whole(out / name, data) for name, data in {**parts, **pictures}.items() if data]
+    parts = {
+        "report.md": as_markdown(plan, found).encode(),
+        "report.json": (json.dumps(as_data(plan, found), indent=1) + "\n").encode(),
+        "report.html": as_html(plan, found).encode(),
+        "curves.png": pictures.curves(found),
+        "sensitivity.png": pictures.sensitivity(plan, found),
+        "pareto.png": pictures.pareto(found, x, y),
+        "diagnostics.png": pictures.diagnostics(found),
+    }
+    return [write_whole(out / name, data) for name, data in parts.items() if data]
 
 
 def as_markdown(plan: ResearchPlan, found: Sequence[Summary]) -> str:
@@ -63,29 +71,8 @@ def as_markdown(plan: ResearchPlan, found: Sequence[Summary]) -> str:
     Returns:
         Markdown.
     """
-    first = plan.entries[0].name
-    lines: list[tuple[str, ...]] = [
-        ("entry", plan.task.metric, f"less that of {first}", "best values", "state MB", "seconds", "steps", "n")
-    ]
-    for one in found:
-        own = one.metrics.get(plan.task.metric)
-        apart = one.difference
-        between = (
-            "" if apart is None or math.isnan(apart.low) else f" [{apart.low:.4g}, {apart.high:.4g}]{' *' * apart.different}"
-        )
-        less = "" if apart is None else f"{apart.mean.value:+.4g}{between}"
-        best = ", ".join(f"{key}={_short(value)}{' (edge)' * (key in one.at_edge)}" for key, value in one.best.items())
-        shown = _mean(own) if own is not None else "not here" if one.missing else "failed"
-        measures = [
-            _short(measure(one, name).value) if measure(one, name).count else "" for name in ("state MB", "seconds", "steps")
-        ]
-        lines.append((one.entry.name, shown, less, best, *measures, str(own.count if own else 0)))
     failures = [f"- {text}" for one in found for text in _failures(one)]
-    trials = (
-        f"{plan.trials} trials of each entry with seed {plan.seed} ({plan.sampler}); the best is run with seeds "
-        + ", ".join(map(str, plan.seeds))
-    )
-    text = [f"# {plan.name}", "", f"{trials}. {RULE}", "", markdown(lines)]
+    text = [f"# {plan.name}", "", f"{_searched(plan)}{f' {RULE}' * (len(plan.seeds) > 1)}", "", results_table(plan, found)]
     if plan.match is not None:
         text += [_matched(plan, found), ""]
     if any(one.missing for one in found):
@@ -108,6 +95,47 @@ def as_markdown(plan: ResearchPlan, found: Sequence[Summary]) -> str:
     return "\n".join([*text, *(["Failures:", "", *failures, ""] if failures else [])])
 
 
+def results_table(plan: ResearchPlan, found: Sequence[Summary]) -> str:
+    """The table of the final runs; a column in which nothing stands is left out.
+
+    Args:
+        plan: The plan.
+        found: Its entries.
+
+    Returns:
+        Markdown.
+    """
+    first = plan.entries[0].name
+    lines: list[tuple[str, ...]] = [("entry", plan.task.metric, f"less that of {first}", "best values", *COLUMNS, "n")]
+    for one in found:
+        own, apart = one.metrics.get(plan.task.metric), one.difference
+        between = (
+            "" if apart is None or math.isnan(apart.low) else f" [{apart.low:.4g}, {apart.high:.4g}]{' *' * apart.different}"
+        )
+        less = "" if apart is None else f"{apart.mean.value:+.4g}{between}"
+        best = ", ".join(f"{key}={_short(value)}{' (edge)' * (key in one.at_edge)}" for key, value in one.best.items())
+        shown = _mean(own) if own is not None else "not here" if one.missing else "failed"
+        lines.append((one.entry.name, shown, less, best, *(_cell(one, name) for name in COLUMNS), str(own.count if own else 0)))
+    kept = [column for column in zip(*lines, strict=True) if any(column[1:])]
+    return markdown(list(zip(*kept, strict=True)))
+
+
+def _cell(one: Summary, name: str) -> str:
+    """A measure of an entry; of gradients, what they take between refreshes, and the most."""
+    value = measure(one, name)
+    shown = _short(value.value) if value.count and not math.isnan(value.value) else ""
+    usual = measure(one, USUALLY.get(name, "")).value
+    return f"{_short(usual)} ({shown} at most)" if shown and usual < value.value else shown
+
+
+def _searched(plan: ResearchPlan) -> str:
+    """How the final runs came about."""
+    seeds = f"seed{'s' * (len(plan.seeds) > 1)} {', '.join(map(str, plan.seeds))}"
+    if plan.trials == 0:
+        return f"Nothing is searched: every entry is run with {seeds}."
+    return f"{plan.trials} trials of each entry with seed {plan.seed} ({plan.sampler}); the best is run with {seeds}."
+
+
 def _matched(plan: ResearchPlan, found: Sequence[Summary]) -> str:
     """What final runs have equal, and who does not reach it."""
     if plan.match == "seconds":
@@ -127,59 +155,10 @@ def _diagnoses(found: Sequence[Summary]) -> list[str]:
     for one in found:
         pairs = [diagnosis(one, name) for name in names]
         cells = [f"{last.value:.4g} ({mean.value:.4g})" if last.count else "" for last, mean in pairs]
-        lines.append((one.entry.name, *cells))
+        if any(cells):
+            lines.append((one.entry.name, *cells))
     about = "Diagnostics of the final runs: the last number that was measured, in brackets the mean over the run."
     return [about, "", markdown(lines)]
-
-
-def curves(found: Sequence[Summary]) -> bytes:
-    """The training losses of the final runs, averaged over seeds, as PNG."""
-    figure, axes = _axes()
-    for one in found:
-        good = [run for run in one.finals if not run.failed]
-        if good:
-            steps = [step for step, _ in good[0].curve]
-            losses = [sum(run.curve[i][1] for run in good) / len(good) for i in range(min(len(run.curve) for run in good))]
-            axes.plot(steps[: len(losses)], losses, marker="", label=one.entry.name)
-    axes.set(xlabel="step", ylabel="training loss")
-    _legend(axes)
-    return plotting.picture(figure)
-
-
-def sensitivity(plan: ResearchPlan, found: Sequence[Summary]) -> bytes:
-    """The metric of each trial over its learning rate, as PNG; nothing where it was not searched."""
-    if not any("lr" in one.entry.space for one in found):
-        return b""
-    figure, axes = _axes()
-    for one in found:
-        points = sorted(
-            (run.values["lr"], run.info["metrics"][plan.task.metric])
-            for run in one.trials
-            if not run.failed and "lr" in run.values
-        )
-        if points:
-            axes.plot(*zip(*points, strict=True), label=f"{one.entry.name}{' (best at the edge)' * ('lr' in one.at_edge)}")
-    axes.set(xlabel="learning rate", ylabel=f"{plan.task.metric} of a trial", xscale="log")
-    _legend(axes)
-    return plotting.picture(figure)
-
-
-def pareto(found: Sequence[Summary], x: str, y: str) -> bytes:
-    """Two measures of the final runs, with standard errors, as PNG."""
-    figure, axes = _axes()
-    for one in found:
-        across, up = measure(one, x), measure(one, y)
-        if across.count and up.count:
-            axes.errorbar(
-                across.value,
-                up.value,
-                yerr=0.0 if math.isnan(up.error) else up.error,
-                capsize=3,
-                label=one.entry.name,
-            )
-    axes.set(xlabel=x, ylabel=y)
-    _legend(axes)
-    return plotting.picture(figure)
 
 
 def as_html(plan: ResearchPlan, found: Sequence[Summary]) -> str:
@@ -192,16 +171,30 @@ def as_html(plan: ResearchPlan, found: Sequence[Summary]) -> str:
     Returns:
         HTML.
     """
-    data = {
+    page = (files("lingrad.research") / "data" / "report.html").read_text()
+    text = json.dumps(as_data(plan, found)).replace("<", "\\u003c")  # no text of a run ends the script
+    return page.replace("@TITLE@", html.escape(plan.name)).replace("@DATA@", text)
+
+
+def as_data(plan: ResearchPlan, found: Sequence[Summary]) -> dict[str, Any]:
+    """All that a report shows, as plain values for JSON.
+
+    Args:
+        plan: The plan.
+        found: Its entries.
+
+    Returns:
+        ``name``, ``metric`` and more of the plan, and ``entries``: of each its ``means`` (mean, standard error, n), its
+        ``difference`` from the first one (mean, low, high, whether they differ), ``best``, ``failures``, ``trials``, ``curves``
+        and ``diagnostics``.
+    """
+    return {
         "name": plan.name, "metric": plan.task.metric, "greater": plan.task.greater, "rule": RULE, "trials": plan.trials,
         "sampler": plan.sampler, "seeds": list(plan.seeds), "first": plan.entries[0].name,
         "measures": list(dict.fromkeys([plan.task.metric, *(name for one in found for name in one.metrics), *MEASURES])),
         "diagnostics": diagnosed(found),
         "entries": [_plain(plan, one) for one in found],
     }  # fmt: skip
-    page = (files("lingrad.research") / "data" / "report.html").read_text()
-    text = json.dumps(data).replace("<", "\\u003c")  # no text of a run ends the script
-    return page.replace("@TITLE@", html.escape(plan.name)).replace("@DATA@", text)
 
 
 def _plain(plan: ResearchPlan, one: Summary) -> dict[str, Any]:
@@ -261,17 +254,3 @@ def _short(value: Any) -> str:
 
 def _number(value: Any) -> float | None:
     return float(value) if value is not None and math.isfinite(value) else None
-
-
-def _axes() -> tuple[Any, Any]:
-    """A figure in which thirty entries differ, by color, line and marker."""
-    figure, (axes,) = plotting.figure((10, 5))
-    kinds = [(line, marker) for line, marker in (("-", "o"), ("--", "s"), (":", "^")) for _ in range(10)]
-    lines, markers = zip(*kinds, strict=True)
-    axes.set_prop_cycle(color=[f"tab:{name}" for name in COLORS.split()] * 3, linestyle=lines, marker=markers)
-    return figure, axes
-
-
-def _legend(axes: Any) -> None:
-    if axes.get_legend_handles_labels()[0]:
-        axes.figure.legend(loc="outside right upper", fontsize=8)

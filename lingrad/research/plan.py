@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from importlib.util import find_spec
 from pathlib import Path
@@ -31,9 +31,9 @@ from typing import Any, cast, get_args
 
 from lingrad.config.settings import Mode
 from lingrad.errors import DataError, optional, require, require_one_of, shown
-from lingrad.files.reading import open_plain
+from lingrad.files.reading import read_text
 from lingrad.research.axes import Axis, grid, read_space
-from lingrad.research.checks import Match, Pruner, Sampler, Schedule, check_budget, check_observers, check_plan
+from lingrad.research.checks import Dtype, Match, Pruner, Sampler, Schedule, check_budget, check_observers, check_plan
 from lingrad.research.objects import is_object, load_file
 from lingrad.research.schema import Table
 from lingrad.research.task import Task
@@ -53,6 +53,8 @@ class PlanEntry:
         mode: The mode of a method.
         options: Options of the run: those of `lingrad.wrap`, or of the baseline.
         space: What is searched.
+        dtype: Of the weights, where it is not the plan's.
+        diagnostics: What is measured of its runs, where it is not what the plan says.
     """
 
     name: str
@@ -61,6 +63,8 @@ class PlanEntry:
     mode: Mode = "optimizer"
     options: Mapping[str, Any] = field(default_factory=dict)
     space: Mapping[str, Axis] = field(default_factory=dict)
+    dtype: str = ""
+    diagnostics: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +86,7 @@ class ResearchPlan:
         sampler: Which trials are made.
         pruner: Which trials are stopped on their way; see `lingrad.research.pruning`.
         rungs: At how many steps they are judged for it.
-        trials: How many of every entry.
+        trials: How many of every entry; none where nothing is searched.
         seed: Of the search: its trials differ in nothing else but what is searched.
         seeds: Of the final runs of the best trial; none of them is ``seed``.
         dtype: Of the weights.
@@ -130,6 +134,11 @@ class ResearchPlan:
         """The entry of a name."""
         return next(entry for entry in self.entries if entry.name == name)
 
+    def of(self, entry: PlanEntry) -> ResearchPlan:
+        """The plan as one entry has it, with its own dtype and diagnostics."""
+        diagnostics = self.diagnostics if entry.diagnostics is None else entry.diagnostics
+        return replace(self, dtype=entry.dtype or self.dtype, diagnostics=diagnostics)
+
 
 def open_plan(path: Path, *, quick: bool = False) -> ResearchPlan:
     """Read a plan.
@@ -145,17 +154,28 @@ def open_plan(path: Path, *, quick: bool = False) -> ResearchPlan:
         DataError: The file cannot be read, or is no TOML.
         SpecError: A key or a value is wrong; the message says which, and what was expected.
     """
+    content = read_plan(path)
+    return make_plan(content, path.name, path.absolute().parent, quick=quick)
+
+
+def read_plan(path: Path) -> dict[str, Any]:
+    """The content of a plan.
+
+    Args:
+        path: A file of TOML.
+
+    Returns:
+        Its tables.
+
+    Raises:
+        DataError: The file cannot be read, or is no TOML.
+    """
     toml = optional("tomllib", "reading a plan", "") if _has_tomllib() else optional("tomli", "reading a plan", "research")
     try:
-        with open_plain(path) as file:
-            content = toml.loads(file.read(LARGEST).decode())
-    except OSError as error:
-        raise DataError(f"cannot read the plan {path}: {error.strerror or error}") from error
-    except UnicodeDecodeError as error:
-        raise DataError(f"the plan {path} is not in UTF-8 (byte {error.start})") from error
+        content = toml.loads(read_text(path, "plan", largest=LARGEST))
     except toml.TOMLDecodeError as error:
         raise DataError(f"the plan {path} is no TOML: {error}") from error
-    return make_plan(content, path.name, path.absolute().parent, quick=quick)
+    return dict(content)
 
 
 def make_plan(content: Mapping[str, Any], where: str, folder: Path, *, quick: bool = False) -> ResearchPlan:
@@ -204,14 +224,21 @@ def make_plan(content: Mapping[str, Any], where: str, folder: Path, *, quick: bo
     for left in (search, run, match, table):
         left.end()
     task = make_task(kind, task_table, folder)
-    trials = 1 if quick else _trials(asked, values["sampler"], entries, where)
+    trials = _trials(asked, values["sampler"], entries, where)
+    if not (asked or any(entry.space for entry in entries) or values["match"] == "seconds"):  # which are those of trials
+        trials = 0
+    trials = min(trials, 1) if quick else trials
     check_budget(steps, tokens, where)
-    check_plan(values, [entry.name for entry in entries], where)
+    measured = {text: None for entry in entries for text in entry.diagnostics or ()}
+    every = {**values, "diagnostics": (*values["diagnostics"], *measured)}
+    check_plan(every, [entry.name for entry in entries], where)
     if quick:
         steps, tokens = (None if budget is None else max(2, budget // 10) for budget in (steps, tokens))
         values["seeds"] = values["seeds"][:1]
     check_observers(values["diagnostics"], values["trackers"], where, folder)
-    objects = (kind, *values["diagnostics"], *values["trackers"], *(one.method for one in entries))
+    for entry in entries:
+        check_observers(entry.diagnostics or (), (), f"{where}, entry '{entry.name}'", folder)
+    objects = (kind, *values["diagnostics"], *measured, *values["trackers"], *(one.method for one in entries))
     files = {*imports, *(text.rpartition(":")[0] for text in objects if is_object(text))}
     code = {file: sha256((folder / file).read_bytes()).hexdigest() for file in sorted(files)}
     values |= {"name": name, "folder": folder, "content": content, "code": code, "quick": quick}
@@ -222,6 +249,7 @@ def _entry(table: Table, shared: Mapping[str, Axis]) -> PlanEntry:
     name, method, baseline = table.take("name", str), table.take("method", str, ""), table.take("baseline", str, "")
     mode = table.take("mode", str, "optimizer")
     options, own = table.take("options", dict, {}), read_space(table.table("space"))
+    dtype, measured = table.take("dtype", str, ""), table.take("diagnostics", list, None)
     table.end()
     where = f"entry '{name}'"
     require(bool(name.strip()), "name", f"{table.where}: 'name' is empty")
@@ -236,7 +264,12 @@ def _entry(table: Table, shared: Mapping[str, Axis]) -> PlanEntry:
     space = {**{key: axis for key, axis in shared.items() if key not in options}, **own}
     for key in own:
         require(key not in options, key, f"{where} has '{key}' in its options and in its space; leave one of them out")
-    return PlanEntry(name=name, method=method, baseline=baseline, mode=cast("Mode", mode), options=options, space=space)
+    if dtype:
+        require_one_of(dtype, get_args(Dtype), "dtype")
+    return PlanEntry(
+        name=name, method=method, baseline=baseline, mode=cast("Mode", mode), options=options, space=space, dtype=dtype,
+        diagnostics=None if measured is None else tuple(measured),
+    )  # fmt: skip
 
 
 def _trials(asked: int, sampler: str, entries: tuple[PlanEntry, ...], where: str) -> int:

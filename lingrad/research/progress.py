@@ -38,7 +38,8 @@ def note(plan: ResearchPlan, searches: Sequence[Trials], finals: Mapping[str, Tr
     every = [trials for trials in (*searches, *finals.values()) if trials is not None]
     took = [one.measured["took"] for trials in every for one in trials.outcomes() if "took" in one.measured]
     time = time_left(took, left, jobs)
-    return f"{_best(plan, searches)}{', ' * bool(time)}{time}"
+    ended = searches if plan.trials else [trials for trials in finals.values() if trials is not None]
+    return f"{_best(plan, ended)}{', ' * bool(time)}{time}"
 
 
 def time_left(took: Sequence[float], left: int, jobs: int) -> str:
@@ -67,6 +68,6 @@ def _best(plan: ResearchPlan, searches: Sequence[Trials]) -> str:
         if best is not None and best.value is not None:
             found.append((best.value, search.entry))
     if not found:
-        return "no trial has a value yet"
+        return f"no {'trial' if plan.trials else 'run'} has a value yet"
     value, entry = (max if plan.task.greater else min)(found, key=lambda pair: pair[0])
     return f"best {plan.task.metric} so far {value:.4g} ({entry.name})"

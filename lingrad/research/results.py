@@ -7,6 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from lingrad.errors import DataError, SpecError, did_you_mean
@@ -22,9 +23,11 @@ POINTS = 200  # of a curve, at most
 MEASURES = {  # of a run, by name: where its record has it
     "state MB": ("state_bytes", 1e-6),
     "gradients MB": ("gradient_bytes", 1e-6),
+    "gradients between refreshes MB": ("gradient_bytes_median", 1e-6),
     "saved activations MB": ("saved_activation_bytes", 1e-6),
     "seconds": ("train_time", 1.0),
     "refresh seconds": ("refresh_time", 1.0),
+    "ms/step": ("step_time_median", 1e3),
     "tokens/s": ("tokens_per_second", 1.0),
     "steps": ("steps", 1.0),
 }
@@ -109,7 +112,8 @@ def read_results(folders: Sequence[Path], files: Path | None = None) -> tuple[Re
     for folder in folders:
         if not (folder / PLAN).is_file():
             raise DataError(
-                f"{folder} holds no results of a plan: there is no {PLAN}. `lingrad run PLAN.toml --out {folder}` makes some"
+                f"{folder} holds no results of a plan: there is no {PLAN}. `lingrad run PLAN.toml --out "
+                f"{quote(str(folder))}` makes some"
             )
         kept = read_claim(folder / PLAN)
         where = Path(kept["folder"]) if files is None else files
@@ -166,7 +170,9 @@ def summarize(plan: ResearchPlan, runs: Sequence[RunResult]) -> list[Summary]:
         own = [run for run in runs if run.entry == entry.name]
         finals = [run for run in own if run.final]
         good = [run for run in finals if not run.failed]
-        means = {name: mean_of([run.info[key] * factor for run in good]) for name, (key, factor) in MEASURES.items()}
+        means = {
+            name: mean_of([run.info.get(key, math.nan) * factor for run in good]) for name, (key, factor) in MEASURES.items()
+        }
         names = dict.fromkeys(name for run in good for name in run.info["metrics"])
         logged = {name: [run.info["metrics"].get(name) for run in good] for name in names}
         means |= {key: mean_of([math.nan if value is None else value for value in values]) for key, values in logged.items()}
@@ -178,7 +184,8 @@ def summarize(plan: ResearchPlan, runs: Sequence[RunResult]) -> list[Summary]:
         trials = [run for run in own if not run.final]
         edges = [key for key in entry.space if key in best and _at_edge(best[key], [run.values.get(key) for run in trials])]
         tried = any(not run.failed for run in trials)
-        missing = plan.trials - len(trials) + (len(plan.seeds) - len(finals)) * (tried or bool(finals))
+        chosen = tried or bool(finals) or plan.trials == 0
+        missing = max(0, plan.trials - len(trials)) + (len(plan.seeds) - len(finals)) * chosen
         found.append(Summary(entry, trials, finals, means if good else {}, apart, best, edges, missing))
     return found
 

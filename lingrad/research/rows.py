@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -10,8 +9,7 @@ from typing import Any, TypeVar
 import torch
 
 from lingrad.errors import DataError, in_short, optional
-from lingrad.files.reading import open_plain
-from lingrad.research.corpus import read_text
+from lingrad.files.reading import MARK, open_plain, parse_json, read_text
 
 Row = TypeVar("Row")
 SUFFIXES = (".jsonl", ".json", ".parquet")
@@ -61,17 +59,18 @@ def _json(path: Path) -> list[Any]:
     text = read_text(path)
     try:
         if text.lstrip().startswith("["):
-            found: list[Any] = json.loads(text)
+            found: list[Any] = parse_json(text)
             return found
         lines = text.split("\n")  # other line ends may stand inside a JSON string
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{path} is no JSON: {in_short(error)}") from error
+        raise DataError(f"{path} is no JSON: {error}") from error
     rows = []
+    lines = [line.removeprefix(MARK) for line in lines]  # files that were joined have one at the start of each
     for number, line in enumerate(lines, start=1):
         try:
-            rows += [json.loads(line)] if line.strip() else []
+            rows += [parse_json(line)] if line.strip() else []
         except (ValueError, RecursionError) as error:
-            why = f"{path}, line {number} is no JSON: {in_short(error)}"
+            why = f"{path}, line {number} is no JSON: {error}"
             raise DataError(f"{why}; expected a JSON list, or JSON lines: one row in each") from error
     return rows
 

@@ -25,6 +25,15 @@ class Task(ABC):
     metric: ClassVar[str] = "loss"  # that results are compared by, a key of what `judge` gives
     greater: ClassVar[bool] = False  # whether a greater one is better
     folder: Path = Path()  # of the plan, which names of files are relative to
+    cache_folder: Path | None = None  # for what every run of a plan computes alike; None where there is none
+
+    def use_cache(self, folder: Path) -> None:
+        """Keep in a folder, made where it is needed, what every run computes alike.
+
+        Args:
+            folder: The folder.
+        """
+        object.__setattr__(self, "cache_folder", folder)
 
     def check(self) -> None:  # noqa: B027 - a task may have nothing to see to
         """See that what it needs is there, such as files, before anything trains; raises `DataError` where it is not."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,10 @@ import torch
 from torch import Tensor
 
 from lingrad.errors import DataError, in_short, optional
+from lingrad.files.atomic import write_whole
 
 BYTES = 256  # tokens without a merge
+_SCHEME = "byte-level 1"  # goes up when `_train` makes something else of the same text
 PIECE = 2**14  # characters that are encoded at once, at least
 _BETWEEN_WORDS = re.compile(r"(?<=\w)(?= \w)")
 
@@ -36,28 +39,55 @@ def byte_ids(text: str) -> Tensor:
     return torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8).long()
 
 
-def train_bpe(text: str, vocabulary: int) -> Encoder:
+def train_bpe(text: str, vocabulary: int, cache: Path | None = None) -> Encoder:
     """Train a byte-level BPE (Sennrich et al., 2016, on bytes as in GPT-2); the same text gives the same merges.
 
     Args:
         text: The text.
         vocabulary: Number of token ids: 256 bytes, and merges.
+        cache: A folder in which what was trained is kept, and found again for the same text and number by the same version of
+            tokenizers; several processes may use it at the same time. None is none.
 
     Returns:
         The encoder, which has fewer token ids where the text has no more pairs to merge.
     """
     tokenizers = optional("tokenizers", "training a tokenizer", "hf")
-    level = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    trained = tokenizers.Tokenizer(tokenizers.models.BPE())
-    trained.pre_tokenizer = level
-    trainer = tokenizers.trainers.BpeTrainer(vocab_size=vocabulary, initial_alphabet=level.alphabet(), show_progress=False)
-    trained.train_from_iterator(_pieces(text), trainer)
+    file = None
+    if cache is not None:
+        parts = (_SCHEME, tokenizers.__version__, str(vocabulary), sha256(text.encode()).hexdigest())
+        file = cache / f"bpe-{sha256(' '.join(parts).encode()).hexdigest()[:32]}.json"
+    trained = _read_trained(tokenizers, file)
+    if trained is None:
+        trained = _train(tokenizers, text, vocabulary)
+        if file is not None:
+            content = trained.to_str().encode()
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(file, sha256(content).hexdigest().encode() + b"\n" + content)
 
     def encode(other: str) -> Tensor:
         found = trained.encode_batch_fast(list(_pieces(other)))
         return torch.tensor([token for piece in found for token in piece.ids], dtype=torch.int64)
 
     return Encoder(trained.get_vocab_size(), encode)
+
+
+def _read_trained(tokenizers: Any, file: Path | None) -> Any:
+    """What was trained before; None where there is nothing, or not what was written."""
+    try:
+        checksum, _, content = b"".partition(b"\n") if file is None else file.read_bytes().partition(b"\n")
+    except OSError:
+        return None
+    whole = checksum.decode(errors="replace") == sha256(content).hexdigest()
+    return tokenizers.Tokenizer.from_str(content.decode()) if whole else None
+
+
+def _train(tokenizers: Any, text: str, vocabulary: int) -> Any:
+    level = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trained = tokenizers.Tokenizer(tokenizers.models.BPE())
+    trained.pre_tokenizer = level
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=vocabulary, initial_alphabet=level.alphabet(), show_progress=False)
+    trained.train_from_iterator(_pieces(text), trainer)
+    return trained
 
 
 def _pieces(text: str) -> Iterator[str]:

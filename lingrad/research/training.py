@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,16 +20,17 @@ from lingrad.engine.optimizer import SubspaceOptimizer
 from lingrad.errors import LingradError, SpecError, require
 from lingrad.methods import Method, Training
 from lingrad.research import processes
+from lingrad.research.accounting import gradient_bytes, state_bytes
 from lingrad.research.checks import Schedule
 from lingrad.research.diagnostics import ObservedRun, make_diagnostic
 from lingrad.research.plan import ResearchPlan
 from lingrad.research.pruning import Verdict, rung_steps
 from lingrad.research.record import finite
-from lingrad.research.runner import gradient_bytes, state_bytes
 from lingrad.research.task import Part, Task
 from lingrad.research.trackers import LogValues
 from lingrad.tensors import distinct, nbytes
 
+T = TypeVar("T", int, float)
 METRICS = "metrics.jsonl"
 JUDGED = "judged"  # key of a line: the metric at a rung
 OF_EACH_STEP = ("step", "loss", "lr", "seconds", "tokens")  # keys of a line, besides those of diagnostics
@@ -112,9 +113,9 @@ def train(
         verdict: Says at the rungs of a plan with a pruner, in the first process, whether to stop.
 
     Returns:
-        ``metrics`` of the task, ``steps``, ``tokens``, ``seconds``, bytes of ``state``,
-        ``gradients`` and ``saved`` activations, ``refresh_seconds``, numbers of parameters, and ``stopped``, the rung at which
-        it was, or 0.
+        ``metrics`` of the task, ``steps``, ``tokens``, ``seconds``, ``step_seconds``, the median, ``refresh_seconds``, numbers
+        of parameters, ``stopped``, the rung at which it was, or 0, and ``bytes`` of ``state``, of ``gradients`` between
+        backward and step, the most and the median of all steps, and of ``saved`` activations.
 
     Raises:
         DivergedError: A loss was not finite.
@@ -139,7 +140,8 @@ def train(
     plain: list[float] = []
     refreshing: list[float] = []
     metrics: dict[str, float] = {}
-    found = {"gradients": 0, "saved": 0}
+    held: list[int] = []  # bytes of gradients in each step
+    saved_bytes = 0
     with (Path(os.devnull) if out is None else out / METRICS).open("w") as file:
         for whole in islice(task.batches(steps, seed), steps):
             rows, weight = processes.share(task, whole)
@@ -154,13 +156,13 @@ def train(
                 loss = task.loss(replica, batch)
             loss = loss if weight == 1.0 else weight * loss
             loss.backward()
-            found["gradients"] = max(found["gradients"], *(gradient_bytes(model, one) for one in training.optimizers))
+            held.append(max(gradient_bytes(model, one) for one in training.optimizers))
             training.step()
             used = schedulers[0].get_last_lr()[0]
             for scheduler in schedulers:
                 scheduler.step()
             value, took = processes.mean_of_all(loss), time.perf_counter() - start
-            found["saved"] = saved[0] if done == 0 else found["saved"]
+            saved_bytes = saved[0] if done == 0 else saved_bytes
             done, tokens, spent = done + 1, tokens + task.tokens(whole), spent + took
             refreshed = _refreshes(training) - before
             (refreshing if refreshed else plain).append(took)
@@ -190,8 +192,14 @@ def train(
         "stopped": stopped,
         "tokens": tokens,
         "seconds": spent,
+        "step_seconds": _median([*plain, *refreshing]),
         "refresh_seconds": max(0.0, slower),
-        "bytes": {"state": sum(state_bytes(one) for one in training.optimizers), **found},
+        "bytes": {
+            "state": sum(state_bytes(one) for one in training.optimizers),
+            "gradients": max(held),
+            "gradients_median": _median(held),
+            "saved": saved_bytes,
+        },
         "parameters": sum(p.numel() for p in model.parameters()),
         "trained": sum(p.numel() for p in _trained(training)),
     }
@@ -261,5 +269,5 @@ def _line(file: IO[str], values: Mapping[str, Any]) -> None:
     file.write(json.dumps(finite(values)) + "\n")
 
 
-def _median(values: list[float]) -> float:
+def _median(values: list[T]) -> T:
     return sorted(values)[len(values) // 2]

@@ -35,7 +35,7 @@ OUT_OF_MEMORY = "out of memory"
 GRACE = 10.0  # seconds in which the first process writes its record where another one has failed
 
 
-def run_job(job: Mapping[str, Any], out: Path, channel: Channel | None = None) -> dict[str, Any]:
+def run_job(job: Mapping[str, Any], out: Path, channel: Channel | None = None, cache: Path | None = None) -> dict[str, Any]:
     """Run a job and write its folder.
 
     Args:
@@ -44,6 +44,7 @@ def run_job(job: Mapping[str, Any], out: Path, channel: Channel | None = None) -
             was stopped at a rung and is made again, ``stopped``, that rung.
         out: The folder, which must not exist.
         channel: Where to ask at rungs whether to stop; None is nowhere.
+        cache: A folder for what every run of the plan computes alike; None is none.
 
     Returns:
         The record; of a process other than the first one, which writes nothing, what it would be.
@@ -56,18 +57,20 @@ def run_job(job: Mapping[str, Any], out: Path, channel: Channel | None = None) -
     with processes.joined(job["content"].get("run", {}).get("device", "cpu")) as device:
         if processes.rank() > 0:
             try:
-                return _run(job, None, created, device, None)
+                return _run(job, None, created, device, None, cache)
             except Exception as error:  # torchrun ends all processes with this one; the first may have the same to record
                 sys.stderr.write(f"process {processes.rank()}: {in_short(error)}\n")
                 time.sleep(GRACE)
                 raise SystemExit(1) from error
         with new_folder(out) as folder:
-            record = _run(job, folder, created, device, channel)
+            record = _run(job, folder, created, device, channel, cache)
             (folder / RESULT).write_text(json.dumps(record, indent=1) + "\n")
     return record
 
 
-def _run(job: Mapping[str, Any], folder: Path | None, created: str, device: str, channel: Channel | None) -> dict[str, Any]:
+def _run(
+    job: Mapping[str, Any], folder: Path | None, created: str, device: str, channel: Channel | None, cache: Path | None
+) -> dict[str, Any]:
     found: dict[str, Any] = {}
     status, error = "success", ""
     kept = job.get("stopped")
@@ -75,8 +78,11 @@ def _run(job: Mapping[str, Any], folder: Path | None, created: str, device: str,
     try:
         plan = make_plan(job["content"], job["where"], Path(job["folder"]), quick=job["quick"])
         plan = plan if job["steps"] is None else replace(plan, steps=job["steps"], tokens=0)
-        method = make_method(plan.entry(job["entry"]), job["values"], seed=job["seed"], folder=plan.folder)
-        plan = replace(plan, device=device)
+        if cache is not None:
+            plan.task.use_cache(cache)
+        entry = plan.entry(job["entry"])
+        method = make_method(entry, job["values"], seed=job["seed"], folder=plan.folder)
+        plan = replace(plan.of(entry), device=device)
         name = f"{job['entry']}, seed {job['seed']}, {job['part']}"
         config = {"entry": job["entry"], "part": job["part"], "seed": job["seed"], **job["values"]}
         trackers = () if folder is None else plan.trackers
@@ -152,7 +158,9 @@ def main(job: str, out: str, parent: str = "") -> int:
         asked = content.get("run_info", {}).get("job", content)
         if (count := _processes(asked)) > 1 and not processes.is_launched():
             return processes.launch(job, out, count)
-        run_job(asked, Path(out), Channel(Path(job)) if parent and asked is content else None)
+        cache = asked.pop("cache", None)  # of a job, which no record has
+        channel = Channel(Path(job)) if parent and asked is content else None
+        run_job(asked, Path(out), channel, None if cache is None else Path(cache))
     except (OSError, DataError) as error:
         sys.stderr.write(f"lingrad: {error}\n")
         return errno.ENOSPC if kind_of(error) == "disk full" else 2

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from benchmarks import pretraining
+from benchmarks.corpus import Corpus
 from benchmarks.pretraining import RESULTS, Entry, Pretraining, entries, table
 from lingrad.models import LlamaShape
-from lingrad.research.corpus import Corpus
 
 ROOT = Path(__file__).parents[2]
 

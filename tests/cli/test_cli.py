@@ -4,24 +4,33 @@ import json
 import re
 import subprocess
 import sys
-from functools import partial
 from importlib.metadata import version
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
 from lingrad.cli import app
 from lingrad.config.explain import explain
-from lingrad.models import LlamaShape
-from lingrad.research import commands, plans, report
+from lingrad.research import commands
+from lingrad.research.results import read_results
+from lingrad.research.training import train
+from lingrad.research.ways import make_method
 from tests.support.models import llama, zoo
 
 
 @pytest.fixture
 def tiny(monkeypatch):
-    """Jobs on a model of one layer; 64 wide, since the demo's methods have rank 64."""
-    shape = LlamaShape(hidden=64, intermediate=64, layers=1, heads=2, length=16)
-    monkeypatch.setattr(plans, "Setup", partial(plans.Setup, model=shape, eval_batches=2))
+    """Runs on a model of one layer; 64 wide, since the demo's methods have rank 64."""
+    small = {"rows": 2, "hidden": 64, "layers": 1}
+    monkeypatch.setattr(commands, "SMALL", small)
+    read = commands.read_plan
+
+    def shrunk(path):
+        content = read(path)
+        return {**content, "task": {**content["task"], **small, "length": 16, "held": 8}}
+
+    monkeypatch.setattr(commands, "read_plan", shrunk)
 
 
 def test_explain_shows_the_resolution():
@@ -99,7 +108,10 @@ def test_explain_counts_what_the_optimizer_trains():
             "lingrad: no model 'nowhere'. Expected demo, llama-60m, llama-130m, llama-350m, llama-1b, llama-7b, llama-13b, "
             "llama-70b, a config.json of transformers, or a folder that holds one (models are read from disk only)\n",
         ),
-        (["train", "--text", "nowhere.txt"], "lingrad: cannot read the text nowhere.txt: No such file or directory\n"),
+        (
+            ["train", "--text", "nowhere.txt"],
+            f"lingrad: cannot read the text {Path.cwd()}/nowhere.txt: No such file or directory\n",
+        ),
     ],
 )
 def test_errors_are_one_message_and_status_2(lingrad, arguments, message):
@@ -131,99 +143,140 @@ def test_a_missing_typer_names_the_extra():
     assert run.stderr == "lingrad: the command line needs the package typer: pip install 'lingrad[cli]'\n"
 
 
-def check_results(folder, labels, steps):
-    assert {p.name for p in folder.iterdir()} == {"result.json", "table.md", "loss.png", "gap.png"}
-    result = report.load(folder)
-    assert [record.label for record in result.records] == labels
-    for record in result.records:
-        assert len(record.train) == len(record.seconds) == len(record.gradient_bytes) == steps
-        assert record.valid[0][0] == 0
-        assert record.valid[-1][0] == steps
-        assert record.state_bytes > 0
-    assert all(len(r.gaps) == steps for r in result.records if r.label in {d.label for d in result.double if d.gaps})
-    for name in ("loss.png", "gap.png"):
-        assert (folder / name).read_bytes().startswith(b"\x89PNG")
-    return result
+GAPS = ("gap", "gap_control", "gap_switched")
+DEMO = ["AdamW, full rank", "GaLore, optimizer mode", "GaLore, adapter mode", "GaLore, float64", "Random map", "Online PCA"]
 
 
-DEMO = [
-    "adamw, full rank",
-    "GaLore, optimizer mode",
-    "GaLore, adapter mode",
-    "GaLore, mode switched twice",
-    "GaLore, batch rows reversed (control)",
-    "Random map",
-    "Online PCA",
-]
+def check_results(output, folder, names, steps):
+    """The results of a command that compares modes; returns the runs by entry."""
+    plan, runs = read_results([folder])
+    assert plan.steps == steps
+    found = {run.entry: run for run in runs}
+    assert list(found) == names
+    assert [run.final for run in runs] == [True] * len(names)  # nothing is searched
+    for run in runs:
+        assert not run.failed, run.error
+        assert run.curve[-1][0] == run.info["steps"] == steps
+        assert run.info["state_bytes"] > 0
+    assert (folder / "report.md").read_text() in output
+    written = {"report.md", "report.json", "report.html", "curves.png", "pareto.png", "diagnostics.png"}
+    assert {path.name for path in folder.iterdir()} == {*written, "plan.json", "search.journal", "runs"}
+    measured = [run.entry for run in runs if run.measured]
+    assert measured == [name for name in names if name in ("GaLore, optimizer mode", "GaLore, float64", *MODES)]
+    return found
 
 
-def check_demo(output, folder, steps):
-    result = check_results(folder, DEMO, steps)
-    assert f"step {steps} of {steps}" in output
-    assert (folder / "table.md").read_text() in output
-    # the modes differ by no more than rounding does, which the control shows and bases of close singular values amplify
-    gaps = {record.label: max(gap for _, gap, _ in record.gaps) for record in result.double if record.gaps}
-    control = gaps.pop("GaLore, batch rows reversed (control)")
+MODES = ("optimizer mode", "float64")  # the entries of `lingrad train` that others are compared with
+
+
+def check_gaps(run):
+    """In float64 the modes differ by no more than rounding does, which the control shows."""
+    assert tuple(sorted(run.measured)) == GAPS
+    gaps = {name: max(value for _, value in points) for name, points in run.measured.items()}
+    control = gaps.pop("gap_control")
     assert max(gaps.values()) < max(1e-11, control)
-    return result
 
 
 def test_demo(lingrad, tiny, tmp_path):
     status, *told = lingrad("demo", "--steps", "8", "--out", tmp_path / "demo")
     assert status == 0
-    check_demo("".join(told), tmp_path / "demo", 8)
+    found = check_results("".join(told), tmp_path / "demo", DEMO, 8)
+    check_gaps(found["GaLore, float64"])
+    assert "demo: run 6 of 6" in "".join(told)
+    status, out, errors = lingrad("demo", "--steps", "8", "--out", tmp_path / "demo", "--json", "-")
+    assert f"{tmp_path / 'demo'} holds all runs of this plan already" in errors
+    assert [entry["name"] for entry in json.loads(out)["entries"]] == DEMO
+    status, _, errors = lingrad("demo", "--steps", "9", "--out", tmp_path / "demo")
+    assert status == 2
+    assert errors.startswith(f"lingrad: {tmp_path / 'demo'} holds the results of another plan")
 
 
 @pytest.mark.slow
 def test_demo_at_its_own_size(lingrad, tmp_path):
     status, *told = lingrad("demo", "--steps", "60", "--out", tmp_path / "demo")
     assert status == 0
-    result = check_demo("".join(told), tmp_path / "demo", 60)
-    full, galore, adapter, *_ = result.records
+    found = check_results("".join(told), tmp_path / "demo", DEMO, 60)
+    check_gaps(found["GaLore, float64"])
+    full, galore, adapter = (found[name].info for name in DEMO[:3])
     # rank is a quarter of the width: moments and bases of linear layers shrink, and so do gradients off refresh steps
-    assert galore.state_bytes == adapter.state_bytes < 0.4 * full.state_bytes
-    assert min(galore.gradient_bytes) == min(adapter.gradient_bytes) < 0.3 * min(full.gradient_bytes)
-    for record in result.records:
-        assert record.valid[-1][1] < record.valid[0][1] - 2.0
-    assert galore.refreshes == 2
+    assert galore["state_bytes"] == adapter["state_bytes"] < 0.4 * full["state_bytes"]
+    assert galore["gradient_bytes_median"] == adapter["gradient_bytes_median"] < 0.3 * full["gradient_bytes"]
+    for run in found.values():
+        assert run.info["metrics"]["loss"] < run.curve[0][1] - 2.0
 
 
+@pytest.mark.slow
 def test_train_on_the_users_own_text(lingrad, tiny, tmp_path):
     text = tmp_path / "mine.txt"
     text.write_text("to be, or not to be, that is the question: " * 60)
     out = tmp_path / "out"
-    spec = "random(rank=4, every=2, kind=rows)"
-    status, _, errors = lingrad("train", "--text", text, "--rules", spec, "--steps", "6", "--length", "16", "--out", out)
-    assert status == 0, errors
-    labels = ["adamw, full rank", *(f"{spec}, {way}" for way in ("optimizer mode", "adapter mode", "mode switched twice"))]
-    result = check_results(out, [*labels, f"{spec}, batch rows reversed (control)"], 6)
-    assert all(record.valid[-1][1] < record.valid[0][1] for record in result.records)
-    assert result.text == "mine.txt"
+    rules = "random(rank=4, every=2, kind=rows)"
+    status, *told = lingrad("train", "--text", text, "--rules", rules, "--steps", "6", "--length", "16", "--out", out)
+    assert status == 0, told
+    found = check_results("".join(told), out, ["adamw, full rank", "optimizer mode", "adapter mode", "float64"], 6)
+    assert all(run.curve[-1][1] < run.curve[0][1] for run in found.values())
+    check_gaps(found["float64"])
 
 
-@pytest.mark.slow
-def test_options_of_train_reach_the_run(tiny, tmp_path):
-    from lingrad.research import commands
-
+def test_options_of_train_reach_the_run(tiny, tmp_path, monkeypatch):
     text = tmp_path / "mine.txt"
     text.write_text("to be, or not to be, that is the question: " * 60)
+    plans = []
+    monkeypatch.setattr(commands, "_run", lambda plan, *_, **__: plans.append(plan))
     common = {"base": "sgd", "lr": 0.1, "scale": 1.0, "carry": "keep", "steps": 3, "length": 16}
-    losses = set()
     momentum = {"base": "adamw", "steps": 4}  # a carry shows where there are moments to carry
     changes = ({}, {"base": "adamw"}, {"lr": 0.2}, {"scale": 0.5}, {"steps": 5}, {"length": 8}, momentum)
     changes += tuple(momentum | {"carry": carry} for carry in ("reset", "rotate"))
+    losses = set()
     for change in changes:
-        result = commands.train(text, "random(rank=2, every=1)", tmp_path / "out", **common | change)
-        losses.add(result.records[1].valid[-1][1])
+        commands.train(text, "random(rank=2, every=1)", tmp_path, **common | change)
+        entry = plans[-1].entry("adapter mode")
+        method = make_method(entry, {}, seed=1, folder=tmp_path)
+        losses.add(train(plans[-1].of(entry), method, seed=1, part="final", out=None)["metrics"]["loss"])
     assert len(losses) == len(changes)
+
+
+def test_the_demo_keeps_to_its_plan_but_for_the_steps(monkeypatch, tmp_path):
+    plans = []
+    monkeypatch.setattr(commands, "_run", lambda plan, *_, **__: plans.append(plan))
+    commands.demo(tmp_path)
+    commands.demo(tmp_path, steps=7)
+    assert [plan.steps for plan in plans] == [200, 7]
+    assert [entry.name for entry in plans[0].entries] == DEMO
+    assert plans[0].trials == 0
+    assert {entry.dtype for entry in plans[0].entries} == {"", "float64"}
+    assert plans[0].of(plans[0].entry("GaLore, float64")).dtype == "float64"
+    assert plans[0].of(plans[0].entry("Random map")).diagnostics == ()
+
+
+@pytest.mark.slow
+def test_train_with_a_transform_of_an_imported_file(lingrad, tiny, tmp_path):
+    (tmp_path / "mine.py").write_text(MINE)
+    text = tmp_path / "mine.txt"
+    text.write_text("to be, or not to be, that is the question: " * 60)
+    more = ("--steps", "3", "--length", "8", "--out", tmp_path / "out", "--import", tmp_path / "mine.py")
+    status, *told = lingrad("train", "--text", text, "--rules", "brought_to_train(rank=2)", *more)
+    assert status == 0, told
+    assert not any(run.failed for run in read_results([tmp_path / "out"])[1])
+
+
+MINE = """
+from lingrad import SideTransform, register
+from lingrad.transforms import orthonormalize
+
+@register("brought_to_train")
+class BroughtToTrain(SideTransform):
+    def basis(self, seen, old, when):
+        return orthonormalize(seen.matmul(seen.rmatmul(old).t()), seed=0)
+"""
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
         (b"", "is empty"),
-        (b"\xff\xfe\x00", "is not a UTF-8 text (byte 0)"),
-        (b"too short", "mine.txt is too short: its last tenth is 1 tokens, and a window is 64; give a longer text"),
+        (b"\xff\xfe\x00", "is not in UTF-8 (byte 0)"),
+        (b"too short", "mine.txt is too short: its shortest part has 0 tokens, and a window 64; expected more in each"),
     ],
 )
 def test_texts_that_cannot_be_trained_on(lingrad, tmp_path, content, message):
@@ -243,7 +296,7 @@ def test_results_that_cannot_be_written(lingrad, tiny, tmp_path):
         "train", "--text", text, "--steps", "3", "--length", "8", "--out", tmp_path / "file" / "out"
     )
     assert status == 2
-    assert "lingrad: cannot write the results to" in errors
+    assert "lingrad: cannot write results to" in errors
     assert "step" not in output  # nothing was trained for nothing
 
 
@@ -252,13 +305,7 @@ def test_a_learning_rate_that_cannot_be_meant(lingrad, tiny, tmp_path):
     text.write_text("call me ishmael. " * 100)
     status, _, errors = lingrad("train", "--text", text, "--lr", "-1", "--length", "8", "--out", tmp_path / "out")
     assert status == 2
-    assert errors == "lingrad: base 'adamw' refused its options (lr=-1.0): Invalid learning rate: -1.0\n"
-
-
-def test_json_of_the_demo_is_all_there_is_on_standard_output(lingrad, tiny, tmp_path):
-    status, out, _ = lingrad("demo", "--steps", "3", "--out", tmp_path / "demo", "--json", "-")
-    assert status == 0
-    assert out == (tmp_path / "demo/result.json").read_text() + "\n"
+    assert errors == "lingrad: entry 'adamw, full rank': lr must be a number, 0 or more, not -1.0\n"
 
 
 def test_json_of_an_explanation(lingrad, tmp_path):

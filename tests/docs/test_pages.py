@@ -157,3 +157,19 @@ class TestReadme:
         short, long = "word " * 60, "word " * 61
         assert long_ones(f"# Title\n\n{short}\n\n- {short}\n- {short}\n\n```sh\n{long}\n```\n\n| {long} |\n") == []
         assert len(long_ones(f"{long}\n\n- {short}\n- {long}\n  {short}\n")) == 2
+
+
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "examples").rglob("*.md")])
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_tables_are_tables(page):
+    """GitHub and the site show a table where the line below its head has a dash in each cell, and as many cells."""
+    lines = page.read_text().splitlines()
+    for number, line in enumerate(lines):
+        if not (line.startswith("|") and "-" in line and set(line) <= set("|-: ")):
+            continue
+        cells = line.strip()[1:-1].split("|")
+        assert all(re.fullmatch(r" *:?-+:? *", cell) for cell in cells), f"line {number + 1}: {line}"
+        head = lines[number - 1].replace("\\|", "").strip()[1:-1]
+        assert head.count("|") == len(cells) - 1, f"line {number}: {lines[number - 1]}"

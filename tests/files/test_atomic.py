@@ -41,6 +41,20 @@ def test_a_file_that_is_replaced_keeps_its_mode(tmp_path, mode):
     assert (path.read_bytes(), mode_of(path)) == (b"new", mode)
 
 
+def test_a_failing_write_leaves_the_old_file_whole(tmp_path, monkeypatch):
+    path = write_whole(tmp_path / "file", b"old")
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("lingrad.files.atomic.os.fdopen", full)
+    with pytest.raises(OSError, match="No space left on device"):
+        write_whole(path, b"new")
+    monkeypatch.undo()
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
 @pytest.mark.parametrize("depth", [1, 2])
 @pytest.mark.parametrize("there", [True, False], ids=["to a file", "to nothing"])
 def test_a_link_is_followed_and_stays(tmp_path, depth, there):

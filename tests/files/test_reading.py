@@ -14,11 +14,10 @@ from hypothesis import strategies as st
 
 from lingrad.errors import DataError
 from lingrad.files.model_folder import ModelFolder
-from lingrad.files.reading import LARGEST_JSON, open_plain, read_json
+from lingrad.files.reading import LARGEST_JSON, open_plain, parse_json, read_json, read_text
 from lingrad.files.tensorfile import DTYPES, TensorFile, in_memory, write_tensors
 from lingrad.peft.read import read_adapter
 from lingrad.peft.report import AdapterReport
-from lingrad.research.corpus import read_text
 
 SECONDS = 5.0  # a quadratic search through the headers here takes minutes
 
@@ -86,6 +85,42 @@ def test_a_json_file_that_is_far_too_large_is_not_read(tmp_path):
         read_json(path)
     (tmp_path / "fine.json").write_text("[1]")
     assert read_json(tmp_path / "fine.json") == [1]
+
+
+@pytest.mark.parametrize("text", ["a b\n", "\ufeffa b\n"])
+def test_a_byte_order_mark_is_no_part_of_a_text(tmp_path, text):
+    (tmp_path / "a.txt").write_text(text, encoding="utf-8")
+    assert read_text(tmp_path / "a.txt") == "a b\n"
+
+
+@pytest.mark.parametrize("data", [b"", b"\xef\xbb\xbf", b" \n"])
+def test_an_empty_text_is_refused(tmp_path, data):
+    (tmp_path / "a.txt").write_bytes(data)
+    with pytest.raises(DataError, match=r"^the recipe .*a\.txt is empty$"):
+        read_text(tmp_path / "a.txt", "recipe")
+
+
+def test_a_text_that_is_larger_than_it_may_be_is_refused_and_not_cut(tmp_path):
+    (tmp_path / "a.txt").write_text("abcd")
+    assert read_text(tmp_path / "a.txt", largest=4) == "abcd"
+    with pytest.raises(DataError, match="is larger than 3 bytes"):
+        read_text(tmp_path / "a.txt", largest=3)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_json_of_another_program_has_whole_characters(tmp_path, encoding):
+    path = tmp_path / "a.json"
+    path.write_text('{"a": ["\\ud83d\\ude00", "\\\\ud800"]}', encoding=encoding)
+    assert read_json(path, foreign=True) == {"a": ["\U0001f600", "\\ud800"]}
+    for half in ('{"a": [["\\ud83d."]]}', '{"\\ud83d": 1}', '["\\ude00\\ud83d"]', '"\\uDe00"'):
+        path.write_text(half, encoding=encoding)
+        with pytest.raises(ValueError, match=r"a string has \\ud(e00|83d), half a character.*write both halves"):
+            read_json(path, foreign=True)
+
+
+def test_half_a_character_may_not_be_spelt_in_bytes_either():
+    with pytest.raises(ValueError, match="utf-8"):
+        parse_json(b'"\xed\xa0\x80"')
 
 
 def test_files_are_closed(tmp_path):

@@ -1,6 +1,7 @@
 """galore_torch's optimizers from `lingrad.galore`: scripts whose import line was changed."""
 
 import copy
+import gc
 import io
 import warnings
 
@@ -48,11 +49,17 @@ def cosine(optimizer):
     return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
 
 
-def train(model, optimizer, scheduler, batches, clip=1.0):
-    """The loop of a script that knows nothing of lingrad: micro-batches, torch's clipping, a schedule."""
-    for micro_batches in batches:
+def train(model, optimizer, scheduler, batches, clip=1.0, absent=None, first=0):
+    """The loop of a script that knows nothing of lingrad: micro-batches, torch's clipping, a schedule.
+
+    ``absent``: (step, number of a parameter) -> whether it has no gradient in the step.
+    """
+    for step, micro_batches in enumerate(batches, start=first):
         for batch in micro_batches:
             (text_loss(model, batch) / len(micro_batches)).backward()
+        for number, param in enumerate(model.parameters()):
+            if absent is not None and absent(step, number):
+                param.grad = None
         if clip:
             torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
         optimizer.step()
@@ -60,10 +67,10 @@ def train(model, optimizer, scheduler, batches, clip=1.0):
         optimizer.zero_grad()
 
 
-def weights_after(package, name, model_groups=groups, clip=1.0, **options):
+def weights_after(package, name, model_groups=groups, clip=1.0, absent=None, **options):
     model = llama()
     optimizer = make(getattr(package, name), model_groups(model), **options)
-    train(model, optimizer, cosine(optimizer), text_batches(STEPS), clip)
+    train(model, optimizer, cosine(optimizer), text_batches(STEPS), clip, absent)
     return dict(model.named_parameters())
 
 
@@ -93,6 +100,130 @@ def test_groups_of_their_own_ranks_gaps_scales_rates_and_defaults():
 
     theirs = weights_after(galore_torch(), "GaLoreAdamW", three, no_deprecation_warning=True)
     assert gap(weights_after(lingrad.galore, "GaLoreAdamW", three, no_deprecation_warning=True), theirs) <= TO_ROUNDING
+
+
+def absent(step, number):
+    """Some parameters have a gradient in every step, some miss one step in three, some the first six, one all."""
+    kind = number % 7
+    return (kind == 1 and step % 3 == 0) or (kind == 2 and step < 6) or (kind == 3 and step in (5, 10)) or number == 11
+
+
+ADAFACTOR = {"lr": 1e-2, "weight_decay": 0.1, "relative_step": False, "scale_parameter": False, "beta1": 0.9}
+
+
+@pytest.mark.peers
+@pytest.mark.parametrize(
+    ("name", "options"), [("GaLoreAdamW", {"lr": 1e-2, "weight_decay": 0.1, "eps": 1e-3}), ("GaLoreAdafactor", ADAFACTOR)]
+)
+def test_steps_are_counted_for_each_weight(name, options):
+    """Of a weight that has no gradient in some steps: when its basis is new, the bias corrections, eps, and its decay."""
+    theirs = weights_after(galore_torch(), name, absent=absent, **options)
+    assert gap(weights_after(lingrad.galore, name, absent=absent, **options), theirs) <= TO_ROUNDING
+    assert gap(weights_after(lingrad.galore, name, **options), theirs) > 1e-3
+
+
+@pytest.mark.parametrize(
+    "model_groups", [groups, lambda model: [{"params": model.parameters()}]], ids=["both", "none projected"]
+)
+def test_a_run_whose_weights_have_missed_steps_resumes_to_the_bit(model_groups):
+    options, batches = {"lr": 1e-2, "eps": 1e-3}, text_batches(STEPS)
+    through = weights_after(lingrad.galore, "GaLoreAdamW", model_groups, absent=absent, **options)
+    model = llama()
+    optimizer = GaLoreAdamW(model_groups(model), **options)
+    scheduler = cosine(optimizer)
+    train(model, optimizer, scheduler, batches[:7], absent=absent)
+    resumed = llama()
+    resumed.load_state_dict(model.state_dict())
+    other = GaLoreAdamW(model_groups(resumed), **options)
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    follower = cosine(other)
+    follower.load_state_dict(scheduler.state_dict())
+    train(resumed, other, follower, batches[7:], absent=absent, first=7)
+    assert all(torch.equal(p, through[name]) for name, p in resumed.named_parameters())
+
+
+def test_a_step_that_fails_is_missed_by_nothing():
+    weights = [nn.Parameter(torch.ones(6, 5)) for _ in range(2)]
+    optimizer = GaLoreAdamW([{"params": weights, **PROJECTED}])
+    weights[0].grad = torch.ones(6, 5)
+    optimizer.run._run.stepper.offload = "none"  # which cannot step
+    with pytest.raises(AttributeError):
+        optimizer.step()
+    optimizer.run._run.stepper.offload = None
+    assert optimizer.state_dict()["galore_counts"] == {"steps": 0, "missed": {}}
+    optimizer.step()
+    assert optimizer.state_dict()["galore_counts"] == {"steps": 1, "missed": {"0.1": 1}}
+    weights[1].grad = torch.ones(6, 5)  # both are stepped now, one after the other
+    optimizer.run._run.stepper.offload = "none"
+    with pytest.raises(AttributeError) as caught:
+        optimizer.step()
+    assert [len(group["params"]) for group in optimizer.run.bases()[0].param_groups] == [2], caught
+
+
+@pytest.mark.parametrize("counts", [None, {}, {"steps": 1.0, "missed": {}}, {"steps": 1, "missed": {"0.0": 2}}])
+def test_counts_that_cannot_be_are_refused(counts):
+    optimizer = GaLoreAdamW([{"params": [nn.Parameter(torch.ones(6, 5))], **PROJECTED}])
+    with pytest.raises(CheckpointError, match="galore_counts"):
+        optimizer.load_state_dict({**optimizer.state_dict(), "galore_counts": counts})
+
+
+class TestAnotherOptimizer:
+    """Scripts that make their optimizer again, such as after loading."""
+
+    def test_it_takes_the_weights_over_and_resumes_to_the_bit(self):
+        batches = text_batches(STEPS)
+        through = weights_after(lingrad.galore, "GaLoreAdamW", lr=1e-2)
+        model = llama()
+        first = GaLoreAdamW(groups(model), lr=1e-2)
+        scheduler = cosine(first)
+        train(model, first, scheduler, batches[:7])
+        state = first.state_dict()
+        second = GaLoreAdamW(groups(model), lr=1e-2)
+        second.load_state_dict(state)
+        follower = cosine(second)
+        follower.load_state_dict(scheduler.state_dict())
+        train(model, second, follower, batches[7:])
+        assert all(torch.equal(p, through[name]) for name, p in model.named_parameters())
+
+    def test_the_first_says_that_it_has_no_weights_any_more(self):
+        weight = nn.Parameter(torch.ones(6, 5))
+        first = GaLoreAdamW([{"params": [weight], **PROJECTED}])
+        GaLoreAdamW([{"params": [weight, nn.Parameter(torch.ones(4, 4))], **PROJECTED}])
+        weight.grad = torch.ones(6, 5)
+        for use in (first.step, first.state_dict):
+            with pytest.raises(ModeError, match="another one of lingrad.galore was made for some of them.*Step the other one"):
+                use()
+
+    def test_one_that_is_gone_leaves_its_weights_free(self):
+        model = nn.Linear(6, 5, bias=False).double()
+        first = GaLoreAdamW([{"params": [model.weight], **PROJECTED}], lr=1e-2)
+        model(torch.ones(2, 6).double()).sum().backward()
+        first.step()
+        del first
+        gc.collect()
+        optimizer = lingrad.wrap(model, "svd(rank=2)", lr=1e-2)
+        before = model.weight.detach().clone()
+        model(torch.ones(2, 6).double()).sum().backward()
+        optimizer.step()
+        assert not torch.equal(model.weight, before)
+
+    def test_one_that_cannot_be_made_takes_nothing(self):
+        weight = nn.Parameter(torch.ones(6, 5))
+        first = GaLoreAdamW([{"params": [weight], **PROJECTED}], lr=1e-2)
+        with pytest.raises(SpecError, match="lr"):
+            GaLoreAdamW([{"params": [weight], **PROJECTED}], lr=-1.0)
+        weight.grad = torch.ones(6, 5)
+        first.step()
+        assert not torch.equal(weight, torch.ones(6, 5))
+        assert torch.equal(weight.grad, torch.ones(6, 5))
+
+    def test_weights_that_lingrad_wrap_has_are_refused(self):
+        model = nn.Linear(6, 5)
+        optimizer = lingrad.wrap(model, "svd(rank=2)")
+        with pytest.raises(ModeError, match="is wrapped already; call detach"):
+            GaLoreAdamW([{"params": [model.weight], **PROJECTED}])
+        optimizer.detach()
+        GaLoreAdamW([{"params": [model.weight], **PROJECTED}])
 
 
 @pytest.mark.peers
@@ -199,6 +330,7 @@ MATRIX = {"params": [nn.Parameter(torch.ones(6, 5))], **PROJECTED}
     ("cls", "group", "options", "message"),
     [
         (GaLoreAdamW, {"proj_type": "stdd"}, {}, r"proj_type must be one of std, .*, not 'stdd'; did you mean 'std'"),
+        (GaLoreAdamW, {"proj_type": ["std"]}, {}, r"proj_type must be one of std, .*, not \['std'\]"),
         (GaLoreAdamW, {"update_proj_gap": 0}, {}, "update_proj_gap counts steps, 1 or more, not 0"),
         (GaLoreAdamW, {"proj_quant": True}, {}, "proj_quant is not supported"),
         (GaLoreAdamW, {"rank": -1}, {}, "rank"),

@@ -199,14 +199,16 @@ class TestAdapter:
     def test_where_there_can_be_none_it_says_why(self, tmp_path, args, options, why):
         trainer = make(tmp_path / "run", mode="adapter", args=args, **options)
         trainer.train()
-        (tmp_path / "saved/adapter").mkdir(parents=True)
-        (tmp_path / "saved/adapter/adapter_config.json").write_text("{}")  # of an earlier save
+        saved = tmp_path / "what is saved"
+        (saved / "adapter").mkdir(parents=True)
+        (saved / "adapter/adapter_config.json").write_text("{}")  # of an earlier save
         with pytest.warns(UserWarning, match=r"has the full model, but no adapter: .*lingrad convert START") as caught:
-            trainer.save_model(tmp_path / "saved")
+            trainer.save_model(saved)
         (message,) = [str(one.message) for one in caught if "adapter" in str(one.message)]
         assert re.search(why, message)
-        assert not (tmp_path / "saved/adapter").exists()
-        assert (tmp_path / "saved/model.safetensors").exists()
+        assert f"`lingrad convert START '{saved}' --out DIR`" in message
+        assert not (saved / "adapter").exists()
+        assert (saved / "model.safetensors").exists()
 
     def test_it_takes_the_place_of_nothing_but_an_adapter(self, tmp_path):
         trainer = make(tmp_path, mode="adapter", args={"max_steps": 2})

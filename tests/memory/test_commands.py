@@ -5,6 +5,7 @@ import re
 import shlex
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import typer
@@ -67,14 +68,18 @@ def test_not_even_one_row(lingrad):
 
 
 @pytest.mark.parametrize("limit", [0, 1, 2, 3, 7, 8, 100, 2**16, 2**17 - 1])
-def test_bisection(limit):
+def test_bisection(limit, monkeypatch):
     tried = []
 
-    def fits(n):
-        tried.append(n)
-        return n <= limit
+    def simulated(question, method):
+        tried.append(question.batch)
+        return SimpleNamespace(fits=question.batch <= limit, reserved=question.batch)
 
-    assert commands._bisect(fits) == min(limit, commands.LARGEST)
+    monkeypatch.setattr(commands, "simulate", simulated)
+    found = commands.fit(replace(SMALL, capacity="1GiB"))
+    assert found.rows == min(limit, commands.LARGEST)
+    assert found.reserved == max(found.rows, 1)
+    assert found.at_least == (limit >= commands.LARGEST)
     assert len(tried) <= 2 * 17 + 2
 
 
@@ -172,6 +177,18 @@ def test_every_option_changes_the_answer(name, changes):
         (["simulate", "--model", "demo", "--batch", "0"], "lingrad: batch must be at least 1, not 0"),
         (["fit", "--model", "demo", "--length", "1", "--capacity", "1GiB"], "lingrad: length must be at least 2 tokens, not 1"),
         (["simulate", "--model", "demo", "--capacity", "big"], "lingrad: 'big' is not a size in bytes"),
+        (["fit", "--model", "demo", "--capacity", "big"], "lingrad: 'big' is not a size in bytes"),
+        (["fit", "--model", "demo", "--capacity", "1GiB", "--context", "big"], "lingrad: 'big' is not a size in bytes"),
+        (["fit", "--model", "demoo", "--capacity", "1GiB"], "lingrad: no model 'demoo'; did you mean 'demo'?"),
+        (["fit", "--model", "demo", "--capacity", "1GiB", "--rules", "svdd(rank=4)"], "lingrad: unknown transform 'svdd'"),
+        (["fit", "--model", "demo", "--capacity", "1GiB", "--base", "adamm"], "lingrad: unknown base optimizer 'adamm'"),
+        (["fit", "--model", "demo", "--capacity", "1GiB", "--offload", "moment"], "lingrad: offload='moment'"),
+        (["compare", "--model", "demo", "--capacity", "big"], "lingrad: 'big' is not a size in bytes"),
+        (["compare", "--model", "demo", "--context", "big"], "lingrad: 'big' is not a size in bytes"),
+        (["compare", "--model", "demoo"], "lingrad: no model 'demoo'; did you mean 'demo'?"),
+        (["compare", "--model", "demo", "--base", "adamm"], "lingrad: unknown base optimizer 'adamm'"),
+        (["compare", "--model", "demo", "--offload", "moment"], "lingrad: offload='moment'"),
+        (["compare", "--model", "demo", "--plot", "x.foo"], "lingrad: cannot write x.foo: Format 'foo'"),
         (["compare", "--model", "demo", "--rules", "full()"], "lingrad: a comparison needs one rank for all methods"),
         (
             ["simulate", "--model", "demo", "--plot", "x.foo", "--rules", "svd(rank=16)", "--length", "8"],
@@ -187,7 +204,9 @@ def test_every_option_changes_the_answer(name, changes):
         ),
     ],
 )
-def test_errors_are_one_message_and_status_2(lingrad, arguments, message):
+def test_errors_are_one_message_and_status_2(lingrad, monkeypatch, arguments, message):
+    if "x.foo" in arguments:
+        monkeypatch.setattr(commands, "simulate", lambda *_: pytest.fail("simulated before all input was checked"))
     status, out, errors = lingrad("memory", *arguments)
     assert (status, out) == (2, "")
     assert errors.splitlines()[0].startswith(message)

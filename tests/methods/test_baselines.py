@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lingrad.errors import SpecError
-from lingrad.methods import BASELINES, baseline
+from lingrad.methods import BASELINES, GaloreTorch, baseline
 from tests.support.models import llama, text_batches, text_loss
 
 RATES = {"sgd_momentum": 3e-2, "apollo_mini": 1e-3, "scale": 3e-3}
@@ -58,6 +58,9 @@ def test_muon_steps_matrices_and_adamw_the_rest():
     [
         ("lore", {}, "unknown baseline 'lore'; did you mean 'lora'"),
         ("lora", {}, "baseline 'lora' needs rank"),
+        ("apollo", {"rank": 4, "lrr": 0.1}, "APOLLO has no option 'lrr'; did you mean 'lr'.* It takes: lr, betas, eps, .*seed"),
+        ("apollo_mini", {"beta": 0.1}, "APOLLO-Mini has no option 'beta'; did you mean 'betas'"),
+        ("scale", {"moment": 0.1}, "SCALE has no option 'moment'; did you mean 'momentum'"),
         ("relora", {"rank": 4, "every": 0}, "every must be a whole number, 1 or more, not 0"),
         ("relora", {"rank": 4, "prune": 1.5}, "prune is a share of the moments, from 0 to 1, not 1.5"),
     ],
@@ -65,6 +68,23 @@ def test_muon_steps_matrices_and_adamw_the_rest():
 def test_what_it_refuses(name, options, message):
     with pytest.raises(SpecError, match=message):
         baseline(name, **options)
+
+
+@pytest.mark.parametrize("name", BASELINES)
+def test_an_option_that_there_is_not_is_named(name):
+    with pytest.raises(SpecError, match="(has|takes) no option 'weight_decoy'.* It takes: .*lr") as caught:
+        written(name, weight_decoy=0.1).prepare(llama(torch.float32))
+    assert caught.value.option == "weight_decoy"
+
+
+@pytest.mark.peers
+@pytest.mark.parametrize("base", ["adamw", "adamw8bit"])
+def test_galore_torch_names_an_option_that_there_is_not_and_takes_a_rate(base):
+    pytest.importorskip("galore_torch", reason="make test installs it (extra: peers)", exc_type=ImportError)
+    with pytest.raises(SpecError, match="takes no option 'weight_decoy'.* It takes: lr"):
+        GaloreTorch(4, base=base, options={"weight_decoy": 0.1}).prepare(llama(torch.float32))
+    training = GaloreTorch(4, base=base, options={"lr": 0.5}).prepare(llama(torch.float32))
+    assert {group["lr"] for group in training.optimizers[0].param_groups} == {0.5}
 
 
 @pytest.mark.parametrize("name", ["relora", "scale", "apollo"])

@@ -1,7 +1,9 @@
 """`check_adapter` and the targets of an export: the rules of loaders, each against what the loader's own formula gives."""
 
+import ast
 import json
 import re
+import shlex
 
 import pytest
 import torch
@@ -241,6 +243,21 @@ def test_what_is_no_adapter(tmp_path, spoil, message):
     spoil(folder)
     with pytest.raises(DataError, match=message):
         bridge.check_adapter(folder)
+
+
+@pytest.mark.parametrize("name", ["two words", "it's $HOME", "plain"])
+def test_names_of_folders_are_quoted_in_the_commands(tmp_path, name):
+    folder, start = tmp_path / name, f"./{name}"
+    adapter(folder, {"base_model_name_or_path": start, "lora_alpha": 4})  # its rank, so that every loader loads it
+    commands = {found.loader: found.command for found in bridge.check_adapter(folder).findings if found.verdict == "loads"}
+    assert commands.keys() == LOADERS.keys()
+    assert shlex.split(commands["vllm"]) == [
+        *("vllm", "serve", start, "--enable-lora", "--max-lora-rank", "8", "--lora-modules", f"NAME={folder}"),
+    ]
+    assert {str(folder), start} <= {*shlex.split(commands["llama.cpp"])}
+    assert {f"NAME={folder}", start} <= {*shlex.split(commands["tgi"])}
+    call = ast.parse(commands["diffusers"], mode="eval").body
+    assert ast.literal_eval(call.args[0]) == str(folder)
 
 
 def test_the_command(lingrad, tmp_path):

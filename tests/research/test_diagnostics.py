@@ -14,7 +14,7 @@ from lingrad.methods import FullRank, Lingrad
 from lingrad.research.diagnostics import DIAGNOSTICS, ObservedRun, make_diagnostic
 from lingrad.research.diagnostics.bases import TOLERANCE, BasisOverlap, MomentMismatch, UpdateRank
 from lingrad.research.diagnostics.halves import ReproducibleDirections
-from lingrad.research.diagnostics.modes import ModeGap, largest_gap_of
+from lingrad.research.diagnostics.modes import ModeGap, RowOrderGap, SwitchedGap, largest_gap_of
 from lingrad.research.plan import make_plan
 from lingrad.research.task import Task
 from lingrad.research.training import METRICS, train
@@ -260,6 +260,35 @@ def test_the_gap_is_that_to_the_other_mode(mode):
 def test_in_float64_the_modes_have_no_gap():
     method = Lingrad("svd(rank=3, every=3)", "adam", "adapter", {"lr": 1e-2, "seed": 1})
     assert all(values["gap"] <= 1e-12 for _, _, values, *_ in observed(ModeGap(), method))
+
+
+@pytest.mark.parametrize("mode", ["optimizer", "adapter"])
+def test_a_run_whose_mode_is_switched_has_no_gap_in_float64(mode):
+    method = Lingrad("svd(rank=3, every=3)", "adamw", mode, {"lr": 1e-2})
+    diagnostic = SwitchedGap()
+    modes = [
+        (diagnostic._other.optimizers[0].mode, values["gap_switched"])
+        for _, _, values, *_ in observed(diagnostic, method, steps=10)
+    ]
+    other = "adapter" if mode == "optimizer" else "optimizer"
+    assert [one for one, _ in modes] == [mode] * 4 + [other] * 3 + [mode] * 3
+    assert all(gap <= 1e-12 for _, gap in modes)
+
+
+def test_the_control_is_the_run_with_its_rows_reversed():
+    """Its gap is that of rounding alone; where the loss depends on the order of the rows, it is not."""
+    method = Lingrad("svd(rank=3, every=3)", "adamw", "optimizer", {"lr": 1e-2})
+    # dropout's mask stays where it is, so that other rows meet it: a real difference
+    assert max(values["gap_control"] for _, _, values, *_ in observed(RowOrderGap(), method)) > 1e-4
+    task = Dropped()
+    plain = task.build(1, torch.float64).eval()
+    batch = {"a": torch.arange(6.0).view(3, 2), "b": (torch.arange(3), torch.tensor(7))}
+    turned = RowOrderGap().batch(batch)
+    assert turned["a"].tolist() == [[4, 5], [2, 3], [0, 1]]
+    assert turned["b"][0].tolist() == [2, 1, 0]
+    assert turned["b"][1] == 7
+    rows = torch.randn(12, SIZES[0], dtype=torch.float64)
+    torch.testing.assert_close(task.loss(plain, RowOrderGap().batch(rows)), task.loss(plain, rows), rtol=1e-14, atol=0)
 
 
 def test_a_gap_between_zeros_is_zero():

@@ -41,6 +41,9 @@ class Line(Task):
 
     def build(self, seed, dtype):
         torch.manual_seed(seed)
+        if self.cache_folder is not None:
+            self.cache_folder.mkdir(exist_ok=True)
+            (self.cache_folder / str(seed)).touch()
         return nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 4)).to(dtype)
 
     def batches(self, steps, seed):
@@ -178,6 +181,7 @@ def test_failures_do_not_stop_the_rest(tmp_path):
     told = []
     execute(open_plan(path), tmp_path / "out", jobs=2, tick=lambda *state: told.append(state))
     assert [status for status, *_ in outcome(tmp_path / "out").values()].count("diverged") == 1
+    assert {path.name for path in (tmp_path / "out/cache").iterdir()} == {"0", "1"}  # one for all runs: a seed each
     assert told[-1][:2] == (5, 6)  # no final run of what diverged
     assert re.fullmatch(r"best loss so far \S+ \((svd|random map!)\), about \d+ s left", told[-1][2])
     plan, runs = read_results([tmp_path / "out"])
@@ -185,7 +189,10 @@ def test_failures_do_not_stop_the_rest(tmp_path):
     assert re.search(r"\| diverges *\| *failed", text)
     assert "diverges, trial {}: diverged: DivergedError: the loss of step 2" in text
     files = write_report(plan, runs, tmp_path / "out", x="seconds", y="loss")
-    assert {file.name for file in files} == {"report.md", "report.html", "curves.png", "sensitivity.png", "pareto.png"}
+    pictures = {"curves.png", "sensitivity.png", "pareto.png", "diagnostics.png"}
+    assert {file.name for file in files} == {"report.md", "report.json", "report.html", *pictures}
+    entries = json.loads((tmp_path / "out/report.json").read_text())["entries"]
+    assert [entry["name"] for entry in entries if entry["failures"]] == ["diverges"]
     with pytest.raises(SpecError, match="no run logs 'perplexity'. Logged: .*, loss$"):
         write_report(plan, runs, tmp_path / "out", y="perplexity")
     before = outcome(tmp_path / "out")
@@ -324,9 +331,12 @@ def test_the_commands_say_what_is_wrong(lingrad, tmp_path):
     code, _, error = lingrad("run", path, "--out", tmp_path / "out")
     assert (code, error) == (2, "lingrad: sampler must be one of grid, random, tpe, not 'gird'; did you mean 'grid'?\n")
     assert not (tmp_path / "out").exists()
-    code, _, error = lingrad("report", tmp_path)
+    empty = tmp_path / "no results"
+    empty.mkdir()
+    code, _, error = lingrad("report", empty)
     assert code == 2
-    assert error.startswith(f"lingrad: {tmp_path} holds no results of a plan: there is no plan.json.")
+    assert error.startswith(f"lingrad: {empty} holds no results of a plan: there is no plan.json.")
+    assert f"`lingrad run PLAN.toml --out '{empty}'` makes some" in error
 
 
 def results(folder, *losses, values=None, **metrics):
@@ -369,7 +379,7 @@ def test_diagnostics_are_in_the_report(tmp_path):
     text = as_markdown(plan, summarize(plan, runs))
     assert re.search(r"\| entry +\| +overlap \|", text)  # and no gap: it was never finite
     assert re.search(r"\| svd +\| 0\.65 \(0\.55\) \|", text)  # the last of each run, and the mean of each, by hand
-    assert re.search(r"\| random map! +\| +\|", text)
+    assert len(re.findall(r"\| random map! +\|", text)) == 1  # nothing was measured of it
     page = as_html(plan, summarize(plan, runs))
     data = json.loads(page.split('id="data">')[1].split("</script>")[0])
     assert data["diagnostics"] == ["overlap"]

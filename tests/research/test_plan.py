@@ -10,7 +10,7 @@ import torch
 import lingrad
 from lingrad.errors import DataError, DependencyError, LingradError, SpecError
 from lingrad.research.axes import Axis, grid
-from lingrad.research.plan import make_plan, open_plan
+from lingrad.research.plan import LARGEST, make_plan, open_plan
 from lingrad.research.ways import check_entry, make_method, rank_of
 from lingrad.testing import assert_dual
 
@@ -221,7 +221,9 @@ def test_what_is_wrong_is_said(changes, message):
     [
         (None, "cannot read the plan {}: No such file or directory"),
         (b"a = ", "the plan {} is no TOML: "),
-        (b"\xff", "the plan {} is not in UTF-8 (byte 0)"),
+        (b"\xff", "the plan {} is not in UTF-8 (byte 0); convert it first"),
+        (b"\xef\xbb\xbf", "the plan {} is empty"),
+        (b"#" * (LARGEST + 1), "the plan {} is larger than 1,048,576 bytes"),
     ],
 )
 def test_a_file_that_is_no_plan(tmp_path, text, message):
@@ -231,6 +233,14 @@ def test_a_file_that_is_no_plan(tmp_path, text, message):
     with pytest.raises(DataError) as caught:
         open_plan(path)
     assert str(caught.value).startswith(message.format(path))
+
+
+def test_a_plan_may_begin_with_a_byte_order_mark(tmp_path):
+    plain, marked = (tmp_path / name for name in ("plain.toml", "marked.toml"))
+    text = Path("docs/studies/plans/maps.toml").read_text()
+    plain.write_text(text)
+    marked.write_text(text, encoding="utf-8-sig")
+    assert open_plan(marked).content == open_plan(plain).content
 
 
 @pytest.mark.parametrize(

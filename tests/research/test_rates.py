@@ -377,13 +377,9 @@ class TestRefusals:
 class TestTheCommand:
     @pytest.fixture(autouse=True)
     def tiny(self, monkeypatch):
-        from functools import partial
+        from lingrad.research import commands
 
-        from lingrad.models import LlamaShape
-        from lingrad.research import plans
-
-        shape = LlamaShape(hidden=16, intermediate=24, layers=1, heads=2, length=8)
-        monkeypatch.setattr(plans, "Setup", partial(plans.Setup, model=shape, rows=2))
+        monkeypatch.setattr(commands, "SMALL", {"rows": 2, "hidden": 32, "layers": 1})
 
     def arguments(self, folder, *more):
         text = folder / "mine.txt"

@@ -21,11 +21,26 @@ def test_every_format_has_the_same_rows(tmp_path, name):
 
 
 @pytest.mark.parametrize(
+    ("name", "data"),
+    [
+        ("a.jsonl", b'\xef\xbb\xbf{"a": 1}\r\n{"a": "\\ud83d\\ude00"}\r\n'),
+        ("a.jsonl", b'\xef\xbb\xbf{"a": 1}\n\xef\xbb\xbf{"a": "\\ud83d\\ude00"}'),  # two files that were joined
+        ("a.json", b'\xef\xbb\xbf [{"a": 1}, {"a": "\\ud83d\\ude00"}]'),
+    ],
+)
+def test_a_byte_order_mark_is_left_out(tmp_path, name, data):
+    (tmp_path / name).write_bytes(data)
+    assert read_rows(tmp_path / name, "a") == [{"a": 1}, {"a": "\U0001f600"}]
+
+
+@pytest.mark.parametrize(
     ("name", "data", "message"),
     [
         ("a.jsonl", b'{"a": 1}\n{"b": 1}\n', "a.jsonl, row 2: expected 'a' in every row; its keys are b"),
         ("a.jsonl", b"3\n", "a.jsonl, row 1: expected 'a' in every row; it is no mapping"),
         ("a.jsonl", b'{"a": 1}\n{"a":\n', "a.jsonl, line 2 is no JSON: "),
+        ("a.jsonl", b'{"a": 1}\n{"a": ["\\ud800"]}\n', "a.jsonl, line 2 is no JSON: a string has \\ud800, half a character"),
+        ("a.json", b'[{"\\uDC00": 1}]', "a.json is no JSON: a string has \\udc00, half a character"),
         ("a.json", b'[{"a": 1}', "a.json is no JSON: "),
         ("a.parquet", b"PAR", "a.parquet is no Parquet file that can be read: "),
         ("gone.jsonl", None, "gone.jsonl: No such file or directory"),

@@ -3,14 +3,16 @@
 import io
 import json
 import tarfile
+from concurrent.futures import ThreadPoolExecutor
 from hashlib import sha256
 from pathlib import Path
+from threading import Barrier
 
 import pytest
 import torch
 
 from lingrad.errors import DataError, SpecError
-from lingrad.research import addresses, tokens
+from lingrad.research import addresses, tokens, trial
 from lingrad.research.corpus import moby_dick
 from lingrad.research.schema import Table
 from lingrad.research.tasks import make_task
@@ -50,6 +52,13 @@ def test_files_of_every_kind(tmp_path, name):
     assert bytes(ids(task, "final").tolist()) == whole[9 * tenth : 10 * tenth]
 
 
+def test_a_byte_order_mark_is_not_trained_on(tmp_path):
+    for name in ("1.txt", "2.txt"):
+        (tmp_path / name).write_text(WORDS * 9, encoding="utf-8-sig")
+    task = text_task(tmp_path, data=".")
+    assert task._text() == f"{WORDS * 9}\n{WORDS * 9}"
+
+
 def test_another_column(tmp_path):
     path = write_rows(tmp_path / "a.jsonl", [{"content": WORDS * 9, "text": 3}])
     assert len(ids(text_task(tmp_path, data="a.jsonl", column="content"), "tuning")) == len(WORDS * 9) // 10
@@ -65,6 +74,82 @@ def test_a_bpe_is_trained_on_the_training_part_alone():
     assert torch.equal(found.encode(text), train_bpe(text, 300).encode(text))
     assert len(found.encode(text)) < 0.9 * len(text.encode())
     assert found.encode("a\u00e9\u4e2d\n").tolist()  # bytes that no merge has
+
+
+class TestCache:
+    @pytest.fixture
+    def trained(self, monkeypatch):
+        """Each text that a BPE was trained on."""
+        found, train = [], tokens._train
+        monkeypatch.setattr(tokens, "_train", lambda module, text, size: (found.append(text), train(module, text, size))[1])
+        return found
+
+    def test_a_bpe_is_trained_once_for_a_text_and_a_size(self, trained, tmp_path):
+        text = moby_dick()[:20_000]
+        plain = train_bpe(text, 300)
+        several = [train_bpe(text, 300, tmp_path / "cache") for _ in range(3)]
+        assert len(trained) == 2
+        for found in several:
+            assert found.vocabulary == plain.vocabulary
+            assert torch.equal(found.encode(moby_dick()[:40_000]), plain.encode(moby_dick()[:40_000]))
+        assert train_bpe(text, 301, tmp_path / "cache").vocabulary == 301
+        train_bpe(text + " ", 300, tmp_path / "cache")
+        assert len(trained) == 4
+        assert len(list((tmp_path / "cache").iterdir())) == 3
+
+    def test_another_version_of_tokenizers_trains_again(self, trained, tmp_path, monkeypatch):
+        import tokenizers
+
+        train_bpe(WORDS, 260, tmp_path)
+        monkeypatch.setattr(tokenizers, "__version__", "0.0.1")
+        train_bpe(WORDS, 260, tmp_path)
+        assert len(trained) == 2
+
+    @pytest.mark.parametrize("spoil", [lambda data: data[:-9], lambda _: b"", lambda data: data.replace(b'"h', b'"j', 1)])
+    def test_a_file_that_is_not_as_it_was_written_is_replaced(self, trained, tmp_path, spoil):
+        expected = train_bpe(WORDS, 270, tmp_path).encode(WORDS)
+        (file,) = tmp_path.iterdir()
+        data = file.read_bytes()
+        file.write_bytes(spoil(data))
+        assert file.read_bytes() != data
+        assert torch.equal(train_bpe(WORDS, 270, tmp_path).encode(WORDS), expected)
+        assert file.read_bytes() == data
+        assert len(trained) == 2
+
+    def test_two_at_once_do_not_disturb_each_other(self, trained, tmp_path, monkeypatch):
+        both, train = Barrier(2, timeout=60), tokens._train
+        monkeypatch.setattr(tokens, "_train", lambda *given: (both.wait(), train(*given))[1])
+        with ThreadPoolExecutor(2) as pool:
+            first, second = pool.map(lambda _: train_bpe(WORDS, 270, tmp_path / "cache"), range(2))
+        assert len(trained) == 2
+        assert torch.equal(first.encode(WORDS), second.encode(WORDS))
+        assert torch.equal(train_bpe(WORDS, 270, tmp_path / "cache").encode(WORDS), first.encode(WORDS))
+        assert len(trained) == 2
+        assert len(list((tmp_path / "cache").iterdir())) == 1
+
+    def test_the_runs_of_a_plan_share_it(self, trained, tmp_path):
+        content = {
+            "name": "bpe",
+            "seeds": [1],
+            "task": {**SMALL, "kind": "text", "data": "a.txt", "tokenizer": "bpe", "vocabulary": 260, "steps": 2},
+            "search": {"trials": 1, "sampler": "grid", "space": {"lr": [0.01]}},
+            "entries": [{"name": "svd", "method": "svd(rank=2)"}],
+        }
+        (tmp_path / "a.txt").write_text(WORDS * 20)
+        job = {"content": content, "where": "plan", "folder": str(tmp_path), "quick": False, "entry": "svd", "threads": 1}
+        job |= {"values": {"lr": 0.01}, "seed": 3, "part": "final", "steps": None}
+        (tmp_path / "job.json").write_text(json.dumps({**job, "cache": str(tmp_path / "cache")}))
+        records = []
+        for name in ("first", "second"):
+            assert trial.main(str(tmp_path / "job.json"), str(tmp_path / name)) == 0
+            records.append(json.loads((tmp_path / name / "result.json").read_text()))
+        assert len(trained) == 1
+        assert trial.main(str(tmp_path / "first/result.json"), str(tmp_path / "third")) == 0  # from its record, without a cache
+        records.append(json.loads((tmp_path / "third/result.json").read_text()))
+        assert len(trained) == 2
+        assert {record["train_info"]["status"] for record in records} == {"success"}
+        assert len({json.dumps(record["train_info"]["metrics"]) for record in records}) == 1
+        assert all(record["run_info"]["job"] == job for record in records)
 
 
 def test_a_long_text_is_cut_where_no_token_reaches_across(monkeypatch):

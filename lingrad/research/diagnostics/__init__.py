@@ -12,7 +12,7 @@ from lingrad.research.diagnostics.base import Diagnostic as Diagnostic
 from lingrad.research.diagnostics.base import ObservedRun as ObservedRun
 from lingrad.research.diagnostics.bases import BasisOverlap, CapturedEnergy, MomentMismatch, UpdateRank
 from lingrad.research.diagnostics.halves import ReproducibleDirections
-from lingrad.research.diagnostics.modes import ModeGap
+from lingrad.research.diagnostics.modes import ModeGap, RowOrderGap, SwitchedGap
 from lingrad.research.objects import is_object, load_object
 
 DIAGNOSTICS: Mapping[str, Callable[..., Diagnostic]] = {
@@ -22,6 +22,8 @@ DIAGNOSTICS: Mapping[str, Callable[..., Diagnostic]] = {
     "rank": UpdateRank,
     "mismatch": MomentMismatch,
     "gap": ModeGap,
+    "gap_switched": SwitchedGap,
+    "gap_control": RowOrderGap,
 }
 
 

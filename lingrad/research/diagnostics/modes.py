@@ -1,4 +1,4 @@
-"""How far the two modes of a run are apart: the other one is trained beside it."""
+"""How far a run is from one that should give the same weights: that one is trained beside it."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from lingrad.methods import Lingrad, Training
 from lingrad.research.diagnostics.base import Diagnostic, ObservedRun
 
 TIMES = 20  # in a run, at most
+SWITCHES = (0.4, 0.7)  # parts of a run after which its mode is switched
 
 
 class RunBeside(Diagnostic):
@@ -35,6 +36,9 @@ class RunBeside(Diagnostic):
     def method(self, method: Lingrad) -> Lingrad:
         """The other run's method, of this one's; the same unless a subclass says otherwise."""
         return method
+
+    def before_step(self, number: int) -> None:
+        """Change the other run before its step, the first of which is 0; nothing unless a subclass says otherwise."""
 
     def batch(self, batch: Any) -> Any:
         """What the other run trains on where this one trains on a batch; the same unless a subclass says otherwise."""
@@ -68,6 +72,7 @@ class RunBeside(Diagnostic):
         torch.set_rng_state(self._random[0])
         for state in self._random[1:]:
             torch.cuda.set_rng_state(state, self.run.device)
+        self.before_step(step - 1)
         self._other.zero_grad()
         self.run.task.loss(self._other.model, self._batch).backward()
         self._other.step()
@@ -86,6 +91,53 @@ class ModeGap(RunBeside):
     @override
     def method(self, method: Lingrad) -> Lingrad:
         return replace(method, mode="adapter" if method.mode == "optimizer" else "optimizer")
+
+
+class SwitchedGap(RunBeside):
+    """The gap to the same run with its mode switched twice, after `SWITCHES` of its steps; a method without a dual has none."""
+
+    name = "gap_switched"
+
+    @override
+    def begin(self, run: ObservedRun) -> None:
+        super().begin(run)
+        try:
+            for _ in range(2 if self._other is not None else 0):  # there and back, which changes nothing
+                self._switch()
+        except LingradError:  # it has no dual
+            self._other = None
+
+    @override
+    def before_step(self, number: int) -> None:
+        if number in {round(part * self.run.steps) for part in SWITCHES}:
+            self._switch()
+
+    def _switch(self) -> None:
+        for one in () if self._other is None else self._other.optimizers:
+            if isinstance(one, SubspaceOptimizer):
+                one.switch("adapter" if one.mode == "optimizer" else "optimizer")
+
+
+class RowOrderGap(RunBeside):
+    """The gap to the same run with the rows of each batch in reverse order.
+
+    That is the same mathematics with other rounding: the control that another gap is compared with.
+    """
+
+    name = "gap_control"
+
+    @override
+    def batch(self, batch: Any) -> Any:
+        return _reversed(batch)
+
+
+def _reversed(batch: Any) -> Any:
+    """The rows of all tensors in reverse order."""
+    if isinstance(batch, Mapping):
+        return {key: _reversed(value) for key, value in batch.items()}
+    if isinstance(batch, tuple | list):
+        return type(batch)(_reversed(value) for value in batch)
+    return batch.flip(0) if isinstance(batch, Tensor) and batch.dim() else batch
 
 
 @torch.no_grad()

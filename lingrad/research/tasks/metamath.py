@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lingrad.errors import DataError, require
-from lingrad.research import corpus
+from lingrad.files.reading import read_text
 from lingrad.research.rows import read_rows, shuffled
 from lingrad.research.task import Part
 from lingrad.research.tasks.chat import Example, Labelled, pad, tokenize_row
@@ -128,7 +128,7 @@ class MetaMath(Labelled):
     @cached_property
     def _plain(self) -> Tensor:
         path = self.folder / self.forgetting
-        ids = encoder_of(self._tokenizer).encode(corpus.read_text(path))
+        ids = encoder_of(self._tokenizer).encode(read_text(path))
         if len(ids) < self.length:
             raise DataError(f"{path} is too short: it has {len(ids)} tokens, and a window {self.length}")
         return ids

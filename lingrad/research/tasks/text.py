@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lingrad.errors import DataError, require
+from lingrad.files.reading import read_text
 from lingrad.models import next_token_loss
 from lingrad.research import corpus
 from lingrad.research.addresses import find_addresses, read_addresses
@@ -72,6 +73,13 @@ class Text(Task):
         )  # fmt: skip
 
     @override
+    def check(self) -> None:
+        if self.tokenizer == "bpe":  # which each run trains
+            self._text() if self.data != ADDRESSES else find_addresses(self.folder)
+        else:
+            _ = self._read
+
+    @override
     def build(self, seed: int, dtype: torch.dtype) -> nn.Module:
         vocabulary = BYTES if self.tokenizer == "bytes" else self._read[1]
         return build_model(self, vocabulary, seed=seed, dtype=dtype)
@@ -121,7 +129,7 @@ class Text(Task):
         if self.tokenizer == "bytes":
             return Encoder(BYTES, byte_ids)
         if self.tokenizer == "bpe":
-            return train_bpe(training, self.vocabulary)
+            return train_bpe(training, self.vocabulary, self.cache_folder)
         return encoder_of(open_tokenizer(self.folder / self.tokenizer))
 
     def _text(self) -> str:
@@ -137,7 +145,7 @@ class Text(Task):
 
     def _texts(self, file: Any) -> list[str]:
         if file.suffix not in SUFFIXES:
-            return [corpus.read_text(file)]
+            return [read_text(file)]
         found = [row[self.column] for row in read_rows(file, self.column)]
         wrong = next((number for number, text in enumerate(found, start=1) if not isinstance(text, str)), None)
         if wrong is not None:

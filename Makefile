@@ -136,14 +136,16 @@ exhaustive: $(VENV)/.dev  ## the cases of the large matrices that the slow tests
 	$(BIN)/python -m pytest -m exhaustive
 
 LOWEST := .venv-lowest
-# of everything that a floor may break: the engine in both modes, checkpoints, the command line, the Trainer, PEFT, memory, studies
-LOWEST_TESTS := tests/galore tests/cli tests/config/test_spec.py tests/engine/test_run.py tests/engine/test_checkpoint.py tests/hf/test_trainer.py \
-  tests/hf/test_refusals.py tests/peft/test_export.py tests/peft/test_load.py tests/memory/test_estimate.py tests/methods tests/research/test_plan.py
+# of everything that a floor may break: the floors themselves, the engine in both modes, checkpoints, the command line, the Trainer, TRL,
+# PEFT, 8-bit moments, torchft, memory, studies
+LOWEST_TESTS := tests/contract/test_release.py tests/galore tests/cli tests/config/test_spec.py tests/engine/test_run.py tests/engine/test_checkpoint.py \
+  tests/hf/test_trainer.py tests/hf/test_refusals.py tests/hf/test_sft.py tests/peft/test_export.py tests/peft/test_load.py \
+  tests/optimizers/test_eight_bit.py tests/decentralized/test_torchft.py tests/memory/test_estimate.py tests/methods tests/research/test_plan.py
 
 $(LOWEST)/.ready: pyproject.toml constraints-lowest.txt examples/transform_package/pyproject.toml
 	@echo "Installing the lowest versions that are allowed into $(LOWEST)"
 	$(PYTHON) -m venv $(LOWEST)
-	PIP_CONSTRAINT=$(CURDIR)/constraints-lowest.txt $(LOWEST)/bin/python -m pip install --quiet --disable-pip-version-check \
+	PIP_CONSTRAINT=$(CURDIR)/constraints-lowest.txt $(LOWEST)/bin/python -m pip install --quiet --disable-pip-version-check --no-compile \
 	  -e '.[all,research,trl,torchft]' pytest pytest-xdist hypothesis expecttest scipy
 	$(LOWEST)/bin/python -m pip install --quiet --no-deps -e examples/transform_package
 	@touch $@

@@ -1,3 +1,4 @@
+import gc
 import sys
 
 import pytest
@@ -61,3 +62,13 @@ def share(item):
     """Of how many slow cases one is run by .ci/run."""
     rare = item.get_closest_marker("rare")
     return rare.args[0] if rare is not None else 1 if item.get_closest_marker("thinned") is None else 2
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_collection():
+    """Keep what is imported and collected out of garbage collections, which would go through a million objects each time."""
+    gc.disable()
+    yield
+    gc.collect()
+    gc.freeze()
+    gc.enable()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any
@@ -127,14 +128,23 @@ def run(
     return _run(open_plan(path, quick=quick), out, jobs=jobs, storage=storage, simulate=simulate)
 
 
-def _make_writable(out: Path) -> None:
-    """Make a folder, and see that it can be written to, before anything is trained."""
+@contextmanager
+def _results_in(out: Path) -> Iterator[None]:
+    """Make a folder of results before anything is trained; where that is refused or fails, an empty one does not stay."""
+    is_new = not out.exists()
     try:
         out.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=out):
             pass
     except OSError as error:
         raise DataError(f"cannot write the results to {out}: {error.strerror}") from error
+    try:
+        yield
+    except BaseException:
+        if is_new:
+            with suppress(OSError):  # it holds something by now
+                out.rmdir()
+        raise
 
 
 def _run(plan: ResearchPlan, out: Path, *, jobs: int, simulate: Simulate | None, storage: str | None = None) -> list[Path]:
@@ -228,7 +238,6 @@ def find_lr(
     task = Text(data=str(text.absolute()), length=length, **SMALL)
     task.check()
     optional("matplotlib", "plotting", "plot")
-    _make_writable(out)
     model = task.build(SEED, torch.float32)
     make, steps = api.adapt if mode == "adapter" else api.wrap, limits["steps"]
     opt = make(model, rules, base, lr=limits["low"], scale=scale, carry=carry, seed=SEED)  # type: ignore[arg-type]
@@ -241,7 +250,7 @@ def find_lr(
         opt.step()
         return loss
 
-    with console.progress("learning rates", "step") as tick:
+    with _results_in(out), console.progress("learning rates", "step") as tick:
         found = rates.find_lr(opt, step, on_step=lambda done, loss: tick(done, steps, f"loss {loss:.3g}"), **limits)
     try:
         write_whole(out / "find-lr.json", found.to_json().encode())

@@ -189,7 +189,8 @@ def as_data(plan: ResearchPlan, found: Sequence[Summary]) -> dict[str, Any]:
         and ``diagnostics``.
     """
     return {
-        "name": plan.name, "metric": plan.task.metric, "greater": plan.task.greater, "rule": RULE, "trials": plan.trials,
+        "name": plan.name, "about": _searched(plan),
+        "metric": plan.task.metric, "greater": plan.task.greater, "rule": RULE, "trials": plan.trials,
         "sampler": plan.sampler, "seeds": list(plan.seeds), "first": plan.entries[0].name,
         "measures": list(dict.fromkeys([plan.task.metric, *(name for one in found for name in one.metrics), *MEASURES])),
         "diagnostics": diagnosed(found),

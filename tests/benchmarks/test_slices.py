@@ -41,6 +41,8 @@ def test_tuning_goes_on_until_the_best_is_not_at_the_edge(best, tmp_path):
         assert min(results.asked) < best < max(results.asked)
 
 
+@pytest.mark.thinned(3)
+@pytest.mark.rare(1)
 @pytest.mark.parametrize(
     "entry",
     [

@@ -267,7 +267,7 @@ def test_evaluation_between_steps(mode):
     torch.testing.assert_close(found, expected, rtol=TOLERANCE, atol=TOLERANCE)
 
 
-@each_mode
+@pytest.mark.parametrize("mode", ["optimizer", pytest.param("adapter", marks=pytest.mark.slow)])
 def test_a_basis_that_is_refreshed_between_forward_and_backward(mode):
     """Autograd's own check of versions finds it: the refresh has merged into the weights that the backward reads."""
     torch.compiler.reset()
@@ -331,7 +331,7 @@ def test_a_backward_with_chosen_inputs_is_refused_at_a_refresh(mode, spec):
         optimizer.step()
 
 
-@pytest.mark.parametrize("spec", ["power(rank=4, every=3)", "svd(rank=4, every=3)"])
+@pytest.mark.parametrize("spec", ["power(rank=4, every=3)", pytest.param("svd(rank=4, every=3)", marks=pytest.mark.slow)])
 def test_frozen_coordinates(spec):
     weights = []
     for compiles in (False, True):

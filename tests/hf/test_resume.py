@@ -221,10 +221,10 @@ def finished(process, code=0):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("mode", "spec", "kill"), [
-    ("adapter", "svd(rank=4, every=2)", "--kill-in-save"),
-    pytest.param("optimizer", "power(rank=4, every=2)", "--kill-in-save", marks=pytest.mark.slow),
-    pytest.param("adapter", "random(rank=4, every=2)", "--kill-at", marks=pytest.mark.slow),
-    pytest.param("optimizer", "svd(rank=4, every=2)", "--kill-at", marks=pytest.mark.slow),
+    pytest.param("adapter", "svd(rank=4, every=2)", "--kill-in-save", marks=pytest.mark.exhaustive),
+    ("optimizer", "power(rank=4, every=2)", "--kill-in-save"),
+    ("adapter", "random(rank=4, every=2)", "--kill-at"),
+    ("optimizer", "svd(rank=4, every=2)", "--kill-at"),
 ])  # fmt: skip
 def test_kill_9(tmp_path, mode, spec, kill):
     """Killed in the middle of writing its second checkpoint, or between two; then started again."""

@@ -97,6 +97,7 @@ def test_a_simulated_process_takes_what_a_real_one_does(tmp_path, mode):
 
 
 @pytest.mark.slow
+@pytest.mark.thinned(2)
 @each_mode
 @pytest.mark.parametrize("world", [2, 3])
 @pytest.mark.parametrize("spec", [SPECS[0], SPECS[2], SPECS[3], SPECS[4]])

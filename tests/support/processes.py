@@ -15,6 +15,7 @@ IMPORTED = (
     "torch.distributed.fsdp",
     "torch.distributed.tensor.parallel",
     "transformers.models.llama.modeling_llama",
+    "transformers.trainer",
     "transformers.pytorch_utils",
     "lingrad.testing",
     "lingrad.memory",

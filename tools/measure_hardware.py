@@ -31,7 +31,6 @@ from lingrad.memory import commands  # noqa: E402
 from lingrad.memory.commands import Question  # noqa: E402
 from lingrad.memory.report import MemoryReport  # noqa: E402
 from lingrad.memory.units import CONTEXT, parse_bytes, readable  # noqa: E402
-from lingrad.methods import Method  # noqa: E402
 from lingrad.models import LLAMAS  # noqa: E402
 from tools.marks import put  # noqa: E402
 from tools.measure_memory import MEASURED, apart  # noqa: E402
@@ -106,7 +105,7 @@ class Case(NamedTuple):
     question: Question
 
     @property
-    def method(self) -> Method | None:
+    def method(self) -> Any:
         """The method, where it is not that of the question."""
         return next(one for one in commands.methods(self.question) if one.label == LORA) if self.way == LORA else None
 

@@ -9,7 +9,7 @@ HAS_CUDA = $(PYTHON) -c 'import einops, torch, transformers; torch.cuda.init()' 
 SOURCES := pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo addresses finetune smollm2 examples readme studies duality trajectories structure memory architectures bench gpu docs docs-check reference mutants mutants-operators test coverage slow exhaustive lowest check lint types layers dist clean
+.PHONY: help demo addresses finetune smollm2 examples readme studies duality trajectories structure memory hardware architectures bench gpu docs docs-check reference mutants mutants-operators test coverage slow exhaustive lowest check lint types layers dist clean
 
 help:  ## list the targets
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 19
@@ -95,6 +95,9 @@ structure: $(VENV)/.dev  ## measure how the package is built: files, imports, na
 memory: $(VENV)/.dev  ## simulate the runs of docs/memory.md and fill its tables
 	$(BIN)/python tools/measure_memory.py
 
+hardware: $(VENV)/.dev  ## simulate what fits on which card, into docs/hardware.md (a quarter of an hour on one core); goes on where it was stopped
+	$(BIN)/python tools/measure_hardware.py $(ARGS)
+
 architectures: $(VENV)/.dev  ## run tiny models of every architecture of transformers through lingrad (20 to 45 minutes); ARGS="--only NAME", --again faults
 	$(BIN)/python tools/architectures.py $(ARGS)
 
@@ -133,14 +136,16 @@ exhaustive: $(VENV)/.dev  ## the cases of the large matrices that the slow tests
 	$(BIN)/python -m pytest -m exhaustive
 
 LOWEST := .venv-lowest
-# of everything that a floor may break: the engine in both modes, checkpoints, the command line, the Trainer, PEFT, memory, studies
-LOWEST_TESTS := tests/galore tests/cli tests/config/test_spec.py tests/engine/test_run.py tests/engine/test_checkpoint.py tests/hf/test_trainer.py \
-  tests/hf/test_refusals.py tests/peft/test_export.py tests/peft/test_load.py tests/memory/test_estimate.py tests/methods tests/research/test_plan.py
+# of everything that a floor may break: the floors themselves, the engine in both modes, checkpoints, the command line, the Trainer, TRL,
+# PEFT, 8-bit moments, torchft, memory, studies
+LOWEST_TESTS := tests/contract/test_release.py tests/galore tests/cli tests/config/test_spec.py tests/engine/test_run.py tests/engine/test_checkpoint.py \
+  tests/hf/test_trainer.py tests/hf/test_refusals.py tests/hf/test_sft.py tests/peft/test_export.py tests/peft/test_load.py \
+  tests/optimizers/test_eight_bit.py tests/decentralized/test_torchft.py tests/memory/test_estimate.py tests/methods tests/research/test_plan.py
 
 $(LOWEST)/.ready: pyproject.toml constraints-lowest.txt examples/transform_package/pyproject.toml
 	@echo "Installing the lowest versions that are allowed into $(LOWEST)"
 	$(PYTHON) -m venv $(LOWEST)
-	PIP_CONSTRAINT=$(CURDIR)/constraints-lowest.txt $(LOWEST)/bin/python -m pip install --quiet --disable-pip-version-check \
+	PIP_CONSTRAINT=$(CURDIR)/constraints-lowest.txt $(LOWEST)/bin/python -m pip install --quiet --disable-pip-version-check --no-compile \
 	  -e '.[all,research,trl,torchft]' pytest pytest-xdist hypothesis expecttest scipy
 	$(LOWEST)/bin/python -m pip install --quiet --no-deps -e examples/transform_package
 	@touch $@

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from importlib import import_module
 from threading import Timer
 
@@ -135,7 +135,8 @@ def progress(title: str, unit: str, *, least: int = 1) -> Iterator[Tick]:
         rich.TimeRemainingColumn(),
         rich.TextColumn("{task.fields[note]}"),
     )
-    with rich.Progress(*parts, console=console, transient=True, disable=quiet or not console.is_terminal) as bar:
+    bar = rich.Progress(*parts, console=console, transient=True)
+    with bar if console.is_terminal and not quiet else nullcontext():  # disabled, it may end with an empty line
         task = bar.add_task(title, total=None, note="")
         printed = 0
 

@@ -6,10 +6,12 @@ import platform
 import re
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 
@@ -89,6 +91,18 @@ def gpu_table() -> str:
         one, other = row["simulated"], row["measured"]
         both = [f"{one[key] / 2**20:,.1f} / {other[key] / 2**20:,.1f}" for key in ("peak", "allocated", "reserved")]
         lines.append(f"| {row['label']} | {both[0]} | {one['peak'] / other['peak'] - 1:+.2%} | {both[1]} | {both[2]} |")
+    return "\n".join([*lines, "", apart(found)]) + "\n"
+
+
+def apart(found: Mapping[str, Any]) -> str:
+    """How far simulated and measured figures differ at most, as a sentence.
+
+    Args:
+        found: What `measure` has written.
+
+    Returns:
+        The sentence.
+    """
     gaps = {
         key: [row["simulated"][key] / row["measured"][key] - 1 for row in found["rows"]]
         for key in ("peak", "allocated", "reserved")
@@ -96,11 +110,10 @@ def gpu_table() -> str:
     most = max(abs(row["simulated"]["peak"] - row["measured"]["peak"]) for row in found["rows"])
     worst = {key: max(values, key=abs) for key, values in gaps.items()}
     middle = median(abs(value) for value in gaps["reserved"])
-    end = (
+    return (
         f"Worst: {most} bytes of what was asked for, {worst['allocated']:+.2%} of what was handed out, "
         f"{worst['reserved']:+.1%} of what was reserved (half of the runs within {middle:.1%})."
     )
-    return "\n".join([*lines, "", end]) + "\n"
 
 
 def seven_billion() -> str:

@@ -15,7 +15,7 @@ from lingrad.cli.common import EXIT_CODES, Command, group
 from lingrad.cli.memory import memory
 from lingrad.cli.options import Json, Model, Share
 from lingrad.files.results import check_folders, example, finish
-from lingrad.memory import named
+from lingrad.memory import named, simulate
 from lingrad.models import open_model
 from lingrad.research.cli import studies
 
@@ -36,10 +36,12 @@ def _version(value: bool) -> None:
 
 @app.callback()
 def _program(
+    ctx: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", is_eager=True, callback=_version, help="Print the version, and nothing else.")
     ] = False,
-) -> None: ...
+) -> None:
+    ctx.obj = simulate  # for studies, which know nothing of memory
 
 
 @app.command(epilog=example('lingrad explain "*.mlp.*: svd(rank=64); *: none" --model llama-7b'))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_origin
 
 from lingrad import optimizers
 from lingrad.errors import SpecError, did_you_mean, shown
@@ -163,7 +163,8 @@ class _Reader:
             self._fail_at(nodes.get(error.option or "", whole), str(error))
 
     def _value(self, node: ast.expr, alternatives: tuple[Any, ...]) -> Any:
-        if any(isinstance(kind, type) and issubclass(kind, Transform) for kind in alternatives):
+        plain = [kind for kind in alternatives if get_origin(kind) is None]  # tuple[int, int] is a type in Python 3.10 too
+        if any(isinstance(kind, type) and issubclass(kind, Transform) for kind in plain):
             return self._transform(node)
         if AdaptiveSchedule in alternatives:
             none = isinstance(node, ast.Name | ast.Constant) and self._literal(node) is None

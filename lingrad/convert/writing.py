@@ -240,7 +240,7 @@ class _Job:
                 )
             )
         require_allowed(output, rows, cut)
-        faults = [*check_written(folder, output.target), *unnamed(name)]
+        faults, commands = check_written(folder, output.target)
         model_bytes = sum(file.path.stat().st_size for file in models.tuned.files.values())
         report = AdapterReport(
             source,
@@ -254,7 +254,7 @@ class _Job:
             equal=len(records) - len(changed),
             model_bytes=model_bytes,
             goal=words(output, [row for row in rows if row.kind == "low_rank"], norms),
-            notes=(*notes(rows, output.goal, written.nbytes, model_bytes, models.ignored), *faults),
+            notes=(*notes(rows, output.goal, written.nbytes, model_bytes, models.ignored), *faults, *unnamed(name), *commands),
         )
         report.write(folder)
         add_tokenizer(folder, None, models.tuned.path)

@@ -15,6 +15,7 @@ from lingrad.config.targets import resolve_model
 from lingrad.errors import SpecError, require, require_options
 from lingrad.methods.base import Method, Training
 from lingrad.optimizers.closure import evaluate
+from lingrad.transforms.linalg import gaussian
 
 GROWTH = 1.01  # of a step's norm, at most, from one step to the next (section 4.1)
 _OF_BOTH = ("lr", "betas", "eps", "weight_decay")  # options of both optimizers
@@ -87,8 +88,8 @@ class ScaledGradients(Optimizer):
         tall = grad.shape[0] > grad.shape[1]
         matrix = grad.T if tall else grad  # [short, long]
         count = state.get("step", 0)
-        generator = torch.Generator(grad.device).manual_seed(group["seed"] + 7919 * number + 104729 * (count // group["every"]))
-        drawn = torch.randn(group["rank"], matrix.shape[0], generator=generator, dtype=grad.dtype, device=grad.device)
+        seed = group["seed"] + 7919 * number + 104729 * (count // group["every"])
+        drawn = gaussian(group["rank"], matrix.shape[0], seed=seed, device=grad.device, dtype=grad.dtype)
         small = drawn @ matrix / group["rank"] ** 0.5
         if not state:
             state |= {"exp_avg": torch.zeros_like(small), "exp_avg_sq": torch.zeros_like(small)}

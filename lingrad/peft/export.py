@@ -112,7 +112,8 @@ def export(
         written = write_adapter(folder, source.bare, changes, full, start=name, dtype=dtype, frozen=frozen)
         if written.alongside:
             notes.append("PEFT loads what is saved alongside the adapters into the model: disable_adapter() does not remove it")
-        notes += (faults := [*check_written(folder, target), *unnamed(name)])
+        faults, commands = check_written(folder, target)
+        notes += [*(faults := [*faults, *unnamed(name)]), *commands]
         lost = {name: why for name in low_rank if (why := _narrowed(changes[name], source.changes[name], most, dtype))}
         comparison = Comparison(source, starting, written, full, folder)
         rows, residual = comparison.weights(allow_residual, lost)

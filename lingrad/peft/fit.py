@@ -107,7 +107,7 @@ def refuse_full(target: Target, full: Collection[str]) -> None:
     )
 
 
-def check_written(folder: Path, target: Target) -> list[str]:
+def check_written(folder: Path, target: Target) -> tuple[list[str], list[str]]:
     """Make sure that an adapter's target loads it as PEFT does.
 
     Args:
@@ -115,15 +115,16 @@ def check_written(folder: Path, target: Target) -> list[str]:
         target: What it is for.
 
     Returns:
-        Notes: for ``peft``, which other loaders would change it without an error; for others, how to load it.
+        Warnings, and notes: for ``peft`` the first say which other loaders would change the adapter without an error; for other
+        targets there are none, and a note says how to load it.
 
     Raises:
         ExportError: The target refuses or changes it.
     """
     adapter = open_adapter_file(folder)
     if target == "peft":
-        found = scale_faults(adapter)
-        return [f"{sentence}. target={loader!r} writes an adapter that it loads as it is" for loader, sentence in found.items()]
+        found = scale_faults(adapter).items()
+        return [f"{sentence}. target={loader!r} writes an adapter that it loads as it is" for loader, sentence in found], []
     finding = judge(LOADERS[target], adapter, "DIR")
     require_loads(finding, "the adapter", "Leave these weights out by a rule, or export for PEFT, merge and serve the model")
-    return [f"for {LOADERS[target].title}: {finding.command}"]
+    return [], [f"for {LOADERS[target].title}: {finding.command}"]

@@ -1,4 +1,4 @@
-"""Commands of studies and of the learning rate, which the command line takes over."""
+"""Commands of studies and of the learning rate, which the command line takes over; its ``obj`` simulates memory."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ Json = Annotated[Path | None, typer.Option(help="Write the report as JSON to thi
 
 @studies.command(epilog=example("lingrad demo --steps 60 --out runs/demo"))
 def demo(
+    ctx: typer.Context,
     out: Annotated[Path, typer.Option(help="Folder of the results.")] = Path("runs/demo"),
     steps: Annotated[int | None, typer.Option(min=3, help="Training steps; 200 by default.")] = None,
     jobs: Jobs = 1,
@@ -31,11 +32,12 @@ def demo(
 ) -> None:
     """Train a small Llama on Moby-Dick by several methods. Full AdamW, GaLore in both modes, a random map, online PCA."""
     check_folders(json)
-    _show(commands.demo(out, steps=steps, jobs=jobs), json)
+    _show(commands.demo(out, steps=steps, jobs=jobs, simulate=ctx.obj), json)
 
 
 @studies.command(epilog=example('lingrad train --text book.txt --rules "random(rank=64, every=50)" --steps 100'))
 def train(
+    ctx: typer.Context,
     text: Annotated[Path, typer.Option(help="A UTF-8 text to train on.")],
     rules: Rules = "svd(rank=64, every=50)",
     base: Annotated[
@@ -53,11 +55,12 @@ def train(
     """Train the demo's model on your own text. One method in both modes is compared with full-rank training."""
     check_folders(json)
     options: dict[str, Any] = {"base": base, "lr": lr, "scale": scale, "carry": carry, "steps": steps, "length": length}
-    _show(commands.train(text, rules, out, jobs=jobs, **options), json)
+    _show(commands.train(text, rules, out, jobs=jobs, simulate=ctx.obj, **options), json)
 
 
 @studies.command(epilog=example("lingrad run plan.toml --out runs/plan --jobs 2"))
 def run(
+    ctx: typer.Context,
     plan: Annotated[Path, typer.Argument(metavar="PLAN", help="A plan: a file of TOML.")],
     out: Annotated[Path, typer.Option(help="Folder of the results; what it holds already is not run again.")],
     jobs: Jobs = 1,
@@ -71,7 +74,7 @@ def run(
 ) -> None:
     """Run a plan. Every entry is tuned with the same number of trials, and its best run with several seeds."""
     check_folders(json)
-    _show(commands.run(plan, out, jobs=jobs, storage=storage, quick=quick), json)
+    _show(commands.run(plan, out, jobs=jobs, storage=storage, quick=quick, simulate=ctx.obj), json)
 
 
 @studies.command(epilog=example("lingrad report runs/plan --x seconds --y loss"))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from lingrad.research.bundle import pack, unpack
 from lingrad.research.execution import execute
 from lingrad.research.objects import brought
 from lingrad.research.pages import write_report
+from lingrad.research.peak import Simulate, add_peaks
 from lingrad.research.plan import ResearchPlan, make_plan, open_plan, read_plan
 from lingrad.research.results import against, read_results
 from lingrad.research.tasks.text import Text
@@ -28,13 +30,14 @@ SEED = 1  # of `find_lr`
 GAPS = ("gap", "gap_switched", "gap_control")  # the diagnostics that compare modes
 
 
-def demo(out: Path, *, steps: int | None = None, jobs: int = 1) -> list[Path]:
+def demo(out: Path, *, steps: int | None = None, jobs: int = 1, simulate: Simulate | None = None) -> list[Path]:
     """Run the plan of the demo: a small Llama on Moby-Dick, trained by several methods.
 
     Args:
         out: Folder of the results; made if missing.
         steps: Training steps; None is the plan's.
         jobs: Runs at a time, each in a process.
+        simulate: `lingrad.memory.simulate`, by which the peaks of final runs on a GPU are simulated; None leaves them out.
 
     Returns:
         The files of the report.
@@ -43,7 +46,7 @@ def demo(out: Path, *, steps: int | None = None, jobs: int = 1) -> list[Path]:
         content = read_plan(file)
     given = {} if steps is None else {"steps": steps}
     content = {**content, "task": {**content["task"], **given}}
-    return _run(make_plan(content, "the demo", Path.cwd()), out, jobs=jobs)
+    return _run(make_plan(content, "the demo", Path.cwd()), out, jobs=jobs, simulate=simulate)
 
 
 def train(
@@ -58,6 +61,7 @@ def train(
     steps: int,
     length: int,
     jobs: int = 1,
+    simulate: Simulate | None = None,
 ) -> list[Path]:
     """Compare one method in both modes with full rank, on the user's own text.
 
@@ -72,6 +76,7 @@ def train(
         steps: Training steps.
         length: Bytes in a window.
         jobs: Runs at a time, each in a process.
+        simulate: `lingrad.memory.simulate`, by which the peaks of final runs on a GPU are simulated; None leaves them out.
 
     Returns:
         The files of the report.
@@ -92,16 +97,25 @@ def train(
             {"name": "float64", **own, "dtype": "float64", "diagnostics": list(GAPS)},
         ],
     }
-    return _run(make_plan(content, "lingrad train", Path.cwd()), out, jobs=jobs)
+    return _run(make_plan(content, "lingrad train", Path.cwd()), out, jobs=jobs, simulate=simulate)
 
 
-def run(path: Path, out: Path, *, jobs: int = 1, storage: str | None = None, quick: bool = False) -> list[Path]:
+def run(
+    path: Path,
+    out: Path,
+    *,
+    jobs: int = 1,
+    storage: str | None = None,
+    quick: bool = False,
+    simulate: Simulate | None = None,
+) -> list[Path]:
     """Make all trials and final runs of a plan that are not made yet, and the report.
 
     Args:
         path: The plan.
         out: Folder of the results; made if missing.
         jobs: Runs at a time, each in a process.
+        simulate: `lingrad.memory.simulate`, by which the peaks of final runs on a GPU are simulated; None leaves them out.
         storage: A database that several machines share; None is a journal in ``out``.
         quick: Cut the plan down to see that it runs: a tenth of the steps, one trial, one seed.
 
@@ -111,20 +125,29 @@ def run(path: Path, out: Path, *, jobs: int = 1, storage: str | None = None, qui
     Raises:
         DataError: Every run failed.
     """
-    return _run(open_plan(path, quick=quick), out, jobs=jobs, storage=storage)
+    return _run(open_plan(path, quick=quick), out, jobs=jobs, storage=storage, simulate=simulate)
 
 
-def _make_writable(out: Path) -> None:
-    """Make a folder, and see that it can be written to, before anything is trained."""
+@contextmanager
+def _results_in(out: Path) -> Iterator[None]:
+    """Make a folder of results before anything is trained; where that is refused or fails, an empty one does not stay."""
+    is_new = not out.exists()
     try:
         out.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=out):
             pass
     except OSError as error:
         raise DataError(f"cannot write the results to {out}: {error.strerror}") from error
+    try:
+        yield
+    except BaseException:
+        if is_new:
+            with suppress(OSError):  # it holds something by now
+                out.rmdir()
+        raise
 
 
-def _run(plan: ResearchPlan, out: Path, *, jobs: int, storage: str | None = None) -> list[Path]:
+def _run(plan: ResearchPlan, out: Path, *, jobs: int, simulate: Simulate | None, storage: str | None = None) -> list[Path]:
     optional("matplotlib", "plotting", "plot")  # before anything trains
     made = 0
 
@@ -137,6 +160,8 @@ def _run(plan: ResearchPlan, out: Path, *, jobs: int, storage: str | None = None
         execute(plan, out, jobs=jobs, storage=storage, tick=tick)
     if not made:
         console.say(f"{out} holds all runs of this plan already; to make them again, name another folder, or remove this one")
+    if simulate is not None:
+        add_peaks(plan, out, simulate)
     written = report_of([out])
     _, runs = read_results([out])
     if runs and all(run.failed for run in runs):
@@ -213,7 +238,6 @@ def find_lr(
     task = Text(data=str(text.absolute()), length=length, **SMALL)
     task.check()
     optional("matplotlib", "plotting", "plot")
-    _make_writable(out)
     model = task.build(SEED, torch.float32)
     make, steps = api.adapt if mode == "adapter" else api.wrap, limits["steps"]
     opt = make(model, rules, base, lr=limits["low"], scale=scale, carry=carry, seed=SEED)  # type: ignore[arg-type]
@@ -226,7 +250,7 @@ def find_lr(
         opt.step()
         return loss
 
-    with console.progress("learning rates", "step") as tick:
+    with _results_in(out), console.progress("learning rates", "step") as tick:
         found = rates.find_lr(opt, step, on_step=lambda done, loss: tick(done, steps, f"loss {loss:.3g}"), **limits)
     try:
         write_whole(out / "find-lr.json", found.to_json().encode())

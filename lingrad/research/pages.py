@@ -26,7 +26,7 @@ from lingrad.research.results import (
 )
 from lingrad.research.statistics import RULE, Mean
 
-COLUMNS = ("state MB", "gradients MB", "ms/step", "seconds", "steps")  # of measures
+COLUMNS = ("state MB", "gradients MB", "peak MB", "ms/step", "seconds", "steps")  # of measures
 USUALLY = {"gradients MB": "gradients between refreshes MB"}  # the same measure of most steps
 
 
@@ -189,7 +189,8 @@ def as_data(plan: ResearchPlan, found: Sequence[Summary]) -> dict[str, Any]:
         and ``diagnostics``.
     """
     return {
-        "name": plan.name, "metric": plan.task.metric, "greater": plan.task.greater, "rule": RULE, "trials": plan.trials,
+        "name": plan.name, "about": _searched(plan),
+        "metric": plan.task.metric, "greater": plan.task.greater, "rule": RULE, "trials": plan.trials,
         "sampler": plan.sampler, "seeds": list(plan.seeds), "first": plan.entries[0].name,
         "measures": list(dict.fromkeys([plan.task.metric, *(name for one in found for name in one.metrics), *MEASURES])),
         "diagnostics": diagnosed(found),

@@ -24,6 +24,7 @@ MEASURES = {  # of a run, by name: where its record has it
     "state MB": ("state_bytes", 1e-6),
     "gradients MB": ("gradient_bytes", 1e-6),
     "gradients between refreshes MB": ("gradient_bytes_median", 1e-6),
+    "peak MB": ("simulated_peak_bytes", 1e-6),
     "saved activations MB": ("saved_activation_bytes", 1e-6),
     "seconds": ("train_time", 1.0),
     "refresh seconds": ("refresh_time", 1.0),
@@ -171,11 +172,10 @@ def summarize(plan: ResearchPlan, runs: Sequence[RunResult]) -> list[Summary]:
         finals = [run for run in own if run.final]
         good = [run for run in finals if not run.failed]
         means = {
-            name: mean_of([run.info.get(key, math.nan) * factor for run in good]) for name, (key, factor) in MEASURES.items()
+            name: mean_of([_number(run.info.get(key)) * factor for run in good]) for name, (key, factor) in MEASURES.items()
         }
         names = dict.fromkeys(name for run in good for name in run.info["metrics"])
-        logged = {name: [run.info["metrics"].get(name) for run in good] for name in names}
-        means |= {key: mean_of([math.nan if value is None else value for value in values]) for key, values in logged.items()}
+        means |= {name: mean_of([_number(run.info["metrics"].get(name)) for run in good]) for name in names}
         both = [run for run in good if run.seed in first]
         apart = None
         if both and entry is not plan.entries[0]:
@@ -208,6 +208,10 @@ def check_measure(found: Sequence[Summary], name: str) -> None:
 def measure(summary: Summary, name: str) -> Mean:
     """A metric or measure of an entry: its mean, of nothing where all runs failed."""
     return summary.metrics.get(name, mean_of([]))
+
+
+def _number(value: float | None) -> float:
+    return math.nan if value is None else value
 
 
 def _at_edge(value: Any, tried: Sequence[Any]) -> bool:

@@ -105,3 +105,20 @@ class Task(ABC):
             By default 1, which is right where every row counts the same.
         """
         return 1.0
+
+
+def moved(batch: Any, device: str) -> Any:
+    """A batch on a device.
+
+    Args:
+        batch: Tensors, in mappings and lists; other values stay.
+        device: The device.
+
+    Returns:
+        The batch.
+    """
+    if isinstance(batch, Mapping):
+        return {key: moved(value, device) for key, value in batch.items()}
+    if isinstance(batch, tuple | list):
+        return type(batch)(moved(value, device) for value in batch)
+    return batch.to(device) if isinstance(batch, Tensor) else batch

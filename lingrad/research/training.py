@@ -26,7 +26,7 @@ from lingrad.research.diagnostics import ObservedRun, make_diagnostic
 from lingrad.research.plan import ResearchPlan
 from lingrad.research.pruning import Verdict, rung_steps
 from lingrad.research.record import finite
-from lingrad.research.task import Part, Task
+from lingrad.research.task import Part, Task, moved
 from lingrad.research.trackers import LogValues
 from lingrad.tensors import distinct, nbytes
 
@@ -145,7 +145,7 @@ def train(
     with (Path(os.devnull) if out is None else out / METRICS).open("w") as file:
         for whole in islice(task.batches(steps, seed), steps):
             rows, weight = processes.share(task, whole)
-            batch = _to(rows, plan.device)
+            batch = moved(rows, plan.device)
             run.changes.clear()
             with run.aside():
                 for diagnostic in diagnostics:
@@ -255,14 +255,6 @@ def _counted(model: torch.nn.Module) -> Iterator[list[int]]:
 @contextmanager
 def _nothing() -> Iterator[list[int]]:
     yield [0]
-
-
-def _to(batch: Any, device: str) -> Any:
-    if isinstance(batch, Mapping):
-        return {key: _to(value, device) for key, value in batch.items()}
-    if isinstance(batch, tuple | list):
-        return type(batch)(_to(value, device) for value in batch)
-    return batch.to(device) if isinstance(batch, Tensor) else batch
 
 
 def _line(file: IO[str], values: Mapping[str, Any]) -> None:

@@ -157,7 +157,7 @@ def check_results(output, folder, names, steps):
     for run in runs:
         assert not run.failed, run.error
         assert run.curve[-1][0] == run.info["steps"] == steps
-        assert run.info["state_bytes"] > 0
+        assert run.info["simulated_peak_bytes"] > run.info["state_bytes"] > 0
     assert (folder / "report.md").read_text() in output
     written = {"report.md", "report.json", "report.html", "curves.png", "pareto.png", "diagnostics.png"}
     assert {path.name for path in folder.iterdir()} == {*written, "plan.json", "search.journal", "runs"}
@@ -306,6 +306,18 @@ def test_a_learning_rate_that_cannot_be_meant(lingrad, tiny, tmp_path):
     status, _, errors = lingrad("train", "--text", text, "--lr", "-1", "--length", "8", "--out", tmp_path / "out")
     assert status == 2
     assert errors == "lingrad: entry 'adamw, full rank': lr must be a number, 0 or more, not -1.0\n"
+    assert not (tmp_path / "out").exists()
+
+
+def test_learning_rates_that_cannot_be_searched(lingrad, tiny, tmp_path):
+    text = tmp_path / "mine.txt"
+    text.write_text("call me ishmael. " * 100)
+    words = ("find-lr", "--text", text, "--length", "8", "--low", "1", "--high", "0.1", "--out")
+    assert lingrad(*words, tmp_path / "out")[::2] == (2, "lingrad: high must be a learning rate above low = 1.0, not 0.1\n")
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "mine").mkdir()
+    lingrad(*words, tmp_path / "mine")
+    assert (tmp_path / "mine").exists()  # which was there before
 
 
 def test_json_of_an_explanation(lingrad, tmp_path):

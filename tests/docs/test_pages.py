@@ -95,8 +95,11 @@ class TestHelp:
 
 
 def test_the_page_from_galore_runs():
-    (block,) = blocks("from-galore.md")
-    names = run(block.replace("range(100)", "range(3)"), {}, "from-galore.md")
+    page = "from-galore.md"
+    replaced, block = (block.replace("range(100)", "range(3)") for block in blocks(page))
+    script = run(replaced, {}, page)
+    names = run(block, {}, page)
+    assert sorted(script["optimizer"].run.ranks().values()) == [16, 16]
     (state,) = {tuple(group) for group in [names["optimizer"].ranks().items()]}
     assert state == (("0.weight", 16), ("2.weight", 16))
     from lingrad.galore.names import SIDES

@@ -151,7 +151,7 @@ def test_apollo(shape, mini):
         grad = torch.randn(6, 10, dtype=torch.float64) * 1.5**t
         if (t - 1) % every == 0:
             draw = torch.Generator().manual_seed(5 + 104729 * ((t - 1) // every))
-            p = torch.randn(rank, 6, generator=draw, dtype=torch.float64) / rank**0.5
+            p = torch.randn(rank, 6, generator=draw).double() / rank**0.5
         r = p @ grad
         m, v = 0.9 * m + 0.1 * r, 0.999 * v + 0.001 * r**2
         stepped = (m / (1 - 0.9**t)) / ((v / (1 - 0.999**t)).sqrt() + 1e-8)

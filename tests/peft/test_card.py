@@ -15,6 +15,7 @@ from lingrad import __main__, convert
 from lingrad import peft as bridge
 from lingrad.errors import DataError, ExportError, SpecError
 from lingrad.peft.loaders import LOADERS
+from tests.support.docs import pages
 from tests.support.folders import contents, make
 from tests.support.models import llama, text_batches, train
 from tests.support.peft_runs import ROOT, peft
@@ -98,18 +99,15 @@ class TestCard:
 
 
 def test_the_serving_page(tmp_path, monkeypatch, capsys):
-    """docs/serving.md: its Python and its commands, in their order, on tiny models in the places they name."""
-    page = (ROOT / "docs/serving.md").read_text()
-    model = llama(torch.float32)
-    model.save_pretrained(tmp_path / "START")
-    (block,) = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    """docs/serving.md: its Python and its commands, in their order, in an empty folder."""
     monkeypatch.chdir(tmp_path)
-    names = {"model": model, "batches": [ids for step in text_batches(2, micro=1) for ids in step]}
-    exec(compile(block, "docs/serving.md", "exec"), names)  # noqa: S102 - our own text
+    names = {}
+    for block in pages.blocks("serving.md"):
+        pages.run(block, names, "serving.md")
     assert bridge.check_adapter("served", "llama.cpp").findings[0].verdict == "loads"
-    model.save_pretrained("RUN")
-    torch.save(names["opt"].state_dict(), "RUN/optimizer.pt")
-    commands = [line for text in re.findall(r"```sh\n(.*?)```", page, flags=re.DOTALL) for line in text.splitlines()]
+    printed = capsys.readouterr().out.splitlines()[-1]
+    assert printed.startswith("tensor([[")
+    commands = pages.commands("serving.md")
     assert len(commands) == 4
     for command in commands:
         monkeypatch.setattr(sys, "argv", shlex.split(command))
@@ -117,7 +115,7 @@ def test_the_serving_page(tmp_path, monkeypatch, capsys):
             __main__.main()
         assert not caught.value.code, command + capsys.readouterr().err
     for loader in LOADERS.values():  # every rule that the page tells is one of the file's
-        assert loader.title in page
+        assert loader.title in (ROOT / "docs/serving.md").read_text()
 
 
 class TestName:

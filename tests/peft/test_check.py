@@ -49,6 +49,11 @@ def merged(opt, folder, scale):
     return {name: found[name].detach() for name in opt.weights()}
 
 
+def judged(folder, target):
+    """The command by which a target loads an adapter."""
+    return bridge.check_adapter(folder, target).findings[0].command.replace(str(folder), "DIR")
+
+
 FORMULAS = {
     "llama.cpp": lambda config, b: config["lora_alpha"] / b.shape[1],  # get_scale of src/llama-adapter.h
     "vllm": lambda config, b: config["lora_alpha"] / config["r"],  # vllm_lora_scaling_factor of vllm/lora/peft_helper.py
@@ -98,6 +103,12 @@ class TestTargets:
         assert not report.notes
         assert not [w for w in recwarn if "multiply" in str(w.message)]
         assert {found.verdict for found in bridge.check_adapter(tmp_path / "a").findings} == {"loads"}
+
+    @pytest.mark.parametrize("target", SERVED)
+    def test_an_export_that_its_target_loads_is_worth_no_warning(self, runs, tmp_path, recwarn, target):
+        report = bridge.export(runs[0], tmp_path / "a", target=target, base_model="org/model", quiet=True)
+        assert not [str(w.message) for w in recwarn if issubclass(w.category, UserWarning)]
+        assert report.notes == (f"for {LOADERS[target].title}: {judged(tmp_path / 'a', target)}",)
 
     @pytest.mark.parametrize("target", SERVED)
     def test_what_trained_in_full_is_refused_with_the_way_round(self, target, tmp_path):

@@ -6,7 +6,12 @@ import zipfile
 from hashlib import sha256
 from pathlib import Path
 
-NEEDED = ("lingrad/py.typed", "lingrad/research/data/moby-dick.txt.xz", "lingrad/research/data/report.html")
+NEEDED = (
+    "lingrad/py.typed",
+    "lingrad/research/data/demo.toml",
+    "lingrad/research/data/moby-dick.txt.xz",
+    "lingrad/research/data/report.html",
+)
 LICENCES = ("LICENSE", "lingrad/research/data/NOTICE.md")
 SOURCES = (
     "README.md",

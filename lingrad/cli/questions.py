@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING
 from functools import wraps
-from inspect import Parameter, Signature, signature
-from typing import Any, get_args, get_type_hints
+from inspect import Parameter, Signature, get_annotations, signature
+from typing import Any, get_args
 
 from lingrad.cli import options
 from lingrad.memory.commands import Question
@@ -44,7 +44,7 @@ def asks(*without: str, **own: Any) -> Callable[[Callable[..., None]], Callable[
     asked = {name: option for name, option in {**OPTIONS, **own}.items() if name not in without}
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
-        hints = get_type_hints(command, include_extras=True)
+        hints = get_annotations(command, eval_str=True)  # get_type_hints of Python 3.10 changes those whose default is None
         others = list(signature(command).parameters.values())[1:]
 
         @wraps(command)

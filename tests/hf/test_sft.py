@@ -1,5 +1,8 @@
 """TRL's SFTTrainer on a tiny Llama and a tiny tokenizer; nothing is fetched."""
 
+import inspect
+from importlib import import_module
+
 import pytest
 import torch
 
@@ -114,6 +117,11 @@ def test_both_modes_and_the_stock_trainer_agree(tmp_path):
 def test_a_head_that_it_uses_behind_its_back(tmp_path):
     """It multiplies by lm_head.weight itself, where a projected backward sees nothing."""
     trainer = build(tmp_path, "optimizer", rules={"*.mlp.*": "svd(rank=4)", "lm_head": "svd(rank=4)"})
+    if "fused_lm_head" not in inspect.getsource(
+        import_module("trl.trainer.sft_trainer")
+    ):  # TRL 1.0 leaves the head to the model
+        trainer.train()
+        return
     with pytest.raises(ModeError, match=r"lm_head.weight is transformed, but SFTTrainer multiplies by it") as caught:
         trainer.train()
     assert "{'lm_head.weight': 'none', ...}" in str(caught.value)

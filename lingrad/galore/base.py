@@ -66,7 +66,7 @@ class GaloreOptimizer(Optimizer):
             for other in _LIVE
             if other.run is not None
             and other.run.mode is not None
-            and any(id(attachment.sub.weight.param) in own for attachment in other.run.attachments)
+            and any(id(param) in own for group in other.param_groups for param in group["params"])
         ]
         for other in earlier:
             other._run.detach()
@@ -176,6 +176,9 @@ class GaloreOptimizer(Optimizer):
                 f"them in '{_GROUPS}'. A state of galore_torch itself is resumed by lingrad.convert.from_galore"
             )
         steps, missed, before = *_counts(state_dict), self._missed()
+        unknown = sorted(missed.keys() - self._weights().keys())
+        if unknown:
+            raise CheckpointError(f"'{_COUNTS}' of the state names {', '.join(unknown)}, which this optimizer does not have")
         self._set_missed(missed)
         try:
             self._run.load_state_dict({key: value for key, value in state_dict.items() if key not in (_GROUPS, _COUNTS)})

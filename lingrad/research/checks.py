@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 
 import torch
 
-from lingrad.errors import SpecError, did_you_mean, in_short, require, require_one_of, shown
+from lingrad.errors import SpecError, did_you_mean, in_short, require, require_one_of
 from lingrad.research.diagnostics import make_diagnostic
 from lingrad.research.objects import is_object, load_object
 
@@ -18,7 +18,7 @@ Schedule = Literal["constant", "linear", "cosine"]
 Dtype = Literal["float32", "float64", "bfloat16"]  # of weights
 Match = Literal["state_bytes", "seconds"]
 MOST_RUNGS = 10
-ALONE = ("gap", "reproducible")  # diagnostics of runs of one process
+ALONE = ("gap", "gap_switched", "gap_control", "reproducible")  # diagnostics of runs of one process
 
 
 def check_budget(steps: int | None, tokens: int | None, where: str) -> None:
@@ -39,13 +39,14 @@ def check_budget(steps: int | None, tokens: int | None, where: str) -> None:
     require(tokens is None or tokens >= 1, "tokens", f"{where}, [task]: 'tokens' must be 1 or more, not {tokens}")
 
 
-def check_plan(values: Mapping[str, Any], names: Sequence[str], where: str) -> None:
+def check_plan(values: Mapping[str, Any], names: Sequence[str], where: str, *, searched: bool) -> None:
     """Check the values of a plan that no task or entry checks.
 
     Args:
         values: Key -> value.
         names: Those of the entries.
         where: What messages call the plan.
+        searched: Whether there are trials.
 
     Raises:
         SpecError: One of them is wrong.
@@ -61,10 +62,10 @@ def check_plan(values: Mapping[str, Any], names: Sequence[str], where: str) -> N
     rungs, processes = values["rungs"], values["processes"]
     require(1 <= rungs <= MOST_RUNGS, "rungs", f"{where}, [search]: 'rungs' must be from 1 to {MOST_RUNGS}, not {rungs}")
     require(processes >= 1, "processes", f"{where}, [run]: 'processes' must be 1 or more, not {processes}")
-    alone = [text for text in values["diagnostics"] if str(text).startswith(ALONE)]
+    alone = [text for text in values["diagnostics"] if text.partition("(")[0] in ALONE]
     require(
         processes == 1 or not alone, "diagnostics",
-        f"{where}, [run]: the diagnostics {' and '.join(alone)} are for runs of one process; leave them out, or 'processes'",
+        f"{where}: the diagnostics {' and '.join(alone)} are for runs of one process; leave them out, or 'processes'",
     )  # fmt: skip
     seeds = values["seeds"]
     whole = bool(seeds) and all(type(seed) is int and 0 <= seed < 2**32 for seed in seeds) and len(set(seeds)) == len(seeds)
@@ -75,7 +76,8 @@ def check_plan(values: Mapping[str, Any], names: Sequence[str], where: str) -> N
     except (RuntimeError, AssertionError) as error:  # AssertionError: a torch without CUDA
         why = f"{where}, [run]: there is no device '{values['device']}' here: {in_short(error)}"
         raise SpecError(why, option="device") from None
-    require(values["seed"] not in seeds, "seeds", f"{where}: seed {values['seed']} is that of the search; judge by other seeds")
+    apart = not searched or values["seed"] not in seeds
+    require(apart, "seeds", f"{where}: seed {values['seed']} is that of the search; judge by other seeds")
     require(len({name.lower() for name in names}) == len(names), "name", f"{where}: two entries have one name")
     if values["match"] is None:
         require(not values["match_entry"], "entry", f"{where}, [match]: 'equal' is missing: {' or '.join(get_args(Match))}")
@@ -95,17 +97,16 @@ def check_observers(diagnostics: Sequence[Any], trackers: Sequence[Any], where: 
     Args:
         diagnostics: Names of diagnostics.
         trackers: Names of trackers.
-        where: What messages call the plan.
+        where: What messages call the table that names them.
         folder: What names of files are relative to.
 
     Raises:
-        SpecError: There is no such diagnostic, a tracker is no text, or one is named twice.
+        SpecError: There is no such diagnostic, or one is named twice.
     """
     for text in diagnostics:
         make_diagnostic(text, folder)  # raises where there is none
     for text in trackers:
-        require(isinstance(text, str), "trackers", f"{where}, [run]: 'trackers' must be texts, not {shown(text)}")
         if is_object(text):
             load_object(text, folder)
     for key, names in (("diagnostics", diagnostics), ("trackers", trackers)):
-        require(len(set(names)) == len(names), key, f"{where}, [run]: '{key}' names one of them twice; leave it out once")
+        require(len(set(names)) == len(names), key, f"{where}: '{key}' names one of them twice; leave it out once")

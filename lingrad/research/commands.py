@@ -87,7 +87,7 @@ def train(
         "name": text.name,
         "seeds": [1],
         "imports": list(brought),
-        "task": {"kind": "text", "data": str(text.absolute()), "steps": steps, "length": length, **SMALL},
+        "task": {"kind": "text", "data": text.name, "steps": steps, "length": length, **SMALL},
         "run": {"diagnostics": []},
         "entries": [
             # the base on every weight; the coordinates of the full map are the weight itself
@@ -97,7 +97,7 @@ def train(
             {"name": "float64", **own, "dtype": "float64", "diagnostics": list(GAPS)},
         ],
     }
-    return _run(make_plan(content, "lingrad train", Path.cwd()), out, jobs=jobs, simulate=simulate)
+    return _run(make_plan(content, "lingrad train", text.absolute().parent), out, jobs=jobs, simulate=simulate)
 
 
 def run(
@@ -160,8 +160,12 @@ def _run(plan: ResearchPlan, out: Path, *, jobs: int, simulate: Simulate | None,
         execute(plan, out, jobs=jobs, storage=storage, tick=tick)
     if not made:
         console.say(f"{out} holds all runs of this plan already; to make them again, name another folder, or remove this one")
-    if simulate is not None:
-        add_peaks(plan, out, simulate)
+    try:
+        if simulate is not None:
+            console.say(f"{plan.name}: simulating the peak of each entry")
+            add_peaks(plan, out, simulate)
+    except OSError as error:
+        raise DataError(f"cannot write results to {out}: {error.strerror or error}") from error
     written = report_of([out])
     _, runs = read_results([out])
     if runs and all(run.failed for run in runs):
@@ -203,6 +207,8 @@ def report_of(
         folders = [unpack(folders[0], out)]
     elif out is not None:
         raise DataError("--out is for published results, one file; the report of folders is written into the first of them")
+    if publish is not None and publish.resolve().parent == folders[0].resolve():
+        raise DataError(f"{publish} is in the folder of the results, beside the report; publish into another folder")
     plan, runs = read_results(folders, files)
     plan = against(plan, versus) if versus else plan
     try:

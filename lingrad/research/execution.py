@@ -26,6 +26,7 @@ from lingrad.research.progress import note, runs_done
 from lingrad.research.pruning import Channel
 from lingrad.research.record import RESULT, make_record, now
 from lingrad.research.search import PATIENCE, Trials, open_storage
+from lingrad.research.task import digests_of
 from lingrad.research.trackers import check_trackers
 from lingrad.research.ways import check_entry
 
@@ -235,15 +236,17 @@ def _ended(plan: ResearchPlan, one: Running) -> None:
 
 def _claim(plan: ResearchPlan, out: Path) -> None:
     """Make a folder that of a plan, or see that it is."""
-    path = out / PLAN
+    path, files = out / PLAN, digests_of(plan.task)
     if path.exists():
-        if read_claim(path)["digest"] != plan.digest:
+        known = read_claim(path)
+        if known["digest"] != plan.digest or known["files"] not in (None, files):
             raise DataError(
-                f"{out} holds the results of another plan, or of this one before it or its code was changed; name another one"
+                f"{out} holds the results of another plan, or of this one before its options, code or data were changed; "
+                "name another one, --out FOLDER"
             )
         return
     out.mkdir(parents=True, exist_ok=True)
-    kept = {"digest": plan.digest, "folder": str(plan.folder), "quick": plan.quick, "content": plan.content}
+    kept = {"digest": plan.digest, "folder": str(plan.folder), "quick": plan.quick, "content": plan.content, "files": files}
     write_whole(path, (json.dumps(kept, indent=1) + "\n").encode())
 
 
@@ -254,14 +257,14 @@ def read_claim(path: Path) -> dict[str, Any]:
         path: The file that says so.
 
     Returns:
-        ``digest``, ``folder``, ``quick`` and ``content``.
+        ``digest``, ``folder``, ``quick`` and ``content``; and ``files``, what its task reads, None where that is not known.
 
     Raises:
         DataError: It is damaged.
     """
     try:
         kept = read_json(path)
-        return {key: kept[key] for key in ("digest", "folder", "quick", "content")}
+        return {**{key: kept[key] for key in ("digest", "folder", "quick", "content")}, "files": kept.get("files")}
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{path} is damaged ({in_short(error)}); name another folder for the results") from error
 

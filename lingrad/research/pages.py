@@ -72,7 +72,14 @@ def as_markdown(plan: ResearchPlan, found: Sequence[Summary]) -> str:
         Markdown.
     """
     failures = [f"- {text}" for one in found for text in _failures(one)]
-    text = [f"# {plan.name}", "", f"{_searched(plan)}{f' {RULE}' * (len(plan.seeds) > 1)}", "", results_table(plan, found)]
+    text = [
+        f"# {plan.name}",
+        "",
+        f"{_searched(plan)}{f' {RULE}' * (len(plan.seeds) > 1)}",
+        "",
+        results_table(plan, found),
+        *_ways(plan),
+    ]
     if plan.match is not None:
         text += [_matched(plan, found), ""]
     if any(one.missing for one in found):
@@ -118,6 +125,16 @@ def results_table(plan: ResearchPlan, found: Sequence[Summary]) -> str:
         lines.append((one.entry.name, shown, less, best, *(_cell(one, name) for name in COLUMNS), str(own.count if own else 0)))
     kept = [column for column in zip(*lines, strict=True) if any(column[1:])]
     return markdown(list(zip(*kept, strict=True)))
+
+
+def _ways(plan: ResearchPlan) -> list[str]:
+    """How those entries train whose options are more than what their name and method say."""
+    lines = []
+    for entry in plan.entries:
+        if entry.options or entry.dtype:
+            own = [f"{key}={_short(value)}" for key, value in entry.options.items()] + [entry.dtype] * bool(entry.dtype)
+            lines.append(f"- {entry.name}: `{entry.method or entry.baseline}`, {', '.join(own)}")
+    return [*lines, ""] if lines else []
 
 
 def _cell(one: Summary, name: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -12,6 +13,7 @@ from lingrad.research.results import Summary, diagnosed, measure
 
 COLORS = "blue orange green red purple brown pink gray olive cyan"
 WIDE = 4.5  # inches of one of several axes
+FEW = 30  # points of a line, up to which they have marks
 DECADES = 100.0  # the ratio of values from which an axis is logarithmic
 
 
@@ -84,11 +86,14 @@ def diagnostics(found: Sequence[Summary]) -> bytes:
         drawn: list[Any] = []
         for one in found:
             series = [run.measured[name] for run in one.finals if not run.failed and name in run.measured]
-            points = list(zip(*series, strict=False))
-            steps = [seeds[0][0] for seeds in points]
-            means = [sum(value for _, value in seeds) / len(seeds) for seeds in points]
+            at: dict[int, list[float]] = {}
+            for step, value in itertools.chain(*series):
+                at.setdefault(step, []).append(value)
+            means = [sum(at[step]) / len(at[step]) for step in sorted(at)]
             # an entry has one line and color in all axes, also where another has none
-            labels[one.entry.name], *_ = lines = axes.plot(steps, means, marker="", label=one.entry.name)
+            lines = axes.plot(sorted(at), means, marker="" if len(at) > FEW else None, markersize=4, label=one.entry.name)
+            if at:
+                labels[one.entry.name] = lines[0]
             drawn += lines
         above = [value for line in drawn for value in line.get_ydata() if value > 0]
         if above and max(above) > DECADES * min(above) and not any(value < 0 for line in drawn for value in line.get_ydata()):

@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any, cast, get_args
 
 from lingrad.config.settings import Mode
-from lingrad.errors import DataError, optional, require, require_one_of, shown
+from lingrad.errors import DataError, optional, require, require_one_of
 from lingrad.files.reading import read_text
 from lingrad.research.axes import Axis, grid, read_space
 from lingrad.research.checks import Dtype, Match, Pruner, Sampler, Schedule, check_budget, check_observers, check_plan
@@ -195,9 +195,8 @@ def make_plan(content: Mapping[str, Any], where: str, folder: Path, *, quick: bo
     """
     table = Table(content, where)
     name = table.take("name", str)
-    imports = table.take("imports", list, [])
+    imports = table.texts("imports", [])
     for file in imports:  # which may register transforms
-        require(isinstance(file, str), "imports", f"{where}: 'imports' must be names of files, not {shown(file)}")
         load_file(file, folder)
     task_table, search, run, match = (table.table(key) for key in ("task", "search", "run", "match"))
     steps, tokens = (task_table.take(key, int, None) for key in ("steps", "tokens"))
@@ -213,9 +212,9 @@ def make_plan(content: Mapping[str, Any], where: str, folder: Path, *, quick: bo
         "schedule": run.take("schedule", str, "cosine"),
         "dtype": run.take("dtype", str, "float32"),
         "device": run.take("device", str, "cpu"),
-        "diagnostics": tuple(run.take("diagnostics", list, ["energy"])),
+        "diagnostics": tuple(run.texts("diagnostics", ["energy"])),
         "processes": run.take("processes", int, 1),
-        "trackers": tuple(run.take("trackers", list, [])),
+        "trackers": tuple(run.texts("trackers", [])),
         "match": match.take("equal", str, None),
         "match_entry": match.take("entry", str, ""),
     }
@@ -231,11 +230,11 @@ def make_plan(content: Mapping[str, Any], where: str, folder: Path, *, quick: bo
     check_budget(steps, tokens, where)
     measured = {text: None for entry in entries for text in entry.diagnostics or ()}
     every = {**values, "diagnostics": (*values["diagnostics"], *measured)}
-    check_plan(every, [entry.name for entry in entries], where)
+    check_plan(every, [entry.name for entry in entries], where, searched=trials > 0)
     if quick:
         steps, tokens = (None if budget is None else max(2, budget // 10) for budget in (steps, tokens))
         values["seeds"] = values["seeds"][:1]
-    check_observers(values["diagnostics"], values["trackers"], where, folder)
+    check_observers(values["diagnostics"], values["trackers"], f"{where}, [run]", folder)
     for entry in entries:
         check_observers(entry.diagnostics or (), (), f"{where}, entry '{entry.name}'", folder)
     objects = (kind, *values["diagnostics"], *measured, *values["trackers"], *(one.method for one in entries))
@@ -249,7 +248,7 @@ def _entry(table: Table, shared: Mapping[str, Axis]) -> PlanEntry:
     name, method, baseline = table.take("name", str), table.take("method", str, ""), table.take("baseline", str, "")
     mode = table.take("mode", str, "optimizer")
     options, own = table.take("options", dict, {}), read_space(table.table("space"))
-    dtype, measured = table.take("dtype", str, ""), table.take("diagnostics", list, None)
+    dtype, measured = table.take("dtype", str, ""), table.texts("diagnostics", None)
     table.end()
     where = f"entry '{name}'"
     require(bool(name.strip()), "name", f"{table.where}: 'name' is empty")

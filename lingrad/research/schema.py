@@ -58,6 +58,25 @@ class Table:
             raise SpecError(f"{self.where}: '{key}' must be {_WORDS[kind]}, not {shown(value)}", option=key)
         return kind(value) if whole else value  # type: ignore[call-arg]
 
+    def texts(self, key: str, default: list[str] | None) -> Any:
+        """A list of texts.
+
+        Args:
+            key: The key.
+            default: Its value where the table has none.
+
+        Returns:
+            The list, or the default.
+
+        Raises:
+            SpecError: It is none.
+        """
+        found = self.take(key, list, default)
+        for value in found or ():
+            if not isinstance(value, str):
+                raise SpecError(f"{self.where}: '{key}' must be texts, not {shown(value)}", option=key)
+        return found
+
     def table(self, key: str) -> Table:
         """A table inside; empty where there is none."""
         return Table(self.take(key, dict, {}), f"{self.where}, [{key}]")

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
+from dataclasses import fields
+from hashlib import sha256
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, BinaryIO, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -105,6 +107,36 @@ class Task(ABC):
             By default 1, which is right where every row counts the same.
         """
         return 1.0
+
+
+def digests_of(task: Task) -> dict[str, str]:
+    """What a task's files hold, so that results are not taken for those of other data.
+
+    Args:
+        task: The task; its fields that name a file or a folder are looked at.
+
+    Returns:
+        Field -> SHA-256 of a file; of a folder, which may be a model of many gigabytes, of names and sizes.
+    """
+    found: dict[str, str] = {}
+    for option in fields(task):  # type: ignore[arg-type]  # a task is a dataclass
+        value = getattr(task, option.name)
+        path = task.folder / value if isinstance(value, str) and value else None
+        if path is not None and path.is_file():
+            with path.open("rb") as file:
+                found[option.name] = file_digest(file)
+        elif path is not None and path.is_dir():
+            inner = sorted((str(one.relative_to(path)), one.stat().st_size) for one in path.rglob("*") if one.is_file())
+            found[option.name] = sha256(repr(inner).encode()).hexdigest()
+    return found
+
+
+def file_digest(file: BinaryIO) -> str:
+    """The SHA-256 of a file that is open, in hexadecimal digits."""
+    state = sha256()
+    while piece := file.read(2**20):
+        state.update(piece)
+    return state.hexdigest()
 
 
 def moved(batch: Any, device: str) -> Any:

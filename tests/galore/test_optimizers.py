@@ -207,6 +207,25 @@ class TestAnotherOptimizer:
         optimizer.step()
         assert not torch.equal(model.weight, before)
 
+    def test_weights_without_a_rank_are_taken_over_too(self):
+        a, b = nn.Parameter(torch.ones(6, 5)), nn.Parameter(torch.ones(3, 3))
+        first = GaLoreAdamW([{"params": [a], **PROJECTED}, {"params": [b]}], lr=1e-2)
+        second = GaLoreAdamW([{"params": [b]}], lr=1e-2)
+        b.grad = torch.ones(3, 3)
+        with pytest.raises(ModeError, match="another one of lingrad.galore was made for some of them"):
+            first.step()
+        assert torch.equal(b, torch.ones(3, 3))
+        second.step()
+        assert not torch.equal(b, torch.ones(3, 3))
+
+    def test_a_state_that_names_other_weights_is_refused(self):
+        weight = nn.Parameter(torch.ones(6, 5))
+        optimizer = GaLoreAdamW([{"params": [weight], **PROJECTED}], lr=1e-2)
+        state = optimizer.state_dict()
+        state["galore_counts"] = {"steps": 0, "missed": {"nosuch": 0}}
+        with pytest.raises(CheckpointError, match="'galore_counts' of the state names nosuch"):
+            optimizer.load_state_dict(state)
+
     def test_one_that_cannot_be_made_takes_nothing(self):
         weight = nn.Parameter(torch.ones(6, 5))
         first = GaLoreAdamW([{"params": [weight], **PROJECTED}], lr=1e-2)

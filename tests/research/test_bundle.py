@@ -131,6 +131,11 @@ def test_a_folder_that_exists_is_not_called_a_damaged_file(results, tmp_path):
         unpack(file, results)
 
 
+def test_a_file_beside_the_report_would_be_taken_for_one_of_it(results):
+    with pytest.raises(DataError, match="is in the folder of the results, beside the report; publish into another folder"):
+        commands.report_of([results], publish=results / "report.json")
+
+
 def test_what_cannot_be_published(results, tmp_path):
     with pytest.raises(DataError, match="name a new folder for them and their report, --out FOLDER"):
         commands.report_of([tmp_path / "all.json"])

@@ -1,6 +1,7 @@
 """Diagnostics: each against a plain computation, and that a run does not notice them."""
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -289,6 +290,27 @@ def test_the_control_is_the_run_with_its_rows_reversed():
     assert turned["b"][1] == 7
     rows = torch.randn(12, SIZES[0], dtype=torch.float64)
     torch.testing.assert_close(task.loss(plain, RowOrderGap().batch(rows)), task.loss(plain, rows), rtol=1e-14, atol=0)
+
+
+def test_a_gap_to_what_is_not_a_number_is_none():
+    """A weight of NaN among good ones is not passed over: no run that broke looks equal."""
+    one, broken = torch.ones(3), torch.tensor([1.0, math.nan, 1.0])
+    for a, b in ((one, broken), (broken, one)):
+        assert math.isnan(largest_gap_of({"a": a, "b": one}, {"a": b, "b": one}))
+
+
+def test_what_has_too_few_steps_or_no_rows_is_not_measured():
+    method = Lingrad("svd(rank=3)", "adamw", "optimizer", {"lr": 1e-2})
+    assert [values for _, _, values, *_ in observed(SwitchedGap(), method, steps=2)] == [{}, {}]
+    assert any(values for _, _, values, *_ in observed(SwitchedGap(), method, steps=3))
+    control = RowOrderGap()
+    control._other = object()
+    assert torch.equal(control.batch(torch.arange(3)), torch.arange(3))
+    assert control._other is None
+    weights, rows = torch.arange(2), torch.arange(6).view(3, 2)
+    turned = RowOrderGap().batch({"weights": weights, "rows": rows})  # those of classes have no rows
+    assert turned["weights"].tolist() == [0, 1]
+    assert turned["rows"].tolist() == [[4, 5], [2, 3], [0, 1]]
 
 
 def test_a_gap_between_zeros_is_zero():

@@ -199,7 +199,7 @@ def test_failures_do_not_stop_the_rest(tmp_path):
     commands.run(path, tmp_path / "out")  # nothing is left to do
     assert outcome(tmp_path / "out") == before
     path.write_text(path.read_text().replace("steps = 4", "steps = 5"))
-    with pytest.raises(DataError, match="holds the results of another plan, or of this one before it or its code was changed"):
+    with pytest.raises(DataError, match="or of this one before its options, code or data were changed"):
         execute(open_plan(path), tmp_path / "out")
 
 

@@ -1,4 +1,4 @@
-"""The simulated peak of a run is that of its own model, method and batch."""
+"""The simulated peak of a run is that of its own model, method and batch; its results are those of its own data."""
 
 import json
 from dataclasses import dataclass
@@ -7,10 +7,11 @@ import pytest
 import torch
 from torch import nn
 
+from lingrad.errors import DataError
 from lingrad.memory import simulate
 from lingrad.methods import Lingrad, baseline
 from lingrad.models import next_token_loss
-from lingrad.research.execution import execute
+from lingrad.research.execution import _claim, execute
 from lingrad.research.peak import PEAK, add_peaks, simulated_peak, skeleton
 from lingrad.research.plan import make_plan
 from lingrad.research.task import Task
@@ -45,6 +46,22 @@ def test_a_skeleton_takes_no_memory_and_shares_what_was_shared():
     assert {name: p.requires_grad for name, p in bare.named_parameters()} == {
         name: p.requires_grad for name, p in model.named_parameters()
     }
+
+
+def test_other_data_are_another_study(tmp_path):
+    """Of a file the content counts, of a folder the files; results are never taken for those of other data."""
+    (tmp_path / "book.txt").write_text("call me ishmael. " * 400)
+    task = {"kind": "text", "data": "book.txt", "steps": 2, "rows": 2, "length": 8, "hidden": 32, "layers": 1, "held": 4}
+    plan = make_plan({"name": "n", "task": task, "entries": [{"name": "a", "baseline": "adamw"}]}, "a plan", tmp_path)
+    _claim(plan, tmp_path / "out")
+    _claim(plan, tmp_path / "out")
+    (tmp_path / "book.txt").write_text("to be, or not to be. " * 400)
+    with pytest.raises(DataError, match="another plan, or of this one before its options, code or data were changed"):
+        _claim(plan, tmp_path / "out")
+    claim = json.loads((tmp_path / "out/plan.json").read_text())
+    assert list(claim["files"]) == ["data"]
+    (tmp_path / "out/plan.json").write_text(json.dumps({key: claim[key] for key in claim if key != "files"}))
+    _claim(plan, tmp_path / "out")  # of an earlier version, or published: what it has read is not known
 
 
 @dataclass(frozen=True)

@@ -108,6 +108,23 @@ WRONG = [
         "plan.toml: unknown key 'nam'; did you mean 'name'? Known: name, imports, task, search, run, match, seeds, entries",
     ),
     ({"name": 3}, "plan.toml: 'name' must be a text, not 3"),
+    ({"run": {"diagnostics": [["gap"]]}}, "plan.toml, [run]: 'diagnostics' must be texts, not ['gap']"),
+    (
+        {"entries": [{"name": "a", "method": "svd(rank=4)", "diagnostics": [["gap"]]}]},
+        "plan.toml, [[entries]] 1: 'diagnostics' must be texts, not ['gap']",
+    ),
+    (
+        {"entries": [{"name": "a", "method": "svd(rank=4)", "diagnostics": ["gap", "gap"]}]},
+        "plan.toml, entry 'a': 'diagnostics' names one of them twice; leave it out once",
+    ),
+    (
+        {"entries": [{"name": "a", "method": "svd(rank=4)", "diagnostics": ["gap"]}], "run": {"processes": 2}},
+        "plan.toml: the diagnostics gap are for runs of one process; leave them out, or 'processes'",
+    ),
+    (
+        {"entries": [{"name": "a", "method": "svd(rank=4)", "dtype": "float23"}]},
+        "dtype must be one of float32, float64, bfloat16, not 'float23'; did you mean 'float32'?",
+    ),
     ({"entries": []}, "plan.toml: 'entries' is empty; give one [[entries]] at least"),
     (
         {"search": {"trails": 3}},
@@ -133,7 +150,7 @@ WRONG = [
     ({"seeds": [0, 1]}, "plan.toml: seed 0 is that of the search; judge by other seeds"),
     ({"seeds": [1, 1]}, "plan.toml: 'seeds' must be a list of different whole numbers, 0 or more and below 2^32"),
     ({"seeds": [10**30]}, "plan.toml: 'seeds' must be a list of different whole numbers, 0 or more and below 2^32"),
-    ({"imports": [3]}, "plan.toml: 'imports' must be names of files, not 3"),
+    ({"imports": [3]}, "plan.toml: 'imports' must be texts, not 3"),
     ({"run": {"device": "gpu"}}, "plan.toml, [run]: there is no device 'gpu' here: "),
     ({"match": {"equal": "seconds"}}, "plan.toml, [match]: 'entry' is missing: that which the others are matched with"),
     ({"search": {"space": {"lr": [float("nan")]}}}, f"{SPACE}: values must be texts, finite numbers, true or false, not [nan]"),
@@ -147,7 +164,7 @@ WRONG = [
     ({"run": {"processes": 0}}, "plan.toml, [run]: 'processes' must be 1 or more, not 0"),
     (
         {"run": {"processes": 2, "diagnostics": ["energy", "gap"]}},
-        "plan.toml, [run]: the diagnostics gap are for runs of one process; leave them out, or 'processes'",
+        "plan.toml: the diagnostics gap are for runs of one process; leave them out, or 'processes'",
     ),
     ({"run": {"trackers": [3]}}, "plan.toml, [run]: 'trackers' must be texts, not 3"),
     ({"run": {"trackers": ["a", "a"]}}, "plan.toml, [run]: 'trackers' names one of them twice; leave it out once"),

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
 from copy import deepcopy
 from dataclasses import replace
 from typing import Any, ClassVar
@@ -94,13 +95,19 @@ class ModeGap(RunBeside):
 
 
 class SwitchedGap(RunBeside):
-    """The gap to the same run with its mode switched twice, after `SWITCHES` of its steps; a method without a dual has none."""
+    """The gap to the same run with its mode switched twice, after `SWITCHES` of its steps.
+
+    A method without a dual has none, nor has a run of two steps.
+    """
 
     name = "gap_switched"
 
     @override
     def begin(self, run: ObservedRun) -> None:
         super().begin(run)
+        self._switches = {round(part * run.steps) for part in SWITCHES}
+        if len(self._switches) < len(SWITCHES):  # there are too few steps
+            self._other = None
         try:
             for _ in range(2 if self._other is not None else 0):  # there and back, which changes nothing
                 self._switch()
@@ -109,7 +116,7 @@ class SwitchedGap(RunBeside):
 
     @override
     def before_step(self, number: int) -> None:
-        if number in {round(part * self.run.steps) for part in SWITCHES}:
+        if number in self._switches:
             self._switch()
 
     def _switch(self) -> None:
@@ -121,28 +128,42 @@ class SwitchedGap(RunBeside):
 class RowOrderGap(RunBeside):
     """The gap to the same run with the rows of each batch in reverse order.
 
-    That is the same mathematics with other rounding: the control that another gap is compared with.
+    That is the same mathematics with other rounding: the control that another gap is compared with. Of a batch, a tensor or a
+    mapping or list of tensors, those are reversed that have as many rows as the first with two dimensions or more; a batch
+    without one has no control.
     """
 
     name = "gap_control"
 
     @override
     def batch(self, batch: Any) -> Any:
-        return _reversed(batch)
+        rows = next((len(one) for one in _tensors(batch) if one.dim() > 1), 0)
+        if not rows:
+            self._other = None
+        return _reversed(batch, rows)
 
 
-def _reversed(batch: Any) -> Any:
-    """The rows of all tensors in reverse order."""
+def _tensors(batch: Any) -> Iterator[Tensor]:
+    """The tensors of a batch."""
+    if isinstance(batch, Tensor):
+        yield batch
+    elif isinstance(batch, Mapping | tuple | list):
+        for part in batch.values() if isinstance(batch, Mapping) else batch:
+            yield from _tensors(part)
+
+
+def _reversed(batch: Any, rows: int) -> Any:
+    """The rows of all tensors that have so many, in reverse order."""
     if isinstance(batch, Mapping):
-        return {key: _reversed(value) for key, value in batch.items()}
+        return {key: _reversed(value, rows) for key, value in batch.items()}
     if isinstance(batch, tuple | list):
-        return type(batch)(_reversed(value) for value in batch)
-    return batch.flip(0) if isinstance(batch, Tensor) and batch.dim() else batch
+        return type(batch)(_reversed(value, rows) for value in batch)
+    return batch.flip(0) if isinstance(batch, Tensor) and batch.dim() and len(batch) == rows else batch
 
 
 @torch.no_grad()
 def largest_gap_of(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> float:
-    """The largest |A - B|_F / |B|_F of any weight, in float64; 0 for two that are both zero.
+    """The largest |A - B|_F / |B|_F of any weight, in float64; 0 for two that are both zero, NaN where some element is.
 
     Args:
         a: Weights by name.
@@ -155,7 +176,7 @@ def largest_gap_of(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> float:
     for name, weight in b.items():
         apart = float((a[name].double() - weight.double()).norm())
         gaps.append(apart / max(float(weight.double().norm()), torch.finfo(torch.float64).tiny) if apart else 0.0)
-    return max(gaps)
+    return math.nan if any(map(math.isnan, gaps)) else max(gaps)
 
 
 def _weights(training: Training) -> dict[str, Tensor]:

@@ -177,6 +177,7 @@ def check_gaps(run):
     assert max(gaps.values()) < max(1e-11, control)
 
 
+@pytest.mark.slow
 def test_demo(lingrad, tiny, tmp_path):
     status, *told = lingrad("demo", "--steps", "8", "--out", tmp_path / "demo")
     assert status == 0

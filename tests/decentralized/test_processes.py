@@ -1,6 +1,7 @@
 """Workers that are processes of torch.distributed: the numbers of the simulation, and errors instead of waiting."""
 
 import os
+import time
 
 import pytest
 import torch
@@ -78,7 +79,9 @@ def test_gradients_are_not_averaged_by_others(tmp_path):
 
 def loses_one(rank, world, folder):
     """The last process dies before the exchange; the others say so within the timeout."""
+    distributed.barrier()  # all have found each other
     if rank == 2:
+        time.sleep(1.0)  # in which the others leave the barrier
         os._exit(0)
     try:
         program(ProcessWorkers(), "slice(rank=4, every=4, workers=3)", steps=4)

@@ -40,7 +40,7 @@ def train(
     ctx: typer.Context,
     text: Annotated[Path, typer.Option(help="A UTF-8 text to train on.")],
     rules: Rules = "svd(rank=64, every=50)",
-    base: Annotated[str | None, typer.Option(help="Base optimizer, such as adamw8bit or lion.")] = "adamw",
+    base: Base = "adamw",
     lr: Annotated[float, typer.Option(help="Learning rate.")] = 5e-3,
     scale: Scale = 0.25,
     carry: Carry = "keep",

@@ -162,7 +162,6 @@ def _run(plan: ResearchPlan, out: Path, *, jobs: int, simulate: Simulate | None,
         console.say(f"{out} holds all runs of this plan already; to make them again, name another folder, or remove this one")
     try:
         if simulate is not None:
-            console.say(f"{plan.name}: simulating the peak of each entry")
             add_peaks(plan, out, simulate)
     except OSError as error:
         raise DataError(f"cannot write results to {out}: {error.strerror or error}") from error

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lingrad import console
 from lingrad.files.atomic import write_whole
 from lingrad.files.reading import read_json
 from lingrad.methods import Method
@@ -39,6 +40,7 @@ def add_peaks(plan: ResearchPlan, out: Path, simulate: Simulate) -> None:
         key = json.dumps([job["entry"], job["values"]], sort_keys=True)
         if key not in known:
             entry = plan.entry(job["entry"])
+            console.say(f"{plan.name}: simulating the peak of {entry.name}")
             method = make_method(entry, job["values"], seed=job["seed"], folder=plan.folder)
             dtype = getattr(torch, plan.of(entry).dtype)
             known[key] = simulated_peak(plan.task, method, simulate, dtype=dtype, seed=job["seed"])

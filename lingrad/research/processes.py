@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from lingrad.errors import SpecError
-from lingrad.research.task import Task
+from lingrad.research.task import Task, mapped
 
 _STARTED = "TORCHELASTIC_RUN_ID"  # set by torchrun
 
@@ -111,16 +111,14 @@ def rows_of(batch: Any, number: int, of: int) -> Any:
     Raises:
         SpecError: The rows cannot be cut into parts of one size.
     """
-    if isinstance(batch, Mapping):
-        return {key: rows_of(value, number, of) for key, value in batch.items()}
-    if isinstance(batch, tuple | list):
-        return type(batch)(rows_of(value, number, of) for value in batch)
-    if not isinstance(batch, Tensor):
-        return batch
-    if batch.dim() == 0 or len(batch) % of:
-        why = f"a tensor of shape {list(batch.shape)} in a batch cannot be cut for {of} processes"
-        raise SpecError(f"{why}; expected as many rows, or a multiple", option="processes")
-    return batch.chunk(of)[number]
+
+    def cut(tensor: Tensor) -> Tensor:
+        if tensor.dim() == 0 or len(tensor) % of:
+            why = f"a tensor of shape {list(tensor.shape)} in a batch cannot be cut for {of} processes"
+            raise SpecError(f"{why}; expected as many rows, or a multiple", option="processes")
+        return tensor.chunk(of)[number]
+
+    return mapped(batch, cut)
 
 
 def mean_of_all(value: Tensor) -> float:

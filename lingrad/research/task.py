@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, BinaryIO, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -123,34 +123,44 @@ def digests_of(task: Task) -> dict[str, str]:
         value = getattr(task, option.name)
         path = task.folder / value if isinstance(value, str) and value else None
         if path is not None and path.is_file():
+            state = sha256()
             with path.open("rb") as file:
-                found[option.name] = file_digest(file)
+                while piece := file.read(2**20):
+                    state.update(piece)
+            found[option.name] = state.hexdigest()
         elif path is not None and path.is_dir():
             inner = sorted((str(one.relative_to(path)), one.stat().st_size) for one in path.rglob("*") if one.is_file())
             found[option.name] = sha256(repr(inner).encode()).hexdigest()
     return found
 
 
-def file_digest(file: BinaryIO) -> str:
-    """The SHA-256 of a file that is open, in hexadecimal digits."""
-    state = sha256()
-    while piece := file.read(2**20):
-        state.update(piece)
-    return state.hexdigest()
-
-
-def moved(batch: Any, device: str) -> Any:
-    """A batch on a device.
+def mapped(batch: Any, change: Callable[[Tensor], Any]) -> Any:
+    """A batch with each of its tensors replaced.
 
     Args:
-        batch: Tensors, in mappings and lists; other values stay.
-        device: The device.
+        batch: A tensor, or mappings, lists and tuples of such; other values stay. Mappings become plain ones.
+        change: Gives what stands in a tensor's place.
 
     Returns:
         The batch.
     """
+    if isinstance(batch, Tensor):
+        return change(batch)
     if isinstance(batch, Mapping):
-        return {key: moved(value, device) for key, value in batch.items()}
+        return {key: mapped(value, change) for key, value in batch.items()}
     if isinstance(batch, tuple | list):
-        return type(batch)(moved(value, device) for value in batch)
-    return batch.to(device) if isinstance(batch, Tensor) else batch
+        parts = [mapped(value, change) for value in batch]
+        return type(batch)(*parts) if hasattr(batch, "_fields") else type(batch)(parts)  # a named tuple takes them one by one
+    return batch
+
+
+def tensors_of(batch: Any) -> list[Tensor]:
+    """The tensors of a batch, in its order."""
+    found: list[Tensor] = []
+    mapped(batch, found.append)
+    return found
+
+
+def moved(batch: Any, device: str) -> Any:
+    """A batch on a device; see `mapped`."""
+    return mapped(batch, lambda tensor: tensor.to(device))

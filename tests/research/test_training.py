@@ -4,6 +4,7 @@ import json
 import threading
 import time
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from lingrad.research.plan import make_plan
 from lingrad.research.processes import rows_of
 from lingrad.research.progress import time_left
 from lingrad.research.pruning import Channel, rung_steps
-from lingrad.research.task import Task
+from lingrad.research.task import Task, mapped, moved, tensors_of
 from lingrad.research.tasks.chat import IGNORED, Chat, Example, pad
 from lingrad.research.training import METRICS, steps_for, train
 from lingrad.research.ways import make_method
@@ -170,3 +171,21 @@ class TestParts:
             part, factor = processes.share(task, whole)
             found.append(factor * task.loss(model, part) / 2)
         assert float((sum(found) - expected).detach()) == pytest.approx(0.0, abs=1e-14)
+
+
+def test_a_batch_keeps_its_kind_whatever_becomes_of_its_tensors():
+    class Pair(NamedTuple):
+        ids: torch.Tensor
+        name: str
+
+    one, two = torch.ones(2, 3), torch.zeros(2)
+    batch = {"pair": Pair(one, "a"), "more": [two, (one, 3)]}
+    changed = mapped(batch, lambda tensor: tensor + 1)
+    assert type(changed["pair"]) is Pair
+    assert changed["pair"].name == "a"
+    assert torch.equal(changed["pair"].ids, one + 1)
+    assert torch.equal(changed["more"][0], two + 1)
+    assert type(changed["more"][1]) is tuple
+    assert changed["more"][1][1] == 3
+    assert [tensor.shape for tensor in tensors_of(batch)] == [(2, 3), (2,), (2, 3)]
+    assert [tensor.device.type for tensor in tensors_of(moved(batch, "meta"))] == ["meta"] * 3

@@ -12,6 +12,7 @@ from typing_extensions import override
 from lingrad.errors import require
 from lingrad.research.diagnostics.base import Diagnostic, ObservedRun, average
 from lingrad.research.diagnostics.bases import orthonormal
+from lingrad.research.task import mapped, tensors_of
 
 TIMES = 20  # in a run, at most
 
@@ -122,23 +123,11 @@ def _leading(grad: Tensor, rank: int, side: int) -> Tensor:
 
 def _rows(batch: Any) -> int:
     """Rows of a batch: the length of all its tensors, or 0 where they differ."""
-    lengths = {len(tensor) if tensor.dim() else 0 for tensor in _tensors(batch)}
+    lengths = {len(tensor) if tensor.dim() else 0 for tensor in tensors_of(batch)}
     return lengths.pop() if len(lengths) == 1 else 0
-
-
-def _tensors(batch: Any) -> list[Tensor]:
-    if isinstance(batch, Tensor):
-        return [batch]
-    parts = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, tuple | list) else ()
-    return [tensor for part in parts for tensor in _tensors(part)]
 
 
 def _half(batch: Any, rows: int, part: int) -> Any:
     """The first or the second half of a batch's rows, copied."""
-    if isinstance(batch, Mapping):
-        return {key: _half(value, rows, part) for key, value in batch.items()}
-    if isinstance(batch, tuple | list):
-        return type(batch)(_half(value, rows, part) for value in batch)
-    if not isinstance(batch, Tensor):
-        return batch
-    return (batch[: rows // 2] if part == 0 else batch[rows // 2 : rows // 2 * 2]).clone()
+    kept = slice(rows // 2) if part == 0 else slice(rows // 2, rows // 2 * 2)
+    return mapped(batch, lambda tensor: tensor[kept].clone())

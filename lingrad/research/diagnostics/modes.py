@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import replace
 from typing import Any, ClassVar
@@ -16,6 +16,7 @@ from lingrad.engine.optimizer import SubspaceOptimizer
 from lingrad.errors import LingradError
 from lingrad.methods import Lingrad, Training
 from lingrad.research.diagnostics.base import Diagnostic, ObservedRun
+from lingrad.research.task import mapped, tensors_of
 
 TIMES = 20  # in a run, at most
 SWITCHES = (0.4, 0.7)  # parts of a run after which its mode is switched
@@ -137,28 +138,10 @@ class RowOrderGap(RunBeside):
 
     @override
     def batch(self, batch: Any) -> Any:
-        rows = next((len(one) for one in _tensors(batch) if one.dim() > 1), 0)
+        rows = next((len(one) for one in tensors_of(batch) if one.dim() > 1), 0)
         if not rows:
             self._other = None
-        return _reversed(batch, rows)
-
-
-def _tensors(batch: Any) -> Iterator[Tensor]:
-    """The tensors of a batch."""
-    if isinstance(batch, Tensor):
-        yield batch
-    elif isinstance(batch, Mapping | tuple | list):
-        for part in batch.values() if isinstance(batch, Mapping) else batch:
-            yield from _tensors(part)
-
-
-def _reversed(batch: Any, rows: int) -> Any:
-    """The rows of all tensors that have so many, in reverse order."""
-    if isinstance(batch, Mapping):
-        return {key: _reversed(value, rows) for key, value in batch.items()}
-    if isinstance(batch, tuple | list):
-        return type(batch)(_reversed(value, rows) for value in batch)
-    return batch.flip(0) if isinstance(batch, Tensor) and batch.dim() and len(batch) == rows else batch
+        return mapped(batch, lambda tensor: tensor.flip(0) if tensor.dim() and len(tensor) == rows else tensor)
 
 
 @torch.no_grad()

@@ -20,10 +20,13 @@ def in_parts(groups: list[dict[str, Any]], missed: Mapping[Tensor, int]) -> Gene
     Yields:
         How many steps the parameters of a part have missed. Those without a gradient now make no part.
     """
+    if not missed:  # as in every run that counts its own
+        yield 0
+        return
     whole = [group["params"] for group in groups]
     counts = sorted({missed.get(param, 0) for params in whole for param in params if param.grad is not None})
-    if not missed or len(counts) < 2:
-        yield counts[0] if missed and counts else 0
+    if len(counts) < 2:
+        yield counts[0] if counts else 0
         return
     try:
         for count in counts:

@@ -29,7 +29,7 @@ from lingrad.tensors import cast, whole
 from lingrad.transforms import Sketch
 from lingrad.transforms.sketch import free_test_matrices, sketched
 
-NOT_FINITE = "the gradient at a refresh is not finite; the old basis stays until the next one"
+NOT_FINITE = "the gradient's norm at a refresh is not finite; the old basis stays until the next one"
 
 
 def choose(run: Run, subs: Iterable[Subspace]) -> None:

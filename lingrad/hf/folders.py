@@ -8,6 +8,7 @@ would use.
 from __future__ import annotations
 
 import re
+import warnings
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -30,18 +31,31 @@ _SHARDED = (("pytorch_model_fsdp.bin", "optimizer.bin"), (f"pytorch_model_fsdp_0
 def last_checkpoint(output_dir: str | Path) -> str | None:
     """The last complete checkpoint of a run, for ``trainer.train(resume_from_checkpoint=...)``.
 
+    Warns of later ones that it passes over, and says what they lack.
+
     Args:
         output_dir: The run's ``output_dir``; need not exist.
 
     Returns:
         The folder, or None where there is no complete one. Errors of the operating system are not translated.
     """
-    folder = Path(output_dir)
+    last, incomplete = _last(Path(output_dir))
+    if incomplete:
+        found = "; ".join(f"'{path}': {fault}" for path, fault in incomplete)
+        instead = f"'{last}' is the last complete one" if last else "no complete one is left, and a run would start anew"
+        warnings.warn(f"a checkpoint that cannot be resumed from is passed over ({found}); {instead}", stacklevel=2)
+    return last
+
+
+def _last(folder: Path) -> tuple[str | None, list[tuple[Path, str]]]:
+    """The last complete checkpoint, and those after it, with what they lack."""
     found = {int(match[1]): path for path in folder.glob("checkpoint-*") if (match := _NAME.fullmatch(path.name))}
+    incomplete = []
     for step in sorted(found, reverse=True):
-        if not missing_from(found[step]):
-            return str(found[step])
-    return None
+        if not (fault := missing_from(found[step])):
+            return str(found[step]), incomplete
+        incomplete.append((found[step], fault))
+    return None, incomplete
 
 
 def check_checkpoint(folder: str | Path) -> None:
@@ -56,7 +70,7 @@ def check_checkpoint(folder: str | Path) -> None:
     folder = Path(folder)
     fault = missing_from(folder)
     if fault:
-        other = last_checkpoint(folder.parent)
+        other, _ = _last(folder.parent)
         remedy = f"the last complete one is '{other}'" if other else "there is no complete one in the same folder"
         raise CheckpointError(f"the checkpoint '{folder}' cannot be resumed from: {fault}; {remedy}")
 

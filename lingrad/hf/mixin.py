@@ -86,11 +86,17 @@ class TrainerMixin(_Trainer):  # type: ignore[misc]
 
         Returns:
             What the Trainer returns.
+
+        Raises:
+            CheckpointError: The folder, or each one there is, is incomplete; the message says what it lacks.
         """
+        from transformers.trainer_utils import get_last_checkpoint
+
         if self._uses_lingrad() and resume_from_checkpoint:
             if resume_from_checkpoint is True:
-                resume_from_checkpoint = last_checkpoint(self.args.output_dir) or True  # the Trainer raises if there is none
-            else:
+                folder = self.args.output_dir
+                resume_from_checkpoint = last_checkpoint(folder) or get_last_checkpoint(folder) or True
+            if resume_from_checkpoint is not True:  # of which there is none: the Trainer says so
                 check_checkpoint(resume_from_checkpoint)
         return super().train(resume_from_checkpoint, *args, **kwargs)
 

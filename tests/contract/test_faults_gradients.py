@@ -38,7 +38,7 @@ class TestGradients:
             messages += [str(w.message) for w in caught]
             found.append(optimizer.weights()["0.weight"].clone())
         at_refresh = every == 2 and not math.isfinite(value)
-        said = "0.weight: the gradient at a refresh is not finite; the old basis stays until the next one"
+        said = "0.weight: the gradient's norm at a refresh is not finite; the old basis stays until the next one"
         assert messages == [said] * at_refresh
         assert sub.basis.refreshes == 1
 

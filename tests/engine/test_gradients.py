@@ -106,7 +106,9 @@ class TestClipping:
         backward(model)
         model[0].bias.grad[0] = float("nan")
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        with pytest.warns(RuntimeWarning, match="0.weight: the gradient at a refresh is not finite; the old basis stays"):
+        with pytest.warns(
+            RuntimeWarning, match="0.weight: the gradient's norm at a refresh is not finite; the old basis stays"
+        ):
             choose(optimizer._run, optimizer.subspaces)
         assert sub.basis.due
         assert sub.basis.proposal is None
@@ -228,7 +230,7 @@ class TestUnusualGradients:
                 choose(optimizer._run, optimizer.subspaces)
             messages += [str(w.message) for w in caught]
             optimizer.zero_grad()
-        assert messages == ["0.weight: the gradient at a refresh is not finite; the old basis stays until the next one"]
+        assert messages == ["0.weight: the gradient's norm at a refresh is not finite; the old basis stays until the next one"]
         assert torch.equal(sub.map().tensors[0], basis)
         backward(model)
         optimizer.step()

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -146,7 +147,9 @@ class TestFolders:
         assert lingrad.hf.last_checkpoint(run) == str(run / "checkpoint-3")
         (run / "checkpoint-10").mkdir()  # nothing in it yet
         shutil.copytree(run / "checkpoint-3", run / "checkpoint-20.old")  # of another name
-        assert lingrad.hf.last_checkpoint(run) == str(run / "checkpoint-3")
+        last = f"'{run / 'checkpoint-3'}' is the last complete one"
+        with pytest.warns(UserWarning, match=re.escape(f"'{run / 'checkpoint-10'}': there is no model.safetensors); {last}")):
+            assert lingrad.hf.last_checkpoint(run) == str(run / "checkpoint-3")
         shutil.copytree(run / "checkpoint-3", run / "checkpoint-11")
         assert lingrad.hf.last_checkpoint(str(run)) == str(run / "checkpoint-11")
         assert lingrad.hf.last_checkpoint(run / "nowhere") is None
@@ -164,7 +167,8 @@ class TestFolders:
         with pytest.raises(CheckpointError, match=expected) as caught:
             lingrad.hf.check_checkpoint(run / "checkpoint-3")
         assert str(caught.value).endswith(f"the last complete one is '{run / 'checkpoint-2'}'")
-        assert lingrad.hf.last_checkpoint(run) == str(run / "checkpoint-2")
+        with pytest.warns(UserWarning, match=expected):
+            assert lingrad.hf.last_checkpoint(run) == str(run / "checkpoint-2")
         again = make(run, args={**SAVING, "max_steps": 3}, mode="adapter")
         with pytest.raises(CheckpointError, match=expected):
             again.train(resume_from_checkpoint=str(run / "checkpoint-3"))
@@ -174,7 +178,8 @@ class TestFolders:
         straight = torch.load(run / "checkpoint-3/optimizer.pt", weights_only=True)
         os.truncate(run / "checkpoint-3/optimizer.pt", 100)
         again = make(run, args={**SAVING, "max_steps": 3}, mode="adapter")
-        again.train(resume_from_checkpoint=True)
+        with pytest.warns(UserWarning, match=r"optimizer.pt is truncated"):
+            again.train(resume_from_checkpoint=True)
         assert_equal(again.optimizer.state_dict(), straight)
         lingrad.hf.check_checkpoint(run / "checkpoint-3")  # written again
 
@@ -183,6 +188,17 @@ class TestFolders:
         trainer = make(tmp_path / "empty", args=SAVING)
         with pytest.raises(ValueError, match="No valid checkpoint found"):
             trainer.train(resume_from_checkpoint=True)
+
+    def test_true_where_none_is_complete(self, run):
+        for folder in run.glob("checkpoint-*"):
+            (folder / "optimizer.pt").unlink()  # without which the Trainer would go on, from new moments
+        again = make(run, args={**SAVING, "max_steps": 3}, mode="adapter")
+        with (
+            pytest.warns(UserWarning, match="no complete one is left, and a run would start anew"),
+            pytest.raises(CheckpointError, match=r"checkpoint-3' cannot be resumed from: there is no optimizer.pt"),
+        ):
+            again.train(resume_from_checkpoint=True)
+        assert again.optimizer is None
 
     def test_shards(self, run):
         trainer = make(run, args={**SAVING, "max_steps": 3}, mode="adapter")

@@ -50,7 +50,7 @@ def last_checkpoint(output_dir: str | Path) -> str | None:
 def _last(folder: Path) -> tuple[str | None, list[tuple[Path, str]]]:
     """The last complete checkpoint, and those after it, with what they lack."""
     found = {int(match[1]): path for path in folder.glob("checkpoint-*") if (match := _NAME.fullmatch(path.name))}
-    incomplete = []
+    incomplete: list[tuple[Path, str]] = []
     for step in sorted(found, reverse=True):
         if not (fault := missing_from(found[step])):
             return str(found[step]), incomplete

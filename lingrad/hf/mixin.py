@@ -96,7 +96,7 @@ class TrainerMixin(_Trainer):  # type: ignore[misc]
             if resume_from_checkpoint is True:
                 folder = self.args.output_dir
                 resume_from_checkpoint = last_checkpoint(folder) or get_last_checkpoint(folder) or True
-            if resume_from_checkpoint is not True:  # of which there is none: the Trainer says so
+            if not isinstance(resume_from_checkpoint, bool):  # still True where there is none, which the Trainer says
                 check_checkpoint(resume_from_checkpoint)
         return super().train(resume_from_checkpoint, *args, **kwargs)
 

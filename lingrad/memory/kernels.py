@@ -8,6 +8,7 @@ that a program reads back from the device are answered by fixed rules, which the
 from __future__ import annotations
 
 import math
+import sys
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -156,6 +157,34 @@ def _attend(
     kernel = torch.ops.aten._scaled_dot_product_efficient_attention
     made: Tensor = kernel(query, key, value, attn_mask, needs_grad, dropout_p, is_causal, scale=scale)[0]
     return made
+
+
+@contextmanager
+def norms_answered(assumed: set[str]) -> Iterator[None]:
+    """Answer the norm that bitsandbytes' kernel of 32-bit moments reads back where an optimizer limits its updates by it.
+
+    Args:
+        assumed: Receives a sentence where it is read.
+
+    Yields:
+        None. The operator is replaced while the context is open, if bitsandbytes is imported by then.
+    """
+    if "bitsandbytes" not in sys.modules:
+        yield
+        return
+    kernel = torch.ops.bitsandbytes.optimizer_update_32bit
+    floats = [argument.type.kind() == "FloatType" for argument in kernel.default._schema.arguments]
+
+    def update(*args: Any, **kwargs: Any) -> Any:
+        known = (
+            _read(value.dtype, assumed) if is_float and isinstance(value, Tensor) and value.is_meta else value
+            for is_float, value in zip(floats, args, strict=False)
+        )
+        return kernel(*known, **kwargs)
+
+    update.__dict__.update({name: getattr(kernel, name) for name in kernel.overloads()})  # which torch looks up by this name
+    with mock.patch.object(torch.ops.bitsandbytes, "optimizer_update_32bit", update):
+        yield
 
 
 @contextmanager

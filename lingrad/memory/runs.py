@@ -114,7 +114,7 @@ def simulate(
                 compute_loss.prepare(model)
             training = method.prepare(shard(_checkpointed(model, checkpointing)), layerwise=layerwise)
         tracker = Tracker("meta", execute)
-        with kernels.explained(type(model).__name__):
+        with kernels.explained(type(model).__name__), kernels.norms_answered(assumed):
             _run(training, tracker, steps, compute_loss)
     assumptions = [
         f"{steps} steps of {type(model).__name__.removeprefix('FSDP')} on meta tensors, operators as on {device}",

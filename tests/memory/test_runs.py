@@ -37,6 +37,19 @@ def test_simulated_tracked_and_measured_agree(method, recipe):
         assert simulated.steady_breakdown.get(category, 0) == measured.steady_breakdown.get(category, 0)
 
 
+@pytest.mark.peers
+@pytest.mark.parametrize("layerwise", [False, True])
+def test_moments_in_8_bits_whose_updates_are_limited_by_a_norm(layerwise):
+    """As galore_torch's are: its arguments reach bitsandbytes shifted by one, so that max_unorm is 100."""
+    pytest.importorskip("bitsandbytes")
+    kernel = torch.ops.bitsandbytes.optimizer_update_32bit
+    method = memory.GaloreTorch(4, base="adamw8bit")
+    report = memory.simulate(build, method, batch=2, length=16, layerwise=layerwise)
+    assert "a float that is read back is 1.0 (norms are finite and not zero)" in report.assumptions
+    assert report.steady_breakdown["moments"] > 0
+    assert torch.ops.bitsandbytes.optimizer_update_32bit is kernel
+
+
 @pytest.mark.slow
 def test_resident_memory_of_a_process():
     """What the operating system says of a 130M Llama's step, within 5 % and 20 MB of the simulation."""

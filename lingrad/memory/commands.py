@@ -14,7 +14,7 @@ from lingrad.config.offload import parse_offload
 from lingrad.config.rules import parse_rules
 from lingrad.config.settings import Mode
 from lingrad.console import say
-from lingrad.errors import DependencyError, MemoryModelError, SpecError, require, require_one_of
+from lingrad.errors import DependencyError, MemoryModelError, ModeError, SpecError, require, require_one_of
 from lingrad.memory import runs
 from lingrad.memory.answers import Fit, MethodComparison
 from lingrad.memory.estimate import Estimate
@@ -163,7 +163,8 @@ def compare(question: Question) -> MethodComparison:
         question: The run; its mode does not matter.
 
     Returns:
-        The reports. A method whose package is missing, or which cannot be simulated, is left out with the reason.
+        The reports. A method whose package is missing, which cannot be simulated, or which cannot train the model as
+        it is stored, is left out with the reason.
     """
     reports: dict[str, MemoryReport] = {}
     left_out: dict[str, str] = {}
@@ -173,7 +174,7 @@ def compare(question: Question) -> MethodComparison:
         say(f"simulating {method.label}")
         try:
             reports[method.label] = simulate(question, method)
-        except (DependencyError, MemoryModelError) as error:
+        except (DependencyError, MemoryModelError, ModeError) as error:
             left_out[method.label] = str(error).partition("\n")[0]
     return MethodComparison(reports, left_out)
 

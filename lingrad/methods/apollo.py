@@ -13,7 +13,7 @@ from typing_extensions import override
 
 from lingrad.config.targets import resolve_model
 from lingrad.errors import SpecError, require, require_options
-from lingrad.methods.base import Method, Training
+from lingrad.methods.base import Method, Training, refuse_packed
 from lingrad.optimizers.closure import evaluate
 from lingrad.transforms.linalg import gaussian
 
@@ -142,6 +142,7 @@ class Apollo(Method):
     def prepare(self, model: nn.Module, *, layerwise: Any = False) -> Training:
         if layerwise is True:
             raise SpecError("APOLLO is not stepped inside the backward here; leave layerwise out", option="layerwise")
+        refuse_packed(model, self)
         low = [target.param for target in resolve_model(model, f"svd(rank={self.rank}, clip=true)").targets]
         chosen = {id(param) for param in low}
         rest = [param for param in model.parameters() if param.requires_grad and id(param) not in chosen]

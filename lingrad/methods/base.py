@@ -18,7 +18,7 @@ from lingrad.config.methods import method_of
 from lingrad.config.rules import Rules
 from lingrad.config.settings import InBackward, Mode
 from lingrad.config.targets import resolve_model
-from lingrad.errors import SpecError, optional, require_one_of
+from lingrad.errors import ModeError, SpecError, optional, require_one_of
 from lingrad.transforms.base import Transform
 
 
@@ -135,6 +135,7 @@ class FullRank(Method):
 
     @override
     def prepare(self, model: nn.Module, *, layerwise: InBackward = False) -> Training:
+        refuse_packed(model, self)
         found = optimizers.find(self.base, {"lr": 1e-4, **self.options})
         if found.fallback is None:
             return _with(model, lambda params: found.build(params), [[p] for p in _trainable(model)], layerwise)
@@ -220,6 +221,7 @@ class GaloreTorch(Method):
 
     @override
     def prepare(self, model: nn.Module, *, layerwise: InBackward = False) -> Training:
+        refuse_packed(model, self)
         names = {"adamw": "GaLoreAdamW", "adamw8bit": "GaLoreAdamW8bit"}
         if self.base not in names:
             raise SpecError(f"galore_torch has no base '{self.base}' here; expected one of {', '.join(names)}")
@@ -256,6 +258,25 @@ def lora_model(model: nn.Module, rank: int, *, rslora: bool = False) -> nn.Modul
     config = peft.LoraConfig(r=rank, lora_alpha=rank, target_modules="all-linear", use_rslora=rslora)
     adapted: nn.Module = peft.get_peft_model(model, config, autocast_adapter_dtype=False).to(dtype)
     return adapted
+
+
+def refuse_packed(model: nn.Module, method: Method) -> None:
+    """Refuse a model with weights in integers, which a method that changes every weight would leave as they are.
+
+    Args:
+        model: The model.
+        method: The method.
+
+    Raises:
+        ModeError: A matrix is stored in integers; the message names it.
+    """
+    for name, param in model.named_parameters():
+        if param.dim() > 1 and not param.is_floating_point():
+            dtype = str(param.dtype).removeprefix("torch.")
+            raise ModeError(
+                f"{method.label} changes every weight, and {name} is stored as {dtype}, which has no gradient; give a model in "
+                "bfloat16 or float32"
+            )
 
 
 def _trainable(model: nn.Module) -> list[Tensor]:

@@ -13,7 +13,7 @@ from typing_extensions import override
 
 from lingrad.config.targets import resolve_model
 from lingrad.errors import SpecError, require_options
-from lingrad.methods.base import Method, Training
+from lingrad.methods.base import Method, Training, refuse_packed
 from lingrad.optimizers.closure import evaluate
 
 
@@ -99,6 +99,7 @@ class ColumnNormalized(Method):
     def prepare(self, model: nn.Module, *, layerwise: Any = False) -> Training:
         if layerwise is True:
             raise SpecError("SCALE is not stepped inside the backward here; leave layerwise out", option="layerwise")
+        refuse_packed(model, self)
         plan = resolve_model(model, {"*": "full()"})  # which takes every matrix
         head = getattr(model, "get_output_embeddings", lambda: None)()
         last = plan.targets[-1].param if head is None else head.weight

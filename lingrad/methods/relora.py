@@ -14,7 +14,7 @@ from typing_extensions import override
 
 from lingrad import optimizers
 from lingrad.errors import SpecError, require
-from lingrad.methods.base import Method, Training, lora_model
+from lingrad.methods.base import Method, Training, lora_model, refuse_packed
 
 
 @final
@@ -58,6 +58,7 @@ class ReLora(Method):
     def prepare(self, model: nn.Module, *, layerwise: Any = False) -> Training:
         if layerwise is True:
             raise SpecError("ReLoRA is not stepped inside the backward here; leave layerwise out", option="layerwise")
+        refuse_packed(model, self)
         trained = {id(param) for param in model.parameters() if param.requires_grad}
         adapted = lora_model(model, self.rank)
         layers: list[Any] = [module for module in adapted.modules() if hasattr(module, "get_delta_weight")]

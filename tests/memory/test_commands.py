@@ -245,6 +245,19 @@ def test_a_comparison_leaves_out_what_is_not_installed(monkeypatch, capsys):
     assert list(json.loads(found.to_json())["left_out"]) == ["galore_torch (rank 16), adamw"]
 
 
+def test_a_comparison_leaves_out_what_cannot_train_weights_in_8_bits():
+    pytest.importorskip("peft")
+    found = commands.compare(replace(SMALL, dtype="int8"))
+    assert {
+        label.split(",")[0]: reason.partition(" is stored as int8")[0].split()[-1] for label, reason in found.left_out.items()
+    } == {
+        "full adamw": "model.layers.0.self_attn.q_proj.weight",
+        "galore_torch (rank 16)": "model.layers.0.self_attn.q_proj.weight",
+        "optimizer mode": "model.layers.0.self_attn.q_proj.weight",
+    }
+    assert [label.split(",")[0] for label in found.reports] == ["adapter mode", "LoRA (rank 16)"]
+
+
 def test_tables_of_reports_line_up():
     report = commands.simulate(SMALL, memory.FullRank("sgd"))
     lines = str(commands.MethodComparison({"a": report, "a longer name": report})).splitlines()

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lingrad.errors import SpecError
+from lingrad.errors import ModeError, SpecError
 from lingrad.methods import BASELINES, GaloreTorch, baseline
 from tests.support.models import llama, text_batches, text_loss
 
@@ -28,6 +28,17 @@ def test_every_baseline_trains(name):
         training.step()
         losses.append(float(loss.detach()))
     assert losses[-1] < losses[0] - 0.1
+
+
+@pytest.mark.parametrize("name", [name for name in BASELINES if "lora" not in name or name == "relora"])
+def test_what_changes_every_weight_refuses_those_in_integers(name):
+    pytest.importorskip("peft")
+    pytest.importorskip("galore_torch")
+    model = llama(torch.float32)
+    layer = model.model.layers[0].mlp.up_proj
+    layer.weight = torch.nn.Parameter(layer.weight.detach().to(torch.int8), requires_grad=False)
+    with pytest.raises(ModeError, match=r"changes every weight, and model.layers.0.mlp.up_proj.weight is stored as int8"):
+        written(name).prepare(model)
 
 
 def test_lora_plus_has_two_rates():

@@ -248,13 +248,8 @@ def test_a_comparison_leaves_out_what_is_not_installed(monkeypatch, capsys):
 def test_a_comparison_leaves_out_what_cannot_train_weights_in_8_bits():
     pytest.importorskip("peft")
     found = commands.compare(replace(SMALL, dtype="int8"))
-    assert {
-        label.split(",")[0]: reason.partition(" is stored as int8")[0].split()[-1] for label, reason in found.left_out.items()
-    } == {
-        "full adamw": "model.layers.0.self_attn.q_proj.weight",
-        "galore_torch (rank 16)": "model.layers.0.self_attn.q_proj.weight",
-        "optimizer mode": "model.layers.0.self_attn.q_proj.weight",
-    }
+    assert [label.split(",")[0] for label in found.left_out] == ["full adamw", "galore_torch (rank 16)", "optimizer mode"]
+    assert all("model.layers.0.self_attn.q_proj.weight is stored as int8" in reason for reason in found.left_out.values())
     assert [label.split(",")[0] for label in found.reports] == ["adapter mode", "LoRA (rank 16)"]
 
 

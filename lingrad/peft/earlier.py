@@ -1,6 +1,6 @@
 """Adapters whose names are those of an earlier transformers, before it renamed modules and fused experts.
 
-transformers 5 keeps a list of what it renamed and fused, and PEFT (0.19 and later) applies it to an adapter that it loads:
+transformers 5 keeps a list of what it renamed and fused, and PEFT applies it to an adapter that it loads:
 w1 and w3 of Mixtral's experts become factors of ``gate_up_proj``, block by block. Here PEFT's own conversion does it.
 """
 
@@ -65,7 +65,7 @@ def renamed(
         )
     except ImportError:  # no PEFT, or one that knows no earlier names
         raise CheckpointError(
-            f"{message}, or was saved with transformers 4, whose names are read where PEFT 0.19 or later is installed"
+            f"{message}, or was saved with transformers 4, whose names are read where PEFT 0.21 or later is installed"
         ) from None
     theirs = LoraConfig(**{key: copy.deepcopy(value) for key, value in config.items() if key in _options(LoraConfig)})
     tensors = {key: file.read(key) for key in file.entries}

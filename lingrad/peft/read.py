@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from lingrad.peft.earlier import owners, renamed
 from lingrad.peft.slots import PREFIX, LoraFactor, Slot, aliases, slots
 from lingrad.peft.write import FROZEN, WEIGHTS
 
+_SAVED = re.compile(r"\.(modules_to_save|original_module)(?=\.)")  # between a module that PEFT saves in full and its parameters
 _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -142,9 +143,17 @@ def read_adapter(folder: str | Path, model: nn.Module) -> Adapter:
     full = {}
     for key in sorted(set(keys) - factor_keys):
         name = re.sub(r"(\.base_layer)+(?=\.)", "", key.removeprefix(PREFIX))
+        inner = _SAVED.sub("", name)
+        if name not in own and inner in own:  # with bias="all" PEFT writes both copies of a saved module's bias too
+            if ".original_module." in name:
+                continue
+            name = inner
         if not key.startswith(PREFIX) or name not in own:
             raise CheckpointError(f"the adapter has '{key}', and the model has no '{name}': it is for another model")
-        full[name] = read(key)
+        value = read(key)
+        if name in full and not torch.equal(full[name], value):
+            raise CheckpointError(f"the adapter has two values for '{name}'; save it again with PEFT")
+        full[name] = value
         if full[name].shape != own[name].shape:
             raise CheckpointError(
                 f"'{name}' is {tuple(full[name].shape)} in the adapter, {tuple(own[name].shape)} in the model"
@@ -160,6 +169,7 @@ def read_adapter(folder: str | Path, model: nn.Module) -> Adapter:
             if not all_finite(side * pair.scaling):
                 raise DataError(f"the factors of '{name}' in '{folder}' are not finite with their scaling of {pair.scaling:g}")
     _require_ties(model, full, bool(config.get("ensure_weight_tying")))
+    _require_biases(config, low_rank, own, full)
     return Adapter(low_rank, full, config)
 
 
@@ -198,6 +208,17 @@ def _require_ties(model: nn.Module, full: Mapping[str, Tensor], ties: bool) -> N
                     f"'{name}' and '{other}' are one tensor in the model, and the adapter has different values for them, which "
                     "a plain model of this config cannot have; train the adapter with ensure_weight_tying=True, or save neither"
                 )
+
+
+def _require_biases(config: Mapping[str, Any], low_rank: Collection[str], own: Collection[str], full: Collection[str]) -> None:
+    """Make sure that trained biases are in the file: before 0.21 PEFT left those of ``lora_only`` out."""
+    biases = [name for name in (f"{factor.rpartition('.')[0]}.bias" for factor in low_rank) if name in own]
+    if config.get("bias") == "lora_only" and biases and not any(name in full for name in biases):
+        raise CheckpointError(
+            f"the adapter is trained with bias='lora_only', and its file has no '{biases[0]}', nor any other bias: PEFT before "
+            "0.21 leaves them out. Save it again with PEFT 0.21 or later from the trained model; to go on without the biases, "
+            "write \"bias\": \"none\" in adapter_config.json"
+        )
 
 
 def _find_slots(model: nn.Module, config: Mapping[str, Any], keys: set[str]) -> dict[str, Slot]:

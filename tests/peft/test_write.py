@@ -277,3 +277,28 @@ class TestFoldersThatAreNotWhatTheyShouldBe:
             (tmp_path / f"{scaling}").mkdir()
             path = adapter_of(tmp_path / f"{scaling}", **config)
             assert read_adapter(path, llama()).low_rank["model.layers.1.self_attn.q_proj.weight"].scaling == scaling
+
+    @pytest.mark.parametrize("bias", ["lora_only", "all"])
+    def test_biases_are_read_as_peft_reads_them(self, bias, tmp_path):
+        """Those of a classifier that is saved in full are in the file three times; PEFT before 0.21 wrote none of lora_only."""
+        from safetensors.torch import load_file, save_file
+
+        from tests.support.folders import bert
+
+        options = {"r": 2, "target_modules": ["query", "dense"], "task_type": "SEQ_CLS", "bias": bias}
+        trained = peft.get_peft_model(bert(), peft.LoraConfig(**options))
+        generator = torch.Generator().manual_seed(1)
+        with torch.no_grad():
+            for param in trained.parameters():
+                param.add_(torch.randn(param.shape, generator=generator), alpha=0.1 if param.requires_grad else 0.0)
+        trained.save_pretrained(tmp_path)
+        expected = peft.PeftModel.from_pretrained(bert(), tmp_path).merge_and_unload().state_dict()
+        adapter = read_adapter(tmp_path, bert())
+        for name, weight in bert().state_dict().items():
+            assert torch.allclose(adapter.apply(name, weight), expected[name], rtol=0, atol=1e-6), name  # both add in float32
+        file = tmp_path / "adapter_model.safetensors"
+        kept = {key: value for key, value in load_file(file).items() if not key.endswith("base_layer.bias")}
+        save_file(kept, file)
+        if bias == "lora_only":
+            with pytest.raises(CheckpointError, match=r"no 'bert.*\.bias', nor any other bias: PEFT before 0\.21 leaves them"):
+                read_adapter(tmp_path, bert())

@@ -10,7 +10,8 @@ from pathlib import Path
 from torch import Tensor
 
 from lingrad.console import Tick
-from lingrad.convert.tensors import param_of, tied_names
+from lingrad.convert.composed import open_folder
+from lingrad.convert.tensors import params_of, tied_names
 from lingrad.deprecated import renamed_keywords
 from lingrad.errors import CheckpointError, DataError
 from lingrad.files.atomic import new_folder
@@ -27,7 +28,8 @@ _WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", "
 def merge(start: str | Path, adapter: str | Path, out: str | Path, *, tick: Tick | None = None) -> Path:
     """Write the plain model that PEFT's ``merge_and_unload`` makes of a starting model and an adapter, to the bit in float32.
 
-    Weights are read and written one by one: the adapter and the largest weight are in memory.
+    Weights are read and written one by one: the adapter and the largest weight are in memory. Where transformers wrote fused
+    experts one by one, those of a layer are.
 
     Args:
         start: The folder of the model that the adapter is for.
@@ -43,9 +45,11 @@ def merge(start: str | Path, adapter: str | Path, out: str | Path, *, tick: Tick
         DataError: A folder cannot be used, ``out`` exists or cannot be written.
         CheckpointError: The adapter is for another model, or changes a weight that its files do not have.
     """
-    folder, model = ModelFolder(Path(start)), open_model(str(Path(start).absolute()))
+    ModelFolder(Path(start))  # what is no model's folder is said first
+    model = open_model(str(Path(start).absolute()))
+    folder = open_folder(Path(start), model)
     found = read_adapter(Path(adapter), model)
-    params = {name: param_of(model, name) for name in folder.names}
+    params = params_of(model, folder.names)
     known = {*params.values()}
     tied = tied_names(model, folder)
     aliases = dict(model.named_parameters(remove_duplicate=False))
@@ -101,7 +105,7 @@ def write_model(template: ModelFolder, out: Path, make: Callable[[str], Tensor],
     Args:
         template: The other one.
         out: The folder; must not exist.
-        make: Name -> value, of the dtype and shape in ``template``.
+        make: Name, of the parameter where it is stored in parts -> value, of the dtype and shape in ``template``.
         tick: Called after each tensor.
 
     Returns:
@@ -110,13 +114,25 @@ def write_model(template: ModelFolder, out: Path, make: Callable[[str], Tensor],
     Raises:
         DataError: It exists or cannot be written.
     """
-    done = 0
+    parts = {part.name: (param, part) for param, found in template.parts.items() for part in found}
+    total, done = sum(len(file.entries) for file in template.files.values()), 0
+    whole: dict[str, Tensor] = {}  # of one module: its experts' tensors take turns in the files
+
+    def value(name: str) -> Tensor:
+        if name not in parts:
+            return make(name)
+        param, part = parts[name]
+        if param not in whole:
+            if {other.rpartition(".")[0] for other in whole} - {param.rpartition(".")[0]}:
+                whole.clear()
+            whole[param] = make(param).contiguous()
+        return part.of(whole[param]).contiguous()
 
     def count(name: str) -> Tensor:
         nonlocal done
-        tensor, done = make(name), done + 1
+        tensor, done = value(name), done + 1
         if tick is not None:
-            tick(done, len(template.names), name)
+            tick(done, total, name)
         return tensor
 
     try:

@@ -11,6 +11,7 @@ from torch import nn
 
 from lingrad.console import Tick
 from lingrad.convert.compatibility import refuse_other_model
+from lingrad.convert.composed import open_folder
 from lingrad.convert.lowrank import Goal, detect
 from lingrad.convert.output import Output
 from lingrad.convert.tensors import Models, TensorPair, pairs, require_parameter, tied_names
@@ -86,9 +87,11 @@ def convert(
     )
     decayed = None if decayed_start is None else Path(decayed_start)
     output = Output(Path(out), goal, dtype, uniform_rank, logits, decayed, target, allow_residual, base_model, tick)
-    was, now = ModelFolder(Path(start)), ModelFolder(Path(tuned))
+    for folder in (start, tuned):
+        ModelFolder(Path(folder))  # what is no model's folder is said first
     optional("peft", "checking an adapter", "hf")  # before the search, not after it
     model = open_model(str(Path(start).absolute()))  # a name alone may be that of a built-in model
+    was, now = open_folder(Path(start), model), open_folder(Path(tuned), model)
     ignored = refuse_other_model(was, now, tied_names(model, was) | tied_names(model, now))
 
     def identity() -> dict[str, Any]:

@@ -14,6 +14,7 @@ from lingrad.config.spec import format as format_spec
 from lingrad.config.targets import resolve_model
 from lingrad.console import Tick
 from lingrad.convert.compatibility import refuse_other_model
+from lingrad.convert.composed import open_folder
 from lingrad.convert.lowrank import MOST_ROUNDINGS, Goal
 from lingrad.convert.output import Output
 from lingrad.convert.tensors import Models, TensorPair, pairs, require_parameter, tied_names
@@ -82,10 +83,13 @@ def convert_run(
         require(not asked or start is not None, option, needed)
     decayed = None if decayed_start is None else Path(decayed_start)
     output = Output(Path(out), Goal(rank), dtype, uniform_rank, logits, decayed, target, allow_residual, base_model, tick)
-    tuned = ModelFolder(Path(run))
-    was = None if start is None else ModelFolder(Path(start))
+    for folder in (run, start):
+        if folder is not None:
+            ModelFolder(Path(folder))  # what is no model's folder is said first
     optional("peft", "checking an adapter", "hf")
     model = open_model(str(Path(run).absolute()))  # a name alone may be that of a built-in model
+    tuned = open_folder(Path(run), model)
+    was = None if start is None else open_folder(Path(start), model)
     saved = _Run(Saved(load_state(Path(run))), model, tuned)
     tied = set() if was is None else tied_names(model, was) | tied_names(model, tuned)
     ignored = () if was is None else refuse_other_model(was, tuned, tied)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -101,8 +101,7 @@ def pairs(model: nn.Module, start: ModelFolder, tuned: ModelFolder, chosen: Coll
     every, own = dict(model.named_parameters()), model.state_dict()
     wide = _low_rank(model) if chosen is None else {name: every[name] for name in chosen}
     found = []
-    for name in sorted({*start.names} & {*tuned.names}):
-        param = param_of(model, name)
+    for name, param in params_of(model, sorted({*start.names} & {*tuned.names})).items():
         weights = tuned.entry(name).dtype in _FLOATS  # shapes of codes are others; they are refused where they differ
         if param and weights and tuned.entry(name).shape != tuple(own[param].shape):
             raise DataError(
@@ -119,20 +118,24 @@ def pairs(model: nn.Module, start: ModelFolder, tuned: ModelFolder, chosen: Coll
     return found
 
 
-def param_of(model: nn.Module, name: str) -> str:
-    """The model's name for a tensor in a file, which may have been saved with or without the name of the inner model.
+def params_of(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
+    """The model's names for tensors in a file, which may have been saved with or without the name of the inner model.
 
     Args:
         model: The model.
-        name: The tensor's name.
+        names: The tensors' names.
 
     Returns:
-        The name; empty where the model has no such parameter or buffer.
+        Name in the file -> name in the model; empty where the model has no such parameter or buffer.
     """
     known = model.state_dict().keys()
     prefix = getattr(model, "base_model_prefix", "")
-    tried = (name, f"{prefix}.{name}", name.removeprefix(f"{prefix}."))
-    return next((candidate for candidate in tried if candidate in known), "")
+
+    def own(name: str) -> str:
+        tried = (name, f"{prefix}.{name}", name.removeprefix(f"{prefix}."))
+        return next((candidate for candidate in tried if candidate in known), "")
+
+    return {name: own(name) for name in names}
 
 
 def tied_names(model: nn.Module, folder: ModelFolder) -> set[str]:
@@ -140,8 +143,7 @@ def tied_names(model: nn.Module, folder: ModelFolder) -> set[str]:
     seen: dict[str, str] = {}
     again = set()
     params = dict(model.named_parameters(remove_duplicate=False))
-    for name in folder.names:
-        param = param_of(model, name)
+    for name, param in params_of(model, folder.names).items():
         first = aliases(model, param)[0] if param in params else name
         if first in seen:
             again |= {name, seen[first]}

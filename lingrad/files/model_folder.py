@@ -5,8 +5,9 @@ from __future__ import annotations
 import shutil
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from lingrad.errors import DataError
@@ -31,6 +32,26 @@ TOKENIZER = (
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
+class TensorPart(NamedTuple):
+    """Where the elements of one tensor of a file are in a parameter that is stored in several, or under another name.
+
+    Args:
+        name: The tensor's name in the file.
+        shape: Its shape.
+        strides: Its strides in the parameter, in elements.
+        offset: Where it begins in the parameter, in elements.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    offset: int
+
+    def of(self, whole: Tensor) -> Tensor:
+        """The part of a contiguous parameter, as a view."""
+        return whole.as_strided(self.shape, self.strides, self.offset)
+
+
 class ModelFolder:
     """A folder with the weights of one model, read tensor by tensor.
 
@@ -40,6 +61,7 @@ class ModelFolder:
     Attributes:
         path: The folder.
         files: Its weight files by name.
+        parts: Parameter -> the tensors that it is stored as, of those that `compose` was called for.
 
     Raises:
         DataError: It is not a model folder, or its weights are missing, truncated, tampered with or pickles.
@@ -54,26 +76,55 @@ class ModelFolder:
         if not self.files:
             raise DataError(_no_weights(path))
         self._where = {name: file for file in self.files.values() for name in file.entries}
+        self.parts: dict[str, tuple[TensorPart, ...]] = {}
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        self._last: tuple[str, Tensor] | None = None
+
+    def compose(self, name: str, shape: tuple[int, ...], parts: tuple[TensorPart, ...]) -> None:
+        """Read some tensors of the files as the one parameter that they are in the model; they have no names of their own then.
+
+        Args:
+            name: The parameter.
+            shape: Its shape.
+            parts: The tensors, all of one dtype; every element is in one of them.
+        """
+        self.parts[name], self._shapes[name] = parts, shape
 
     @property
     def names(self) -> list[str]:
         """The names of its tensors, sorted."""
-        return sorted(self._where)
+        hidden = {part.name for parts in self.parts.values() for part in parts}
+        return sorted({*self._where} - hidden | {*self.parts})
 
     def entry(self, name: str) -> TensorEntry:
         """Dtype and shape of a tensor."""
+        if name in self.parts:
+            first = self.parts[name][0].name
+            return self._where[first].entries[first]._replace(shape=self._shapes[name])
         return self._where[name].entries[name]
 
     def read(self, name: str) -> Tensor:
-        """A tensor."""
-        return self._where[name].read(name)
+        """A tensor. One that is composed is kept until the next one is read, and must not be written to."""
+        if name not in self.parts:
+            return self._where[name].read(name)
+        if self._last is None or self._last[0] != name:
+            self._last = None  # before the next one is in memory
+            whole = torch.empty(self._shapes[name], dtype=self.entry(name).dtype)
+            for part in self.parts[name]:
+                part.of(whole).copy_(self._where[part.name].read(part.name))
+            self._last = name, whole
+        return self._last[1]
 
     def rows(self, name: str, columns: int, start: int, stop: int) -> Tensor:
         """Rows ``start`` to ``stop`` of a tensor that is read as a matrix with ``columns`` columns."""
+        if name in self.parts:
+            return self.read(name).view(-1, columns)[start:stop]
         return self._where[name].rows(name, columns, start, stop)
 
     def digest(self, name: str) -> str:
         """A checksum of a tensor's elements."""
+        if name in self.parts:
+            return blake2b(b"".join(self.digest(part.name).encode() for part in self.parts[name]), digest_size=16).hexdigest()
         return self._where[name].digest(name)
 
     def fingerprint(self) -> dict[str, list[Any]]:

@@ -140,7 +140,7 @@ def read_adapter(folder: str | Path, model: nn.Module) -> Adapter:
         low_rank[name] = LoraPair(slot, a, b, scaling(slot, a, b), frozen.get(name))
     factor_keys = {key for slot in found.values() for key in slot.keys}
     own = model.state_dict()
-    full = {}
+    full: dict[str, Tensor] = {}
     for key in sorted(set(keys) - factor_keys):
         name = re.sub(r"(\.base_layer)+(?=\.)", "", key.removeprefix(PREFIX))
         inner = _SAVED.sub("", name)
@@ -217,7 +217,7 @@ def _require_biases(config: Mapping[str, Any], low_rank: Collection[str], own: C
         raise CheckpointError(
             f"the adapter is trained with bias='lora_only', and its file has no '{biases[0]}', nor any other bias: PEFT before "
             "0.21 leaves them out. Save it again with PEFT 0.21 or later from the trained model; to go on without the biases, "
-            "write \"bias\": \"none\" in adapter_config.json"
+            'write "bias": "none" in adapter_config.json'
         )
 
 

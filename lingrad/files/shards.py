@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from lingrad.errors import DataError
+from lingrad.files.reading import open_plain
 
 
 def check_shards(index: Path) -> None:
@@ -21,11 +22,14 @@ def check_shards(index: Path) -> None:
     """
     ends: dict[str, int] = {}
     try:
-        found = _constants(index.read_bytes())
+        with open_plain(index) as file:
+            found = _constants(file.read())
         for word in found:
             if word == "relative_path":  # of a part: its file, its first byte there, its length
                 name, _, first, _, length = (next(found) for _ in range(5))
                 ends[name] = max(ends.get(name, 0), first + length)
+    except OSError as error:
+        raise DataError(f"cannot read {index}: {error.strerror or error}") from error
     except (ValueError, TypeError, RuntimeError, IndexError) as error:  # at its end, a generator raises RuntimeError
         raise DataError(f"damaged index: {error}") from error
     if not ends:

@@ -12,7 +12,7 @@ from lingrad.errors import DataError, in_short, require
 from lingrad.files.atomic import new_folder, write_whole
 from lingrad.files.reading import read_json
 from lingrad.research.execution import PLAN, read_claim
-from lingrad.research.record import RESULT, damaged
+from lingrad.research.record import RESULT, damaged, read_lines
 from lingrad.research.training import METRICS
 
 FORMAT = "lingrad results 1"
@@ -111,10 +111,11 @@ def _packed(path: Path, hidden: Sequence[str]) -> dict[str, Any]:
             record["run_info"]["error_msg"] = record["run_info"]["error_msg"].replace(text, "...")
         for key in ("content", "folder", "quick"):
             job.pop(key)
+        if "meta_info" not in record:
+            raise KeyError("meta_info")
         final = job["part"] == "final"
-        lines = (path.parent / METRICS).read_text().splitlines() if final and (path.parent / METRICS).exists() else []
-        return {"record": record, "lines": _thinned([json.loads(line) for line in lines])}
-    except (ValueError, KeyError, TypeError, OSError) as error:
+        return {"record": record, "lines": _thinned(read_lines(path.parent / METRICS) if final else [])}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OSError) as error:
         raise damaged(path, error) from error
 
 

@@ -264,8 +264,12 @@ def read_claim(path: Path) -> dict[str, Any]:
     """
     try:
         kept = read_json(path)
-        return {**{key: kept[key] for key in ("digest", "folder", "quick", "content")}, "files": kept.get("files")}
-    except (ValueError, KeyError, TypeError) as error:
+        found = {key: kept[key] for key in ("digest", "folder", "quick", "content")}
+        if [type(value) for value in found.values()] != [str, str, bool, dict]:
+            why = "digest and folder must be texts, quick true or false, content a table"
+            raise DataError(f"{path} is damaged ({why}); name another folder for the results")
+        return {**found, "files": kept.get("files")}
+    except (ValueError, KeyError, TypeError, RecursionError, OSError) as error:
         raise DataError(f"{path} is damaged ({in_short(error)}); name another folder for the results") from error
 
 

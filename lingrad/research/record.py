@@ -7,6 +7,7 @@ Its three parts are PEFT's: ``run_info`` (what was run, by which revision), ``tr
 from __future__ import annotations
 
 import datetime
+import json
 import math
 import platform
 import subprocess
@@ -19,6 +20,7 @@ from typing import Any
 import torch
 
 from lingrad.errors import DataError, in_short
+from lingrad.files.reading import open_plain
 
 RESULT = "result.json"
 PACKAGES: tuple[str, ...] = (
@@ -92,6 +94,34 @@ def make_record(job: Mapping[str, Any], found: Mapping[str, Any], *, status: str
 def finite(values: Mapping[str, Any]) -> dict[str, Any]:
     """Values for JSON, which has no infinite numbers: None for those."""
     return {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in values.items()}
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The lines of a run's curve.
+
+    Args:
+        path: The file.
+
+    Returns:
+        ``step`` and numbers by name, None where one was not finite; no lines where there is no file.
+
+    Raises:
+        OSError: It cannot be read.
+        ValueError: A line is something else.
+    """
+    if not path.exists():
+        return []
+    with open_plain(path) as file:
+        found = [json.loads(line) for line in file.read().splitlines()]
+    for number, line in enumerate(found, start=1):
+        if not isinstance(line, dict) or not is_number(line.get("step")) or not all(map(is_number, line.values())):
+            raise ValueError(f"{path.name}, line {number}: expected a step and numbers")
+    return found
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value of a record is a number, or None for one that was not finite."""
+    return value is None or type(value) is float or (type(value) is int and abs(value) < 2**63)
 
 
 def damaged(path: Path, error: Exception) -> DataError:

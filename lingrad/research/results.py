@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from shlex import quote
 from typing import Any
 
-from lingrad.errors import DataError, SpecError, did_you_mean
+from lingrad.errors import DataError, SpecError, did_you_mean, shown
 from lingrad.files.reading import read_json
 from lingrad.research.execution import PLAN, read_claim
 from lingrad.research.plan import PlanEntry, ResearchPlan, make_plan
-from lingrad.research.record import RESULT, damaged
+from lingrad.research.record import RESULT, damaged, is_number, read_lines
 from lingrad.research.search import PRUNED
 from lingrad.research.statistics import Mean, PairedDifference, mean_of, paired
 from lingrad.research.training import METRICS, OF_EACH_STEP
@@ -121,9 +120,9 @@ def read_results(folders: Sequence[Path], files: Path | None = None) -> tuple[Re
         found = make_plan(kept["content"], str(folder / PLAN), where, quick=kept["quick"])
         if plan is not None and plan.digest != found.digest:
             raise DataError(f"{folder} holds the results of another plan than {folders[0]}")
-        plan = found
+        plan, names = found, {entry.name for entry in found.entries}
         for path in sorted(folder.glob(f"runs/*/*/{RESULT}")):
-            run = _read(path, found.task.metric)
+            run = _read(path, found.task.metric, names)
             runs.setdefault((run.entry, path.parent.name), run)
     if plan is None:
         raise DataError("no folder was given")
@@ -220,23 +219,29 @@ def _at_edge(value: Any, tried: Sequence[Any]) -> bool:
     return len(numbers) > 1 and value in (min(numbers), max(numbers))
 
 
-def _read(path: Path, metric: str) -> RunResult:
+def _read(path: Path, metric: str, entries: Collection[str]) -> RunResult:
     try:
         record = read_json(path)
-        job, info = record["run_info"]["job"], record["train_info"]
+        job, info, message = record["run_info"]["job"], record["train_info"], record["run_info"]["error_msg"]
+        metrics = info["metrics"]
+        for value, kind in ((job["seed"], int), (job["values"], dict), (info["status"], str), (metrics, dict), (message, str)):
+            if type(value) is not kind:
+                raise TypeError(f"{shown(value)} where {kind.__name__} was expected")
+        for value in (*metrics.values(), *(info.get(key) for key, _ in MEASURES.values())):
+            if not is_number(value):
+                raise TypeError(f"{shown(value)} where a number was expected")
         if info["status"] == "success":
-            float(info["metrics"][metric])
+            float(metrics[metric])
+        if job["entry"] not in entries:
+            raise ValueError(f"the plan has no entry {shown(job['entry'])}")
         curve, measured = _curves(path.parent / METRICS)
-        final = job["part"] == "final"
-        return RunResult(
-            job["entry"], final, job["seed"], job["values"], info, record["run_info"]["error_msg"], curve, measured
-        )
-    except (ValueError, KeyError, TypeError, OSError) as error:
+        return RunResult(job["entry"], job["part"] == "final", job["seed"], job["values"], info, message, curve, measured)
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError, OSError) as error:
         raise damaged(path, error) from error
 
 
 def _curves(path: Path) -> tuple[list[tuple[int, float]], dict[str, list[tuple[int, float]]]]:
-    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    lines = read_lines(path)
     finite = [line for line in lines if line["loss"] is not None]
     every = max(1, len(finite) // POINTS)
     curve = [(line["step"], line["loss"]) for i, line in enumerate(finite) if i % every == 0 or i == len(finite) - 1]

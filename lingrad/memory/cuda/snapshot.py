@@ -16,7 +16,7 @@ from typing import IO, Any, NamedTuple
 
 from typing_extensions import override
 
-from lingrad.errors import DataError
+from lingrad.errors import DataError, shown
 from lingrad.files.atomic import write_whole
 from lingrad.files.reading import open_plain
 from lingrad.memory.cuda.allocator import CachingAllocator
@@ -156,7 +156,7 @@ def read_snapshot(snapshot: Mapping[str, Any], device: int = 0) -> Peak:
             raise DataError(f"the snapshot has no device {device}")
         allocated, breakdown = _peak_of_blocks(trace, segments)
         return Peak(allocated, _peak_reserved(trace, segments), breakdown)
-    except (AttributeError, KeyError, TypeError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise DataError(f"this is not a memory snapshot of torch: {type(error).__name__}: {error}") from error
 
 
@@ -195,11 +195,11 @@ def _peak_reserved(trace: Iterable[Event], segments: Sequence[Event]) -> int:
     gained, lowest, highest = 0, 0, 0
     for event in trace:
         if event["action"] in TAKEN:
-            gained += int(event["size"])
+            gained += _count(event["size"])
         elif event["action"] in RETURNED:
-            gained -= int(event["size"])
+            gained -= _count(event["size"])
         lowest, highest = min(lowest, gained), max(highest, gained)
-    before = sum(int(segment["total_size"]) for segment in segments) - gained
+    before = sum(_count(segment["total_size"]) for segment in segments) - gained
     # without the final segments, the history alone says how much there must have been
     return max(before, -lowest) + highest
 
@@ -210,12 +210,19 @@ def _live_blocks(segments: Iterable[Event]) -> Iterable[tuple[int, tuple[int, st
         for block in segment.get("blocks", ()):
             if block["state"].startswith(LIVE_STATES):
                 # older snapshots have no addresses of blocks; blocks leave no gaps
-                yield block.get("address", address), (block["size"], _category(block, FOUND))
+                yield block.get("address", address), (_count(block["size"]), _category(block, FOUND))
             address += block["size"]
 
 
 def _block_size(event: Event) -> int:
-    return int(event.get("block_size") or round_up(event["size"], MIN_BLOCK))
+    return _count(event.get("block_size") or round_up(_count(event["size"]), MIN_BLOCK))
+
+
+def _count(value: Any) -> int:
+    """A number of bytes."""
+    if type(value) is not int or not 0 <= value < 2**63:
+        raise TypeError(f"{shown(value)} where a number of bytes was expected")
+    return value
 
 
 def _category(event: Event, default: str) -> str:

@@ -146,12 +146,23 @@ def _drawn(model: nn.Module, inputs: Tried, rows: int, seed: int) -> dict[str, A
             found[name] = torch.empty(size, dtype=torch.int64 if is_whole else dtype, device="meta")
         elif name in TOKENS or (name == "labels" and size in ids):
             ids.setdefault(size, torch.randint(vocabulary, size, generator=generator, device="cpu"))
-            found[name] = ids[size].to(like.device)
+            found[name] = _ended(model, ids[size], vocabulary).to(like.device)
         elif _is_number(name):
             found[name] = torch.randn(size, generator=generator, device="cpu").to(like.device, dtype)
         else:
             found[name] = torch.zeros(size, dtype=torch.int64, device=like.device)
     return found
+
+
+def _ended(model: nn.Module, ids: Tensor, vocabulary: int) -> Tensor:
+    """Token ids with one end token in each row, at its end, for the classifiers that pool there (BART, T5)."""
+    end = getattr(model.config, "eos_token_id", None)
+    pools = getattr(model.config, "is_encoder_decoder", False) and type(model).__name__.endswith("ForSequenceClassification")
+    if not pools or type(end) is not int or not 0 <= end < vocabulary:
+        return ids
+    ids = torch.where(ids == end, (end + 1) % vocabulary, ids)
+    ids[:, -1] = end
+    return ids
 
 
 def _is_number(name: str) -> bool:

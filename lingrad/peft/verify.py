@@ -66,12 +66,15 @@ def make_inputs(inputs: Any, model: nn.Module) -> Inputs | None:
         return Inputs(inputs, {}, "the inputs given")
     if inputs is not None:
         return Inputs((inputs,), {}, "the inputs given")
+    # without a padding token a classifier does not know where rows end, and takes one at a time
+    padding = getattr(getattr(model, "config", None), "pad_token_id", None)
+    rows = 1 if padding is None and type(model).__name__.endswith("ForSequenceClassification") else ROWS
     try:
-        found = models.make_inputs(model, rows=ROWS, length=LENGTH, seed=SEED)
+        found = models.make_inputs(model, rows=rows, length=LENGTH, seed=SEED)
     except DataError:
         return None
     names = [name for name in found if name not in models.TOKENS]
-    return Inputs((), found, f"random {', '.join(found)}" if names else f"{ROWS} x {LENGTH} random token ids")
+    return Inputs((), found, f"random {', '.join(found)}" if names else f"{rows} x {LENGTH} random token ids")
 
 
 class LoadedAdapter:

@@ -423,3 +423,25 @@ class TestTheDocs:
             exec(compile(block, "docs/peft.md", "exec"), names)  # noqa: S102 - our own text
         for word in ("allow_residual", "whole=True", "frozen=", "ledger=True", "modules_to_save"):
             assert word in page
+
+
+@pytest.mark.parametrize("kind", ["Llama", pytest.param("Bart", marks=pytest.mark.slow)])
+def test_classifiers_that_pool_at_a_token_are_compared_by_themselves(kind, tmp_path):
+    """Without a padding token one row is taken at a time; BART's rows must have as many end tokens, and have one at the end."""
+    import transformers
+
+    sizes = {
+        "Llama": {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2},
+        "Bart": {"d_model": 16, "encoder_ffn_dim": 16, "encoder_layers": 1, "decoder_layers": 1, "max_position_embeddings": 64},
+    }
+    config = getattr(transformers, f"{kind}Config")(vocab_size=8, num_labels=3, **sizes[kind])
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{kind}ForSequenceClassification")(config).double().eval()
+    run = lingrad.wrap(model, "svd(rank=2)", lr=1e-2, ledger=True)
+    ids = torch.tensor([[3, 4, 5, 2]])
+    model(input_ids=ids, labels=torch.tensor([1])).loss.backward()
+    run.step()
+    outputs = lingrad.peft.export(run, tmp_path / "adapter").outputs
+    assert outputs.inputs == f"{1 if kind == 'Llama' else 2} x 16 random token ids"
+    assert outputs.difference < 1e-12  # float64, sums in another order
+    assert outputs.change > 1e-6

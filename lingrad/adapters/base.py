@@ -95,6 +95,13 @@ class Attachment(ABC):
             ModeError: They have not.
         """
 
+    def require_heard(self) -> None:  # noqa: B027 - most form the gradient
+        """Make sure, before a step, that no hook of another program waits for a gradient that is never formed.
+
+        Raises:
+            ModeError: One does.
+        """
+
     def forget(self) -> None:
         """Drop what backwards and forwards have left for others of the same step."""
         self.sub.forget()
@@ -151,10 +158,12 @@ class Attachment(ABC):
     @torch.no_grad()
     def _is_known(self, given: Tensor) -> bool:
         """Whether what is loaded is W itself, or W + S z as it is now, to the bit; in every process."""
-        weight, now = self.sub.weight.param, self.sub.effective()
+        weight = self.sub.weight.param
+        written = was_written(weight)  # asked first: what is loaded takes the place of a sum that is none
+        now = self.sub.effective()
         alike = given.dtype == now.dtype and is_sharded(given) == is_sharded(now)
         same = alike and torch.equal(own(given).to(now.device), own(now))
-        itself = alike and same_memory(given, weight) and not was_written(weight)
+        itself = alike and same_memory(given, weight) and not written
         found = torch.tensor([same, itself], dtype=torch.float32, device=now.device)
         return bool((found if self.sub.weight.sharding is None else self.sub.processes.average(found)).max() == 1)
 
@@ -254,26 +263,6 @@ class Coords(nn.Module):
 def is_attached(param: Tensor) -> bool:
     """Whether a parameter belongs to a subspace."""
     return getattr(param, _MARK, None) == id(param)
-
-
-def refuse_hooks(name: str, param: Tensor, reason: str, own: int = 0) -> None:
-    """Make sure that nothing waits for a gradient that will not be.
-
-    Args:
-        name: The parameter's name.
-        param: The parameter.
-        reason: Why its hooks would not be called.
-        own: How many hooks on it are lingrad's.
-
-    Raises:
-        ModeError: It has hooks.
-    """
-    found = (getattr(param, kind, None) for kind in ("_backward_hooks", "_post_accumulate_grad_hooks"))
-    if sum(len(hooks or ()) for hooks in found) > own:
-        raise ModeError(
-            f"{name} has a hook on its gradient, which would never be called: {reason}. Remove the hook, or leave the weight "
-            "out by a rule: 'none'"
-        )
 
 
 def refuse_attached(name: str, param: nn.Parameter, module: nn.Module | None = None) -> None:

@@ -19,6 +19,7 @@ from typing_extensions import override
 
 from lingrad.adapters.functions import applied, once
 from lingrad.adapters.grouped import ExpertProduct, Tokens, Use
+from lingrad.adapters.hooks import is_hooked
 from lingrad.adapters.products import FACTS, KNOWN
 from lingrad.adapters.reading import EffectiveWeight, read
 from lingrad.gradients import DenseGradient, Gradient, RowsGradient
@@ -84,7 +85,7 @@ class ExpertsReader:
         """The weight [count, m, n]."""
         sub, param = self.sub, self.sub.weight.param
         usable = torch.is_grad_enabled() and sub.coords.requires_grad and not _is_transformed()
-        if not usable or not (self.adapter or (param.requires_grad and not _hooked(param))):
+        if not usable or not (self.adapter or (param.requires_grad and not is_hooked(param))):
             return self.plain()
         sub.require_intact()
         return self.give(ALL)
@@ -227,12 +228,6 @@ def _is_transformed() -> bool:
     """Whether functions are transformed or traced now, by programs that must see plain tensors."""
     fake = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE)
     return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or fake is not None
-
-
-def _hooked(param: Tensor) -> bool:
-    """Whether another program waits for the gradient of the weight; one hook is lingrad's."""
-    found = (getattr(param, kind, None) for kind in ("_backward_hooks", "_post_accumulate_grad_hooks"))
-    return sum(len(hooks or ()) for hooks in found) > 1
 
 
 def _plain(weight: Any) -> Tensor:

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lingrad import parallel
-from lingrad.adapters.base import CHILD, Attachment, Coords, refuse_hooks
+from lingrad.adapters.base import CHILD, Attachment, Coords
 from lingrad.adapters.functions import outside_of_graph, run
+from lingrad.adapters.hooks import refuse_hooks
 from lingrad.adapters.projected import Projected, Projection, Tied, Way
 from lingrad.adapters.reading import make_plain, make_readable, read
 from lingrad.config.settings import Mode
@@ -142,8 +143,11 @@ class LinearAttachment(LayerAttachment):
 
     @override
     def require(self, mode: Mode) -> None:
-        own = 0 if self._handle is None else 1
-        refuse_hooks(self.sub.name, self.sub.weight.param, "its layer never forms this gradient", own)
+        self.require_heard()
+
+    @override
+    def require_heard(self) -> None:
+        refuse_hooks(self.sub.name, self.sub.weight.param, "its layer never forms this gradient")
 
     @override
     def _connect(self, mode: Mode) -> None:
@@ -251,9 +255,8 @@ class LinearAttachment(LayerAttachment):
                 f"{self.sub.name} was parametrized (weight_norm and the like) after it was wrapped, and its updates would be "
                 "lost; parametrize first, then call lingrad"
             )
-        written = type(weight) is SummedWeight and weight.written
-        if weight.shape != self._shape or (written and not torch.compiler.is_dynamo_compiling()):
-            self.sub.require_intact()  # a compiled run finds in its step what was written into
+        if weight.shape != self._shape or (type(weight) is SummedWeight and _was_touched(weight)):
+            self.sub.require_intact()
         return weight
 
     def _frozen(self) -> nn.Parameter:
@@ -262,6 +265,11 @@ class LinearAttachment(LayerAttachment):
         if weight.requires_grad:  # model.requires_grad_(True) means the coordinates, which it reaches too
             weight.requires_grad_(False)
         return weight
+
+
+def _was_touched(weight: SummedWeight) -> bool:
+    """Whether the version is not the known one; a compiled run finds in its step what was written into."""
+    return not torch.compiler.is_dynamo_compiling() and weight._version != weight.known
 
 
 def _by_fsdp() -> bool:

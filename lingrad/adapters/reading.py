@@ -120,7 +120,9 @@ class EffectiveWeight(Tensor):
 
     @override
     def numpy(self, *, force: bool = False) -> Any:
-        return self.form().numpy(force=force)
+        found = self.form().numpy(force=force)
+        found.flags.writeable = False  # what is written into a sum that was formed for its reader would be lost
+        return found
 
     @override
     def tolist(self) -> list[Any]:
@@ -128,7 +130,35 @@ class EffectiveWeight(Tensor):
 
     @override
     def __array__(self, dtype: Any = None) -> Any:
-        return self.form().__array__(dtype)
+        found = self.form().__array__(dtype)
+        found.flags.writeable = False
+        return found
+
+    @override
+    def __dlpack__(self, **options: Any) -> Any:
+        raise ModeError(
+            f"the memory of {self.subspace.name} is asked for, and in adapter mode it is a sum, W + S z, without memory of its "
+            "own. Give a copy (layer.weight.detach().clone()), or use optimizer mode"
+        )
+
+    @override
+    def set_(self, source: Any = None, *_: Any, **__: Any) -> Any:
+        if not isinstance(source, Tensor) or _ or __:
+            raise ModeError(
+                f"{self.subspace.name} is given other memory, and in adapter mode it is a sum, W + S z. Write into it "
+                "(layer.weight.copy_(changed)), or use optimizer mode"
+            )
+        self.data = source
+        return self
+
+    @override
+    def register_hook(self, hook: Any) -> Any:
+        raise ModeError(
+            f"a hook is put on the gradient of {self.subspace.name}, which would never be called: in adapter mode it is a sum, "
+            "W + S z, and its layer never forms this gradient. Leave the weight out by a rule: 'none'"
+        )
+
+    register_post_accumulate_grad_hook = register_hook
 
     @override
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from typing_extensions import override
 
-from lingrad.adapters.base import CHILD, Attachment, Coords, refuse_hooks
+from lingrad.adapters.base import CHILD, Attachment, Coords
 from lingrad.adapters.experts import ExpertsReader, fuses_experts
+from lingrad.adapters.hooks import refuse_hooks
 from lingrad.adapters.reading import make_plain, make_readable, read
 from lingrad.config.settings import Mode
 from lingrad.errors import ModeError
@@ -48,8 +49,7 @@ class WeightAttachment(Attachment):
     @override
     def require(self, mode: Mode) -> None:
         if mode == "adapter":
-            own = 0 if self.handle is None else 1
-            refuse_hooks(self.sub.name, self.weight.param, "in adapter mode the gradient is that of W + S z", own)
+            refuse_hooks(self.sub.name, self.weight.param, "in adapter mode the gradient is that of W + S z")
 
     @override
     def leave_gradient(self) -> None:

@@ -100,9 +100,10 @@ def take_assigned(run: Run) -> None:
         run: The run; each such gradient is added to that of the coordinates, and freed.
 
     Raises:
-        ModeError: A weight was sharded after the run was made.
+        ModeError: A weight was sharded after the run was made, or has a hook for a gradient that is never formed.
     """
     for attachment in run.attachments:
+        attachment.require_heard()
         weight = attachment.sub.weight.param
         if is_sharded(weight) and attachment.sub.weight.sharding is None:
             refuse_late(attachment.sub.name)

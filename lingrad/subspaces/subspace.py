@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from lingrad.errors import ModeError, ShapeError
+from lingrad.errors import ShapeError
 from lingrad.gradients import DenseGradient, Gradient
 from lingrad.maps import LinearMap
 from lingrad.parallel import Processes
@@ -20,7 +20,7 @@ from lingrad.subspaces.basis import Basis
 from lingrad.subspaces.ledger import Change, Ledger, total
 from lingrad.subspaces.pending import PendingGradient
 from lingrad.subspaces.products import sketch
-from lingrad.subspaces.watched import is_released, was_written
+from lingrad.subspaces.watched import is_released, refuse_written, settle, was_written
 from lingrad.tensors import dense, own, whole, wide
 from lingrad.transforms import Probe
 from lingrad.weights.base import Remainder, Weight
@@ -92,6 +92,7 @@ class Subspace:
         Returns:
             In the weight's shape; W itself, not a copy, where the coordinates are zero and the dtype is its own.
         """
+        self._require_sum(self.weight.param)
         weight = self.weight.dense()
         if not self.released and bool(whole(self.coords).any()):
             wanted = weight if dtype is None else weight.to(dtype)
@@ -103,7 +104,7 @@ class Subspace:
 
         Raises:
             ShapeError: The weight has another shape than it was given with.
-            ModeError: Another program has written into both.
+            ModeError: Another program has written into the weight, and z is not zero.
         """
         now, given = self.weight.shape, self.weight.layout.weight_shape
         if now != given:
@@ -115,12 +116,10 @@ class Subspace:
         self._require_sum(self.weight.param)
 
     def _require_sum(self, weight: Tensor) -> None:
-        if was_written(weight) and bool(whole(self.coords).any()):
-            raise ModeError(
-                f"another program has written into {self.name} and into its coordinates (an average of the model's "
-                "parameters that was put back?); in adapter mode only their sum, W + S z, means anything across refreshes. "
-                "Average opt.weights(), or use optimizer mode"
-            )
+        if was_written(weight):
+            if bool(whole(self.coords).any()):
+                refuse_written(self.name, weight)
+            self._lose_record()
 
     @torch.no_grad()
     def open(self) -> None:
@@ -241,6 +240,7 @@ class Subspace:
         """
         self.ledger.reserve(self.coords)
         remainder = self.weight.add_(self.basis.map(), coords)
+        settle(self.weight.param)
         self.ledger.merged = True
         self.ledger.add(self.coords)
         return remainder

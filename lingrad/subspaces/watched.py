@@ -1,7 +1,8 @@
 """Parameters of a run that other programs may write into: by their methods, or through ``data``, the run learns of it first.
 
 A clamp, SAM, an average that is put back: what the weight of the forward is, W + S z, must stay known. Functions of torch that
-write (``torch._foreach_add_`` and the like) are not seen.
+write (``torch._foreach_add_`` and the like, ``out=``), and writes into a view, are found afterwards, by the version that
+autograd counts.
 """
 
 from __future__ import annotations
@@ -9,19 +10,23 @@ from __future__ import annotations
 import sys
 import weakref
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, final
+from typing import Any, NoReturn, final
 
 import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
 from lingrad import parallel
+from lingrad.errors import ModeError
 from lingrad.tensors import is_sharded, own
 
 _DATA: Any = torch.Tensor.data
 # torch's compiler asks for ``data`` to see of which type it is, also while a compiled model runs
 _READERS = tuple(f"torch.{part}." for part in ("_dynamo", "_functorch", "_inductor", "_subclasses", "_higher_order_ops", "fx"))
 _NOT_WRITES = {"requires_grad_", "detach_"}
+_MEMORY = {"__setitem__", "numpy", "__array__", "__dlpack__"}  # the last three give memory that is written into elsewhere
+_MOVES = "torch.nn.modules.module"  # gives ``data`` that was computed from the parameter, as it was
+_ANNOUNCED, _UNKNOWN = -1, -2  # no versions: a write for which z was merged, and one for which it was not
 
 
 class _Watched(nn.Parameter):
@@ -41,7 +46,12 @@ class _Watched(nn.Parameter):
 
     @data.setter
     def data(self, value: Tensor) -> None:
+        if sys._getframe(1).f_globals.get("__name__") != _MOVES:
+            self.before_replace()
         _DATA.__set__(self, value)
+
+    def before_replace(self) -> None:
+        """Called before another program gives it other memory."""
 
     @override
     def __deepcopy__(self, memo: dict[int, Any]) -> nn.Parameter:
@@ -64,7 +74,7 @@ def _writer(name: str) -> Callable[..., Any]:
 
 for _name in dir(torch.Tensor):
     _method = _name.endswith("_") and not _name.startswith("_") and _name not in _NOT_WRITES
-    if _method or _name == "__setitem__" or (_name.startswith("__i") and f"__{_name[3:]}" in dir(torch.Tensor)):
+    if _method or _name in _MEMORY or (_name.startswith("__i") and f"__{_name[3:]}" in dir(torch.Tensor)):
         setattr(_Watched, _name, _writer(_name))
 
 
@@ -89,18 +99,28 @@ class SummedWeight(_Watched):
 
     Attributes:
         sums: Merges the coordinates into it.
-        written: Whether another program has written into it since `was_written` was asked.
+        known: Its version where it and the coordinates belonged together last; another one where it was written into.
     """
 
     sums: weakref.WeakMethod[Callable[[], None]]
-    written: bool
+    known: int
 
     @override
     def before_write(self) -> None:
         sums = self.sums()
         if sums is not None:
             sums()
-            self.written = True
+            self.known = _ANNOUNCED
+
+    @override
+    def set_(self, *args: Any, **kwargs: Any) -> Any:
+        self.before_replace()
+        return super(_Watched, self).set_(*args, **kwargs)
+
+    @override
+    def before_replace(self) -> None:
+        if self.known != _ANNOUNCED:  # what is put there may have been computed from W alone, or be the whole weight
+            self.known = _UNKNOWN
 
 
 def watch(param: nn.Parameter, sums: Callable[[], None]) -> None:
@@ -114,7 +134,7 @@ def watch(param: nn.Parameter, sums: Callable[[], None]) -> None:
         vars(param)["written_at"] = _versions(param)
     elif type(param) is nn.Parameter:
         param.__class__ = SummedWeight
-        vars(param).update(sums=weakref.WeakMethod(sums), written=False)
+        vars(param).update(sums=weakref.WeakMethod(sums), known=param._version)
 
 
 def _versions(param: Tensor) -> tuple[int, int]:
@@ -129,7 +149,8 @@ def was_written(param: Tensor) -> bool:
         param: The parameter.
 
     Returns:
-        Whether it has; never where it is not watched.
+        Whether it has; never where it is not watched. Where torch.distributed is initialized only of writes that were
+        announced: DistributedDataParallel writes W and z of one process into all.
     """
     if not isinstance(param, SummedWeight):
         seen = vars(param).get("written_at")
@@ -137,8 +158,39 @@ def was_written(param: Tensor) -> bool:
             return False
         vars(param)["written_at"] = _versions(param)
         return True
-    found, param.written = param.written, False
-    return found
+    known, now = param.known, param._version
+    param.known = now
+    return known < 0 or (known != now and not parallel.initialized())
+
+
+def settle(param: Tensor, *, known: bool = True) -> None:
+    """Have what was written into the W of a sum just now be the run's own.
+
+    Args:
+        param: The parameter.
+        known: Whether it is; else it counts as another program's.
+    """
+    if type(param) is SummedWeight and (param.known >= 0 or not known):
+        param.known = param._version if known else _UNKNOWN
+
+
+def refuse_written(name: str, param: Tensor) -> NoReturn:
+    """Refuse a sum that is none any more; it stays an error until a state is loaded.
+
+    Args:
+        name: The parameter's name.
+        param: The parameter.
+
+    Raises:
+        ModeError: Always.
+    """
+    settle(param, known=False)
+    raise ModeError(
+        f"another program has written into {name} and into its coordinates (an average of the model's parameters that was put "
+        "back?), or into it alone by a function that does not say so (torch._foreach_*, out=, a view, data = ...); in adapter "
+        "mode only their sum, W + S z, means anything across refreshes. Average opt.weights(), write by "
+        "layer.weight.copy_(average), or use optimizer mode; to go on now, load a state"
+    )
 
 
 def unwatch(param: nn.Parameter) -> None:
@@ -146,7 +198,7 @@ def unwatch(param: nn.Parameter) -> None:
     vars(param).pop("written_at", None)
     if isinstance(param, SummedWeight):
         param.__class__ = nn.Parameter  # type: ignore[assignment]
-        for name in ("sums", "written"):
+        for name in ("sums", "known"):
             vars(param).pop(name, None)
 
 

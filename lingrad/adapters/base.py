@@ -31,10 +31,10 @@ class Attachment(ABC):
     """
 
     averages: ClassVar[bool] = False  # whether coords.grad is averaged over ranks here, not by DistributedDataParallel
+    marked: int = 0  # the id of the parameter that was attached
 
     def __init__(self, sub: Subspace, *, plain: bool = False) -> None:
-        self.sub = sub
-        self.plain = plain
+        self.sub, self.plain = sub, plain
         self._hooks: list[Any] = []
         # the sum that a state_dict has, and that state_dict: tied weights are in it more than once
         self._last: tuple[weakref.ref[Tensor], weakref.ref[dict[str, Any]]] | None = None
@@ -65,7 +65,7 @@ class Attachment(ABC):
         self._connect(mode)
         self._hook(mode)
         weight = self.sub.weight.param
-        setattr(weight, _MARK, id(weight))  # a saved copy keeps it, and is another object
+        self.marked = vars(weight)[_MARK] = id(weight)  # a saved copy keeps it, and is another object
         if mode == "adapter":
             watch(weight, self.sub.open)
 

@@ -17,11 +17,11 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 from typing_extensions import override
 
+from lingrad.adapters.effective import EffectiveWeight, read
 from lingrad.adapters.functions import applied, once
 from lingrad.adapters.grouped import ExpertProduct, Tokens, Use
 from lingrad.adapters.hooks import is_hooked
 from lingrad.adapters.products import FACTS, KNOWN
-from lingrad.adapters.reading import EffectiveWeight, read
 from lingrad.gradients import DenseGradient, Gradient, RowsGradient
 from lingrad.maps.stacked import BatchedMap
 from lingrad.subspaces.subspace import Subspace
@@ -177,15 +177,11 @@ class ExpertsSum(Asked, EffectiveWeight):
         found: ExpertsSum = made
         return found
 
-    @property
-    def data(self) -> Tensor:
-        """The same, apart from autograd."""
-        return ExpertsSum(self.reader, self.part)
-
-    @data.setter
-    def data(self, value: Tensor) -> None:
-        self.merge()
-        self.subspace.weight.param.data = value
+    @override
+    def separate(self) -> ExpertsSum:
+        made = ExpertsSum(self.reader, self.part)
+        made.apart = True
+        return made
 
     @override
     @torch.no_grad()

@@ -19,10 +19,11 @@ from typing_extensions import override
 
 from lingrad import parallel
 from lingrad.adapters.base import CHILD, Attachment, Coords
+from lingrad.adapters.effective import read
 from lingrad.adapters.functions import outside_of_graph, run
 from lingrad.adapters.hooks import refuse_hooks
 from lingrad.adapters.projected import Projected, Projection, Tied, Way
-from lingrad.adapters.reading import make_plain, make_readable, read
+from lingrad.adapters.reading import make_plain, make_readable
 from lingrad.config.settings import Mode
 from lingrad.errors import ModeError
 from lingrad.subspaces.watched import SummedWeight, watch
@@ -135,11 +136,12 @@ class LinearAttachment(LayerAttachment):
         super().__init__(*args, **kwargs)
         self._handle: Any = None  # of the hook that takes gradients of whoever reads the weight, in optimizer mode
         self._shape = self.sub.weight.layout.weight_shape
+        self._copied = False
         self._runs = False  # whether the forward that was found is running, which reads the weight as it is
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the hook, which is the original's: a copy is for evaluation."""
-        return {**vars(self), "_handle": None}
+        return {**vars(self), "_handle": None, "_copied": True}
 
     @override
     def require(self, mode: Mode) -> None:
@@ -262,6 +264,8 @@ class LinearAttachment(LayerAttachment):
     def _frozen(self) -> nn.Parameter:
         """The weight, frozen still."""
         weight = self._held()
+        if type(weight) is nn.Parameter and not self._copied:  # put there past the module, as by register_parameter
+            self._replaced()
         if weight.requires_grad:  # model.requires_grad_(True) means the coordinates, which it reaches too
             weight.requires_grad_(False)
         return weight

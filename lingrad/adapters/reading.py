@@ -1,220 +1,20 @@
-"""What another program gets that reads the weight of a layer in adapter mode: W + S z, and writing to it changes W.
+"""A layer in adapter mode whose attribute, a parameter, gives W + S z to whoever reads it.
 
-Torch's fused encoder, quantization, penalties, kernels of the layer around it: all read ``layer.weight`` without calling the
-layer. They get a tensor whose numbers are formed where they are asked for; what asks for its shape, dtype or device alone pays
-nothing. Autograd ties it to the coordinates. Where it is written to, the coordinates are merged first.
+What may be put in its place is said here too: the same weight once more, as by ``tie_weights()``, changes nothing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
-from typing_extensions import override
 
-from lingrad.adapters.functions import applied, once, outside_of_graph
-from lingrad.errors import ModeError
-from lingrad.gradients.local import DenseGradient
+from lingrad.adapters.effective import EffectiveWeight, refuse_other
 from lingrad.subspaces.subspace import Subspace
-from lingrad.tensors import dense
-from lingrad.weights.sharding import refuse_reader
 
 _READ = "_lingrad_read_{}"  # in the dict of a module: gives the value of its attribute
 _CLASSES: dict[tuple[type, str], type] = {}  # by the class and the attribute
-_SAME = (torch.ops.aten.detach.default, torch.ops.aten.alias.default)
-
-
-class EffectiveWeight(Tensor):
-    """W + S z without memory of its own: its numbers are formed where an operation asks for them.
-
-    Attributes:
-        subspace: The subspace.
-        numbers: W; of a view of the sum (a transpose, a row) its numbers, formed.
-        whole: Whether it is the whole weight.
-    """
-
-    subspace: Subspace
-    numbers: Tensor
-    whole: bool
-    _is_param = True  # for isinstance: to its readers it is the layer's nn.Parameter
-
-    @staticmethod
-    def __new__(cls: Any, sub: Subspace, view: Tensor | None = None) -> EffectiveWeight:
-        """Make the whole weight, or a view of it from its numbers."""
-        like = sub.weight.dense() if view is None else view
-        # under autograd's Python key a tensor without memory; what asks for its address is told so by torch
-        made: EffectiveWeight = Tensor._make_wrapper_subclass(
-            cls, like.shape, strides=like.stride(), dtype=like.dtype, device=like.device
-        )
-        torch._C._set_throw_on_mutable_data_ptr(made)
-        made.subspace, made.numbers, made.whole = sub, like, view is None
-        return made
-
-    __torch_function__: Any = torch._C._disabled_torch_function_impl
-
-    @classmethod
-    @override
-    def __torch_dispatch__(  # type: ignore[override]
-        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if func in _SAME and isinstance(args[0], EffectiveWeight):
-            return args[0].data
-        written = {id(one): one for one in _written(func, args, kwargs) if isinstance(one, EffectiveWeight)}
-        for one in written.values():
-            one.merge()
-
-        def plain(one: EffectiveWeight) -> Tensor:
-            return one.numbers if id(one) in written else one.form()
-
-        found = func(*tree_map_only(EffectiveWeight, plain, args), **tree_map_only(EffectiveWeight, plain, kwargs))
-        if len(written) == 1 and isinstance(found, Tensor):
-            return next(iter(written.values()))
-        if any(one.alias_info is not None and not one.alias_info.is_write for one in func._schema.returns):
-            sub = next((one.subspace for one in args if isinstance(one, EffectiveWeight)), None)
-            return found if sub is None else tree_map_only(Tensor, lambda view: EffectiveWeight(sub, view), found)
-        return found
-
-    @torch.no_grad()
-    def form(self) -> Tensor:
-        """The numbers, in a plain tensor that is not to be written into."""
-        if self.subspace.weight.sharding is not None:
-            refuse_reader(self.subspace.name)
-        return self.subspace.add_to(self.numbers, self.subspace.coords.detach()) if self.whole else self.numbers
-
-    @torch.no_grad()
-    def merge(self) -> None:
-        """Have W be the sum, for another program to write into.
-
-        Raises:
-            ModeError: This is a view, of numbers that were formed for it.
-        """
-        if not self.whole:
-            raise ModeError(
-                f"a part of {self.subspace.name} is written to, which in adapter mode is a sum, W + S z, formed for its "
-                "readers. Write to the whole weight (layer.weight.copy_(changed)), or use optimizer mode"
-            )
-        self.subspace.open()
-
-    @property
-    def grad(self) -> Tensor | None:
-        """The gradient that another program has assigned to the weight, for the next step to take."""
-        return self.subspace.weight.param.grad
-
-    @grad.setter
-    def grad(self, value: Tensor | None) -> None:
-        self.subspace.weight.param.grad = value
-
-    @property
-    def data(self) -> Tensor:
-        """The same, apart from autograd."""
-        return EffectiveWeight(self.subspace, None if self.whole else self.numbers)
-
-    @data.setter
-    def data(self, value: Tensor) -> None:
-        self.merge()
-        self.subspace.weight.param.data = value
-
-    @override
-    def numpy(self, *, force: bool = False) -> Any:
-        found = self.form().numpy(force=force)
-        found.flags.writeable = False  # what is written into a sum that was formed for its reader would be lost
-        return found
-
-    @override
-    def tolist(self) -> list[Any]:
-        return self.form().tolist()
-
-    @override
-    def __array__(self, dtype: Any = None) -> Any:
-        found = self.form().__array__(dtype)
-        found.flags.writeable = False
-        return found
-
-    @override
-    def __dlpack__(self, **options: Any) -> Any:
-        raise ModeError(
-            f"the memory of {self.subspace.name} is asked for, and in adapter mode it is a sum, W + S z, without memory of its "
-            "own. Give a copy (layer.weight.detach().clone()), or use optimizer mode"
-        )
-
-    @override
-    def set_(self, source: Any = None, *_: Any, **__: Any) -> Any:
-        if not isinstance(source, Tensor) or _ or __:
-            raise ModeError(
-                f"{self.subspace.name} is given other memory, and in adapter mode it is a sum, W + S z. Write into it "
-                "(layer.weight.copy_(changed)), or use optimizer mode"
-            )
-        self.data = source
-        return self
-
-    @override
-    def register_hook(self, hook: Any) -> Any:
-        raise ModeError(
-            f"a hook is put on the gradient of {self.subspace.name}, which would never be called: in adapter mode it is a sum, "
-            "W + S z, and its layer never forms this gradient. Leave the weight out by a rule: 'none'"
-        )
-
-    register_post_accumulate_grad_hook = register_hook
-
-    @override
-    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
-        return self.form().clone()
-
-    @override
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        return self.form().clone().__reduce_ex__(protocol)
-
-
-def _written(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[Any]:
-    """The arguments that an operation writes into, those in lists one by one."""
-    given = dict(zip((one.name for one in func._schema.arguments), args, strict=False)) | dict(kwargs)
-    for argument in func._schema.arguments:
-        if argument.alias_info is not None and argument.alias_info.is_write and argument.name in given:
-            value = given[argument.name]
-            yield from value if isinstance(value, list | tuple) else [value]
-
-
-class _Read(torch.autograd.Function):
-    """W + S z, with project(dW) as the gradient of z."""
-
-    @staticmethod
-    @override
-    def forward(ctx: Any, coords: Tensor, sub: Subspace, averages: bool, formed: bool) -> Tensor:
-        sub.require_intact()
-        ctx.sub, ctx.averages = sub, averages
-        return sub.add_to(sub.weight.dense(), coords) if formed else EffectiveWeight(sub)
-
-    @staticmethod
-    @once
-    @override
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        matrix = DenseGradient(ctx.sub.weight.layout.matrix(dense(grad)))
-        # autograd may use its buffer again; a sum writes into ours
-        projected = ctx.sub.project(matrix, lambda: DenseGradient(matrix.dense().clone()))
-        return ctx.sub.processes.average(projected) if ctx.averages else projected, None, None, None
-
-
-def read(sub: Subspace, *, averages: bool) -> Tensor:
-    """The weight as other programs see it in adapter mode.
-
-    Args:
-        sub: Its subspace.
-        averages: Whether the gradient that reaches the coordinates so is averaged over ranks here.
-
-    Returns:
-        An `EffectiveWeight`, tied to the coordinates where gradients are recorded; in what is compiled, a plain tensor.
-    """
-    compiling = torch.compiler.is_compiling()  # or exporting
-    if compiling or (torch.is_grad_enabled() and sub.coords.requires_grad):
-        given = _Read, sub.coords, sub, averages, compiling
-        tied: Tensor = outside_of_graph(applied, *given) if compiling else applied(*given)
-        return tied
-    sub.require_intact()
-    return EffectiveWeight(sub)
 
 
 def make_readable(module: nn.Module, attribute: str, give: Callable[[], Tensor], replaced: Callable[[], None]) -> None:
@@ -239,10 +39,13 @@ def _readable(cls: type, attribute: str) -> type:
             return self.__getattr__(attribute) if found is None or attribute not in self._parameters else found[0]()
 
         def put(self: nn.Module, name: str, value: Any) -> None:
+            read = vars(self).get(_READ.format(attribute)) if name == attribute else None
+            if read is not None and isinstance(value, EffectiveWeight) and _is_same(read[0](), value):
+                return  # as by tie_weights()
             other = name == attribute and self._parameters.get(name) is not value
             nn.Module.__setattr__(self, name, value)
-            if other and (found := vars(self).get(_READ.format(attribute))) is not None:
-                found[1]()
+            if other and read is not None:
+                read[1]()
 
         def reduce(self: nn.Module, protocol: Any) -> Any:  # pickle finds classes by their name
             return _empty, (cls, attribute), vars(self)
@@ -253,9 +56,32 @@ def _readable(cls: type, attribute: str) -> type:
     return _CLASSES[cls, attribute]
 
 
+def keep_tied(module: nn.Module) -> None:
+    """Have a module that was parametrized take its own effective weight, put back there as by ``tie_weights()``, as no change.
+
+    Args:
+        module: The module, of the class that torch has made for it alone.
+    """
+    type(module).__setattr__ = _put_back  # type: ignore[method-assign]
+
+
+def _put_back(self: nn.Module, name: str, value: Any) -> None:
+    held: Any = vars(self).get("_modules", {}).get("parametrizations", {})
+    subs = [part.sub for part in held[name] if isinstance(getattr(part, "sub", None), Subspace)] if name in held else []
+    if subs and isinstance(value, EffectiveWeight) and value.whole and value.subspace in subs:
+        return
+    if subs:
+        refuse_other(subs[0], "is replaced by another tensor")
+    nn.Module.__setattr__(self, name, value)
+
+
 def _empty(cls: type, attribute: str) -> Any:
     made: Any = _readable(cls, attribute)
     return made.__new__(made)
+
+
+def _is_same(one: Tensor, other: Tensor) -> bool:
+    return isinstance(one, EffectiveWeight) and one.is_whole(other)
 
 
 def make_plain(module: nn.Module, attribute: str) -> None:

@@ -16,9 +16,10 @@ from torch.nn.utils import parametrize
 from typing_extensions import override
 
 from lingrad.adapters.base import CHILD, Attachment, Coords
+from lingrad.adapters.effective import read
 from lingrad.adapters.experts import ExpertsReader, fuses_experts
 from lingrad.adapters.hooks import refuse_hooks
-from lingrad.adapters.reading import make_plain, make_readable, read
+from lingrad.adapters.reading import keep_tied, make_plain, make_readable
 from lingrad.config.settings import Mode
 from lingrad.errors import ModeError
 from lingrad.subspaces.subspace import Subspace
@@ -89,6 +90,7 @@ class WeightAttachment(Attachment):
             if self._fuses:
                 effective.reader = ExpertsReader(self.sub, adapter=True)
             parametrize.register_parametrization(module, attribute, effective, unsafe=True)
+            keep_tied(module)
 
     @override
     def _keys(self) -> list[tuple[nn.Module, str, str]]:

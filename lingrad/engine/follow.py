@@ -100,11 +100,18 @@ def take_assigned(run: Run) -> None:
         run: The run; each such gradient is added to that of the coordinates, and freed.
 
     Raises:
-        ModeError: A weight was sharded after the run was made, or has a hook for a gradient that is never formed.
+        ModeError: A weight was sharded after the run was made, has a hook for a gradient that is never formed, or is that of
+            another layer.
     """
     for attachment in run.attachments:
         attachment.require_heard()
         weight = attachment.sub.weight.param
+        if id(weight) != attachment.marked and is_attached(weight):
+            raise ModeError(
+                f"{attachment.sub.name} holds the parameter of another layer that this optimizer trains (weights were tied or "
+                "exchanged), which would be stepped with the moments of both. Call detach(), tie the layers, and call lingrad "
+                "again"
+            )
         if is_sharded(weight) and attachment.sub.weight.sharding is None:
             refuse_late(attachment.sub.name)
         if weight.grad is not None or isinstance(weight, SummedWeight) or attachment.sub.weight.sharding is not None:

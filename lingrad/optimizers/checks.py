@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 
 from lingrad.errors import DualityError, SpecError
 from lingrad.optimizers.base import Base
+from lingrad.optimizers.later import reads_later
 from lingrad.optimizers.reads import ParameterReads
 
 Shape = tuple[int, ...]
@@ -76,6 +77,7 @@ def check_reads_only_gradients(base: Base) -> None:
     except Exception:  # what no dispatch mode can follow may raise anything
         placed = dry_run(base, shapes, dtype, placed=True)
     why = placed.found
+    why = why or _read_later(base, dtype)
     if not why:
         longer = [dry_run(base, [SMALL], dtype, steps=MANY_STEPS, placed=placed) for placed in (False, True)]
         same = map(_agree, moved.updates + longer[0].updates, placed.updates + longer[1].updates)
@@ -92,6 +94,17 @@ def check_reads_only_gradients(base: Base) -> None:
         )
     if key is not None:
         passed.add(key)
+
+
+def _read_later(base: Base, dtype: torch.dtype) -> str:
+    """What reads a parameter after many steps."""
+    params = [nn.Parameter(_windows(torch.zeros(SMALL, dtype=dtype, device="cpu"), 1, seed=0)[0])]
+    try:
+        with (reads := ParameterReads(params)):
+            optimizer = base.build_dry(params)
+    except Exception:  # as above
+        return ""
+    return reads_later(optimizer, params, [_windows(param, 1, seed=1)[0] for param in params], reads)
 
 
 def _passed(base: Base) -> tuple[set[Any], Any]:

@@ -157,5 +157,10 @@ def _parametrized(module: nn.Module, attribute: str) -> nn.Parameter:
     """The tensor behind a parametrization of one tensor, such as adapter mode's; behind any other, what it computes."""
     held: Any = getattr(module, "parametrizations", {})
     original = getattr(held[attribute], "original", None) if attribute in held else None
-    found: nn.Parameter = getattr(module, attribute) if original is None else original
+    found: nn.Parameter | None = getattr(module, attribute, None) if original is None else original
+    if found is None:
+        raise ModeError(
+            f"the {attribute} of a {type(module).__name__} that is being trained was removed (by weight_norm, or del); put it "
+            "back, or call detach() before such a change"
+        )
     return found

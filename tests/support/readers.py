@@ -176,16 +176,57 @@ COPY, KEPT, COMPUTED, DECAY = (
 )
 SETS, PYTHON, DIFFERS = "it sets the parameter", "it reads values of the parameter in Python", "with equal gradients it differs"
 
+
 # (name, class, what the message says)
+def after_100(p, state):
+    """A trust ratio once the warm-up is over."""
+    state["step"] = state.get("step", 0) + 1
+    ratio = p.norm() if state["step"] > 100 else 1.0
+    p.sub_(p.grad * ratio)
+
+
+def every_50(optimizer, p, state):
+    optimizer.count = getattr(optimizer, "count", 0) + 1
+    if optimizer.count % 50 == 0:
+        p.mul_(0.99)
+
+
+def counted_by_a_tensor(p, state):
+    """As torch counts; the counter is read before it is raised."""
+    step = state.setdefault("step", torch.zeros(()))
+    if float(step) == 60:
+        state["slow"] = p.clone()
+    step += 1
+    p.sub_(p.grad)
+
+
+def counted_by_its_group(optimizer, p, state):
+    group = optimizer.param_groups[0]
+    group["k"] = group.get("k", 0) + 1
+    if group["k"] % 20 == 0:
+        p.clamp_(-1, 1)
+
+
+def history(p, state):
+    """A list with one entry for each step, which a counter that was moved forward does not fit."""
+    state["step"] = state.get("step", 0) + 1
+    state.setdefault("norms", []).append(p.grad.norm())
+    p.sub_(p.grad / state["norms"][state["step"] - 1])
+
+
 READERS = [
+    ("after 100 steps", instead(after_100), COMPUTED + " the parameter (by norm)"),
+    ("every 50 steps", of_each(every_50), DECAY + " the parameter by 0.99|" + COMPUTED),
+    ("a copy at step 60", instead(counted_by_a_tensor), COPY + " (by clone)"),
+    ("counted by its group", of_each(counted_by_its_group), COMPUTED + " the parameter (by clamp)"),
     *((f"lookahead {k}", lookahead(k), COPY + " (by clone)") for k in (2, 6, 50)),
     ("ranger", lookahead(6, RAdam), COPY + " (by clone)"),
     ("a copy for later", Slow, COPY + " (by clone)"),
     ("schedule-free", instead(schedule_free), COPY + " (by clone)|" + COMPUTED),
-    ("silent schedule-free", instead(silent_schedule_free), DIFFERS),
+    ("silent schedule-free", instead(silent_schedule_free), DIFFERS + "|" + COPY),
     ("prodigy", instead(prodigy), COPY + "|" + COMPUTED),
     ("lamb", instead(lamb), COMPUTED + " the parameter (by norm)"),
-    ("lars every 7 steps", instead(lars_now_and_then), DIFFERS),
+    ("lars every 7 steps", instead(lars_now_and_then), DIFFERS + "|" + COMPUTED),
     ("numpy", instead(past_torch), DIFFERS),
     ("decay of vectors", instead(vectors_decay), DECAY + " the parameter by 0.9"),
     ("decay of the large", instead(large_ones_decay), DECAY),
@@ -274,6 +315,7 @@ def shapes(p, state):
 
 # (name, class) of what touches the parameter in an allowed way
 ADDERS = [
+    ("a list of its steps", instead(history)),
     ("functional", instead(lambda p, s: setattr(p, "data", p.data - p.grad))),
     ("from the right", instead(lambda p, s: p.copy_(-(p.grad - p)))),
     *((step.__name__, instead(step)) for step in (written_back, masked, in_rows, by_index, product)),

@@ -101,7 +101,8 @@ def _read_later(base: Base, dtype: torch.dtype) -> str:
     params = [nn.Parameter(_windows(torch.zeros(SMALL, dtype=dtype, device="cpu"), 1, seed=0)[0])]
     try:
         with (reads := ParameterReads(params)):
-            optimizer = base.build_dry(params)
+            # moments in 8 bits are put in the place of others around each step; the step is the same
+            optimizer = base.unquantised.build_dry(params)
     except Exception:  # as above
         return ""
     return reads_later(optimizer, params, [_windows(param, 1, seed=1)[0] for param in params], reads)

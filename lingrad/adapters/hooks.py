@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from lingrad.errors import ModeError
@@ -16,11 +18,9 @@ def is_hooked(param: Tensor) -> bool:
     Returns:
         Whether it has a hook, of either kind.
     """
-    for kind in ("_backward_hooks", "_post_accumulate_grad_hooks"):
-        for hook in (getattr(param, kind, None) or {}).values():
-            if not (getattr(getattr(hook, "func", hook), "__module__", None) or "").startswith("lingrad."):
-                return True
-    return False
+    kinds: tuple[Any, Any] = param._backward_hooks, param._post_accumulate_grad_hooks
+    modules = (getattr(getattr(hook, "func", hook), "__module__", "") for hooks in kinds if hooks for hook in hooks.values())
+    return any(not str(module).startswith("lingrad.") for module in modules)
 
 
 def refuse_hooks(name: str, param: Tensor, reason: str) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_dynamo_compiling
 from typing_extensions import override
 
 from lingrad import parallel
@@ -149,7 +150,9 @@ class LinearAttachment(LayerAttachment):
 
     @override
     def require_heard(self) -> None:
-        refuse_hooks(self.sub.name, self.sub.weight.param, "its layer never forms this gradient")
+        param: Any = self.sub.weight.param
+        if param._backward_hooks or len(param._post_accumulate_grad_hooks or ()) > (self._handle is not None):
+            refuse_hooks(self.sub.name, param, "its layer never forms this gradient")
 
     @override
     def _connect(self, mode: Mode) -> None:
@@ -257,7 +260,9 @@ class LinearAttachment(LayerAttachment):
                 f"{self.sub.name} was parametrized (weight_norm and the like) after it was wrapped, and its updates would be "
                 "lost; parametrize first, then call lingrad"
             )
-        if weight.shape != self._shape or (type(weight) is SummedWeight and _was_touched(weight)):
+        # a compiled run finds in its step what was written into
+        watched = type(weight) is SummedWeight and not is_dynamo_compiling()
+        if weight.shape != self._shape or (watched and weight._version != weight.known):  # type: ignore[attr-defined]
             self.sub.require_intact()
         return weight
 
@@ -269,11 +274,6 @@ class LinearAttachment(LayerAttachment):
         if weight.requires_grad:  # model.requires_grad_(True) means the coordinates, which it reaches too
             weight.requires_grad_(False)
         return weight
-
-
-def _was_touched(weight: SummedWeight) -> bool:
-    """Whether the version is not the known one; a compiled run finds in its step what was written into."""
-    return not torch.compiler.is_dynamo_compiling() and weight._version != weight.known
 
 
 def _by_fsdp() -> bool:

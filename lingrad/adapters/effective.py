@@ -188,6 +188,8 @@ class EffectiveWeight(Tensor):
 
     @override
     def set_(self, source: Any = None, *_: Any, **__: Any) -> Any:
+        if sys._getframe(1).f_globals.get("__name__") == "torch.nn.utils.parametrize":  # before it is refused as a parameter
+            refuse_other(self.subspace, "is parametrized")
         if not isinstance(source, Tensor) or _ or __:
             raise ModeError(
                 f"{self.subspace.name} is given other memory, and in adapter mode it is a sum, W + S z. Write into it "

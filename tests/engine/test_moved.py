@@ -123,6 +123,8 @@ def test_another_weight_for_a_parametrized_layer_is_refused_and_the_run_goes_on(
 LATER = {
     "pruning": lambda layer: prune.l1_unstructured(layer, "weight", 2),
     "spectral_norm": nn.utils.parametrizations.spectral_norm,
+    "orthogonal": nn.utils.parametrizations.orthogonal,
+    "weight_norm": nn.utils.parametrizations.weight_norm,
 }
 
 

@@ -89,7 +89,10 @@ class EffectiveWeight(Tensor):
         """The numbers, in a plain tensor that is not to be written into."""
         if self.subspace.weight.sharding is not None:
             refuse_reader(self.subspace.name)
-        return self.subspace.add_to(self.numbers, self.subspace.coords.detach()) if self.whole else self.numbers
+        if not self.whole:
+            return self.numbers
+        self.subspace.require_intact()  # not where it is only looked at, as between the two halves of a load
+        return self.subspace.add_to(self.numbers, self.subspace.coords.detach())
 
     @torch.no_grad()
     def merge(self) -> None:
@@ -253,9 +256,11 @@ class _Read(torch.autograd.Function):
     @staticmethod
     @override
     def forward(ctx: Any, coords: Tensor, sub: Subspace, averages: bool, formed: bool) -> Tensor:
-        sub.require_intact()
         ctx.sub, ctx.averages = sub, averages
-        return sub.add_to(sub.weight.dense(), coords) if formed else EffectiveWeight(sub)
+        if not formed:
+            return EffectiveWeight(sub)
+        sub.require_intact()
+        return sub.add_to(sub.weight.dense(), coords)
 
     @staticmethod
     @once
@@ -282,5 +287,4 @@ def read(sub: Subspace, *, averages: bool) -> Tensor:
         given = _Read, sub.coords, sub, averages, compiling
         tied: Tensor = outside_of_graph(applied, *given) if compiling else applied(*given)
         return tied
-    sub.require_intact()
     return EffectiveWeight(sub)

@@ -27,7 +27,7 @@ from lingrad.adapters.projected import Projected, Projection, Tied, Way
 from lingrad.adapters.reading import make_plain, make_readable
 from lingrad.config.settings import Mode
 from lingrad.errors import ModeError
-from lingrad.subspaces.watched import SummedWeight, watch
+from lingrad.subspaces.watched import is_touched, watch
 from lingrad.tensors import call
 from lingrad.weights.sharding import refuse_late
 
@@ -261,8 +261,7 @@ class LinearAttachment(LayerAttachment):
                 "lost; parametrize first, then call lingrad"
             )
         # a compiled run finds in its step what was written into
-        watched = type(weight) is SummedWeight and not is_dynamo_compiling()
-        if weight.shape != self._shape or (watched and weight._version != weight.known):  # type: ignore[attr-defined]
+        if weight.shape != self._shape or (not is_dynamo_compiling() and is_touched(weight)):
             self.sub.require_intact()
         return weight
 

@@ -1,20 +1,18 @@
-"""The logits of two models, with an adapter on one of them, beside each other."""
+"""The outputs of two models, with an adapter on one of them, beside each other."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from lingrad.errors import ExportError, in_short, optional
 from lingrad.models import load_model
+from lingrad.peft.outputs import Inputs, Outputs, compare, make_inputs
 from lingrad.peft.report import OutputComparison
-from lingrad.peft.verify import Inputs, make_inputs
 
 
 def compare_logits(folder: Path, base: Path, tuned: Path) -> OutputComparison:
-    """Load both models into memory, START with the adapter through PEFT, and compare their logits on random inputs.
+    """Load both models into memory, START with the adapter through PEFT, and compare their outputs on random inputs.
 
     Args:
         folder: The adapter's folder.
@@ -22,26 +20,35 @@ def compare_logits(folder: Path, base: Path, tuned: Path) -> OutputComparison:
         tuned: The tuned model's.
 
     Returns:
-        What was found.
+        What was found in the output that differs most.
+
+    Raises:
+        ExportError: No inputs are known for the model, a model fails, or they have other outputs.
     """
     peft: Any = optional("peft", "comparing logits", "hf")
     model = load_model(tuned)
     inputs = _inputs(model)
-    expected = logits_of(model, inputs)
+    expected = outputs_of(model, inputs)
     del model  # before the next one is loaded
-    found = logits_of(peft.PeftModel.from_pretrained(load_model(base), str(folder)), inputs)
-    return OutputComparison(inputs.what, float((found - expected).abs().max()), float(expected.abs().max()))
+    found = outputs_of(peft.PeftModel.from_pretrained(load_model(base), str(folder)), inputs)
+    if {name: value.shape for name, value in found.items()} != {name: value.shape for name, value in expected.items()}:
+        raise ExportError("PEFT's model does not give outputs of the tuned model's names and shapes")
+    return max((compare(inputs, value, found[name]) for name, value in expected.items()), key=_share)
 
 
-def logits_of(model: Any, inputs: Inputs | None = None) -> Tensor:
-    """The logits of a model; hidden states where it has no head.
+def _share(found: OutputComparison) -> float:
+    return found.difference / found.largest if found.largest else found.difference
+
+
+def outputs_of(model: Any, inputs: Inputs | None = None) -> Outputs:
+    """The outputs of a model: its logits, hidden states where it has no head, and whatever else it returns.
 
     Args:
         model: The model.
         inputs: What it is run on; None makes two rows of random ones, of 16 tokens where it reads tokens.
 
     Returns:
-        The logits, float64.
+        Those of floating-point numbers by name, in float64.
 
     Raises:
         ExportError: No inputs are known for the model, or it fails.
@@ -53,7 +60,7 @@ def logits_of(model: Any, inputs: Inputs | None = None) -> Tensor:
         raise ExportError(
             f"logits cannot be compared, {type(model).__name__} fails on {inputs.what}: {in_short(error)}; leave logits out"
         ) from error
-    if found is None:
+    if not found:
         raise ExportError(f"logits cannot be compared, {type(model).__name__} returns no numbers; leave logits out")
     return found
 

@@ -17,6 +17,7 @@ from lingrad.engine.arithmetic import unfit_rate
 from lingrad.engine.refresh import schedule
 from lingrad.engine.run import Run
 from lingrad.errors import ModeError, SpecError
+from lingrad.subspaces.watched import is_touched, settle
 
 
 class Recorder(Protocol):
@@ -96,15 +97,20 @@ class CapturedStep:
             self._seen = _frozen(run)
             self._result, self._replay = self._checked(lambda: self._record(self._body))
             self.captures += 1
-            self._replay()  # what was recorded was not launched
+            self._launch(self._replay)  # what was recorded was not launched
             return self._result
-        self._replay()
+        self._launch(self._replay)
         self.replays += 1
         run.step += 1
         if not run.is_quiet:
             with torch.no_grad():
                 schedule(run)
         return self._result
+
+    def _launch(self, replay: Callable[[], None]) -> None:
+        replay()
+        for attachment in self._run.attachments:  # which decays the weights
+            settle(attachment.sub.weight.param)
 
     def _ordinary(self) -> bool:
         every = self._run.settings.merge_every
@@ -152,7 +158,8 @@ def _frozen(run: Run) -> tuple[Any, ...]:
         (key, id(value) if isinstance(value, Tensor | list) else value) for group in run.groups for key, value in group.items()
     ]
     trained = [(param.data_ptr(), param.requires_grad) for group in run.groups for param in group["params"]]
-    weights = [(one.sub.weight.param.data_ptr(), one.sub.released) for one in run.attachments]
+    found = [(one.sub, one.sub.weight.param) for one in run.attachments]
+    weights = [(param.data_ptr(), sub.released, is_touched(param)) for sub, param in found]
     held = [id(tensor) for basis in run.bases for tensor in basis.tensors()]
     moments = [id(value) for entries in run.stepper.state.values() for value in entries.values()]
     return run.mode, options, trained, weights, held, moments

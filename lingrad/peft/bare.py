@@ -60,7 +60,8 @@ def bare_copy(model: nn.Module, attachments: Sequence[Attachment] = (), mode: Mo
         memo: dict[int, Any] = {}
         for param in model.parameters():
             if type(param) is nn.Parameter:  # packed weights define their own copies
-                memo[id(param)] = nn.Parameter(param.detach(), requires_grad=False)
+                # with a version of its own: PEFT's wrappers give the copy's parameters their own memory again
+                memo[id(param)] = nn.Parameter(param.data, requires_grad=False)
         for module in model.modules():  # states that a forward has left, of which torch cannot copy those with a gradient
             for value in vars(module).values():
                 if isinstance(value, torch.Tensor) and not value.is_leaf:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,10 @@ from torch import Tensor, nn
 
 from lingrad.errors import ExportError
 from lingrad.peft.fit import rounded_up
+from lingrad.peft.outputs import compare_outputs, make_inputs
 from lingrad.peft.report import ChangedTensor, OutputComparison
 from lingrad.peft.source import ExportSource, dense
-from lingrad.peft.verify import LoadedAdapter, compare_outputs, compare_weights, make_inputs
+from lingrad.peft.verify import LoadedAdapter, compare_weights
 from lingrad.peft.write import Written, value_of
 
 EXACT = 1e-3  # a relative residual that needs no permission
@@ -103,19 +105,27 @@ class Comparison:
                 f"the outputs of {type(model).__name__} cannot be compared: no inputs are known for it. Pass some that it runs "
                 f"on, such as inputs={{'{reads}': ...}}"
             )
-        found = None if asked is None else compare_outputs(asked, model, self._loaded)
-        if asked is not None and found is None:
-            raise ExportError(f"the outputs of {type(model).__name__} on {asked.what} hold no numbers that could be compared")
-        if found is None or found.change is None:
+        if asked is None:
             return None
+        every = compare_outputs(asked, model, self._loaded)
+        if not every:
+            raise ExportError(f"the outputs of {type(model).__name__} on {asked.what} hold no numbers that could be compared")
         eps = max(torch.finfo(p.dtype).eps for p in model.parameters() if p.is_floating_point())
         eps = max(eps, torch.finfo(torch.float32).eps)  # norms are computed in float32 whatever the dtype
-        limit = OUTPUTS * eps * found.largest + max(10 * residual, EXACT) * found.change
-        if not found.difference <= limit:
+
+        def share(name: str) -> float:
+            """How much of what weights and rounding explain an output differs by; above 1 they do not explain it."""
+            limit = OUTPUTS * eps * every[name].largest + max(10 * residual, EXACT) * (every[name].change or 0.0)
+            difference = every[name].difference
+            return 0.0 if difference == 0.0 else difference / limit if limit else math.inf
+
+        worst = max(every, key=lambda name: (not share(name) <= 1.0, share(name)))
+        found = every[worst]
+        if not share(worst) <= 1.0:
             raise ExportError(
-                f"PEFT's model does not give the run's outputs: on {found.inputs} they differ by {found.difference:.1e}, more "
-                f"than {limit:.1e}, although the weights agree; some layer does not act through PEFT's wrapper. Leave it out "
-                "by a rule: 'none'"
+                f"PEFT's model does not give the run's outputs: on {found.inputs} they differ by {found.difference:.1e} in "
+                f"'{worst or 'the output'}', {share(worst):.1e} of what rounding and the weights, which agree, explain; some "
+                "layer does not act through PEFT's wrapper. Leave it out by a rule: 'none'"
             )
         return found
 

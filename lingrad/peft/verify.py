@@ -1,80 +1,21 @@
-"""Adapters as PEFT loads them: their structure, weights and outputs, to be compared with what was trained."""
+"""Adapters as PEFT loads them: their structure and weights, to be compared with what was trained."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lingrad import models
-from lingrad.errors import DataError, ExportError, in_short, optional
+from lingrad.errors import ExportError, in_short, optional
 from lingrad.files.tensorfile import TensorFile
 from lingrad.peft.bare import devices_of
-from lingrad.peft.report import ChangedTensor, OutputComparison, ratio
+from lingrad.peft.report import ChangedTensor, ratio
 from lingrad.peft.slots import PREFIX, Slot, slots
 from lingrad.peft.write import WEIGHTS, AdapterPlan, Written
-
-SEED = 0
-ROWS, LENGTH = 2, 16  # of generated token ids
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """What models are run on.
-
-    Args:
-        args: Positional arguments.
-        kwargs: Arguments by name.
-        what: A description.
-    """
-
-    args: tuple[Any, ...]
-    kwargs: Mapping[str, Any]
-    what: str
-
-    def run(self, model: nn.Module) -> Tensor | None:
-        """The outputs of a model in eval mode, without gradients; its mode and the random generators are left as they were."""
-        modes = {module: module.training for module in model.modules()}
-        try:
-            model.eval()
-            with torch.no_grad(), torch.random.fork_rng(devices=devices_of(model)):
-                found = _tensor(model(*self.args, **self.kwargs))
-        finally:
-            for module, mode in modes.items():
-                module.training = mode
-        return None if found is None else found.detach().double().cpu()
-
-
-def make_inputs(inputs: Any, model: nn.Module) -> Inputs | None:
-    """Inputs as they were given, or random ones for a model of transformers.
-
-    Args:
-        inputs: A tensor, a tuple of positional arguments, a mapping of named ones, or None.
-        model: The model.
-
-    Returns:
-        The inputs; None where none were given and none can be generated.
-    """
-    if isinstance(inputs, Mapping):
-        return Inputs((), dict(inputs), "the inputs given")
-    if isinstance(inputs, tuple):
-        return Inputs(inputs, {}, "the inputs given")
-    if inputs is not None:
-        return Inputs((inputs,), {}, "the inputs given")
-    # without a padding token a classifier does not know where rows end, and takes one at a time
-    padding = getattr(getattr(model, "config", None), "pad_token_id", None)
-    rows = 1 if padding is None and type(model).__name__.endswith("ForSequenceClassification") else ROWS
-    try:
-        found = models.make_inputs(model, rows=rows, length=LENGTH, seed=SEED)
-    except DataError:
-        return None
-    names = [name for name in found if name not in models.TOKENS]
-    return Inputs((), found, f"random {', '.join(found)}" if names else f"{rows} x {LENGTH} random token ids")
 
 
 class LoadedAdapter:
@@ -195,41 +136,6 @@ def compare_weights(
     return rows, ratio(lost, total) ** 0.5
 
 
-def compare_outputs(inputs: Inputs, trained: nn.Module, adapted: LoadedAdapter) -> OutputComparison | None:
-    """Compare the outputs of the trained model with those of the adapter.
-
-    Args:
-        inputs: What to run them on.
-        trained: The trained model.
-        adapted: The adapter, loaded by PEFT.
-
-    Returns:
-        What was found; None where the trained model gives no tensor of numbers.
-
-    Raises:
-        ExportError: A model does not run on the inputs, or PEFT's gives none, or one of another shape.
-    """
-    try:
-        expected = inputs.run(trained)
-    except Exception as error:  # a model may raise any exception
-        raise ExportError(f"{type(trained).__name__} does not run on {inputs.what}: {in_short(error)}; pass inputs=") from error
-    if expected is None:
-        return None
-    try:
-        got = inputs.run(adapted.model)
-        with adapted.without():
-            before = inputs.run(adapted.model)
-    except Exception as error:  # a model may raise any exception
-        raise ExportError(
-            f"{type(trained).__name__} with the adapter does not run through PEFT on {inputs.what}: {in_short(error)}. The "
-            "model treats one of the layers as PEFT's wrapper cannot be treated; leave that layer out by a rule: 'none'"
-        ) from error
-    if got is None or before is None or got.shape != expected.shape:
-        raise ExportError("PEFT's model does not give outputs of the run's shape")
-    found, change = (float((value - expected).abs().max()) for value in (got, before))
-    return OutputComparison(inputs.what, found, float(expected.abs().max()), change)
-
-
 def check_structure(folder: Path, model: nn.Module, low_rank: Sequence[str]) -> dict[str, Slot]:
     """Let PEFT build the adapter from its config, and compare the tensors that it expects with those in the file.
 
@@ -258,15 +164,3 @@ def check_structure(folder: Path, model: nn.Module, low_rank: Sequence[str]) -> 
             f"PEFT expects '{odd}' of shape {expected.get(odd)}, and {written.get(odd)} was written; please report this model"
         )
     return found
-
-
-def _tensor(output: Any) -> Tensor | None:
-    """What to compare of a model's output: its logits, or its first floating-point tensor at any depth."""
-    if isinstance(output, Tensor):
-        return output
-    logits = getattr(output, "logits", None)
-    if isinstance(logits, Tensor):
-        return logits
-    values = output.values() if isinstance(output, Mapping) else output if isinstance(output, list | tuple) else ()
-    found = (value if isinstance(value, Tensor) else _tensor(value) for value in values)
-    return next((value for value in found if value is not None and value.is_floating_point()), None)

@@ -163,6 +163,11 @@ def was_written(param: Tensor) -> bool:
     return known < 0 or (known != now and not parallel.initialized())
 
 
+def is_touched(param: Tensor) -> bool:
+    """Whether `was_written` has something to look at: the W of a sum is not of the version that is known."""
+    return type(param) is SummedWeight and param._version != param.known
+
+
 def settle(param: Tensor, *, known: bool = True) -> None:
     """Have what was written into the W of a sum just now be the run's own.
 

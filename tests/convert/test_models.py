@@ -12,7 +12,7 @@ from safetensors.torch import save_model
 
 from lingrad import __main__, convert
 from lingrad.convert import output
-from lingrad.convert.logits import logits_of
+from lingrad.convert.logits import outputs_of
 from lingrad.errors import CheckpointError, ExportError, SpecError
 from lingrad.files.tensorfile import TensorFile
 from lingrad.models import load_model
@@ -31,7 +31,7 @@ def merged(base, adapter):
 
 
 def through_peft(base, adapter):
-    return logits_of(peft.PeftModel.from_pretrained(load_model(base), str(adapter)).eval())
+    return outputs_of(peft.PeftModel.from_pretrained(load_model(base), str(adapter)).eval())["logits"]
 
 
 def rows(report, kind="low_rank"):
@@ -62,7 +62,7 @@ def test_every_kind_of_model(tmp_path, kind, dtype, sharded):
             # float64 the factors themselves are of that precision, and their rounding is 10 times as much
             allowed = (50 if dtype == torch.float64 else 2) * eps * weight.abs().max()
             assert (ours[name].double() - weight.double()).abs().max() <= allowed, name
-    expected = logits_of(load_model(tuned).eval())
+    expected = outputs_of(load_model(tuned).eval())["logits"]
     assert (through_peft(base, tmp_path / "out") - expected).abs().max() <= 20 * eps * expected.abs().max()
 
 
@@ -93,7 +93,7 @@ def test_the_report_says_what_the_file_does(tmp_path):
         assert row.rank == a.shape[0] == 3
         lost, total = lost + left**2, total + change.norm() ** 2
     assert report.residual == pytest.approx(float((lost / total) ** 0.5), rel=1e-9)
-    difference = (through_peft(base, tmp_path / "out") - logits_of(load_model(tuned).eval())).abs().max()
+    difference = (through_peft(base, tmp_path / "out") - outputs_of(load_model(tuned).eval())["logits"]).abs().max()
     assert report.outputs.difference == pytest.approx(float(difference), rel=1e-3)
     written = json.loads((tmp_path / "out/lingrad_report.json").read_text())
     assert written["residual"] == report.residual
@@ -292,7 +292,7 @@ class TestMerge:
             return
         convert.merge(base, tmp_path / "adapter", tmp_path / "out")
         expected = through_peft(base, tmp_path / "adapter")
-        assert (logits_of(load_model(tmp_path / "out")) - expected).abs().max() <= 1e-5 * expected.abs().max()
+        assert (outputs_of(load_model(tmp_path / "out"))["logits"] - expected).abs().max() <= 1e-5 * expected.abs().max()
 
     def test_there_and_back(self, tmp_path):
         """convert, merge, convert: the second finds the factors of the first again."""

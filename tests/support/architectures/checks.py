@@ -17,7 +17,7 @@ from lingrad.errors import LingradError
 from lingrad.memory import commands
 from lingrad.models import open_model
 from lingrad.peft import export
-from lingrad.peft.verify import make_inputs
+from lingrad.peft.outputs import make_inputs
 from tests.support.architectures.build import NotBuiltError, Ready, prepare, seeded
 from tests.support.architectures.catalog import Architecture
 from tests.support.architectures.inputs import tensors

@@ -17,6 +17,7 @@ from lingrad.maps import KroneckerMap
 from lingrad.subspaces import trees
 from lingrad.subspaces.basis import Basis
 from lingrad.subspaces.subspace import Subspace
+from lingrad.subspaces.watched import settle
 from lingrad.transforms import Full, Slice
 
 
@@ -192,6 +193,7 @@ def restore(run: Run, state: Mapping[str, Any]) -> None:
         basis.state = _numbered(basis, number)
     for sub in run.subspaces:
         sub.coords.zero_()
+        settle(sub.weight.param)
         sub.ledger.merged = True
     for named in run.named():
         run.stepper.restart(named.group["kind"], named.param)
@@ -228,6 +230,7 @@ def _merge(run: Run, rounds: Rounds, sub: Subspace, coords: Mapping[int, Tensor]
     if not bool(z.any()):  # a quantised weight would be rounded again for nothing
         return
     remainder = sub.weight.add_(joint, z)
+    settle(sub.weight.param)
     sub.ledger.take(joint.factors, z)
     if remainder is not None:
         sub.weight.lose(remainder)

@@ -266,3 +266,4 @@ def _decay_rounded(run: Run, stepped: Sequence[tuple[Group, Tensor]]) -> None:
             continue
         if group["weight_decay"] != 0 and (param.grad is not None or run.settings.rounds is not None):
             weight.decay_(1.0 - group["lr"] * group["weight_decay"])
+            settle(weight.param)

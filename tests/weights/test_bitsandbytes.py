@@ -13,6 +13,7 @@ import lingrad
 from lingrad import memory
 from lingrad.errors import CheckpointError, ModeError, SpecError
 from lingrad.maps import KroneckerMap, SelectionMap, two_sided
+from lingrad.subspaces.watched import settle
 from lingrad.weights.bitsandbytes import EightBit, packed_of
 from lingrad.weights.layout import is_packed
 from tests.support.packed import IN, KINDS, MIDDLE, OUT, batches, bnb, each_kind, go, layer, net, rules, twin
@@ -156,6 +157,7 @@ def test_a_run_is_that_of_an_unquantised_twin_whose_merges_are_quantised_by_hand
                 count, lost_squares, changed_squares = sums[sub.name]
                 remainder = weight - rounded(kind, weight)
                 weight.sub_(remainder)
+                settle(sub.weight.param)  # as if the run had written it
                 first = remainder.norm()
                 if keep:
                     left, right = (

@@ -103,8 +103,8 @@ def by_arithmetic(name, mode):
     """The run in one process, which rounds what each half of a batch gives, and the sum, as the hook does."""
     model, optimizer = start(f"{name}(rank=4, every=3)", mode, False)
     seen = {}
-    for param in model.parameters():
-        if param.requires_grad:
+    for group in optimizer.param_groups:
+        for param in group["params"]:
             param.register_hook(lambda grad, param=param: seen.setdefault(param, []).append(2 * grad))
     for (batch,) in text_batches(STEPS, micro=1):
         optimizer.zero_grad()

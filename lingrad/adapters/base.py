@@ -95,8 +95,11 @@ class Attachment(ABC):
             ModeError: They have not.
         """
 
-    def require_heard(self) -> None:  # noqa: B027 - most form the gradient
+    def require_heard(self, weight: Tensor) -> None:  # noqa: B027 - most form the gradient
         """Make sure, before a step, that no hook of another program waits for a gradient that is never formed.
+
+        Args:
+            weight: The parameter.
 
         Raises:
             ModeError: One does.

@@ -146,13 +146,12 @@ class LinearAttachment(LayerAttachment):
 
     @override
     def require(self, mode: Mode) -> None:
-        self.require_heard()
+        self.require_heard(self.sub.weight.param)
 
     @override
-    def require_heard(self) -> None:
-        param: Any = self.sub.weight.param
-        if param._backward_hooks or len(param._post_accumulate_grad_hooks or ()) > (self._handle is not None):
-            refuse_hooks(self.sub.name, param, "its layer never forms this gradient")
+    def require_heard(self, weight: Any) -> None:
+        if weight._backward_hooks or len(weight._post_accumulate_grad_hooks or ()) > (self._handle is not None):
+            refuse_hooks(self.sub.name, weight, "its layer never forms this gradient")
 
     @override
     def _connect(self, mode: Mode) -> None:

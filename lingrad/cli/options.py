@@ -38,7 +38,7 @@ Factors = Annotated[str | None, typer.Option(callback=_dtype, help="Dtype of the
 Json = Annotated[Path | None, typer.Option(help="Write the report as JSON to this file; - prints the JSON and nothing else.")]
 Layerwise = Annotated[bool, typer.Option("--layerwise", help="Step each weight inside the backward.")]
 Length = Annotated[int, typer.Option(help="Tokens of a row.")]
-Logits = Annotated[bool, typer.Option("--logits", help="Load both models and compare their logits through PEFT.")]
+Logits = Annotated[bool, typer.Option("--logits", help="Load both models and compare all their outputs through PEFT.")]
 Mode = Annotated[str, typer.Option(help="Mode: optimizer or adapter.")]
 Model = Annotated[str, typer.Option(help="llama-60m ... llama-70b, demo, a config.json of transformers, or a folder with one.")]
 NewAdapter = Annotated[Path, typer.Option(help="Folder of the adapter; must not exist.")]

@@ -104,8 +104,8 @@ def take_assigned(run: Run) -> None:
             another layer.
     """
     for attachment in run.attachments:
-        attachment.require_heard()
         weight = attachment.sub.weight.param
+        attachment.require_heard(weight)
         if id(weight) != attachment.marked and is_attached(weight):
             raise ModeError(
                 f"{attachment.sub.name} holds the parameter of another layer that this optimizer trains (weights were tied or "

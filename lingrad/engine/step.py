@@ -228,7 +228,6 @@ def _advance(run: Run, optimizers: Sequence[Built], attachments: Sequence[Attach
 def _decay(run: Run, stepped: Sequence[tuple[Group, Tensor]], *, undo: bool = False) -> None:
     """Multiply weights and coordinates that have a gradient by 1 - lr * weight_decay, each param group in one call."""
     by_group: dict[int, tuple[Group, list[Tensor], list[Ledger]]] = {}
-    weights = []
     for group, param in stepped:
         # of workers' weights each decays in every step, whether or not it had a gradient in this worker: they stay alike
         if group["weight_decay"] == 0 or (param.grad is None and run.settings.rounds is None):
@@ -236,8 +235,6 @@ def _decay(run: Run, stepped: Sequence[tuple[Group, Tensor]], *, undo: bool = Fa
         attachment = run.attachment_of(param)
         _, tensors, ledgers = by_group.setdefault(id(group), (group, [], []))
         tensors.extend([own(param)] if attachment is None else attachment.sub.decaying())
-        if attachment is not None:
-            weights.append(attachment.sub.weight.param)
         if attachment is not None and attachment.sub.ledger.records:
             ledger = attachment.sub.ledger
             tensors.extend(() if ledger.on_host else map(own, ledger.tensors()))
@@ -250,8 +247,8 @@ def _decay(run: Run, stepped: Sequence[tuple[Group, Tensor]], *, undo: bool = Fa
             factor = 1.0 / factor if factor else 1.0
         if tensors:  # else the weights decay elsewhere, and what was merged is in host memory, or is nothing yet
             torch._foreach_mul_(tensors, factor)
-            for param in weights:
-                settle(param)
+            for tensor in tensors if run.mode == "adapter" else ():
+                settle(tensor)
         number = float(factor) if ledgers else 1.0  # of a learning rate that is a tensor, once
         for ledger in ledgers:
             ledger.decayed(number)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lingrad import convert
-from lingrad.convert.logits import logits_of
+from lingrad.convert.logits import outputs_of
 from lingrad.errors import CheckpointError, DataError
 from lingrad.models import load_model
 from tests.contract.test_galore import PROJECTIONS
@@ -275,9 +275,9 @@ def test_a_run_of_the_stock_trainer_becomes_an_adapter(tmp_path):
     assert {row.decay for row in low} == {1.0}
     assert report.residual <= 1e-5
     adapted = peft.PeftModel.from_pretrained(load_model(tmp_path / "base"), str(tmp_path / "out"))
-    expected = logits_of(load_model(tmp_path / "tuned").eval())
-    start = logits_of(load_model(tmp_path / "base").eval())
-    far = (logits_of(adapted.eval()) - expected).abs().max()
+    expected = outputs_of(load_model(tmp_path / "tuned").eval())["logits"]
+    start = outputs_of(load_model(tmp_path / "base").eval())["logits"]
+    far = (outputs_of(adapted.eval())["logits"] - expected).abs().max()
     assert far <= 1e-5 * expected.abs().max()
     assert far <= report.residual * 10 * (expected - start).abs().max()
     assert report.outputs.difference == pytest.approx(float(far), rel=1e-6)

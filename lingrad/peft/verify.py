@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,24 @@ class LoadedAdapter:
     def without(self) -> Any:
         """A context in which the model is without the adapter."""
         return self.model.disable_adapter()
+
+    @contextmanager
+    def without_originals(self) -> Iterator[None]:
+        """A context in which the modules that PEFT has copies of hold NaN: whatever reads one in its copy's place shows it.
+
+        They hold the trained weights here, since nobody knows what they started from, and in use would hold others.
+        """
+        taken: list[tuple[nn.Parameter, Tensor]] = []
+        try:
+            for name in self.planned.saved_modules:
+                for param in self._bare().get_submodule(name).original_module.parameters():
+                    if param.is_floating_point():
+                        taken.append((param, param.data))
+                        param.data = param.new_full((), torch.nan).expand(param.shape)
+            yield
+        finally:
+            for param, value in reversed(taken):
+                param.data = value
 
     def _bare(self) -> Any:
         return self.model.base_model.model

@@ -69,10 +69,14 @@ def places(value, path=()):
 def damaged(value, rng, odd=ODD):
     """A copy of a tree with one to three entries replaced, removed, doubled or swapped."""
     value = copy.deepcopy(value)
+
+    def any_odd():
+        return copy.deepcopy(rng.choice(odd))  # what is put in may be damaged next
+
     for _ in range(rng.choice([1, 1, 2, 3])):
         path = rng.choice(places(value)[1:] or [()])
         if not path:
-            return rng.choice(odd)
+            return any_odd()
         parent = value
         for key in path[:-1]:
             parent = parent[key]
@@ -80,7 +84,7 @@ def damaged(value, rng, odd=ODD):
         if what == 0:
             del parent[path[-1]]
         elif what == 1 and isinstance(parent, dict):
-            parent[rng.choice(["", "new", "weight", "0", "a" * 300])] = rng.choice(odd)
+            parent[rng.choice(["", "new", "weight", "0", "a" * 300])] = any_odd()
         elif what == 2:
             other = rng.choice(places(value)[1:])
             found = value
@@ -88,8 +92,7 @@ def damaged(value, rng, odd=ODD):
                 found = found[key]
             parent[path[-1]] = copy.deepcopy(found)
         else:
-            new = rng.choice(odd)
-            parent[path[-1]] = copy.deepcopy(new) if isinstance(new, (list, dict)) else new
+            parent[path[-1]] = any_odd()
     return value
 
 

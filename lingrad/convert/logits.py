@@ -31,9 +31,7 @@ def compare_logits(folder: Path, base: Path, tuned: Path) -> OutputComparison:
     expected = outputs_of(model, inputs)
     del model  # before the next one is loaded
     found = outputs_of(peft.PeftModel.from_pretrained(load_model(base), str(folder)), inputs)
-    if {name: value.shape for name, value in found.items()} != {name: value.shape for name, value in expected.items()}:
-        raise ExportError("PEFT's model does not give outputs of the tuned model's names and shapes")
-    return max((compare(inputs, value, found[name]) for name, value in expected.items()), key=_share)
+    return max(compare(inputs, expected, found).values(), key=_share)
 
 
 def _share(found: OutputComparison) -> float:

@@ -113,27 +113,36 @@ def compare_outputs(inputs: Inputs, trained: nn.Module, adapted: LoadedAdapter) 
             f"{type(trained).__name__} with the adapter does not run through PEFT on {inputs.what}: {in_short(error)}. The "
             "model treats one of the layers as PEFT's wrapper cannot be treated; leave that layer out by a rule: 'none'"
         ) from error
-    shapes = [{name: value.shape for name, value in found.items()} for found in (expected, got, before)]
-    if shapes != shapes[:1] * 3:
-        raise ExportError("PEFT's model does not give outputs of the run's names and shapes")
-    return {name: compare(inputs, value, got[name], before[name]) for name, value in expected.items()}
+    return compare(inputs, expected, got, before)
 
 
-def compare(inputs: Inputs, expected: Tensor, found: Tensor, before: Tensor | None = None) -> OutputComparison:
-    """Compare one output.
+def compare(inputs: Inputs, expected: Outputs, found: Outputs, before: Outputs | None = None) -> dict[str, OutputComparison]:
+    """Compare outputs that two models gave.
 
     Args:
         inputs: What the models were run on.
-        expected: The trained model's, of any shape.
+        expected: The trained model's outputs, of any shapes.
         found: The adapter's.
-        before: That without the adapter; None where it was not computed.
+        before: Those without the adapter; None where they were not computed.
 
     Returns:
-        What was found; where both are the same infinity, they do not differ.
+        What was found, for each output; where both are the same infinity, they do not differ.
+
+    Raises:
+        ExportError: They have other names or shapes.
     """
-    largest = float(torch.where(expected.isinf(), 0.0, expected.abs()).max())
-    change = None if before is None else _apart(before, expected)
-    return OutputComparison(inputs.what, _apart(found, expected), largest, change)
+    shapes = [{name: value.shape for name, value in outputs.items()} for outputs in (expected, found, before or expected)]
+    if shapes != shapes[:1] * 3:
+        raise ExportError("PEFT's model does not give outputs of the trained model's names and shapes")
+    return {
+        name: OutputComparison(
+            inputs.what,
+            _apart(found[name], value),
+            float(torch.where(value.isinf(), 0.0, value.abs()).max()),
+            None if before is None else _apart(before[name], value),
+        )
+        for name, value in expected.items()
+    }
 
 
 def _apart(one: Tensor, other: Tensor) -> float:

@@ -6,21 +6,22 @@ import torch
 import lingrad
 from lingrad.errors import ModeError
 from tests.adapters.test_reading import NAMES, held, trained
-from tests.engine.test_follow import HOOKS, RULES, mixed, teach
+from tests.engine.test_follow import HOOKS, RULES, mixed
+from tests.support.small import repeat
 
 
 @pytest.mark.parametrize("hook", HOOKS)
 def test_a_hook_that_came_after_wrapping_on_a_gradient_that_is_never_formed_stops_the_next_step(hook):
     model = mixed()
     optimizer = lingrad.wrap(model, RULES, lr=1e-2)
-    teach(model, optimizer)
+    repeat(model, optimizer)
     handle = HOOKS[hook](model.inner.weight)
     before = model.inner.weight.detach().clone()
     with pytest.raises(ModeError, match=r"^inner\.weight has a hook on its gradient, which would never be called"):
-        teach(model, optimizer)
+        repeat(model, optimizer)
     assert torch.equal(model.inner.weight, before)
     handle.remove()
-    teach(model, optimizer)
+    repeat(model, optimizer)
     assert not torch.equal(model.inner.weight, before)
 
 

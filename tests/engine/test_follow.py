@@ -13,6 +13,7 @@ from torch import nn
 import lingrad
 from lingrad.errors import LingradError, ModeError, ShapeError
 from tests.support.runs import MODES, each_mode
+from tests.support.small import repeat
 
 RULES = {"embed": "svd(rank=2, every=3)", "conv": "svd(rank=2, every=3)", "inner": "svd(rank=2, every=3)"}
 
@@ -38,14 +39,6 @@ class Mixed(nn.Module):
 def mixed():
     torch.manual_seed(0)
     return Mixed().double()
-
-
-def teach(model, optimizer, steps=2, ids=None):
-    ids = torch.arange(10).view(2, 5) if ids is None else ids
-    for _ in range(steps):
-        optimizer.zero_grad()
-        model(ids).square().mean().backward()
-        optimizer.step()
 
 
 def resize(module, attribute, shape):
@@ -117,15 +110,15 @@ def test_a_parameter_that_was_resized_after_steps_is_named_before_anything_is_st
     model = mixed()
     options = {"sgd(momentum)": {"base": "sgd", "momentum": 0.9}, "adamw fused": {"base": "adamw", "fused": True}}
     optimizer = MODES[mode](model, RULES, lr=1e-2, **options.get(base, {"base": "adamw"}))
-    teach(model, optimizer)
+    repeat(model, optimizer)
     change.make(model)
     before = {name: value.clone() for name, value in optimizer.weights().items()}
     with pytest.raises(change.error, match=rf"^{change.named} has shape .* moments are of its old shape .*detach\(\)"):
-        teach(model, optimizer, 1)
+        repeat(model, optimizer, 1)
     assert all(torch.equal(value, before[name]) for name, value in optimizer.weights().items())
     optimizer.detach()
     again = MODES[mode](model, RULES, lr=1e-2)
-    teach(model, again)
+    repeat(model, again)
 
 
 @each_mode
@@ -135,7 +128,7 @@ def test_a_parameter_that_was_resized_before_its_first_step_trains_as_in_torch(m
         model = mixed()
         optimizer = make(model, {"inner": "full()"}, lr=1e-2)
         resize_table(model)
-        teach(model, optimizer)
+        repeat(model, optimizer)
         runs.append(model.table.weight.detach().clone())
     torch.testing.assert_close(*runs, rtol=1e-12, atol=1e-12)  # other weights are stepped by way of a map, which rounds
 
@@ -144,10 +137,10 @@ def test_a_parameter_that_was_resized_before_its_first_step_trains_as_in_torch(m
 def test_without_moments_a_resized_parameter_is_followed_as_in_torch(mode):
     model = mixed()
     optimizer = MODES[mode](model, RULES, base="sgd", lr=1e-2)
-    teach(model, optimizer)
+    repeat(model, optimizer)
     resize_table(model)
     before = model.table.weight.detach().clone()
-    teach(model, optimizer)
+    repeat(model, optimizer)
     assert (model.table.weight[:10] != before[:10]).any()
 
 
@@ -156,7 +149,7 @@ def test_without_moments_a_resized_parameter_is_followed_as_in_torch(mode):
 def test_a_transformed_weight_that_was_resized_is_named(mode, name):
     model = mixed()
     optimizer = MODES[mode](model, RULES, lr=1e-2)
-    teach(model, optimizer)
+    repeat(model, optimizer)
     module = getattr(model, name)
     held = module.parametrizations.weight.original if hasattr(module, "parametrizations") else module.weight
     if name == "conv":
@@ -165,7 +158,7 @@ def test_a_transformed_weight_that_was_resized_is_named(mode, name):
     else:
         held.data = torch.cat([held.detach(), held.detach()[:2]])
     with pytest.raises(ShapeError, match=rf"{name}.weight has shape .* when lingrad was called.*detach\(\) before"):
-        teach(model, optimizer, 1)
+        repeat(model, optimizer, 1)
 
 
 @each_mode
@@ -173,22 +166,22 @@ def test_a_transformed_weight_that_was_resized_is_named(mode, name):
 def test_a_parameter_that_was_replaced_is_named(mode, change):
     model = mixed()
     optimizer = MODES[mode](model, RULES, lr=1e-2)
-    teach(model, optimizer)
+    repeat(model, optimizer)
     change.make(model)
     with pytest.raises(change.error, match=rf"{change.named} is another parameter now"):
-        teach(model, optimizer, 1)
+        repeat(model, optimizer, 1)
     optimizer.detach()
-    teach(model, MODES[mode](model, RULES, lr=1e-2))
+    repeat(model, MODES[mode](model, RULES, lr=1e-2))
 
 
 @each_mode
 def test_a_state_that_is_assigned_is_an_error_where_it_would_stand_still(mode):
     model = mixed()
     optimizer = MODES[mode](model, RULES, lr=1e-2)
-    teach(model, optimizer)
+    repeat(model, optimizer)
     assign(model)
     with pytest.raises(ModeError, match="is another parameter now"):
-        teach(model, optimizer, 1)
+        repeat(model, optimizer, 1)
     optimizer.detach()
     assert not any(name.endswith("coords") for name, _ in model.named_parameters())
 
@@ -201,10 +194,10 @@ def test_a_state_that_is_assigned_is_followed_by_linear_layers(mode):
     optimizers = [MODES[mode](model, {"*": "svd(rank=2, every=3)"}, lr=1e-2) for model in models]
     x = torch.randn(4, 8, dtype=torch.float64)
     for model, optimizer in zip(models, optimizers, strict=True):
-        teach(model, optimizer, 4, x)
+        repeat(model, optimizer, 4, x)
     assign(models[1])
     for model, optimizer in zip(models, optimizers, strict=True):
-        teach(model, optimizer, 4, x)
+        repeat(model, optimizer, 4, x)
     weights = [optimizer.weights() for optimizer in optimizers]
     # in adapter mode the state has the sum of W and S z, and the run goes on from that: float64, rounded once more
     tolerance = 0.0 if mode == "optimizer" else 1e-12
@@ -220,19 +213,19 @@ def test_what_was_frozen_at_the_start_and_has_a_gradient_now_is_named_once(mode,
     getattr(model, name).requires_grad_(False)
     rules = {key: value for key, value in RULES.items() if key != name}
     optimizer = MODES[mode](model, rules, lr=1e-2)
-    teach(model, optimizer)
+    repeat(model, optimizer)
     getattr(model, name).requires_grad_(True)
     other = torch.optim.SGD(getattr(model, name).parameters(), 1e-2)
     before = getattr(model, name).weight.detach().clone()
     with pytest.warns(
         UserWarning, match=rf"{name}\.\w+( and 1 more)? was frozen when lingrad was called, has a gradient now"
     ) as said:
-        teach(model, optimizer, 3)
+        repeat(model, optimizer, 3)
     assert len(said) == 1
     assert torch.equal(getattr(model, name).weight, before)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        teach(model, optimizer, 1)
+        repeat(model, optimizer, 1)
         other.step()
     assert not torch.equal(getattr(model, name).weight, before)
 
@@ -245,10 +238,10 @@ def test_what_was_trainable_at_the_start_can_be_frozen_and_unfrozen(mode, name):
     optimizer = MODES[mode](model, RULES, lr=1e-2)
     getattr(model, name).requires_grad_(False)
     frozen = {key: value.clone() for key, value in optimizer.weights().items() if key.startswith(name)}
-    teach(model, optimizer)
+    repeat(model, optimizer)
     assert all(torch.equal(optimizer.weights()[key], value) for key, value in frozen.items())
     getattr(model, name).requires_grad_(True)
-    teach(model, optimizer)
+    repeat(model, optimizer)
     assert not any(torch.equal(optimizer.weights()[key], value) for key, value in frozen.items())
 
 
@@ -258,10 +251,10 @@ def test_layers_that_are_removed_stand_still_as_in_torch(mode):
     model = nn.Sequential(*[nn.Linear(8, 8) for _ in range(4)]).double()
     optimizer = MODES[mode](model, {"*": "svd(rank=2, every=3)"}, lr=1e-2)
     x = torch.randn(4, 8, dtype=torch.float64)
-    teach(model, optimizer, 2, x)
+    repeat(model, optimizer, 2, x)
     removed = model[1]
     del model[1]  # the names of the layers behind it move up
-    teach(model, optimizer, 4, x)
+    repeat(model, optimizer, 4, x)
     optimizer.detach()
     assert "forward" not in vars(removed)
 
@@ -279,7 +272,7 @@ def test_a_lazy_layer_is_named(layer, given):
 def test_detach_is_all_or_nothing(mode, broken):
     model = mixed()
     optimizer = MODES[mode](model, RULES, lr=1e-2)
-    teach(model, optimizer)
+    repeat(model, optimizer)
     weights = {name: value.clone() for name, value in optimizer.weights().items()}
     attachment = optimizer.attachments[0 if broken == "first" else -1]
 
@@ -293,7 +286,7 @@ def test_detach_is_all_or_nothing(mode, broken):
     for name, value in optimizer.weights().items():
         torch.testing.assert_close(value, weights[name], rtol=1e-12, atol=1e-12)  # merged, in another order of sums
     del vars(attachment)["_disconnect"]
-    teach(model, optimizer)
+    repeat(model, optimizer)
     optimizer.detach()
     assert list(model.state_dict()) == list(mixed().state_dict())
 
@@ -302,7 +295,7 @@ def test_a_weight_that_was_resized_is_detached_with_what_its_coordinates_held():
     """Whoever resizes it reads the sum, W + S z, and replaces it."""
     model = mixed()
     optimizer = lingrad.adapt(model, RULES, lr=1e-2)
-    teach(model, optimizer)
+    repeat(model, optimizer)
     sum_ = optimizer.weights()["inner.weight"].clone()
     assert any(sub.coords.any() for sub in optimizer.subspaces if sub.name == "inner.weight")
     resize(model.inner, "weight", (12, 8))
@@ -340,7 +333,7 @@ def test_a_hook_on_a_gradient_that_is_formed_is_called_as_in_torch(name):
     before = weight.detach().clone()
     weight.register_hook(lambda grad: grad * (torch.arange(len(grad)) < 4).view(-1, *[1] * (grad.dim() - 1)))
     optimizer = lingrad.wrap(model, {name: "svd(rank=2, every=3, side=right)"}, lr=1e-2)
-    teach(model, optimizer, 4)
+    repeat(model, optimizer, 4)
     moved = (weight.detach() - before).flatten(1).norm(dim=1)
     assert (moved[:4] > 1e-3).all()
     assert (moved[4:] == 0).all()
@@ -353,7 +346,7 @@ def test_a_hook_that_came_after_wrapping_keeps_the_run_in_its_mode():
     with pytest.raises(ModeError, match=r"embed\.weight has a hook"):
         optimizer.switch("adapter")
     assert optimizer.mode == "optimizer"
-    teach(model, optimizer)
+    repeat(model, optimizer)
 
 
 def test_lingrad_s_own_hooks_do_not_count():
@@ -361,7 +354,7 @@ def test_lingrad_s_own_hooks_do_not_count():
     optimizer = lingrad.wrap(model, RULES, lr=1e-2)
     for mode in ("adapter", "optimizer", "adapter"):
         optimizer.switch(mode)
-        teach(model, optimizer)
+        repeat(model, optimizer)
     optimizer.detach()
     lingrad.adapt(model, RULES, lr=1e-2)
 
@@ -371,12 +364,12 @@ def test_a_frozen_parameter_that_was_replaced_is_freed(mode):
     model = mixed()
     model.table.requires_grad_(False)
     optimizer = MODES[mode](model, RULES, lr=1e-2)
-    teach(model, optimizer)
+    repeat(model, optimizer)
     old = weakref.ref(model.table.weight)
     model.table.weight = nn.Parameter(torch.zeros(10, 8, dtype=torch.float64), requires_grad=False)
     gc.collect()
     assert old() is None
-    teach(model, optimizer)
+    repeat(model, optimizer)
 
 
 class Tied(nn.Module):
@@ -397,7 +390,7 @@ def test_tied_weights_train_whatever_their_layers_say_of_their_sizes(mode, rows)
     model = Tied(rows).double()
     optimizer = MODES[mode](model, {"embed": "svd(rank=2, every=3)"}, lr=1e-2)
     before = model.head.weight.detach().clone()
-    teach(model, optimizer, 4)
+    repeat(model, optimizer, 4)
     optimizer.detach()
     assert model.embed.weight is model.head.weight
     assert not torch.equal(model.head.weight, before)
@@ -408,21 +401,21 @@ def test_tied_weights_that_are_not_tied_any_more_are_named(mode):
     torch.manual_seed(0)
     model = Tied().double()
     optimizer = MODES[mode](model, {"embed": "svd(rank=2, every=3)"}, lr=1e-2)
-    teach(model, optimizer)
+    repeat(model, optimizer)
     assign(model)
     with pytest.raises(ModeError, match="hold different parameters now|is another parameter now"):
-        teach(model, optimizer, 1)
+        repeat(model, optimizer, 1)
 
 
 @each_mode
 def test_a_layer_whose_child_was_taken_away_can_be_detached(mode):
     model = mixed()
     optimizer = MODES[mode](model, RULES, lr=1e-2)
-    teach(model, optimizer)
+    repeat(model, optimizer)
     del model.inner.lingrad
     optimizer.detach()
     assert list(model.state_dict()) == list(mixed().state_dict())
-    teach(model, MODES[mode](model, RULES, lr=1e-2))
+    repeat(model, MODES[mode](model, RULES, lr=1e-2))
 
 
 def test_a_resized_weight_can_be_detached_where_nothing_is_lost():

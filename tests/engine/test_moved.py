@@ -8,14 +8,7 @@ from torch.nn.utils import prune
 import lingrad
 from lingrad.errors import ModeError
 from tests.support.runs import MODES, each_mode
-
-
-def teach(model, optimizer, steps=2, ids=None):
-    ids = torch.arange(10).view(2, 5) if ids is None else ids
-    for _ in range(steps):
-        optimizer.zero_grad()
-        model(ids).square().mean().backward()
-        optimizer.step()
+from tests.support.small import repeat
 
 
 def exchange(one, other):
@@ -38,11 +31,11 @@ def test_layers_that_exchange_or_share_their_weights_are_named(mode, make):
     model = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8)).double()
     optimizer = MODES[mode](model, {"*.weight": "svd(rank=2, every=3)"}, lr=1e-2)
     x = torch.randn(4, 8, dtype=torch.float64)
-    teach(model, optimizer, 2, x)
+    repeat(model, optimizer, 2, x)
 
     def step_after(change):
         change(model[0], model[2])
-        teach(model, optimizer, 1, x)
+        repeat(model, optimizer, 1, x)
 
     with pytest.raises(
         ModeError, match=r"[02]\.weight (holds the parameter of another layer|is put into a module).*[Cc]all detach\(\)"
@@ -64,12 +57,12 @@ def test_a_parameter_is_the_whole_weight_however_it_is_put_there(mode, put):
     model = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8)).double()
     optimizer = MODES[mode](model, {"*.weight": "svd(rank=2, every=3)"}, lr=1e-2)
     x = torch.randn(4, 8, dtype=torch.float64)
-    teach(model, optimizer, 2, x)
+    repeat(model, optimizer, 2, x)
     fresh = torch.randn(8, 8, dtype=torch.float64)
     PUT[put](model[0], nn.Parameter(fresh.clone()))
     torch.testing.assert_close(model[0](x), nn.functional.linear(x, fresh, model[0].bias), rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(optimizer.weights()["0.weight"], fresh, rtol=0, atol=0)
-    teach(model, optimizer, 2, x)
+    repeat(model, optimizer, 2, x)
     assert not torch.equal(optimizer.weights()["0.weight"], fresh)
 
 
@@ -98,7 +91,7 @@ def test_to_tie_again_what_is_tied_changes_nothing(mode):
         model = TiedHead().double()
         optimizer = MODES[mode](model, {"*.weight": "svd(rank=2, every=3)"}, lr=1e-2)
         for _ in range(4):
-            teach(model, optimizer)
+            repeat(model, optimizer)
             if again:
                 model.tie_weights()
                 model.inner.weight = model.inner.weight
@@ -112,10 +105,10 @@ def test_to_tie_again_what_is_tied_changes_nothing(mode):
 def test_another_weight_for_a_parametrized_layer_is_refused_and_the_run_goes_on():
     model = TiedHead().double()
     optimizer = lingrad.adapt(model, {"*.weight": "svd(rank=2, every=3)"}, lr=1e-2)
-    teach(model, optimizer)
+    repeat(model, optimizer)
     with pytest.raises(ModeError, match=r"embed\.weight is replaced by another tensor.*call detach\(\)"):
         model.head.weight = nn.Parameter(torch.zeros(10, 8, dtype=torch.float64))
-    teach(model, optimizer)
+    repeat(model, optimizer)
     optimizer.detach()
     assert model.head.weight is model.embed.weight
 
@@ -134,11 +127,11 @@ def test_a_parametrization_put_on_in_adapter_mode_is_refused_and_the_run_goes_on
     model = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8)).double()
     optimizer = lingrad.adapt(model, {"*.weight": "svd(rank=2, every=3)"}, lr=1e-2)
     x = torch.randn(4, 8, dtype=torch.float64)
-    teach(model, optimizer, 2, x)
+    repeat(model, optimizer, 2, x)
     weight = optimizer.weights()["0.weight"].clone()
     with pytest.raises(ModeError, match=r"0\.weight is .*call detach\(\)"):
         LATER[change](model[0])
     assert torch.equal(optimizer.weights()["0.weight"], weight)
-    teach(model, optimizer, 2, x)
+    repeat(model, optimizer, 2, x)
     optimizer.detach()
     LATER[change](model[0])

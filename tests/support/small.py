@@ -35,6 +35,15 @@ def teach(model, optimizer, batches):
     train(model, optimizer, batches, zoo_loss, schedule=False)
 
 
+def repeat(model, optimizer, steps=2, ids=None):
+    """Steps on one batch, of token ids unless another is given."""
+    ids = torch.arange(10).view(2, 5) if ids is None else ids
+    for _ in range(steps):
+        optimizer.zero_grad()
+        model(ids).square().mean().backward()
+        optimizer.step()
+
+
 def named(model):
     return dict(model.named_parameters())
 

@@ -7,6 +7,7 @@ lingrad. Linear layers alone are trained, so that reduced bytes are theirs. In b
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import sys
 import tempfile
@@ -154,6 +155,7 @@ def worker(rank: int, world: int, folder: str) -> None:
         if rank == 0:
             measure.say(run.label)
         counted.append({"run": run.label, "steps": count(rank, world, run)})
+    gc.collect()  # what holds the group is freed before it, as in lingrad.research.processes
     distributed.destroy_process_group()
     if rank == 0:
         (Path(folder) / "found.json").write_text(json.dumps(counted))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
@@ -72,6 +73,9 @@ def joined(device: str) -> Iterator[str]:
         yield own
     finally:
         if distributed.is_initialized():
+            # a DistributedDataParallel that is freed later, as the last that holds the group, waits with the interpreter's lock
+            # for gloo's threads, which may wait for that lock
+            gc.collect()
             distributed.destroy_process_group()
 
 

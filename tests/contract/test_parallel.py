@@ -10,7 +10,7 @@ import lingrad
 from lingrad.errors import ModeError
 from tests.support.cases import SIDED, UNSIDED
 from tests.support.models import gap, llama, text_batches, text_loss, zoo, zoo_batches, zoo_loss
-from tests.support.processes import start, train
+from tests.support.processes import each_rank, train
 from tests.support.runs import MODES
 
 STEPS, EVERY = 7, 3
@@ -37,21 +37,18 @@ def runs(specs):
                 yield llama, rules, text_batches(STEPS, micro=2), text_loss, mode, {"share": "input", "stagger": True}
 
 
-def work(rank, folder, specs):
+def work(rank, world, specs):
     # singular vectors differ in their last bits between thread counts
     torch.set_num_threads(1 + rank if specs == "slow" else 1)
-    distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     found = []
     for run in runs(DEFAULT if specs == "default" else SLOW):
         torch.manual_seed(1000 + rank)  # nothing may depend on the global generator
         found.append(train(*run, rank=rank))
-    torch.save(found, f"{folder}/{rank}.pt")
-    distributed.destroy_process_group()
+    return found
 
 
 def assert_two_processes_are_one(folder, which, specs):
-    start(work, (str(folder), which), 2)
-    first, second = (torch.load(folder / f"{rank}.pt", weights_only=True) for rank in (0, 1))
+    first, second = each_rank(work, 2, folder, which)
     for run, one, other in zip(runs(specs), first, second, strict=True):
         assert all(torch.equal(one[name], other[name]) for name in one), run[1]
         assert gap(one, train(*run)) <= 1e-12, run[1]
@@ -66,9 +63,8 @@ def test_two_processes_are_one_on_other_sides(tmp_path):
     assert_two_processes_are_one(tmp_path, "slow", SLOW)
 
 
-def count_bytes(rank, folder):
+def count_bytes(rank, world):
     """All that is all-reduced in each step, by DistributedDataParallel and by us, in bytes."""
-    distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     counted = []
     reduce = distributed.all_reduce
 
@@ -93,14 +89,12 @@ def count_bytes(rank, folder):
             optimizer.step()
         trained = sum(p.numel() * p.element_size() for group in optimizer.param_groups for p in group["params"])
         found[build.__name__] = [trained, *counted]
-    torch.save(found, f"{folder}/{rank}.pt")
-    distributed.destroy_process_group()
+    return found
 
 
 @pytest.mark.slow
 def test_what_is_sent_is_as_small_as_what_is_trained(tmp_path):
-    start(count_bytes, (str(tmp_path),), 2)
-    for trained, *steps in torch.load(tmp_path / "0.pt", weights_only=True).values():
+    for trained, *steps in each_rank(count_bytes, 2, tmp_path)[0].values():
         for step, sent in enumerate(steps):
             if step % 3:
                 assert sent == trained  # r-sized: coordinates, and what is trained in full
@@ -108,8 +102,7 @@ def test_what_is_sent_is_as_small_as_what_is_trained(tmp_path):
                 assert sent > trained  # products, or matrices, for the refresh
 
 
-def two_ranks(rank, folder):
-    distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+def two_ranks(rank, world):
     model = zoo()
     with pytest.raises(ModeError, match="pass the model itself to lingrad first, then build DistributedDataParallel"):
         lingrad.wrap(DistributedDataParallel(model), "svd(rank=1)", lr=1e-2)
@@ -126,14 +119,13 @@ def two_ranks(rank, folder):
         nn.utils.clip_grad_norm_(model.parameters(), 0.1)
         optimizer.step()
     assert [sub.basis.refreshes for sub in optimizer.subspaces] == [2, 2]
-    torch.save({name: w.clone() for name, w in optimizer.weights().items()}, f"{folder}/{rank}.pt")
+    found = {name: w.clone() for name, w in optimizer.weights().items()}
     optimizer.detach()
     assert not getattr(model, "_ddp_params_and_buffers_to_ignore", [])
-    distributed.destroy_process_group()
+    return found
 
 
 @pytest.mark.slow
 def test_ranks_that_see_different_layers_agree(tmp_path):
-    start(two_ranks, (str(tmp_path),), 2)
-    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
+    first, second = each_rank(two_ranks, 2, tmp_path)
     assert all(torch.equal(first[name], second[name]) for name in first)

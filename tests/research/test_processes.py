@@ -1,22 +1,25 @@
 """Runs of two processes of torchrun, compared with one process."""
 
 import json
+import weakref
 
 import pytest
+from torch import distributed, nn
+from torch.nn.parallel import DistributedDataParallel
 
-from lingrad.research import trial
+from lingrad.research import processes, trial
 from lingrad.research.record import RESULT
 from lingrad.research.training import METRICS
 
 TASK = {"kind": "text", "steps": 4, "hidden": 32, "layers": 1, "length": 16, "rows": 4, "held": 4}
 
 
-def run_made(folder, processes, entry, **run):
+def run_made(folder, count, entry, **run):
     folder.mkdir()
     content = {
         "name": "two",
         "task": TASK,
-        "run": {"dtype": "float64", "processes": processes, "diagnostics": [], **run},
+        "run": {"dtype": "float64", "processes": count, "diagnostics": [], **run},
         "entries": [{"name": "a", "options": {"lr": 1e-2}, **entry}],
     }
     job = {"content": content, "where": "plan.toml", "folder": str(folder), "quick": False, "entry": "a", "values": {}}
@@ -51,3 +54,18 @@ def test_rows_that_cannot_be_shared_are_a_failure_in_the_record(tmp_path, monkey
         run_made(folder, 2, {"method": "svd(rank=4)"})
     record = json.loads((folder / "out" / RESULT).read_text())
     assert "cannot be cut for 2 processes" in record["run_info"]["error_msg"]
+
+
+def test_what_holds_the_group_is_freed_before_it(monkeypatch):
+    """A DistributedDataParallel that is freed later, in a cycle as they are, may wait for gloo's threads for ever."""
+    given = {"TORCHELASTIC_RUN_ID": "a", "RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    held, destroy, alive = [], distributed.destroy_process_group, []
+    monkeypatch.setattr(distributed, "destroy_process_group", lambda: (alive.append(held[0]() is not None), destroy()))
+    with processes.joined("cpu"):
+        model = DistributedDataParallel(nn.Linear(2, 2))
+        model.itself = [model]
+        held.append(weakref.ref(model))
+        del model
+    assert alive == [False]

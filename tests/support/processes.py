@@ -35,27 +35,25 @@ class Attempts(list):
             self.append("nothing was raised")
 
 
-def start(function, args, world):
-    """Run ``function(rank, *args)`` in so many processes, until the last has ended.
-
-    What a test changes in the environment after the first of them has started does not reach the later ones.
-    """
-    multiprocessing.set_forkserver_preload(list(IMPORTED))
-    torch.multiprocessing.start_processes(function, args, nprocs=world, start_method="forkserver")
-
-
 def _entry(rank, function, world, folder, args):
     torch.set_num_threads(1)
     distributed.init_process_group("gloo", init_method=f"file://{folder}/store-{world}", rank=rank, world_size=world)
     found = function(rank, world, *args)
     torch.save(found, f"{folder}/found-{rank}.pt")
+    # what held the group has gone, or is never freed: where a DistributedDataParallel is the last that holds it, it waits, with
+    # the interpreter's lock, for gloo's threads, which may wait for that lock
     distributed.destroy_process_group()
     os._exit(0)  # gloo's threads sometimes abort a process that ends in the ordinary way
 
 
 def each_rank(function, world, folder, *args):
-    """Run ``function(rank, world, *args)`` in so many processes; what they return, in the order of ranks."""
-    start(_entry, (function, world, str(folder), args), world)
+    """Run ``function(rank, world, *args)`` in so many processes; what they return, in the order of ranks.
+
+    What a test changes in the environment after the first of them has started does not reach the later ones.
+    """
+    multiprocessing.set_forkserver_preload(list(IMPORTED))
+    given = (function, world, str(folder), args)
+    torch.multiprocessing.start_processes(_entry, given, nprocs=world, start_method="forkserver")
     (folder / f"store-{world}").unlink(missing_ok=True)
     return [torch.load(folder / f"found-{rank}.pt", weights_only=True) for rank in range(world)]
 

@@ -1,5 +1,10 @@
 import gc
+import os
 import sys
+
+# before torch is imported, here and in the processes that tests start: threads that wait for each other leave the core to the
+# process that has something to do (a demo of several processes beside another test: 15 s instead of 81)
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import pytest
 import torch

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -122,12 +122,24 @@ class Comparison:
         worst = max(every, key=lambda name: (not share(name) <= 1.0, share(name)))
         found = every[worst]
         if not share(worst) <= 1.0:
-            raise ExportError(
-                f"PEFT's model does not give the run's outputs: on {found.inputs} they differ by {found.difference:.1e} in "
-                f"'{worst or 'the output'}', {share(worst):.1e} of what rounding and the weights, which agree, explain; some "
-                "layer does not act through PEFT's wrapper. Leave it out by a rule: 'none'"
-            )
+            self._refuse(f"'{worst or 'the output'}'", found, share(worst))
         return found
+
+    def _refuse(self, name: str, found: OutputComparison, share: float) -> NoReturn:
+        """Say how an output differs, and by what that may be."""
+        saved, where = self._loaded.planned.saved_modules, f"on {found.inputs}"
+        if math.isnan(found.largest):
+            raise ExportError(f"the run's own outputs {where} hold NaN in {name}; pass inputs= on which they are numbers")
+        if math.isnan(found.difference) and saved:  # that of the originals, which are not in use
+            raise ExportError(
+                f"PEFT's model does not give the run's outputs: {where} it gives NaN in {name}, as where the model reads a "
+                f"module itself of which PEFT keeps a copy ({', '.join(saved)}). Freeze that module, or save the model"
+            )
+        raise ExportError(
+            f"PEFT's model does not give the run's outputs: {where} they differ by {found.difference:.1e} in {name}, "
+            f"{share:,.1f} times what rounding and the weights explain; some layer does not act through PEFT's wrapper. Leave "
+            "it out by a rule: 'none'"
+        )
 
     def _why(self, row: ChangedTensor, lost: Mapping[str, str]) -> str:
         """The cause of a residual that is too large."""

@@ -68,7 +68,10 @@ def make_inputs(model: nn.Module, *, rows: int, length: int, loss: bool = False,
     finally:
         for module, mode in modes.items():
             module.training = mode
-    raise DataError(f"no inputs are known on which {type(model).__name__} runs, of {tried} that were tried; the first: {last}")
+    which = f"no inputs are known on which {type(model).__name__} runs"
+    if not tried:
+        raise DataError(f"{which}: neither their names nor its config say what shape they have")
+    raise DataError(f"{which}, of {tried} that were tried; the first: {last}")
 
 
 def reads_tokens(model: nn.Module) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ def compare_logits(folder: Path, base: Path, tuned: Path) -> OutputComparison:
         What was found in the output that differs most.
 
     Raises:
-        ExportError: No inputs are known for the model, a model fails, or they have other outputs.
+        ExportError: No inputs are known for the model, a model fails, or they have other outputs, or NaN.
     """
     peft: Any = optional("peft", "comparing logits", "hf")
     model = load_model(tuned)
@@ -31,7 +32,11 @@ def compare_logits(folder: Path, base: Path, tuned: Path) -> OutputComparison:
     expected = outputs_of(model, inputs)
     del model  # before the next one is loaded
     found = outputs_of(peft.PeftModel.from_pretrained(load_model(base), str(folder)), inputs)
-    return max(compare(inputs, expected, found).values(), key=_share)
+    compared = compare(inputs, expected, found)
+    for name, one in compared.items():
+        if math.isnan(one.difference):
+            raise ExportError(f"logits cannot be compared, on {inputs.what} they are NaN in '{name}'; leave logits out")
+    return max(compared.values(), key=_share)
 
 
 def _share(found: OutputComparison) -> float:

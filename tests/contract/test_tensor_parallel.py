@@ -43,7 +43,7 @@ def rules(spec):
 
 
 def cases(specs, options):
-    """(rules, mode, options, whether clipped): of each transform in both modes, or the one of its number."""
+    """(rules, mode, options, whether clipped): of each transform in both modes."""
     for i, spec in enumerate(specs):
         for k, mode in enumerate(MODES):
             yield rules(spec.replace("every=7", "every=3")), mode, options[i % len(options)], (i + k) % 2 == 0

@@ -243,6 +243,15 @@ def test_logits_of_models_that_read_otherwise(tmp_path, kind):
     assert report.outputs.difference <= 1e-4 * report.outputs.largest
 
 
+def test_logits_that_are_no_numbers_are_not_taken_for_equal(tmp_path):
+    folders = make(tmp_path, "llama", others=False)
+    for folder in folders:
+        edit(folder, lambda t: t.update({"model.norm.weight": torch.full_like(t["model.norm.weight"], 3e38)}))
+    with pytest.raises(ExportError, match="compared, on 2 x 16 random token ids they are NaN in .logits.; leave"):
+        convert.convert(*folders, tmp_path / "out", logits=True)
+    convert.convert(*folders, tmp_path / "out")
+
+
 @pytest.mark.parametrize("tied", ["base", "tuned"])
 def test_a_tied_head_may_be_stored_or_not(tmp_path, tied):
     """One program leaves it out, another writes it twice."""

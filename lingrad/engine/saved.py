@@ -233,8 +233,8 @@ def check_groups(saved: list[dict[str, Any]], own: list[dict[str, Any]], identit
             if was[key] != new:
                 value = shown(was[key])
                 remedy = f"call opt.switch({value}) before loading" if key == "mode" else f"make the run with {key}={value}"
-                if key == "base" and "(moments=" in f"{value}{new}":
-                    remedy = "make the run with the base and the moments= of the checkpoint's: their codes mean other numbers"
+                if key == "base" and "(moments=" in f"{value}{new}":  # no name of a base that could be passed
+                    remedy = "make the run with the checkpoint's base and moments="
                 raise CheckpointError(f"the checkpoint has {key} {value}, this run has {new!r}; {remedy}")
         if not isinstance(was.get("name", ""), str):
             raise CheckpointError(f"group '{now['name']}' is called {shown(was['name'])} in the checkpoint; expected a word")

@@ -70,7 +70,7 @@ def make_inputs(model: nn.Module, *, rows: int, length: int, loss: bool = False,
             module.training = mode
     which = f"no inputs are known on which {type(model).__name__} runs"
     if not tried:
-        raise DataError(f"{which}: neither their names nor its config say what shape they have")
+        raise DataError(f"{which}: their shapes follow neither from their names nor from its config")
     raise DataError(f"{which}, of {tried} that were tried; the first: {last}")
 
 

@@ -131,9 +131,10 @@ class Comparison:
         if math.isnan(found.largest):
             raise ExportError(f"the run's own outputs {where} hold NaN in {name}; pass inputs= on which they are numbers")
         if math.isnan(found.difference) and saved:  # that of the originals, which are not in use
+            more = f" and {len(saved) - 1} more" if saved[1:] else ""
             raise ExportError(
-                f"PEFT's model does not give the run's outputs: {where} it gives NaN in {name}, as where the model reads a "
-                f"module itself of which PEFT keeps a copy ({', '.join(saved)}). Freeze that module, or save the model"
+                f"PEFT's model does not give the run's outputs: {where} it gives NaN in {name}. PEFT trains copies of modules "
+                f"('{saved[0]}'{more}), and the model seems to read an original. Freeze that module, or save the model"
             )
         raise ExportError(
             f"PEFT's model does not give the run's outputs: {where} they differ by {found.difference:.1e} in {name}, "

@@ -6,6 +6,7 @@ import gc
 import os
 import subprocess
 import sys
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -71,12 +72,22 @@ def joined(device: str) -> Iterator[str]:
     distributed.init_process_group("gloo" if own == device else "nccl")
     try:
         yield own
+    except BaseException as error:
+        _free_frames(error)
+        raise
     finally:
         if distributed.is_initialized():
             # a DistributedDataParallel that is freed later, as the last that holds the group, waits with the interpreter's lock
             # for gloo's threads, which may wait for that lock
             gc.collect()
             distributed.destroy_process_group()
+
+
+def _free_frames(error: BaseException | None) -> None:
+    """Free what the ended calls hold in which an error was raised, or one that led to it: the model and all that trains it."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
 
 
 def replicated(model: nn.Module) -> nn.Module:

@@ -78,7 +78,7 @@ def test_what_is_no_model_of_transformers_is_refused():
         make_inputs(nn.Linear(3, 3), rows=1, length=4)
     with pytest.raises(DataError, match="no inputs are known on which Siglip2ForImageClassification runs, of"):
         make_inputs(built("siglip2", "Siglip2ForImageClassification"), rows=1, length=4)
-    with pytest.raises(DataError, match="which CanineModel runs: neither their names nor its config say what shape they have$"):
+    with pytest.raises(DataError, match="which CanineModel runs: their shapes follow neither from their names nor"):
         make_inputs(built("canine", "CanineModel"), rows=1, length=4)
     with pytest.raises(DataError, match="holds no floating-point tensor"):
         loss_of((torch.zeros(3, dtype=torch.int64),))

@@ -1,5 +1,6 @@
 """Runs of two processes of torchrun, compared with one process."""
 
+import contextlib
 import json
 import weakref
 
@@ -56,16 +57,39 @@ def test_rows_that_cannot_be_shared_are_a_failure_in_the_record(tmp_path, monkey
     assert "cannot be cut for 2 processes" in record["run_info"]["error_msg"]
 
 
-def test_what_holds_the_group_is_freed_before_it(monkeypatch):
-    """A DistributedDataParallel that is freed later, in a cycle as they are, may wait for gloo's threads for ever."""
+def build(held):
+    """A DistributedDataParallel in a cycle."""
+    model = DistributedDataParallel(nn.Linear(2, 2))
+    model.itself = [model]
+    held.append(weakref.ref(model))
+    return model
+
+
+def end(held):
+    build(held)
+
+
+def fail(held):
+    model = build(held)
+    raise ValueError(f"{type(model).__name__} has failed")
+
+
+def fail_and_exit(held):
+    """As a process other than the first one."""
+    try:
+        fail(held)
+    except ValueError as error:
+        raise SystemExit(1) from error
+
+
+@pytest.mark.parametrize(("run", "error"), [(end, None), (fail, ValueError), (fail_and_exit, SystemExit)])
+def test_what_holds_the_group_is_freed_before_it(monkeypatch, run, error):
+    """A DistributedDataParallel that is freed later may wait for gloo's threads for ever."""
     given = {"TORCHELASTIC_RUN_ID": "a", "RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
     for name, value in given.items():
         monkeypatch.setenv(name, value)
     held, destroy, alive = [], distributed.destroy_process_group, []
     monkeypatch.setattr(distributed, "destroy_process_group", lambda: (alive.append(held[0]() is not None), destroy()))
-    with processes.joined("cpu"):
-        model = DistributedDataParallel(nn.Linear(2, 2))
-        model.itself = [model]
-        held.append(weakref.ref(model))
-        del model
+    with pytest.raises(error) if error else contextlib.nullcontext(), processes.joined("cpu"):
+        run(held)
     assert alive == [False]

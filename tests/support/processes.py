@@ -1,5 +1,6 @@
 """Several processes of torch.distributed on this machine: what each of them returns, or the error of the first that fails."""
 
+import faulthandler
 import multiprocessing
 import os
 
@@ -36,6 +37,7 @@ class Attempts(list):
 
 
 def _entry(rank, function, world, folder, args):
+    faulthandler.enable()  # where each thread is, should a process be ended by a signal
     torch.set_num_threads(1)
     distributed.init_process_group("gloo", init_method=f"file://{folder}/store-{world}", rank=rank, world_size=world)
     found = function(rank, world, *args)

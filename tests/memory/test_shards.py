@@ -3,6 +3,8 @@
 To the byte: both count what torch asks for, and sizes follow from shapes.
 """
 
+import time
+
 import pytest
 import torch
 from torch import distributed, nn
@@ -59,6 +61,7 @@ def tracked(rank, world, spec, mode):
             value.backward()
             del value
             optimizer.step()
+            time.sleep(0.2)  # a thread of gloo holds what it has sent for a moment longer than the process that waits for it
             tracker.label()
             tracker.log.mark(END_OF_STEP)
             optimizer.zero_grad()

@@ -3,7 +3,6 @@
 import faulthandler
 import multiprocessing
 import os
-import warnings
 from pathlib import Path
 
 import torch
@@ -57,36 +56,19 @@ def each_rank(function, world, folder, *args):
 
     What a test changes in the environment after the first of them has started does not reach the later ones.
 
-    About one run in 200 ends in a thread of gloo, which finds its own heap damaged ("malloc(): unaligned tcache chunk"). Such
-    a run is repeated once, with a warning; one that ends in a thread that runs Python, where lingrad's code is, is not.
+    The error of a process that a signal ended has what each of its threads was doing.
     """
     multiprocessing.set_forkserver_preload(list(IMPORTED))
-    try:
-        _start(function, world, folder, args)
-    except ProcessException as error:  # of the process that ended so, or of another, to which its connection was closed
-        died = "\n".join(file.read_text() for file in sorted(folder.glob("died-*")))
-        if not died_in_foreign_thread(died):
-            error.add_note(died)
-            raise
-        warnings.warn(f"a process was aborted in a thread that runs no Python; it is run again\n{died}", stacklevel=2)
-        _start(function, world, folder, args)
-    return [torch.load(folder / f"found-{rank}.pt", weights_only=True) for rank in range(world)]
-
-
-def _start(function, world, folder, args):
-    store = folder / f"store-{world}"
     for file in folder.glob("died-*"):
         file.unlink()
+    given = (function, world, str(folder), args)
     try:
-        given = (function, world, str(folder), args)
         torch.multiprocessing.start_processes(_entry, given, nprocs=world, start_method="forkserver")
-    finally:
-        store.unlink(missing_ok=True)
-
-
-def died_in_foreign_thread(threads):
-    """Whether, by what faulthandler has written of a process's threads, the one that received the signal runs no Python."""
-    return "Fatal Python error: Aborted" in threads and "Current thread" not in threads
+    except ProcessException as error:  # of the process that ended so, or of another, to which its connection was closed
+        error.add_note("\n".join(file.read_text() for file in sorted(folder.glob("died-*"))))
+        raise
+    (folder / f"store-{world}").unlink(missing_ok=True)
+    return [torch.load(folder / f"found-{rank}.pt", weights_only=True) for rank in range(world)]
 
 
 def train(build, rules, batches, loss, mode, options=None, rank=None, world=2):

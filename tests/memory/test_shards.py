@@ -61,7 +61,7 @@ def tracked(rank, world, spec, mode):
             value.backward()
             del value
             optimizer.step()
-            time.sleep(0.2)  # a thread of gloo holds what it has sent for a moment longer than the process that waits for it
+            time.sleep(0.2)  # a thread of gloo may hold what it sent a moment longer than the process waits for it
             tracker.label()
             tracker.log.mark(END_OF_STEP)
             optimizer.zero_grad()
